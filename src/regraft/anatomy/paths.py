@@ -1,0 +1,43 @@
+"""Dotted paths of layers: find one, or say which were meant."""
+
+from torch import nn
+
+from regraft.errors import SelectionError, nearest
+
+
+def layer_at(model: nn.Module, path: str) -> nn.Module:
+    """Return the layer of `model` at a dotted path; the empty path is the model itself.
+
+    Raises:
+        SelectionError: No layer has that path; the nearest are named.
+    """
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise SelectionError(no_such_layer(model, path)) from error
+
+
+def no_such_layer(model: nn.Module, path: str) -> str:
+    """Say that `path` names no layer, and which names are near."""
+    known = [name for name, _ in model.named_modules() if name]
+    hint = nearest(path, known) or f"Its top-level layers: {', '.join(name for name, _ in model.named_children())}."
+    return f"no layer '{path}' in {type(model).__name__}. {hint} `regraft inspect` lists all."
+
+
+def parent_and_name(path: str) -> tuple[str, str]:
+    """Split a path into that of the parent and the last name.
+
+    >>> parent_and_name("layer1.0.conv1"), parent_and_name("fc")
+    (('layer1.0', 'conv1'), ('', 'fc'))
+    """
+    parent, _, name = path.rpartition(".")
+    return parent, name
+
+
+def is_within(path: str, ancestor: str) -> bool:
+    """Say whether `path` is `ancestor` or lies below it.
+
+    >>> is_within("layer1.0", "layer1"), is_within("layer10", "layer1"), is_within("fc", "")
+    (True, False, True)
+    """
+    return not ancestor or path == ancestor or path.startswith(ancestor + ".")

@@ -1,0 +1,108 @@
+"""The card: what a model carries about itself, as plain data.
+
+A card travels with the module (as the attribute `regraft_card`, which survives `deepcopy` and `torch.save` and is no
+part of the state dict) and in the header of a checkpoint. It holds the recipe that rebuilds the architecture, the
+preprocessing of its images, the class names and the last metrics.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import nn
+
+ATTRIBUTE = "regraft_card"
+
+
+class _Plain(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Source(_Plain):
+    """Where an architecture and its first weights come from.
+
+    Attributes:
+        name: `"resnet18"`, `"timm/NAME"` or `"py:FILE_OR_MODULE:Class"`.
+        weights: `"none"`, a registered name such as `"IMAGENET1K_V1"`, or the name of a file.
+    """
+
+    name: str
+    weights: str = "none"
+
+
+class Step(_Plain):
+    """One edit: the operation's name, the layer it is applied to, and its arguments as JSON data."""
+
+    operation: Literal["replace_head"]
+    path: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
+class Recipe(_Plain):
+    """A source and the edits that were applied to it, in order."""
+
+    source: Source
+    steps: tuple[Step, ...] = ()
+
+    def then(self, step: Step) -> "Recipe":
+        """Return this recipe with one more step."""
+        return self.model_copy(update={"steps": (*self.steps, step)})
+
+
+class Preprocessing(_Plain):
+    """How an image file becomes the tensor that a network expects.
+
+    The image is resized so that its shorter side is `resize`, its middle `size` × `size` pixels are kept, scaled to
+    [0, 1], and normalized per channel.
+
+    Attributes:
+        size: Side of the square that the network sees, in pixels.
+        resize: Length of the shorter side before the crop, in pixels; at least `size`.
+        mean: Subtracted per channel; its length is the number of channels (1: gray, 3: RGB).
+        std: Divided by per channel.
+        interpolation: Filter for resizing.
+    """
+
+    size: int = Field(default=224, ge=1)
+    resize: int = Field(default=256, ge=1)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+
+    @model_validator(mode="after")
+    def _covers_the_crop(self) -> "Preprocessing":
+        if self.resize < self.size:
+            raise ValueError(f"resize ({self.resize}) must be at least size ({self.size})")
+        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
+            raise ValueError(f"mean and std need 1 or 3 channels, not {len(self.mean)} and {len(self.std)}")
+        return self
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the images: 1 or 3."""
+        return len(self.mean)
+
+    @property
+    def input_size(self) -> tuple[int, int, int, int]:
+        """Shape of one image as the network takes it, batch included: (1, C, H, W)."""
+        return (1, self.channels, self.size, self.size)
+
+
+class Card(_Plain):
+    """Everything that a model knows about itself beside its weights; each field may be unknown (None)."""
+
+    recipe: Recipe | None = None
+    preprocessing: Preprocessing | None = None
+    task: Literal["classification", "regression"] | None = None
+    classes: tuple[str, ...] | None = None
+    metrics: dict[str, Any] = Field(default_factory=dict)
+
+
+def card_of(model: nn.Module) -> Card:
+    """Return the card that `model` carries, or an empty one."""
+    return getattr(model, ATTRIBUTE, None) or Card()
+
+
+def attach(model: nn.Module, **fields: Any) -> nn.Module:
+    """Update fields of the card that `model` carries, and return the model."""
+    setattr(model, ATTRIBUTE, card_of(model).model_copy(update=fields))
+    return model

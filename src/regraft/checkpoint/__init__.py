@@ -1,0 +1,9 @@
+"""Keep a model, and get it back."""
+
+from regraft.checkpoint.build import create_model
+from regraft.checkpoint.foreign import LoadReport, load_weights
+from regraft.checkpoint.format import Header, current_versions, read_header
+from regraft.checkpoint.read import load
+from regraft.checkpoint.write import save
+
+__all__ = ["Header", "LoadReport", "create_model", "current_versions", "load", "load_weights", "read_header", "save"]

@@ -1,0 +1,85 @@
+"""Names, recipes and weights → modules."""
+
+from pathlib import Path
+
+from torch import nn
+
+from regraft.anatomy.modes import preserved_randomness
+from regraft.anatomy.paths import is_within
+from regraft.card import Recipe, attach, card_of
+from regraft.checkpoint.foreign import LoadReport, load_weights
+from regraft.errors import CheckpointError
+from regraft.surgery.head import apply_step, find_heads, replace_head
+from regraft.zoo import build
+
+
+def create_model(
+    name: str, *, weights: str | Path = "default", num_classes: int | None = None, trust_code: bool = False
+) -> nn.Module:
+    """Create a network by name, with pretrained weights and, where wanted, a new head.
+
+    Args:
+        name: `"resnet18"` (torchvision), `"timm/NAME"`, `"py:path/file.py:Class"` or `"py:package.module:Class"`.
+        weights: `"default"` (what its library recommends, downloaded where needed), `"none"`, the name of registered
+            weights such as `"IMAGENET1K_V2"`, or a file. A file must fit in everything but the head.
+        num_classes: Number of outputs K of a new head, which starts from fresh weights; None keeps the head.
+        trust_code: Whether a class of your own (`py:…`) may be imported.
+
+    Raises:
+        ModelError: The name is unknown, the class cannot be built, or weights cannot be downloaded.
+        CheckpointError: The file cannot be read, or belongs to another architecture.
+        TrustError: The name is `py:…` and `trust_code` is false.
+    """
+    path = Path(weights)
+    from_file = str(weights) not in ("default", "none") and (isinstance(weights, Path) or _looks_like_file(path))
+    model = build(name, weights="none" if from_file else str(weights), trust_code=trust_code)
+    if from_file:
+        _load_backbone(model, path, name)
+    if num_classes is not None:
+        model = replace_head(model, num_classes)
+    return model
+
+
+def rebuild(recipe: Recipe, *, trust_code: bool = False) -> nn.Module:
+    """Build the architecture that a recipe describes, with fresh weights; the random state stays as it is.
+
+    Raises:
+        ModelError: The source is unknown here.
+        TrustError: The source is code of the user's own and `trust_code` is false.
+        EditError: A step does not fit.
+    """
+    with preserved_randomness():
+        model = build(recipe.source.name, trust_code=trust_code)
+        for step in recipe.steps:
+            model = apply_step(model, step)
+    return attach(model, recipe=recipe)
+
+
+def _looks_like_file(path: Path) -> bool:
+    return path.exists() or path.suffix != "" or len(path.parts) > 1
+
+
+def _load_backbone(model: nn.Module, path: Path, name: str) -> LoadReport:
+    """Load a file into a freshly built model; only the head may be missing or of another width."""
+    report = load_weights(model, path)
+    heads = find_heads(model)
+    absent = [*report.missing, *(name for name, _, _ in report.mismatched)]
+    absent = [key for key in absent if not any(is_within(key, head) for head in heads)]
+    children = {child for child, _ in model.named_children()}
+    surplus = [key for key in report.unexpected if key.partition(".")[0] in children]
+    if absent or surplus:
+        problem = f"it lacks {_some(absent)}" if absent else f"it has {_some(surplus)}, which the model lacks"
+        raise CheckpointError(
+            f"'{path}' holds weights of another architecture than {name}: {problem}. "
+            "Give the name of the network that the file was trained with."
+        )
+    recipe = card_of(model).recipe
+    assert recipe is not None
+    source = recipe.source.model_copy(update={"weights": path.name})
+    attach(model, recipe=recipe.model_copy(update={"source": source}))
+    return report
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(map(repr, names[:3]))
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

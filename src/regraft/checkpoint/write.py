@@ -1,0 +1,103 @@
+"""Write a checkpoint, so that a reader finds either the old file or the whole new one."""
+
+import functools
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regraft.card import Recipe, card_of
+from regraft.checkpoint.build import rebuild
+from regraft.checkpoint.digest import tensor_digest
+from regraft.checkpoint.format import KEY, Header, current_versions
+from regraft.errors import RegraftError, RunError
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, Any] | None = None) -> Path:
+    """Save `model` as one self-describing safetensors file, and return its path.
+
+    The file holds every tensor of the state dict, and in its header the recipe that rebuilds the architecture, a digest
+    of every tensor, the class names, the preprocessing and which parameters are frozen. It is written under another
+    name, flushed to the disk and renamed, so a crash leaves the previous file as it was.
+
+    A model without a recipe (not made by `create_model`), or one that was changed by other means than regraft's edits,
+    is saved without one, with a warning in the second case; `load_weights` reads it into a model of your own.
+
+    Args:
+        model: Any module.
+        path: Where to; its folder must exist.
+        metadata: JSON data of your own, kept in the header.
+
+    Raises:
+        RunError: The file cannot be written; nothing of it is left, and a previous file is as it was.
+    """
+    target = Path(path)
+    card = card_of(model)
+    if card.recipe is not None and (difference := _difference_from_recipe(model)) is not None:
+        warnings.warn(
+            f"the model no longer matches its recipe ({difference}), so it is saved without one: load it with "
+            "load_weights into a model of your own. Edits made with regraft keep the recipe.",
+            stacklevel=2,
+        )
+        card = card.model_copy(update={"recipe": None})
+    tensors, shared = _unshared(model)
+    header = Header(
+        card=card,
+        digests={name: tensor_digest(tensor) for name, tensor in tensors.items()},
+        shared=shared,
+        frozen=tuple(name for name, parameter in model.named_parameters() if not parameter.requires_grad),
+        versions=current_versions(),
+        metadata=metadata or {},
+    )
+    _write_atomically(target, tensors, {KEY: header.model_dump_json()})
+    return target
+
+
+def _unshared(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return each tensor of the state dict once, and the names of those that are the same as another."""
+    tensors, shared, first_names = {}, {}, {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first = first_names.setdefault(id(tensor), name)
+        if first == name:
+            plain = tensor.detach().cpu().contiguous()
+            tensors[name] = plain.clone() if plain.untyped_storage().nbytes() != plain.nbytes else plain
+        else:
+            shared[name] = first
+    return tensors, shared
+
+
+def _difference_from_recipe(model: nn.Module) -> str | None:
+    """Name the first tensor in which `model` differs from what its recipe builds; None where there is none."""
+    recipe = card_of(model).recipe
+    assert recipe is not None
+    try:
+        expected = _shapes_of(recipe.model_dump_json())
+    except RegraftError as error:
+        return str(error)
+    found = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    return next((f"'{name}'" for name in [*expected, *found] if found.get(name) != expected.get(name)), None)
+
+
+@functools.lru_cache(maxsize=4)
+def _shapes_of(recipe_json: str) -> dict[str, torch.Size]:
+    # A class of the user's own is running already, as the model exists: importing it again trusts nothing new.
+    model = rebuild(Recipe.model_validate_json(recipe_json), trust_code=True)
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def _write_atomically(target: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except Exception as error:
+        raise RunError(f"cannot write '{target}': {error}. Nothing of it was kept; free some space and retry.") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,7 @@
+"""Folders, files, pixels."""
+
+from regraft.data.decode import Unreadable
+from regraft.data.folders import Listing, Sample, list_data
+from regraft.data.photos import Photos, loader, read_photos
+
+__all__ = ["Listing", "Photos", "Sample", "Unreadable", "list_data", "loader", "read_photos"]

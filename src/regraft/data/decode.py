@@ -1,0 +1,131 @@
+"""Files → pixels: decode, turn upright, convert, resize; and say which files cannot be read."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from regraft.card import Preprocessing
+from regraft.errors import DataError
+
+LONGEST_RATIO = 4  # of the sides; the middle of anything longer is kept, as the crop would anyway
+FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A file that is not a readable image, and why."""
+
+    path: Path
+    reason: str
+
+
+def decode(source: Path | Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
+    """Read an image and resize it so that its shorter side is `preprocessing.resize`.
+
+    EXIF orientation is applied, transparency is laid on white, 16-bit gray is scaled to 8 bits, the first frame of an
+    animation is taken, and CMYK and palettes are converted.
+
+    Returns:
+        Pixels (C, H, W) as uint8.
+
+    Raises:
+        DataError: The file cannot be read as an image; the message gives the reason alone.
+    """
+    try:
+        if isinstance(source, Image.Image):
+            image = _plain(source, preprocessing.channels)
+        else:
+            with Image.open(source) as opened:
+                image = _plain(opened, preprocessing.channels)
+        image = _resize(image, preprocessing)
+    except MemoryError:
+        raise
+    except Exception as error:  # the decoders of so many formats raise almost anything
+        raise DataError(_reason(source, error)) from error
+    pixels = torch.from_numpy(np.array(image))  # (H, W) or (H, W, C)
+    return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
+def decode_all(paths: Sequence[Path], preprocessing: Preprocessing) -> Iterator[torch.Tensor | Unreadable]:
+    """Decode many files with a thread per core, in order; a file that cannot be read comes out as `Unreadable`."""
+
+    def attempt(path: Path) -> torch.Tensor | Unreadable:
+        try:
+            return decode(path, preprocessing)
+        except DataError as error:
+            return Unreadable(path, str(error))
+
+    with quiet_decoders(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            yield from pool.map(attempt, paths)
+        finally:
+            pool.shutdown(cancel_futures=True)  # whoever stops early does not wait for the rest
+
+
+@contextlib.contextmanager
+def quiet_decoders() -> Iterator[None]:
+    """Silence what decoders say about odd files: those are either read or reported."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+def _plain(image: Image.Image, channels: int) -> Image.Image:
+    """Convert to 8-bit gray or RGB, upright."""
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_eight_bits(image)
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    values: Any = np.asarray(image, dtype=np.float64)
+    if image.mode == "F":
+        low, high = values.min(), values.max()
+        values = (values - low) / max(high - low, 1e-12) * 255
+    elif image.mode != "I" or values.max() > 255:  # "I" has 32 bits, of which files use 8 or 16
+        values = values / 257  # 65535 → 255
+    return Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+
+
+def _resize(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    width, height = image.size
+    if max(width, height) > LONGEST_RATIO * min(width, height):
+        side = LONGEST_RATIO * min(width, height)
+        left, top = max(0, (width - side) // 2), max(0, (height - side) // 2)
+        image = image.crop((left, top, left + min(width, side), top + min(height, side)))
+        width, height = image.size
+    # as torchvision's Resize: the longer side is cut to a whole number
+    scale = preprocessing.resize / min(width, height)
+    size = tuple(preprocessing.resize if side == min(width, height) else int(side * scale) for side in (width, height))
+    return image.resize((size[0], size[1]), FILTERS[preprocessing.interpolation])
+
+
+def _reason(source: Path | Image.Image, error: Exception) -> str:
+    if isinstance(source, Path):
+        if not source.exists():
+            return "no such file"
+        if source.stat().st_size == 0:
+            return "the file is empty"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image"
+    return f"{type(error).__name__}: {error}"

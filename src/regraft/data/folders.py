@@ -1,0 +1,245 @@
+"""Folders and tables of photos → a listing of which photo is for what, before any photo is opened."""
+
+import csv
+import os
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from regraft.errors import DataError
+
+TRAIN_NAMES = ("train", "training")
+VALIDATION_NAMES = ("val", "valid", "validation")
+
+Target = int | float
+Task = Literal["classification", "regression"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A photo and what it shows: the index of a class, or a number to be predicted."""
+
+    path: Path
+    target: Target
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder or a table holds.
+
+    Attributes:
+        root: The folder or the table.
+        task: Classification (a folder per class) or regression (a table with a number per photo).
+        classes: Class names in the order of their indices; None for regression.
+        train: Photos to learn from.
+        validation: Photos to measure on.
+        split: How the two parts came about, in words.
+    """
+
+    root: Path
+    task: Task
+    classes: tuple[str, ...] | None
+    train: tuple[Sample, ...]
+    validation: tuple[Sample, ...]
+    split: str
+
+    def counts(self) -> list[tuple[str, int, int]]:
+        """Count the photos of each class: (class, to learn from, to measure on)."""
+        train, validation = (Counter(sample.target for sample in part) for part in (self.train, self.validation))
+        return [(name, train[index], validation[index]) for index, name in enumerate(self.classes or ())]
+
+
+def list_data(path: str | os.PathLike[str], *, validation_share: float = 0.2, seed: int = 0) -> Listing:
+    """List what there is to learn from and to measure on.
+
+    Args:
+        path: A folder with `train/` and `val/`, each with a folder per class; a folder with a folder per class, of
+            which a stratified share is kept for validation; or a `.csv` table with the columns `path` (relative to the
+            table) and `target` (a number), and optionally `split` (`train` or `val`).
+        validation_share: Share of each class that is kept for validation where the data has no split of its own.
+        seed: Decides which photos those are.
+
+    Raises:
+        DataError: The folder is missing, empty, has one class only, an empty class, or classes that differ between
+            its two parts.
+    """
+    root = Path(path)
+    if root.suffix.lower() == ".csv":
+        return _list_table(root, validation_share, seed)
+    _require_folder(root)
+    train_folder, validation_folder = _find(root, TRAIN_NAMES), _find(root, VALIDATION_NAMES)
+    if train_folder is None:
+        if validation_folder is not None:
+            raise DataError(f"'{root}' has '{validation_folder.name}/' but no 'train/'. Add it, or name its folder.")
+        return _split_folder(root, root, validation_share, seed)
+    if validation_folder is None:
+        return _split_folder(root, train_folder, validation_share, seed)
+    classes = _class_names(train_folder)
+    measured = _class_names(validation_folder)
+    if set(classes) != set(measured):
+        raise DataError(
+            f"the classes differ: only in '{train_folder}': {_names(set(classes) - set(measured))}; only in "
+            f"'{validation_folder}': {_names(set(measured) - set(classes))}. Both need the same folders."
+        )
+    train, validation = _samples(train_folder, classes), _samples(validation_folder, classes)
+    split = f"as found in {train_folder.name}/ and {validation_folder.name}/"
+    return Listing(root, "classification", classes, train, validation, split)
+
+
+def list_labelled(path: str | os.PathLike[str], classes: Sequence[str]) -> tuple[Sample, ...]:
+    """List photos whose folders say what they show, for a model that knows `classes` already.
+
+    Args:
+        path: A folder with a folder per class, or one that holds such a folder named `val/`.
+        classes: The model's class names; a folder for each is not needed.
+
+    Raises:
+        DataError: The folder is missing or empty, or has a class that the model does not know.
+    """
+    root = Path(path)
+    _require_folder(root)
+    folder = _find(root, VALIDATION_NAMES) or root
+    found = [entry.name for entry in _subfolders(folder)]
+    if unknown := sorted(set(found) - set(classes)):
+        raise DataError(
+            f"'{folder}' has folders that are none of the model's classes: {_names(set(unknown))}. "
+            f"The model knows {', '.join(map(repr, classes))}. Give a folder that holds folders of those names."
+        )
+    samples = tuple(
+        Sample(file, classes.index(name)) for name in found for file in photos_in(folder / name)
+    )
+    if not samples:
+        raise DataError(f"no photos in '{folder}'. Expected a folder for each of {', '.join(map(repr, classes))}.")
+    return samples
+
+
+def list_numbered(path: str | os.PathLike[str]) -> tuple[Sample, ...]:
+    """List the photos and numbers of a `.csv` table: those of the split `val`, or all where there is no split.
+
+    Raises:
+        DataError: The table is missing, empty or malformed.
+    """
+    rows = _read_table(Path(path))
+    samples = tuple(sample for sample, split in rows if split == "val") or tuple(sample for sample, _ in rows)
+    return samples
+
+
+def photos_in(folder: Path) -> list[Path]:
+    """List all files below a folder in a fixed order, without hidden ones."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(parent, name) for name in sorted(files) if not name.startswith(".")]
+    return found
+
+
+def stratified_split(
+    samples: Sequence[Sample], share: float, seed: int
+) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """Keep a random share of each class (of everything, for numbers) aside; at least one and never all of it."""
+    groups: dict[Target, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.target if isinstance(sample.target, int) else 0, []).append(sample)
+    kept: set[Sample] = set()
+    for target in sorted(groups):
+        group = groups[target]
+        count = min(max(1, round(len(group) * share)), len(group) - 1)
+        kept.update(random.Random(f"{seed}/{target}").sample(group, count))
+    return tuple(s for s in samples if s not in kept), tuple(s for s in samples if s in kept)
+
+
+def _require_folder(root: Path) -> None:
+    if not root.exists():
+        raise DataError(f"no folder '{root}' (looked from {Path.cwd()}). Give the folder that holds your photos.")
+    if not root.is_dir():
+        raise DataError(f"'{root}' is a file, expected a folder with a folder of photos per class, or a .csv table.")
+
+
+def _find(root: Path, names: Sequence[str]) -> Path | None:
+    return next((entry for entry in _subfolders(root) if entry.name.lower() in names), None)
+
+
+def _subfolders(root: Path) -> list[Path]:
+    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    names = tuple(entry.name for entry in _subfolders(folder))
+    if not names:
+        loose = len(photos_in(folder))
+        found = f"{loose} files but no folders" if loose else "nothing"
+        raise DataError(f"'{folder}' has {found} in it. Expected a folder of photos for each class.")
+    if len(names) == 1:
+        raise DataError(
+            f"'{folder}' has one class only ('{names[0]}'). Telling photos apart needs two or more folders, one per class."
+        )
+    return names
+
+
+def _samples(folder: Path, classes: Sequence[str], *, at_least: int = 1) -> tuple[Sample, ...]:
+    files = {name: photos_in(folder / name) for name in classes}
+    if empty := [name for name, found in files.items() if not found]:
+        raise DataError(f"no photos for {_names(set(empty))} in '{folder}'. Add some, or remove the folder.")
+    if few := [name for name, found in files.items() if len(found) < at_least]:
+        raise DataError(
+            f"only one photo for {_names(set(few))} in '{folder}': it cannot be both learned from and measured on. "
+            "Add photos, or make folders train/ and val/."
+        )
+    return tuple(Sample(file, index) for index, name in enumerate(classes) for file in files[name])
+
+
+def _split_folder(root: Path, folder: Path, share: float, seed: int) -> Listing:
+    classes = _class_names(folder)
+    train, validation = stratified_split(_samples(folder, classes, at_least=2), share, seed)
+    split = f"{share:.0%} of each class kept for validation, drawn with seed {seed}"
+    return Listing(root, "classification", classes, train, validation, split)
+
+
+def _list_table(path: Path, share: float, seed: int) -> Listing:
+    rows = _read_table(path)
+    if any(split for _, split in rows):
+        train = tuple(sample for sample, split in rows if split == "train")
+        validation = tuple(sample for sample, split in rows if split == "val")
+        how = "as the column 'split' says"
+    else:
+        train, validation = stratified_split([sample for sample, _ in rows], share, seed)
+        how = f"{share:.0%} of the rows kept for validation, drawn with seed {seed}"
+    if not train or not validation:
+        raise DataError(f"'{path}' has {len(train)} rows to learn from and {len(validation)} for validation.")
+    return Listing(path, "regression", None, train, validation, how)
+
+
+def _read_table(path: Path) -> list[tuple[Sample, str]]:
+    if not path.is_file():
+        raise DataError(f"no file '{path}' (looked from {Path.cwd()}). Give a .csv with the columns path,target.")
+    rows = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            if not {"path", "target"} <= set(reader.fieldnames or ()):
+                raise DataError(f"'{path}' has the columns {reader.fieldnames}, expected path,target (and maybe split).")
+            for row in reader:
+                rows.append(_read_row(path, reader.line_num, row))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"'{path}' is no .csv table in UTF-8: {error}.") from error
+    if len(rows) < 2:
+        raise DataError(f"'{path}' has {len(rows)} rows; learning and measuring need at least 2.")
+    return rows
+
+
+def _read_row(path: Path, line: int, row: dict[str, str]) -> tuple[Sample, str]:
+    try:
+        target = float(row["target"])
+    except (TypeError, ValueError) as error:
+        raise DataError(f"'{path}', line {line}: the target '{row['target']}' is not a number.") from error
+    split = (row.get("split") or "").strip().lower()
+    if split not in ("", "train", *VALIDATION_NAMES):
+        raise DataError(f"'{path}', line {line}: the split '{split}' is neither 'train' nor 'val'.")
+    return Sample(path.parent / row["path"], target), "val" if split in VALIDATION_NAMES else split
+
+
+def _names(names: set[str]) -> str:
+    return ", ".join(repr(name) for name in sorted(names)) or "none"

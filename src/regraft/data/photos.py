@@ -1,0 +1,165 @@
+"""Photos as a Dataset that decodes each file once, and loaders of normalized batches."""
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from regraft.card import Preprocessing
+from regraft.data.decode import Unreadable, decode, decode_all, quiet_decoders
+from regraft.data.folders import Sample
+from regraft.data.transforms import Transform, center_crop, normalize
+from regraft.errors import DataError
+from regraft.progress import SILENT, Progress
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+Key = int | tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Photos(Dataset[tuple[torch.Tensor, int | float]]):
+    """Readable photos with their targets; item i is (pixels (C, size, size) of uint8, target).
+
+    An item asked for as (index, seed) is transformed with that seed, so that what a network sees depends neither on the
+    number of workers nor on what was drawn before.
+
+    Attributes:
+        samples: The photos and what they show.
+        preprocessing: Their size.
+        transform: From resized pixels to what a network sees.
+        classes: Class names; None for regression.
+        pixels: All photos, decoded and resized; None where they do not fit into memory and are decoded when needed.
+    """
+
+    samples: tuple[Sample, ...]
+    preprocessing: Preprocessing
+    transform: Transform
+    classes: tuple[str, ...] | None = None
+    pixels: tuple[torch.Tensor, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int | float]:
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        pixels = self._pixels(index)
+        if seed is None:
+            return self.transform(pixels), self.samples[index].target
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.transform(pixels), self.samples[index].target
+
+    def augmented(self, transform: Transform) -> "Photos":
+        """Return the same photos with another transform; the decoded pixels are shared."""
+        return replace(self, transform=transform)
+
+    def subset(self, indices: Sequence[int]) -> "Photos":
+        """Return some of the photos; the decoded pixels are shared."""
+        pixels = None if self.pixels is None else tuple(self.pixels[index] for index in indices)
+        return replace(self, samples=tuple(self.samples[index] for index in indices), pixels=pixels)
+
+    def _pixels(self, index: int) -> torch.Tensor:
+        if self.pixels is not None:
+            return self.pixels[index]
+        with quiet_decoders():
+            return decode(self.samples[index].path, self.preprocessing)
+
+
+def read_photos(
+    samples: Sequence[Sample],
+    preprocessing: Preprocessing,
+    *,
+    classes: Sequence[str] | None = None,
+    description: str = "reading photos",
+    progress: Progress = SILENT,
+) -> tuple[Photos, tuple[Unreadable, ...]]:
+    """Decode photos, and keep them in memory where they need less than a quarter of what is free.
+
+    Returns:
+        The readable photos, transformed by the middle crop, and the files that cannot be read.
+
+    Raises:
+        DataError: No photo can be read.
+    """
+    keep = _fits_memory(len(samples), preprocessing)
+    decoded = decode_all([sample.path for sample in samples], preprocessing)
+    kept, readable, unreadable = [], [], []
+    for sample, found in zip(samples, progress.track(decoded, description, len(samples)), strict=True):
+        if isinstance(found, Unreadable):
+            unreadable.append(found)
+        else:
+            readable.append(sample)
+            if keep:
+                kept.append(found)
+    if not readable:
+        example = f": '{unreadable[0].path}', for instance, {unreadable[0].reason}" if unreadable else ""
+        raise DataError(f"none of {len(samples)} files can be read as a photo{example}.")
+    photos = Photos(
+        samples=tuple(readable),
+        preprocessing=preprocessing,
+        transform=center_crop(preprocessing.size),
+        classes=tuple(classes) if classes is not None else None,
+        pixels=tuple(kept) if keep else None,
+    )
+    return photos, tuple(unreadable)
+
+
+def loader(photos: Photos, batch_size: int, *, shuffle_seed: int | None = None, workers: int | None = None) -> Any:
+    """Return a DataLoader of normalized batches ((N, C, H, W) of float32, targets (N,)).
+
+    Args:
+        photos: What to load.
+        batch_size: N; a last batch of a single photo is left out when shuffling, as batch norm cannot learn from it.
+        shuffle_seed: Shuffle and transform anew in each epoch, decided by this seed and `set_epoch` of the loader's
+            sampler; None keeps the order.
+        workers: Processes; None takes none for photos in memory, and one per core for others.
+    """
+    if workers is None:
+        workers = 0 if photos.pixels is not None else os.cpu_count() or 1
+    lonely = shuffle_seed is not None and len(photos) > batch_size and len(photos) % batch_size == 1
+    return DataLoader(
+        photos,
+        batch_size,
+        sampler=SeededShuffle(len(photos), shuffle_seed) if shuffle_seed is not None else None,
+        num_workers=workers,
+        drop_last=lonely,
+        collate_fn=functools.partial(_collate, preprocessing=photos.preprocessing),
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+class SeededShuffle(Sampler[tuple[int, int]]):
+    """Yields (index, seed) of every item in a random order that depends on the seed and the epoch alone."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and the seeds of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.length, generator=generator).tolist()
+        seeds = torch.randint(2**62, (self.length,), generator=generator).tolist()
+        return iter(zip(order, seeds, strict=True))
+
+
+def _collate(items: list[tuple[torch.Tensor, int | float]], *, preprocessing: Preprocessing) -> Batch:
+    pixels = torch.stack([item for item, _ in items])  # (N, C, H, W)
+    return normalize(pixels, preprocessing), torch.tensor([target for _, target in items])  # int64 or float32
+
+
+def _fits_memory(count: int, preprocessing: Preprocessing) -> bool:
+    estimate_bytes = count * preprocessing.channels * preprocessing.resize**2 * 1.5  # photos are wider than high
+    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return estimate_bytes < free_bytes / 4

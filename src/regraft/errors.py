@@ -1,0 +1,88 @@
+"""Every error that regraft raises on purpose.
+
+    RegraftError
+    ├── InputError            what was given is wrong; nothing was changed (exit code 2)
+    │   ├── ConfigError       an option, a configuration file, an output folder
+    │   ├── DataError         folders, photos, tables, datasets
+    │   ├── ModelError        model names, model classes, a forward that fails
+    │   ├── SelectionError    layer patterns, nothing left to train
+    │   ├── EditError         an edit that does not fit the network
+    │   ├── CheckpointError   files that cannot be read, weights that do not fit
+    │   ├── TrustError        code would have to be imported, and nobody said that it may
+    │   └── LossError         a loss that is not one finite number
+    └── RunError              something outside failed: a disk, a download (exit code 1)
+
+    Interrupted               Ctrl-C, after the best weights so far were kept (exit code 130)
+
+A message has four parts in this order: what failed (with the value), where, what was expected, what to do next.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class RegraftError(Exception):
+    """The root: catch this to catch everything that regraft raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(RegraftError):
+    """Something that was given is wrong, and nothing was changed."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """An option or a configuration file is wrong."""
+
+
+class DataError(InputError):
+    """A folder, a photo, a table or a dataset is wrong."""
+
+
+class ModelError(InputError):
+    """A model's name, its class or its forward is wrong."""
+
+
+class SelectionError(InputError):
+    """A pattern selects nothing, or nothing is left to train."""
+
+
+class EditError(InputError):
+    """An edit does not fit the network."""
+
+
+class CheckpointError(InputError):
+    """A file cannot be read, or its weights do not fit."""
+
+
+class TrustError(InputError):
+    """Code would have to be imported, and nobody said that it may."""
+
+
+class LossError(InputError):
+    """A loss is not one finite number."""
+
+
+class RunError(RegraftError):
+    """Something outside of regraft failed while it ran."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during training; the message says what was kept and where."""
+
+    exit_code = 130
+
+
+def nearest(name: str, known: Iterable[str], *, prefix: str = "Nearest: ") -> str:
+    """Name the known words that `name` was probably meant to be.
+
+    Returns:
+        `"Nearest: 'a', 'b'."`, or an empty string where nothing is near.
+
+    >>> nearest("resnet8", ["resnet18", "vgg16"])
+    "Nearest: 'resnet18'."
+    """
+    matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"{prefix}{', '.join(map(repr, matches))}." if matches else ""

@@ -1,0 +1,101 @@
+"""Pins: frozen layers behave as in evaluation, whatever `.train()` is called later.
+
+Which layers are pinned follows from the `requires_grad` flags alone, so pins are recomputed after every change of flags
+and can never contradict them:
+
+- a layer with parameters (or a block of such layers) is pinned if none of them is trainable;
+- a layer without any (dropout, drop path, a norm without affine parameters) is pinned if the block around it is frozen,
+  or if its nearest neighbours with parameters on both sides within that block are.
+
+A pin consists of a forward pre-hook and an instance attribute `train`. Both are plain picklable objects: the module's
+class, its state dict and `deepcopy`, `torch.save` and tracing stay as they are.
+"""
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+# Builtin layers whose forward depends on their mode. Of all other builtin layers the mode changes nothing; of layers
+# defined elsewhere it may, so those are pinned too.
+MODE_DEPENDENT = (
+    _NormBase,
+    _DropoutNd,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RReLU,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+
+
+def sync_pins(model: nn.Module) -> list[str]:
+    """Pin what the flags say is frozen, unpin the rest, and return the paths of the pinned layers."""
+    pinned = []
+    for path, layer, frozen in _walk(model, "", _is_frozen(model)):
+        if frozen and _depends_on_mode(layer):
+            pin(layer)
+            pinned.append(path)
+        else:
+            unpin(layer)
+    return pinned
+
+
+def pin(layer: nn.Module) -> None:
+    """Keep `layer` in evaluation mode from now on."""
+    layer.training = False
+    if not is_pinned(layer):
+        layer.register_forward_pre_hook(_stay_in_evaluation, prepend=True)
+        layer.__dict__["train"] = _PinnedTrain(layer)
+
+
+def unpin(layer: nn.Module) -> None:
+    """Let `layer` follow `.train()` and `.eval()` again."""
+    for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is _stay_in_evaluation]:
+        del layer._forward_pre_hooks[key]
+    layer.__dict__.pop("train", None)
+
+
+def is_pinned(layer: nn.Module) -> bool:
+    """Say whether `layer` is pinned to evaluation mode."""
+    return any(hook is _stay_in_evaluation for hook in layer._forward_pre_hooks.values())
+
+
+def _stay_in_evaluation(layer: nn.Module, args: Any) -> None:
+    if layer.training:  # somebody assigned the attribute, as `.train()` does not reach it
+        layer.training = False
+
+
+class _PinnedTrain:
+    """Takes the place of a pinned layer's `train`, and always chooses evaluation mode."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        return type(self.layer).train(self.layer, False)
+
+
+def _walk(layer: nn.Module, path: str, frozen: bool) -> list[tuple[str, nn.Module, bool]]:
+    """List all layers from `layer` down with whether each is frozen by the rules of this module's docstring."""
+    children = [(name, child, _is_frozen(child)) for name, child in layer.named_children()]
+    found = [(path, layer, frozen)]
+    for position, (name, child, own) in enumerate(children):
+        if own is None:
+            before = next((state for _, _, state in reversed(children[:position]) if state is not None), None)
+            after = next((state for _, _, state in children[position + 1 :] if state is not None), None)
+            own = frozen or (before is True and after is True)
+        found += _walk(child, f"{path}.{name}" if path else name, own)
+    return found
+
+
+def _is_frozen(layer: nn.Module) -> bool | None:
+    """Say whether all parameters in `layer` are frozen; None where it has none."""
+    flags = [parameter.requires_grad for parameter in layer.parameters()]
+    return not any(flags) if flags else None
+
+
+def _depends_on_mode(layer: nn.Module) -> bool:
+    builtin = type(layer).__module__.startswith("torch.nn.modules.")
+    return isinstance(layer, MODE_DEPENDENT) or not builtin

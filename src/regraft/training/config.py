@@ -1,0 +1,128 @@
+"""Every option of a training run, with its default, as one value that a TOML file can hold."""
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from regraft.data.transforms import Augmentation
+from regraft.errors import ConfigError, nearest
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Schedule = Literal["cosine", "constant"]
+
+HEAD_LR = 3e-3
+FINE_TUNE_LR = 3e-4
+SCRATCH_LR = 2e-3
+
+
+class TrainConfig(BaseModel):
+    """The options of `fit` and of `regraft train`; the same names, with dashes, are the command line's.
+
+    Attributes:
+        data: Folder or table.
+        model: Name of the network, see `create_model`.
+        weights: `default`, `none`, a registered name, or a file.
+        freeze: Patterns of layers to freeze, see `select`.
+        freeze_until: Freeze everything up to and with this layer, in execution order.
+        unfreeze_all: Train every layer. Without any of these three: all but the new head is frozen where the network
+            is pretrained, and nothing where it is not.
+        epochs: Passes over the photos.
+        batch_size: Photos per step.
+        optimizer: Name of a class of torch.optim.
+        lr: Highest learning rate; None: 3e-3 for a head alone, 3e-4 for more of a pretrained network, 2e-3 from scratch.
+        weight_decay: Of weight matrices and kernels; biases and norms are not decayed.
+        schedule: `cosine`: linear warm-up over the first 5 % of the steps, then down to zero along a cosine;
+            `constant`: no change.
+        augment: Random changes of the photos that are learned from: `none`, `flip`, `standard` or `trivial`.
+        loss: `cross-entropy`, `focal`; for numbers `mse`, `l1`, `huber`; None: the first of the task; or `py:…`.
+        label_smoothing: Of the cross-entropy, in [0, 1).
+        precision: Of the forward pass; `auto` is bf16 where a GPU has it, else fp32.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, …
+        workers: Loading processes; None: as many as are useful.
+        seed: Decides the split, the new head's first weights, the order and the random changes.
+        image_size: Side of what the network sees, in pixels; None: what the network was trained with.
+        validation_share: Share of each class kept for validation where the data has no split.
+        max_unreadable: Share of unreadable files above which the run stops.
+        out: Folder for the results; None writes nothing.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str | None = None
+    model: str = "resnet18"
+    weights: str = "default"
+    freeze: tuple[str, ...] = ()
+    freeze_until: str | None = None
+    unfreeze_all: bool = False
+    epochs: int = Field(default=15, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    optimizer: str = "adamw"
+    lr: float | None = Field(default=None, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    schedule: Schedule = "cosine"
+    augment: Augmentation = "flip"
+    loss: str | None = None
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    precision: Precision = "auto"
+    device: str = "auto"
+    workers: int | None = Field(default=None, ge=0)
+    seed: int = Field(default=0, ge=0)
+    image_size: int | None = Field(default=None, ge=1)
+    validation_share: float = Field(default=0.2, gt=0, lt=1)
+    max_unreadable: float = Field(default=0.1, ge=0, le=1)
+    out: str | None = None
+
+    def updated(self, **options: Any) -> "TrainConfig":
+        """Return this configuration with other values, checked.
+
+        Raises:
+            ConfigError: An option is unknown or has a value that it cannot have.
+        """
+        return make_config({**self.model_dump(exclude_unset=True), **options}, "the options")
+
+
+def make_config(values: dict[str, Any], where: str) -> TrainConfig:
+    """Check a dict of options and return the configuration; `where` they come from stands in the error.
+
+    Raises:
+        ConfigError: An option is unknown (the nearest names are shown) or has a value that it cannot have.
+    """
+    try:
+        return TrainConfig(**values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + "; ".join(_explain(problem) for problem in error.errors()) + ".") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read the options in a TOML file.
+
+    Raises:
+        ConfigError: The file is missing or malformed, or one of its options is unknown or wrong.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no configuration file '{path}' (looked from {Path.cwd()}).")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"'{path}' is not TOML: {error}.") from error
+    make_config(values, f"'{path}'")
+    return values
+
+
+def write_config(config: TrainConfig, path: Path) -> None:
+    """Write a configuration as TOML; options without a value are left out."""
+    import tomli_w
+
+    path.write_text(tomli_w.dumps(config.model_dump(exclude_none=True, mode="json")), encoding="utf-8")
+
+
+def _explain(problem: Any) -> str:
+    name = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        return f"no option '{name}'. {nearest(name, TrainConfig.model_fields)}".rstrip(" .")
+    field = TrainConfig.model_fields.get(str(problem["loc"][0]))
+    choices = get_args(field.annotation) if field is not None and problem["type"] == "literal_error" else ()
+    expected = f"one of {', '.join(map(str, choices))}" if choices else problem["msg"].lower()
+    return f"'{name}' cannot be {problem['input']!r}: {expected}"

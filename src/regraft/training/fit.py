@@ -1,0 +1,217 @@
+"""`fit`: train a model on photos, datasets or loaders, and keep the best of it."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regraft.anatomy.modes import preserved_randomness
+from regraft.card import attach
+from regraft.errors import Interrupted, LossError
+from regraft.progress import SILENT, Progress
+from regraft.training.config import TrainConfig
+from regraft.training.loop import score, train_epoch
+from regraft.training.metrics import Metrics, measure
+from regraft.training.prepare import Job, list_if_folder, prepare_job, prepare_model, read_material
+from regraft.training.result import EpochRecord, FitResult
+from regraft.training.run_folder import RunFolder
+from regraft.zoo import preprocessing_of
+
+
+def fit(
+    model: nn.Module | str,
+    data: Any,
+    *,
+    config: TrainConfig | None = None,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | str | None = None,
+    overwrite: bool = False,
+    trust_code: bool = False,
+    progress: Progress = SILENT,
+    **options: Any,
+) -> FitResult:
+    """Train `model` on `data`, and keep the weights of the epoch that did best on the validation part.
+
+    What has `requires_grad=False` stays bit-identical. The random state of the process is as before afterwards, and
+    the same seed gives the same weights, bit for bit, on a CPU.
+
+    Args:
+        model: A name (see `create_model`), which gets a head for the data's classes and is frozen but for it where it
+            is pretrained; or a module, which is trained in place as its flags stand.
+        data: A folder or a `.csv` table (see `list_data`), or a pair (train, validation) of Datasets or DataLoaders
+            that yield (inputs, targets): inputs (N, …), targets (N,) of int64 classes, or of floats for regression.
+        config: All options as one value.
+        loss: A function or module of (outputs (N, K), targets (N,)) that returns one number, or a name (see
+            `TrainConfig.loss`).
+        overwrite: Whether results in the folder `out` may be replaced.
+        trust_code: Whether a class or a loss of your own (`py:…`) may be imported.
+        progress: Is told what happens; silent by default.
+        **options: Fields of `TrainConfig`, which win over `config`.
+
+    Raises:
+        InputError: Something that was given is wrong (its kinds are in `regraft.errors`). Nothing was written.
+        LossError: The loss is no single finite number; the best weights so far are kept where there are any.
+        Interrupted: Ctrl-C; the best weights so far are kept where there are any.
+    """
+    if isinstance(loss, str):
+        options["loss"] = loss
+    config = (config or TrainConfig()).updated(
+        **{**options, "model": model} if isinstance(model, str) else options,
+        **({"data": str(data)} if isinstance(data, (str, Path)) else {}),
+    )
+    folder = RunFolder(Path(config.out), overwrite=overwrite) if config.out is not None else None
+    clock = _Clock()
+    with preserved_randomness(config.seed):
+        listing = list_if_folder(data, config)
+        with clock.phase("model"):
+            built = prepare_model(model, listing, config, trust_code=trust_code)
+        with clock.phase("reading"):
+            material = read_material(data, listing, preprocessing_of(built), config, progress)
+        own_loss = loss if callable(loss) else None
+        name = model if isinstance(model, str) else None
+        job = prepare_job(built, name, material, config, own_loss, trust_code=trust_code)
+        for line in describe_plan(job, config):
+            progress.say(line)
+        return _train(job, config, folder, clock, progress)
+
+
+def describe_plan(job: Job, config: TrainConfig) -> Iterator[str]:
+    """Say in a few lines what a run is about to do."""
+    plan = job.plan
+    share = plan.trainable / plan.parameters
+    yield f"model      {plan.model}, weights: {plan.weights}"
+    yield (
+        f"trained    {plan.trainable:,} of {plan.parameters:,} parameters ({share:.2%}): "
+        + (", ".join(plan.trained_layers) if share < 1 else "all layers")
+        + ("" if share == 1 else "; the rest is frozen")
+    )
+    if plan.classes is not None and plan.counts:
+        counts = ", ".join(f"{name} {train}+{measured}" for name, train, measured in plan.counts)
+        yield f"photos     {plan.train_count} + {plan.validation_count} for validation ({plan.split})"
+        yield f"classes    {len(plan.classes)} (photos + validation): {counts}"
+    elif plan.train_count is not None:
+        yield f"examples   {plan.train_count} + {plan.validation_count} for validation ({plan.split})"
+    for found in plan.unreadable:
+        yield f"skipped    {str(found.path)!r}: {found.reason}"
+    yield (
+        f"training   {config.epochs} epochs, batches of {config.batch_size}, {config.optimizer}, learning rate "
+        f"{plan.lr:g} ({config.schedule}), augmentation {config.augment}, on {plan.device}"
+    )
+
+
+def _train(job: Job, config: TrainConfig, folder: RunFolder | None, clock: "_Clock", progress: Progress) -> FitResult:
+    best: _Best | None = None
+    history: list[EpochRecord] = []
+    scaler = job.engine.scaler()
+    try:
+        for epoch in range(1, config.epochs + 1):
+            began = time.perf_counter()
+            sampler = getattr(job.material.train, "sampler", None)
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+            batches = progress.track(job.material.train, f"epoch {epoch}/{config.epochs}", _length(job.material.train))
+            with clock.phase("training"):
+                train_loss = train_epoch(
+                    job.model, batches, job.criterion, job.optimizer, job.schedule, scaler, job.engine
+                )
+            with clock.phase("validation"):
+                outputs, targets = score(job.model, job.material.validation, job.engine)
+                found = measure(outputs, targets, _class_names(job, outputs))
+            lr, seconds = job.optimizer.param_groups[0]["lr"], time.perf_counter() - began
+            history.append(EpochRecord(epoch, train_loss, found, lr, seconds))
+            if found.is_better_than(best.metrics if best else None):
+                best = _Best(epoch, found, outputs, targets, _changing_tensors(job.model))
+                with clock.phase("saving"):
+                    attach(job.model, metrics=found.to_dict())
+                    if folder is not None:
+                        folder.keep_model(job.model, config)
+            if folder is not None:
+                folder.keep_history(history)
+            progress.say(_epoch_line(history[-1], config.epochs, is_best=best is not None and best.epoch == epoch))
+    except KeyboardInterrupt as interruption:
+        raise Interrupted(_what_was_kept("stopped by Ctrl-C", best, job, folder)) from interruption
+    except LossError as error:
+        raise LossError(_what_was_kept(f"epoch {len(history) + 1}: {error}", best, job, folder)) from error
+    assert best is not None
+    best.put_back(job.model)
+    return FitResult(
+        model=job.model.eval(),
+        plan=job.plan,
+        config=config.updated(lr=job.plan.lr),
+        history=tuple(history),
+        best_epoch=best.epoch,
+        validation=best.metrics,
+        outputs=best.outputs,
+        targets=best.targets,
+        paths=job.material.paths,
+        seconds=dict(clock.seconds),
+        out=folder.path if folder else None,
+        checkpoint=folder.checkpoint if folder else None,
+    )
+
+
+class _Best:
+    """The weights that did best so far, and how they did."""
+
+    def __init__(
+        self, epoch: int, metrics: Metrics, outputs: torch.Tensor, targets: torch.Tensor, tensors: dict[str, torch.Tensor]
+    ) -> None:
+        self.epoch, self.metrics, self.outputs, self.targets = epoch, metrics, outputs, targets
+        self._copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+    def put_back(self, model: nn.Module) -> None:
+        """Give the model these weights again."""
+        slots = _changing_tensors(model)
+        with torch.no_grad():
+            for name, copied in self._copies.items():
+                slots[name].copy_(copied)
+        attach(model, metrics=self.metrics.to_dict())
+
+
+class _Clock:
+    """Adds up the seconds of each phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+def _changing_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what training can change: all of the state but frozen parameters."""
+    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in frozen}
+
+
+def _class_names(job: Job, outputs: torch.Tensor) -> tuple[str, ...] | None:
+    if job.material.task == "regression":
+        return None
+    return job.material.classes or tuple(map(str, range(outputs.shape[1])))
+
+
+def _epoch_line(record: EpochRecord, epochs: int, *, is_best: bool) -> str:
+    return (
+        f"epoch {record.epoch:>{len(str(epochs))}}/{epochs}  loss {record.train_loss:.4f}  validation loss "
+        f"{record.validation.loss:.4f}  {record.validation.headline()}  {record.seconds:.1f} s{'  best' if is_best else ''}"
+    )
+
+
+def _what_was_kept(problem: str, best: _Best | None, job: Job, folder: RunFolder | None) -> str:
+    if best is None:
+        return f"{problem} Nothing was written: no epoch was complete."
+    best.put_back(job.model)
+    where = f"in '{folder.checkpoint}'" if folder else "in the model"
+    return f"{problem} The best so far (epoch {best.epoch}, {best.metrics.headline()}) is kept {where}."
+
+
+def _length(batches: Any) -> int | None:
+    return len(batches) if hasattr(batches, "__len__") else None

@@ -1,0 +1,122 @@
+"""The training loop itself, and the matching loop that only looks."""
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from regraft.anatomy.modes import evaluation_mode
+from regraft.errors import LossError, ModelError
+from regraft.training.losses import Loss, check_loss
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where and in which precision arithmetic is done.
+
+    Attributes:
+        device: As torch names it.
+        autocast_dtype: bfloat16 or float16 for mixed precision; None for plain float32.
+    """
+
+    device: torch.device
+    autocast_dtype: torch.dtype | None = None
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which forward passes run."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Return a gradient scaler; it scales nothing unless the precision is float16 on a GPU."""
+        enabled = self.autocast_dtype == torch.float16 and self.device.type == "cuda"
+        return torch.amp.GradScaler(self.device.type, enabled=enabled)
+
+
+def train_epoch(
+    model: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    criterion: Loss,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler,
+    engine: Engine,
+) -> float:
+    """Pass over the batches once, one optimizer step each, and return the mean loss per photo.
+
+    Raises:
+        LossError: The loss is not one number, or not finite; the message says at which step.
+    """
+    model.train()
+    total, count = 0.0, 0
+    for step, (inputs, targets) in enumerate(batches, start=1):
+        inputs, targets = inputs.to(engine.device), targets.to(engine.device)
+        with engine.autocast():
+            loss = check_loss(criterion(main_output(model(inputs)), targets))
+        if not torch.isfinite(loss):
+            raise LossError(
+                f"the loss is {loss.item()} at step {step} of this epoch (learning rate "
+                f"{optimizer.param_groups[0]['lr']:.3g}). Try a tenth of the learning rate, --precision fp32, or look "
+                "for extreme values in the data and the loss."
+            )
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        total, count = total + loss.item() * len(targets), count + len(targets)
+    return total / max(count, 1)
+
+
+def score(
+    model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], engine: Engine
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run `model` in evaluation mode over the batches; its own mode is as before afterwards.
+
+    Returns:
+        Outputs (N, K) in float32 and targets (N,), on the CPU, in order.
+    """
+    outputs, expected = [], []
+    with evaluation_mode(model), torch.inference_mode(), engine.autocast():
+        for inputs, targets in batches:
+            outputs.append(main_output(model(inputs.to(engine.device))).float().cpu())
+            expected.append(targets.cpu())
+    return torch.cat(outputs), torch.cat(expected)
+
+
+def main_output(output: Any) -> torch.Tensor:
+    """Take the scores out of what a model returns: a tensor, a tuple that begins with it, or an object with `.logits`.
+
+    Raises:
+        ModelError: It is none of these.
+    """
+    if isinstance(output, torch.Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    if isinstance(logits, torch.Tensor):
+        return logits
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], torch.Tensor):
+        return output[0]
+    raise ModelError(f"the model returned a {type(output).__name__}, expected a tensor of scores (N, K).")
+
+
+def choose_engine(device: str, precision: str) -> Engine:
+    """Resolve the options `device` and `precision`; see `TrainConfig`.
+
+    Raises:
+        ModelError: The device does not exist.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        chosen = torch.device(name)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"the device '{device}' cannot be used: {reason}. Try --device cpu.") from error
+    if precision == "auto":
+        precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return Engine(chosen, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])

@@ -1,0 +1,79 @@
+"""What is minimised: losses by name, and the check that a loss is one finite number."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from regraft.data.folders import Task
+from regraft.errors import ConfigError, LossError, nearest
+from regraft.zoo import import_object
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+NAMES = {"classification": ("cross-entropy", "focal"), "regression": ("mse", "l1", "huber")}
+
+
+class FocalLoss(nn.Module):
+    """Cross-entropy that counts what is already right for less: mean of -(1 - p)^gamma log p.
+
+    Source: Lin et al. 2017, https://arxiv.org/abs/1708.02002, equation 4.
+
+    Args:
+        gamma: How much less; 0 is the cross-entropy.
+    """
+
+    def __init__(self, gamma: float = 2.0) -> None:
+        super().__init__()
+        self.gamma = gamma
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Map scores (N, K) and classes (N,) to one number."""
+        log_probability = F.log_softmax(outputs, dim=1).gather(1, targets[:, None]).squeeze(1)  # (N,)
+        return (-((1 - log_probability.exp()) ** self.gamma) * log_probability).mean()
+
+
+def build_loss(name: str | None, task: Task, *, label_smoothing: float = 0.0, trust_code: bool = False) -> Loss:
+    """Return the loss called `name`, or the usual one of the task: a function of (outputs, targets).
+
+    Raises:
+        ConfigError: No loss of this task has that name.
+        TrustError: The name is `py:…` and `trust_code` is false.
+    """
+    name = name or NAMES[task][0]
+    if name.startswith("py:"):
+        made = import_object(name, trust_code=trust_code)
+        return made() if isinstance(made, type) else made
+    if name not in NAMES[task]:
+        hint = nearest(name, NAMES[task]) or f"Choose from {', '.join(NAMES[task])}, or py:FILE:name."
+        raise ConfigError(f"no loss '{name}' for {task}. {hint}")
+    losses: dict[str, Loss] = {
+        "cross-entropy": nn.CrossEntropyLoss(label_smoothing=label_smoothing),
+        "focal": FocalLoss(),
+        "mse": _on_columns(nn.MSELoss()),
+        "l1": _on_columns(nn.L1Loss()),
+        "huber": _on_columns(nn.HuberLoss()),
+    }
+    return losses[name]
+
+
+def check_loss(value: object) -> torch.Tensor:
+    """Return `value` if it is a tensor with one element.
+
+    Raises:
+        LossError: It is not; the message shows what it is.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise LossError(f"the loss returned a {type(value).__name__}, expected a tensor with one number.")
+    if value.ndim != 0:
+        raise LossError(
+            f"the loss returned a tensor of shape {tuple(value.shape)}, expected one number. "
+            "Reduce it, as in `.mean()` or reduction='mean'."
+        )
+    return value
+
+
+def _on_columns(loss: Loss) -> Loss:
+    """Let targets (N,) meet outputs (N, 1), which would otherwise broadcast to (N, N)."""
+    return lambda outputs, targets: loss(outputs, targets.to(outputs.dtype).reshape(outputs.shape))

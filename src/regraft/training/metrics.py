@@ -1,0 +1,125 @@
+"""How good predictions are."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from regraft.data.folders import Task
+
+
+@dataclass(frozen=True)
+class ClassMetrics:
+    """Of one class: what share of its predictions is right, what share of its photos is found, and their mean."""
+
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """How good the predictions on a set of photos are.
+
+    Attributes:
+        task: Classification or regression.
+        count: Number of photos.
+        loss: Mean cross-entropy (classification) or mean squared error (regression).
+        accuracy: Share of right predictions; None for regression.
+        calibration_error: Expected calibration error over 10 equal bins of confidence (Guo et al. 2017,
+            https://arxiv.org/abs/1706.04599, equation 3); None for regression.
+        per_class: One entry per class; empty for regression.
+        confusion: Row: the true class, column: the predicted one; empty for regression.
+        mae: Mean absolute error; None for classification.
+        rmse: Root of the mean squared error; None for classification.
+        r2: Coefficient of determination; None for classification, and where all targets are equal.
+    """
+
+    task: Task
+    count: int
+    loss: float
+    accuracy: float | None = None
+    calibration_error: float | None = None
+    per_class: tuple[ClassMetrics, ...] = ()
+    confusion: tuple[tuple[int, ...], ...] = ()
+    mae: float | None = None
+    rmse: float | None = None
+    r2: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything that the task has as JSON data."""
+        return {name: value for name, value in asdict(self).items() if value is not None and value != ()}
+
+    def is_better_than(self, other: "Metrics | None") -> bool:
+        """Say whether these are better: higher accuracy, then lower loss."""
+        return other is None or (self.accuracy or 0.0, -self.loss) > (other.accuracy or 0.0, -other.loss)
+
+    def headline(self) -> str:
+        """Say the main figures in a few words."""
+        if self.accuracy is not None:
+            return f"accuracy {self.accuracy:.4f} ({round(self.accuracy * self.count)} of {self.count})"
+        explained = f", R² {self.r2:.3f}" if self.r2 is not None else ""
+        return f"mean absolute error {self.mae:.4g}{explained} ({self.count} photos)"
+
+
+def measure(outputs: torch.Tensor, targets: torch.Tensor, classes: Sequence[str] | None) -> Metrics:
+    """Compare a model's outputs with what was to be found.
+
+    Args:
+        outputs: Scores (N, K) for classification, or numbers (N,) or (N, 1) for regression.
+        targets: Classes (N,) of int64, or numbers (N,).
+        classes: Names of the K classes; None for regression.
+    """
+    return _measure_numbers(outputs, targets) if classes is None else _measure_classes(outputs, targets, classes)
+
+
+def reliability(outputs: torch.Tensor, targets: torch.Tensor, bins: int = 10) -> list[tuple[float, float, int]]:
+    """Sort predictions into equal bins of confidence: (mean confidence, accuracy, count) of each bin with any."""
+    confidence, predicted = outputs.softmax(1).max(1)
+    correct = (predicted == targets).double()
+    index = (confidence * bins).long().clamp(max=bins - 1)
+    return [
+        (confidence[index == b].double().mean().item(), correct[index == b].mean().item(), int((index == b).sum()))
+        for b in range(bins)
+        if (index == b).any()
+    ]
+
+
+def _measure_classes(outputs: torch.Tensor, targets: torch.Tensor, classes: Sequence[str]) -> Metrics:
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+    predicted, labels = outputs.argmax(1), range(len(classes))
+    precision, recall, f1, support = precision_recall_fscore_support(
+        targets, predicted, labels=labels, zero_division=0.0
+    )
+    bins = reliability(outputs, targets)
+    return Metrics(
+        task="classification",
+        count=len(targets),
+        loss=torch.nn.functional.cross_entropy(outputs, targets).item(),
+        accuracy=(predicted == targets).double().mean().item(),
+        calibration_error=sum(abs(mean - right) * count for mean, right, count in bins) / len(targets),
+        per_class=tuple(
+            ClassMetrics(name, *(float(value[i]) for value in (precision, recall, f1)), int(support[i]))
+            for i, name in enumerate(classes)
+        ),
+        confusion=tuple(tuple(row) for row in confusion_matrix(targets, predicted, labels=labels).tolist()),
+    )
+
+
+def _measure_numbers(outputs: torch.Tensor, targets: torch.Tensor) -> Metrics:
+    expected = targets.double().flatten()
+    errors = outputs.double().flatten() - expected
+    squared = errors.square().mean().item()
+    spread = (expected - expected.mean()).square().mean().item()
+    return Metrics(
+        task="regression",
+        count=len(expected),
+        loss=squared,
+        mae=errors.abs().mean().item(),
+        rmse=squared**0.5,
+        r2=1 - squared / spread if spread else None,
+    )

@@ -1,0 +1,248 @@
+"""Names of networks → modules and their preprocessing.
+
+A name is bare for torchvision (`resnet18`), `timm/NAME` for timm, and `py:path/file.py:Class` or
+`py:package.module:Class` for a class of the user's own, which is imported only where that was allowed.
+"""
+
+import contextlib
+import fnmatch
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+from torch import nn
+
+from regraft.card import Card, Preprocessing, Recipe, Source, attach, card_of
+from regraft.errors import InputError, ModelError, TrustError, nearest
+
+TIMM = "timm/"
+PYTHON = "py:"
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """List the names that `create_model` knows, torchvision's first, then timm's.
+
+    Args:
+        pattern: A glob such as `"resnet*"` or `"timm/vit_*"`.
+
+    >>> list_models("resnet1*")
+    ['resnet101', 'resnet152', 'resnet18']
+    """
+    return [name for name in _torchvision_names() + _timm_names() if fnmatch.fnmatch(name, pattern)]
+
+
+def build(name: str, *, weights: str = "none", trust_code: bool = False) -> nn.Module:
+    """Build the network `name` as its library defines it, and attach a card with its source and preprocessing.
+
+    Args:
+        name: See this module's docstring.
+        weights: `"none"`, `"default"` (the library's recommended pretrained weights, downloaded where needed; a
+            user's own class keeps what its constructor set), or a registered name such as `"IMAGENET1K_V2"`.
+        trust_code: Whether a class of the user's own may be imported.
+
+    Raises:
+        ModelError: The name is unknown, the class cannot be built without arguments, or weights cannot be downloaded.
+        TrustError: The name is `py:…` and `trust_code` is false.
+    """
+    if name.startswith(PYTHON):
+        model, preprocessing, registered = _build_python(name, weights, trust_code)
+    elif name.startswith(TIMM):
+        model, preprocessing, registered = _build_timm(name, weights)
+    else:
+        model, preprocessing, registered = _build_torchvision(name, weights)
+    source = Source(name=name, weights=registered)
+    return attach(model, recipe=Recipe(source=source), preprocessing=preprocessing)
+
+
+def preprocessing_of(model: nn.Module) -> Preprocessing:
+    """Say how images are prepared for `model`: what its card says, or what its own attributes suggest.
+
+    A class of the user's own may carry an attribute `preprocessing` (a `Preprocessing` or a dict of its fields). timm's
+    `pretrained_cfg` is understood. Otherwise ImageNet's usual values are taken, with one channel where the first
+    convolution has one.
+    """
+    known = card_of(model).preprocessing
+    if known is not None:
+        return known
+    own = getattr(model, "preprocessing", None)
+    if isinstance(own, Preprocessing):
+        return own
+    if isinstance(own, dict):
+        try:
+            return Preprocessing(**own)
+        except ValueError as error:
+            raise ModelError(
+                f"the attribute `preprocessing` of {type(model).__name__} is not usable: {error}"
+            ) from error
+    timm_config = getattr(model, "pretrained_cfg", None)
+    if isinstance(timm_config, dict) and "input_size" in timm_config:
+        return _timm_preprocessing(timm_config)
+    first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
+    if first is not None and first.in_channels == 1:
+        return Preprocessing(mean=(0.5,), std=(0.5,))
+    return Preprocessing()
+
+
+def import_object(reference: str, *, trust_code: bool) -> Any:
+    """Import what `py:path/file.py:name` or `py:package.module:name` names.
+
+    Raises:
+        TrustError: `trust_code` is false; nothing was imported.
+        ModelError: The reference is malformed, or the file, module or name does not exist.
+    """
+    where, separator, attribute = reference.removeprefix(PYTHON).rpartition(":")
+    if not separator or not where or not attribute:
+        raise ModelError(f"'{reference}' is not of the form py:path/file.py:Name or py:package.module:Name.")
+    if not trust_code:
+        raise TrustError(
+            f"'{reference}' names Python code, which would run with your rights. "
+            "If you know and trust it, pass --trust-code (in Python: trust_code=True)."
+        )
+    module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
+    if not hasattr(module, attribute):
+        hint = nearest(attribute, [known for known in vars(module) if not known.startswith("_")])
+        raise ModelError(f"no '{attribute}' in {where}. {hint}".rstrip())
+    return getattr(module, attribute)
+
+
+def _build_python(name: str, weights: str, trust_code: bool) -> tuple[nn.Module, Preprocessing, str]:
+    if weights not in ("none", "default"):
+        raise ModelError(f"'{name}' has no registered weights '{weights}'. Give a file, or 'none'.")
+    maker = import_object(name, trust_code=trust_code)
+    try:
+        model = maker()
+    except InputError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"'{name}' cannot be built: calling it without arguments raised {type(error).__name__}: {error}. "
+            "Give each argument of its constructor a default, or name a function that takes none."
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"'{name}' gave a {type(model).__name__}, expected a torch.nn.Module.")
+    return model, preprocessing_of(model), "none"
+
+
+def _build_torchvision(name: str, weights: str) -> tuple[nn.Module, Preprocessing, str]:
+    from torchvision import models
+
+    if name not in _torchvision_names():
+        raise ModelError(_unknown_model(name))
+    known = models.get_model_weights(name)
+    if weights == "none":
+        chosen = None
+    elif weights == "default":
+        chosen = cast(Any, known).DEFAULT
+    elif weights in known.__members__:
+        chosen = known[weights]
+    else:
+        raise ModelError(
+            f"no weights '{weights}' for {name}: it is neither a file nor one of "
+            f"{', '.join(entry.name for entry in known)}."
+        )
+    with _downloads(name):
+        model = models.get_model(name, weights=chosen, **_settled_arguments(name))
+    preset = (chosen or cast(Any, known).DEFAULT).transforms()
+    preprocessing = Preprocessing(
+        size=preset.crop_size[0],
+        resize=preset.resize_size[0],
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+        interpolation=preset.interpolation.value,
+    )
+    return model, preprocessing, chosen.name if chosen else "none"
+
+
+def _settled_arguments(name: str) -> dict[str, Any]:
+    # Both constructors warn until they are told; True is what they do today.
+    return {"init_weights": True} if name in ("inception_v3", "googlenet") else {}
+
+
+def _build_timm(name: str, weights: str) -> tuple[nn.Module, Preprocessing, str]:
+    import timm
+
+    bare = name.removeprefix(TIMM)
+    if bare.split(".")[0] not in timm.list_models():
+        raise ModelError(_unknown_model(name))
+    pretrained = weights != "none"
+    if weights not in ("none", "default"):
+        bare = f"{bare.split('.')[0]}.{weights}"
+    try:
+        with _downloads(name):
+            model = timm.create_model(bare, pretrained=pretrained)
+    except RuntimeError as error:
+        raise ModelError(f"timm cannot build '{bare}': {error}") from error
+    config = cast("dict[str, Any]", model.pretrained_cfg)
+    return model, _timm_preprocessing(config), (config.get("tag") or "default") if pretrained else "none"
+
+
+def _timm_preprocessing(config: dict[str, Any]) -> Preprocessing:
+    size = config["input_size"][-1]
+    return Preprocessing(
+        size=size,
+        resize=max(size, int(size / config.get("crop_pct", 0.875))),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config.get("interpolation", "bicubic"),
+    )
+
+
+def _torchvision_names() -> list[str]:
+    from torchvision import models
+
+    return models.list_models(module=models)
+
+
+def _timm_names() -> list[str]:
+    import timm
+
+    return [TIMM + name for name in timm.list_models()]
+
+
+def _unknown_model(name: str) -> str:
+    known = _torchvision_names() + _timm_names()
+    timms = [found for found in known if found == TIMM + name]
+    hint = f"Did you mean '{timms[0]}'?" if timms else nearest(name, known)
+    return f"no model '{name}'. {hint} `regraft models` lists all; a class of your own is py:FILE:Class."
+
+
+@contextlib.contextmanager
+def _downloads(name: str) -> Iterator[None]:
+    """Turn whatever a library raises without a network into one error that says how to go on."""
+    try:
+        yield
+    except Exception as error:
+        library = type(error).__module__.partition(".")[0]
+        if not isinstance(error, OSError) and library not in ("huggingface_hub", "httpx", "httpx2", "httpcore2"):
+            raise
+        raise ModelError(
+            f"the weights of '{name}' cannot be downloaded ({type(error).__name__}: {error}). Without a network, pass "
+            "a file that you have (--weights FILE), or train from scratch (--weights none)."
+        ) from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ModelError(f"no file '{path}' (looked from {Path.cwd()}). Give the path of the file with the class.")
+    module_name = f"regraft_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # so that dataclasses and pickling in that file find their module
+    return _run_import(lambda: (cast(Any, spec.loader).exec_module(module), module)[1], str(path))
+
+
+def _import_module(name: str) -> ModuleType:
+    return _run_import(lambda: importlib.import_module(name), name)
+
+
+def _run_import(load: Callable[[], ModuleType], where: str) -> ModuleType:
+    try:
+        return load()
+    except Exception as error:
+        raise ModelError(f"'{where}' cannot be imported: {type(error).__name__}: {error}.") from error
