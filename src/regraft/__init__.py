@@ -1,0 +1,79 @@
+"""regraft: take a trained network, look into it, freeze part of it, graft new layers on, train it on your own data.
+
+The public names are imported when they are first used, so that `import regraft` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from regraft.anatomy import LayerSummary as LayerSummary
+    from regraft.anatomy import ModelSummary as ModelSummary
+    from regraft.anatomy import summary as summary
+    from regraft.card import Card as Card
+    from regraft.card import Preprocessing as Preprocessing
+    from regraft.checkpoint import LoadReport as LoadReport
+    from regraft.checkpoint import create_model as create_model
+    from regraft.checkpoint import load as load
+    from regraft.checkpoint import load_weights as load_weights
+    from regraft.checkpoint import save as save
+    from regraft.errors import RegraftError as RegraftError
+    from regraft.freezing import FreezeReport as FreezeReport
+    from regraft.freezing import build_optimizer as build_optimizer
+    from regraft.freezing import freeze as freeze
+    from regraft.freezing import param_groups as param_groups
+    from regraft.freezing import select as select
+    from regraft.freezing import unfreeze as unfreeze
+    from regraft.report import write_report as write_report
+    from regraft.surgery import replace_head as replace_head
+    from regraft.training import FitResult as FitResult
+    from regraft.training import Metrics as Metrics
+    from regraft.training import Prediction as Prediction
+    from regraft.training import TrainConfig as TrainConfig
+    from regraft.training import evaluate as evaluate
+    from regraft.training import fit as fit
+    from regraft.training import predict as predict
+    from regraft.zoo import list_models as list_models
+
+_HOMES = {
+    "Card": "card",
+    "FitResult": "training",
+    "FreezeReport": "freezing",
+    "LayerSummary": "anatomy",
+    "LoadReport": "checkpoint",
+    "Metrics": "training",
+    "ModelSummary": "anatomy",
+    "Prediction": "training",
+    "Preprocessing": "card",
+    "RegraftError": "errors",
+    "TrainConfig": "training",
+    "build_optimizer": "freezing",
+    "create_model": "checkpoint",
+    "evaluate": "training",
+    "fit": "training",
+    "freeze": "freezing",
+    "list_models": "zoo",
+    "load": "checkpoint",
+    "load_weights": "checkpoint",
+    "param_groups": "freezing",
+    "predict": "training",
+    "replace_head": "surgery",
+    "save": "checkpoint",
+    "select": "freezing",
+    "summary": "anatomy",
+    "unfreeze": "freezing",
+    "write_report": "report",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605  # pyright: ignore[reportUnsupportedDunderAll]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'regraft' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"regraft.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -4,6 +4,7 @@ A checkpoint is one safetensors file. Its metadata has one key, `regraft`, with 
 `Header`. Any safetensors reader can read the tensors; none of them runs code.
 """
 
+import hashlib
 import json
 import platform
 import struct
@@ -42,6 +43,11 @@ class Header(BaseModel):
     frozen: tuple[str, ...] = ()
     versions: dict[str, str] = Field(default_factory=dict)
     metadata: dict[str, Any] = Field(default_factory=dict)
+
+    def digest(self) -> str:
+        """Return one SHA-256 over the names and digests of all tensors, independent of their order."""
+        lines = "".join(f"{name} {digest}\n" for name, digest in sorted(self.digests.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def current_versions() -> dict[str, str]:

@@ -1,0 +1,47 @@
+"""The command `regraft`. Importing this is cheap: each command imports what it needs when it runs."""
+
+import sys
+
+import typer
+
+from regraft.cli.demo import demo
+from regraft.cli.evaluate import evaluate
+from regraft.cli.inspect import inspect
+from regraft.cli.models import models
+from regraft.cli.output import guarded, say
+from regraft.cli.predict import predict
+from regraft.cli.train import train
+
+app = typer.Typer(
+    name="regraft",
+    help="Train a pretrained network on your own photos, and look inside it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for command in (train, evaluate, predict, inspect, models, demo):
+    app.command()(guarded(command))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from regraft import __version__
+
+        say(f"regraft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Train a pretrained network on your own photos, and look inside it."""
+
+
+def main() -> None:
+    """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):  # file names may hold what the terminal's encoding does not
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    app()

@@ -1,0 +1,5 @@
+"""`regraft demo`."""
+
+
+def demo() -> None:
+    """Demo."""

@@ -1,0 +1,41 @@
+"""`regraft evaluate`: how good a saved model is on labelled photos."""
+
+from typing import Annotated
+
+from typer import Argument, Option
+
+from regraft.cli.output import ConsoleProgress, say, say_json, say_table
+
+
+def evaluate(
+    checkpoint: Annotated[str, Argument(help="A file that `regraft train` or regraft.save wrote.")],
+    data: Annotated[str, Argument(help="Folder with a folder per class, or one that holds val/; or a .csv table.")],
+    batch_size: Annotated[int, Option(help="Photos at a time.", min=1)] = 32,
+    device: Annotated[str, Option(help="auto, cpu, cuda, …")] = "auto",
+    trust_code: Annotated[bool, Option("--trust-code", help="Import a class of your own (py:…).")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the metrics as JSON.")] = False,
+) -> None:
+    """Measure a saved model on labelled photos.
+
+    Example: regraft evaluate runs/photos-1/model.safetensors photos/
+    """
+    from regraft.checkpoint import load
+    from regraft.training.evaluate import evaluate as measure
+
+    model = load(checkpoint, trust_code=trust_code)
+    metrics = measure(model, data, batch_size=batch_size, device=device, progress=ConsoleProgress())
+    if as_json:
+        say_json(metrics.to_dict())
+        return
+    say(metrics.headline())
+    if metrics.per_class:
+        names = [found.name for found in metrics.per_class]
+        say()
+        rows = [
+            (found.name, f"{found.precision:.3f}", f"{found.recall:.3f}", f"{found.f1:.3f}", str(found.count))
+            for found in metrics.per_class
+        ]
+        say_table(("class", "precision", "recall", "F1", "photos"), rows, (False, True, True, True, True))
+        say()
+        confusion = [(name, *map(str, row)) for name, row in zip(names, metrics.confusion, strict=True)]
+        say_table(("true \\ predicted", *names), confusion, (False, *(True for _ in names)))

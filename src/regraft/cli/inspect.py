@@ -1,0 +1,97 @@
+"""`regraft inspect`: the layers of a network or of a saved model."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from regraft.cli.output import require, say, say_json
+
+
+def inspect(
+    model: Annotated[str, Argument(help="A name (resnet18, timm/NAME, py:FILE:Class) or a checkpoint file.")],
+    depth: Annotated[int | None, Option(help="Levels of layers to show. [default: all]", min=0)] = None,
+    input_size: Annotated[
+        str | None, Option(help="Shape of the input, batch included: 1,3,224,224. [default: the model's own]")
+    ] = None,
+    trust_code: Annotated[bool, Option("--trust-code", help="Import a class of your own (py:…).")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show the layers of a network: shapes, parameters, multiply-adds, and what is frozen.
+
+    Example: regraft inspect resnet18 --depth 1
+    """
+    size = _parse_size(input_size)
+    from regraft.anatomy import summary
+    from regraft.zoo import build
+
+    if Path(model).is_file():
+        _inspect_checkpoint(Path(model), size, depth, trust_code=trust_code, as_json=as_json)
+        return
+    found = summary(build(model, trust_code=trust_code), size, depth)
+    if as_json:
+        say_json(found.to_dict())
+    else:
+        _say_lines(str(found))
+
+
+def _inspect_checkpoint(
+    path: Path, size: tuple[int, ...] | None, depth: int | None, *, trust_code: bool, as_json: bool
+) -> None:
+    from regraft.anatomy import summary
+    from regraft.checkpoint import load, read_header
+    from regraft.errors import CheckpointError, TrustError
+
+    header = read_header(path)
+    if header is None:
+        raise CheckpointError(f"'{path}' has tensors but no recipe, so its architecture is unknown.")
+    try:
+        found, problem = summary(load(path, trust_code=trust_code), size, depth), None
+    except TrustError as error:  # everything but the layers can be shown without running anybody's code
+        found, problem = None, str(error)
+    if as_json:
+        layers = found.to_dict() if found else {"layers": [], "problem": problem}
+        say_json({**layers, "checkpoint": header.model_dump(mode="json")})
+        return
+    for line in _describe(header):
+        say(line)
+    say()
+    _say_lines(str(found) if found else f"layers     not shown: {problem}")
+
+
+def _describe(header: Any) -> list[str]:
+    card = header.card
+    lines = [f"format     {header.format}"]
+    if card.recipe:
+        lines.append(f"source     {card.recipe.source.name}, weights: {card.recipe.source.weights}")
+        lines += [f"edit       {step.operation} '{step.path}' {step.arguments}" for step in card.recipe.steps]
+    if card.task:
+        lines.append(f"task       {card.task}")
+    if card.classes:
+        lines.append(f"classes    {len(card.classes)}: {', '.join(card.classes)}")
+    if card.preprocessing:
+        images = card.preprocessing
+        lines.append(
+            f"images     shorter side to {images.resize}, middle {images.size}×{images.size}, {images.interpolation}, "
+            f"mean {images.mean}, std {images.std}"
+        )
+    figures = {name: value for name, value in card.metrics.items() if isinstance(value, float)}
+    if figures:
+        lines.append("validation " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    lines.append(f"frozen     {len(header.frozen)} tensors")
+    lines.append("digests    " + (f"{len(header.digests)} tensors, all of them {header.digest()}" if header.digests else "none"))
+    lines.append("versions   " + ", ".join(f"{name} {version}" for name, version in header.versions.items()))
+    return lines
+
+
+def _parse_size(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = text.replace("x", ",").split(",")
+    require(all(part.strip().isdigit() for part in parts), f"'{text}' is no shape. Expected numbers as in 1,3,224,224.")
+    return tuple(int(part) for part in parts)
+
+
+def _say_lines(text: str) -> None:
+    for line in text.splitlines():
+        say(line)

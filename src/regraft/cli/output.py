@@ -1,0 +1,104 @@
+"""The only file that prints: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+from regraft.errors import InputError, RegraftError
+from regraft.progress import Item, Progress
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+INTERRUPTED = 130
+
+
+class ConsoleProgress(Progress):
+    """Prints lines on standard error, and draws a bar for each long step where that is a terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True, highlight=False)
+
+    def say(self, line: str) -> None:
+        """Print one line."""
+        self._console.print(printable(line), markup=False, soft_wrap=True)
+
+    def track(self, items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
+        """Draw a bar that disappears when it is full; nothing where standard error is no terminal."""
+        if not self._console.is_terminal:
+            yield from items
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Bar(*columns, console=self._console, transient=True) as bar:
+            yield from bar.track(items, total=total, description=description)
+
+
+def say(line: str = "") -> None:
+    """Print one line of a result on standard output."""
+    print(printable(line))
+
+
+def say_json(value: Any) -> None:
+    """Print one JSON value on standard output."""
+    print(json.dumps(value, indent=2, allow_nan=False, default=str))
+
+
+def say_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[bool]) -> None:
+    """Print aligned columns on standard output."""
+    from regraft.anatomy.render import aligned
+
+    for line in aligned([head, *([printable(cell) for cell in row] for row in rows)], right):
+        say(line)
+
+
+def printable(text: str) -> str:
+    r"""Escape what would break a line or a terminal: line breaks, control characters, undecodable bytes.
+
+    >>> printable("caf\u00e9\n\udcff")
+    'café\\n\\udcff'
+    """
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
+def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Turn the errors of a command into one line on standard error and an exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        import typer
+
+        try:
+            return command(*args, **kwargs)
+        except RegraftError as error:
+            _complain(f"error: {error}")
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as interruption:
+            _complain(str(interruption) or "stopped by Ctrl-C. Nothing was written.")
+            raise typer.Exit(INTERRUPTED) from interruption
+        except BrokenPipeError as error:  # whoever reads our output has seen enough, as with `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from error
+
+    return run
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise an error about the options where a condition does not hold."""
+    if not condition:
+        raise InputError(message)
+
+
+def _complain(line: str) -> None:
+    print("\n".join(printable(part) for part in line.splitlines()), file=sys.stderr)

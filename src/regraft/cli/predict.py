@@ -1,0 +1,51 @@
+"""`regraft predict`: what photos show."""
+
+import csv
+import sys
+from typing import Annotated
+
+from typer import Argument, Option
+
+from regraft.cli.output import ConsoleProgress, require, say_json, say_table
+
+
+def predict(
+    checkpoint: Annotated[str, Argument(help="A file that `regraft train` or regraft.save wrote.")],
+    images: Annotated[list[str], Argument(help="Photos, or folders of photos.")],
+    top: Annotated[int, Option(help="How many classes to list for each photo.", min=1)] = 3,
+    batch_size: Annotated[int, Option(help="Photos at a time.", min=1)] = 32,
+    device: Annotated[str, Option(help="auto, cpu, cuda, …")] = "auto",
+    trust_code: Annotated[bool, Option("--trust-code", help="Import a class of your own (py:…).")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the predictions as JSON.")] = False,
+    as_csv: Annotated[bool, Option("--csv", help="Print the predictions as CSV.")] = False,
+) -> None:
+    """Say what photos show.
+
+    Example: regraft predict runs/photos-1/model.safetensors new_photos/ --top 3
+    """
+    require(not (as_json and as_csv), "--json and --csv exclude each other. Pass one of them.")
+    from regraft.checkpoint import load
+    from regraft.training.evaluate import predict as ask
+
+    model = load(checkpoint, trust_code=trust_code)
+    found = ask(model, images, top=top, batch_size=batch_size, device=device, progress=ConsoleProgress())
+    if as_json:
+        say_json([prediction.to_dict() for prediction in found])
+    elif as_csv:
+        writer = csv.writer(sys.stdout)
+        writer.writerow(("path", "label", "probability") if found[0].label is not None else ("path", "value"))
+        for one in found:
+            writer.writerow((one.path, one.label, one.probability) if one.label is not None else (one.path, one.value))
+    elif found[0].label is None:
+        say_table(("path", "value"), [(str(one.path), f"{one.value:.6g}") for one in found], (False, True))
+    else:
+        rows = [
+            (
+                str(one.path),
+                str(one.label),
+                f"{one.probability:.3f}",
+                ", ".join(f"{label} {probability:.3f}" for label, probability in one.top[1:]),
+            )
+            for one in found
+        ]
+        say_table(("path", "label", "probability", "next"), rows, (False, False, True, False))

@@ -1,0 +1,98 @@
+"""`regraft train`: photos in, a classifier and a report out."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from regraft.cli.output import ConsoleProgress, require, say, say_json, say_table
+
+
+def train(
+    data: Annotated[
+        str | None, Argument(help="Folder with train/ and val/, folder with a folder per class, or .csv path,target.")
+    ] = None,
+    model: Annotated[str | None, Option(help="resnet18, timm/NAME, or py:FILE:Class. [default: resnet18]")] = None,
+    weights: Annotated[str | None, Option(help="default, none, a registered name, or a file. [default: default]")] = None,
+    freeze: Annotated[
+        list[str] | None, Option(help="Layers to freeze: path, glob, re:…, type:…, children[:6]. May be repeated.")
+    ] = None,
+    freeze_until: Annotated[str | None, Option(help="Freeze all up to and with this layer, as executed.")] = None,
+    unfreeze_all: Annotated[bool | None, Option("--unfreeze-all", help="Train every layer.")] = None,
+    epochs: Annotated[int | None, Option(help="Passes over the photos. [default: 15]")] = None,
+    batch_size: Annotated[int | None, Option(help="Photos per step. [default: 32]")] = None,
+    optimizer: Annotated[str | None, Option(help="A class of torch.optim. [default: adamw]")] = None,
+    lr: Annotated[float | None, Option(help="Highest learning rate. [default: by what is trained]")] = None,
+    weight_decay: Annotated[float | None, Option(help="Of weights, not of biases and norms. [default: 0.01]")] = None,
+    schedule: Annotated[str | None, Option(help="cosine (with warm-up) or constant. [default: cosine]")] = None,
+    augment: Annotated[str | None, Option(help="none, flip, standard or trivial. [default: flip]")] = None,
+    loss: Annotated[
+        str | None, Option(help="cross-entropy, focal; numbers: mse, l1, huber; or py:FILE:name. [default: by data]")
+    ] = None,
+    label_smoothing: Annotated[float | None, Option(help="Of the cross-entropy. [default: 0]")] = None,
+    precision: Annotated[str | None, Option(help="auto, fp32, bf16 or fp16. [default: auto]")] = None,
+    device: Annotated[str | None, Option(help="auto, cpu, cuda, cuda:1, … [default: auto]")] = None,
+    workers: Annotated[int | None, Option(help="Loading processes. [default: as useful]")] = None,
+    seed: Annotated[int | None, Option(help="Decides everything random. [default: 0]")] = None,
+    image_size: Annotated[int | None, Option(help="Side of the network's input, in pixels. [default: its own]")] = None,
+    validation_share: Annotated[float | None, Option(help="Kept where the data has no split. [default: 0.2]")] = None,
+    max_unreadable: Annotated[float | None, Option(help="Share of unreadable files allowed. [default: 0.1]")] = None,
+    out: Annotated[str | None, Option(help="Folder for the results. [default: runs/DATA-1, -2, …]")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace results that are in that folder.")] = False,
+    trust_code: Annotated[bool, Option("--trust-code", help="Import a class or loss of your own (py:…).")] = False,
+    config: Annotated[Path | None, Option(help="TOML file with these options; flags win.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Train a classifier on a folder of photos.
+
+    Example: regraft train photos/ --model resnet18 --epochs 20
+    """
+    given = {name: value for name, value in locals().items() if name not in ("overwrite", "trust_code", "config", "as_json")}
+    options = {name: value for name, value in given.items() if value is not None}
+    from regraft.training.config import make_config, read_config
+
+    if config is not None:
+        options = {**read_config(config), **options}
+    require("data" in options, "no data given. Pass the folder that holds your photos: regraft train photos/")
+    options.setdefault("out", _free_folder(str(options["data"])))
+    settings = make_config(options, "the options")
+
+    from regraft.report import write_report
+    from regraft.training.fit import fit
+
+    progress = ConsoleProgress()
+    result = fit(
+        settings.model, settings.data, config=settings, overwrite=overwrite, trust_code=trust_code, progress=progress
+    )
+    assert result.out is not None
+    report = write_report(result, result.out / "report.html")
+    if as_json:
+        say_json({**result.to_dict(), "report": str(report)})
+        return
+    _print_result(result, report)
+
+
+def _free_folder(data: str) -> str:
+    stem = Path(data).resolve().stem or "data"
+    number = 1
+    while Path("runs", f"{stem}-{number}").exists():
+        number += 1
+    return str(Path("runs", f"{stem}-{number}"))
+
+
+def _print_result(result: Any, report: Path) -> None:
+    say()
+    say(f"best       epoch {result.best_epoch} of {len(result.history)}: {result.validation.headline()}")
+    if result.validation.per_class:
+        say()
+        rows = [
+            (found.name, f"{found.precision:.3f}", f"{found.recall:.3f}", f"{found.f1:.3f}", str(found.count))
+            for found in result.validation.per_class
+        ]
+        say_table(("class", "precision", "recall", "F1", "photos"), rows, (False, True, True, True, True))
+        say()
+    say("seconds    " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items()))
+    say(f"model      {result.checkpoint}")
+    say(f"report     {report}")
+    say(f"metrics    {result.out / 'metrics.csv'}")
+    say(f"options    {result.out / 'config.toml'}")
