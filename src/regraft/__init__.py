@@ -65,7 +65,7 @@ _HOMES = {
     "write_report": "report",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 __version__ = "0.1.0"
 
 

@@ -21,12 +21,15 @@ class Source(_Plain):
     """Where an architecture and its first weights come from.
 
     Attributes:
-        name: `"resnet18"`, `"timm/NAME"` or `"py:FILE_OR_MODULE:Class"`.
+        name: `"resnet18"`, `"timm/NAME"`, `"py:FILE_OR_MODULE:Class"`, or `"torch.nn"` for layers that stand in
+            `layers`.
         weights: `"none"`, a registered name such as `"IMAGENET1K_V1"`, or the name of a file.
+        layers: Description of a network made of layers of torch.nn alone; None for one with a name.
     """
 
     name: str
     weights: str = "none"
+    layers: dict[str, Any] | None = None
 
 
 class Step(_Plain):

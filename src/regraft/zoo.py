@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from regraft.card import Card, Preprocessing, Recipe, Source, attach, card_of
+from regraft.card import Preprocessing, Recipe, Source, attach, card_of
 from regraft.errors import InputError, ModelError, TrustError, nearest
 
 TIMM = "timm/"

@@ -91,9 +91,7 @@ def _tree_labels(layers: Sequence[LayerSummary]) -> Iterable[str]:
         if layer.depth == 0:
             yield layer.type
             continue
-        bars = [
-            "│  " if _continues(layers, position, depth) else "   " for depth in range(1, layer.depth)
-        ]
+        bars = ["│  " if _continues(layers, position, depth) else "   " for depth in range(1, layer.depth)]
         yield "".join(bars) + ("├─ " if _continues(layers, position, layer.depth) else "└─ ") + _own_name(layer)
 
 

@@ -10,6 +10,7 @@ from regraft.card import Recipe, attach, card_of
 from regraft.checkpoint.foreign import LoadReport, load_weights
 from regraft.errors import CheckpointError
 from regraft.surgery.head import apply_step, find_heads, replace_head
+from regraft.surgery.layerspec import construct
 from regraft.zoo import build
 
 
@@ -49,7 +50,8 @@ def rebuild(recipe: Recipe, *, trust_code: bool = False) -> nn.Module:
         EditError: A step does not fit.
     """
     with preserved_randomness():
-        model = build(recipe.source.name, trust_code=trust_code)
+        described = recipe.source.layers
+        model = construct(described) if described else build(recipe.source.name, trust_code=trust_code)
         for step in recipe.steps:
             model = apply_step(model, step)
     return attach(model, recipe=recipe)

@@ -13,7 +13,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     """
     plain = tensor.detach().cpu().contiguous()
     header = f"{plain.dtype}{tuple(plain.shape)}".encode()
-    content = plain.reshape(-1).view(torch.uint8).numpy() if plain.numel() else b""
     digest = hashlib.sha256(header)
-    digest.update(memoryview(content))
+    if plain.numel():
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -15,7 +15,17 @@ from torch import nn
 from regraft.checkpoint.format import is_safetensors, read_header
 from regraft.errors import CheckpointError
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params", "state_dict_ema")
+WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "net",
+    "network",
+    "weights",
+    "params",
+    "state_dict_ema",
+)
 PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "encoder.", "net.", "network.", "base_model.")
 
 Tensors = dict[str, torch.Tensor]
@@ -95,7 +105,7 @@ def load_weights(
         missing=tuple(name for name in slots if name not in tensors and not name.endswith("num_batches_tracked")),
         unexpected=tuple(name for name in tensors if name not in slots),
         mismatched=tuple(mismatched),
-        notes=tuple([*notes, *prefix_note]),
+        notes=(*notes, *prefix_note),
     )
     if not fitting:
         raise CheckpointError(
@@ -158,14 +168,18 @@ def _read_safetensors(path: Path) -> Tensors:
 def _unwrap(content: Any, path: Path) -> tuple[Tensors, list[str]]:
     notes = []
     while isinstance(content, Mapping):
-        inner = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping) and _tensor_dict(content[key])), None)
+        inner = next(
+            (key for key in WRAPPERS if isinstance(content.get(key), Mapping) and _tensor_dict(content[key])), None
+        )
         if inner is None:
             break
         notes.append(f"taken from the entry '{inner}'")
         content = content[inner]
     tensors = _tensor_dict(content) if isinstance(content, Mapping) else {}
     if not tensors:
-        found = f"a dict with {', '.join(map(repr, list(content)[:8]))}" if isinstance(content, Mapping) else repr(content)
+        found = (
+            f"a dict with {', '.join(map(repr, list(content)[:8]))}" if isinstance(content, Mapping) else repr(content)
+        )
         raise CheckpointError(f"'{path}' holds no state dict, but {found[:200]}. Expected names with tensors.")
     return tensors, notes
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from regraft.card import Recipe, card_of
+from regraft.card import Recipe, Source, card_of
 from regraft.checkpoint.build import rebuild
 from regraft.checkpoint.digest import tensor_digest
 from regraft.checkpoint.format import KEY, Header, current_versions
-from regraft.errors import RegraftError, RunError
+from regraft.errors import EditError, RegraftError, RunError
+from regraft.surgery.layerspec import describe
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, Any] | None = None) -> Path:
@@ -23,8 +24,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, 
     of every tensor, the class names, the preprocessing and which parameters are frozen. It is written under another
     name, flushed to the disk and renamed, so a crash leaves the previous file as it was.
 
-    A model without a recipe (not made by `create_model`), or one that was changed by other means than regraft's edits,
-    is saved without one, with a warning in the second case; `load_weights` reads it into a model of your own.
+    A network made of `torch.nn` layers alone (in `nn.Sequential`) is described as data. Any other that `create_model`
+    did not make, or that was changed by other means than regraft's edits, is saved without a recipe, with a warning in
+    the second case; `load_weights` reads it into a model of your own.
 
     Args:
         model: Any module.
@@ -36,7 +38,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, 
     """
     target = Path(path)
     card = card_of(model)
-    if card.recipe is not None and (difference := _difference_from_recipe(model)) is not None:
+    if card.recipe is None:
+        card = card.model_copy(update={"recipe": _described(model)})
+    elif (difference := _difference_from_recipe(model)) is not None:
         warnings.warn(
             f"the model no longer matches its recipe ({difference}), so it is saved without one: load it with "
             "load_weights into a model of your own. Edits made with regraft keep the recipe.",
@@ -54,6 +58,14 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, 
     )
     _write_atomically(target, tensors, {KEY: header.model_dump_json()})
     return target
+
+
+def _described(model: nn.Module) -> Recipe | None:
+    """Describe a network made of layers of torch.nn alone; None for any other."""
+    try:
+        return Recipe(source=Source(name="torch.nn", weights="none", layers=describe(model)))
+    except EditError:
+        return None
 
 
 def _unshared(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -98,6 +110,8 @@ def _write_atomically(target: Path, tensors: dict[str, torch.Tensor], metadata: 
             os.fsync(file.fileno())
         temporary.replace(target)
     except Exception as error:
-        raise RunError(f"cannot write '{target}': {error}. Nothing of it was kept; free some space and retry.") from error
+        raise RunError(
+            f"cannot write '{target}': {error}. Nothing of it was kept; free some space and retry."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,6 +1,8 @@
 """The command `regraft`. Importing this is cheap: each command imports what it needs when it runs."""
 
+import io
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -20,7 +22,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (train, evaluate, predict, inspect, models, demo):
+COMMANDS: tuple[Callable[..., None], ...] = (train, evaluate, predict, inspect, models, demo)
+for command in COMMANDS:
     app.command()(guarded(command))
 
 
@@ -42,6 +45,6 @@ def options(
 def main() -> None:
     """Run the command line."""
     for stream in (sys.stdout, sys.stderr):  # file names may hold what the terminal's encoding does not
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     app()

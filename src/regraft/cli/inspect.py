@@ -79,7 +79,9 @@ def _describe(header: Any) -> list[str]:
     if figures:
         lines.append("validation " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     lines.append(f"frozen     {len(header.frozen)} tensors")
-    lines.append("digests    " + (f"{len(header.digests)} tensors, all of them {header.digest()}" if header.digests else "none"))
+    lines.append(
+        "digests    " + (f"{len(header.digests)} tensors, all of them {header.digest()}" if header.digests else "none")
+    )
     lines.append("versions   " + ", ".join(f"{name} {version}" for name, version in header.versions.items()))
     return lines
 

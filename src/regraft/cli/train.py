@@ -13,17 +13,19 @@ def train(
         str | None, Argument(help="Folder with train/ and val/, folder with a folder per class, or .csv path,target.")
     ] = None,
     model: Annotated[str | None, Option(help="resnet18, timm/NAME, or py:FILE:Class. [default: resnet18]")] = None,
-    weights: Annotated[str | None, Option(help="default, none, a registered name, or a file. [default: default]")] = None,
+    weights: Annotated[
+        str | None, Option(help="default, none, a registered name, or a file. [default: default]")
+    ] = None,
     freeze: Annotated[
         list[str] | None, Option(help="Layers to freeze: path, glob, re:…, type:…, children[:6]. May be repeated.")
     ] = None,
     freeze_until: Annotated[str | None, Option(help="Freeze all up to and with this layer, as executed.")] = None,
     unfreeze_all: Annotated[bool | None, Option("--unfreeze-all", help="Train every layer.")] = None,
-    epochs: Annotated[int | None, Option(help="Passes over the photos. [default: 15]")] = None,
+    epochs: Annotated[int | None, Option(help="Passes over the photos. [default: 25]")] = None,
     batch_size: Annotated[int | None, Option(help="Photos per step. [default: 32]")] = None,
     optimizer: Annotated[str | None, Option(help="A class of torch.optim. [default: adamw]")] = None,
     lr: Annotated[float | None, Option(help="Highest learning rate. [default: by what is trained]")] = None,
-    weight_decay: Annotated[float | None, Option(help="Of weights, not of biases and norms. [default: 0.01]")] = None,
+    weight_decay: Annotated[float | None, Option(help="Of weights, not of biases and norms. [default: 0.05]")] = None,
     schedule: Annotated[str | None, Option(help="cosine (with warm-up) or constant. [default: cosine]")] = None,
     augment: Annotated[str | None, Option(help="none, flip, standard or trivial. [default: flip]")] = None,
     loss: Annotated[
@@ -47,7 +49,9 @@ def train(
 
     Example: regraft train photos/ --model resnet18 --epochs 20
     """
-    given = {name: value for name, value in locals().items() if name not in ("overwrite", "trust_code", "config", "as_json")}
+    given = {
+        name: value for name, value in locals().items() if name not in ("overwrite", "trust_code", "config", "as_json")
+    }
     options = {name: value for name, value in given.items() if value is not None}
     from regraft.training.config import make_config, read_config
 

@@ -108,9 +108,7 @@ def list_labelled(path: str | os.PathLike[str], classes: Sequence[str]) -> tuple
             f"'{folder}' has folders that are none of the model's classes: {_names(set(unknown))}. "
             f"The model knows {', '.join(map(repr, classes))}. Give a folder that holds folders of those names."
         )
-    samples = tuple(
-        Sample(file, classes.index(name)) for name in found for file in photos_in(folder / name)
-    )
+    samples = tuple(Sample(file, classes.index(name)) for name in found for file in photos_in(folder / name))
     if not samples:
         raise DataError(f"no photos in '{folder}'. Expected a folder for each of {', '.join(map(repr, classes))}.")
     return samples
@@ -123,8 +121,7 @@ def list_numbered(path: str | os.PathLike[str]) -> tuple[Sample, ...]:
         DataError: The table is missing, empty or malformed.
     """
     rows = _read_table(Path(path))
-    samples = tuple(sample for sample, split in rows if split == "val") or tuple(sample for sample, _ in rows)
-    return samples
+    return tuple(sample for sample, split in rows if split == "val") or tuple(sample for sample, _ in rows)
 
 
 def photos_in(folder: Path) -> list[Path]:
@@ -174,7 +171,8 @@ def _class_names(folder: Path) -> tuple[str, ...]:
         raise DataError(f"'{folder}' has {found} in it. Expected a folder of photos for each class.")
     if len(names) == 1:
         raise DataError(
-            f"'{folder}' has one class only ('{names[0]}'). Telling photos apart needs two or more folders, one per class."
+            f"'{folder}' has one class only ('{names[0]}'). Telling photos apart needs two or more folders, "
+            "one per class."
         )
     return names
 
@@ -220,7 +218,9 @@ def _read_table(path: Path) -> list[tuple[Sample, str]]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             if not {"path", "target"} <= set(reader.fieldnames or ()):
-                raise DataError(f"'{path}' has the columns {reader.fieldnames}, expected path,target (and maybe split).")
+                raise DataError(
+                    f"'{path}' has the columns {reader.fieldnames}, expected path,target (and maybe split)."
+                )
             for row in reader:
                 rows.append(_read_row(path, reader.line_num, row))
     except (UnicodeDecodeError, csv.Error) as error:

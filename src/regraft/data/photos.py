@@ -49,9 +49,12 @@ class Photos(Dataset[tuple[torch.Tensor, int | float]]):
         pixels = self._pixels(index)
         if seed is None:
             return self.transform(pixels), self.samples[index].target
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        state = torch.default_generator.get_state()  # the one that transforms draw from
+        try:
+            torch.default_generator.manual_seed(seed)
             return self.transform(pixels), self.samples[index].target
+        finally:
+            torch.default_generator.set_state(state)
 
     def augmented(self, transform: Transform) -> "Photos":
         """Return the same photos with another transform; the decoded pixels are shared."""

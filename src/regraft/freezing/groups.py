@@ -63,7 +63,7 @@ def build_optimizer(
         SelectionError: Nothing is trainable; the message says what is frozen and how to thaw it.
         ConfigError: No optimizer has that name, or it does not take these options.
     """
-    maker = _optimizer_class(name_or_class) if isinstance(name_or_class, str) else name_or_class
+    maker: Any = _optimizer_class(name_or_class) if isinstance(name_or_class, str) else name_or_class
     groups = param_groups(model, lr, weight_decay)
     try:
         return maker(groups, lr=lr, **options)
@@ -90,5 +90,9 @@ def _nothing_trainable(model: nn.Module) -> str:
     return (
         f"every parameter of {type(model).__name__} is frozen, so there is nothing to train. "
         f"Thaw some with regraft.unfreeze(model, {last})"
-        + (f" (--freeze fewer layers, or --unfreeze-all); top-level layers: {', '.join(children)}." if children else ".")
+        + (
+            f" (--freeze fewer layers, or --unfreeze-all); top-level layers: {', '.join(children)}."
+            if children
+            else "."
+        )
     )

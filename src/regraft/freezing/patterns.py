@@ -13,14 +13,14 @@ GLOB_SIGNS = frozenset("*?[")
 
 
 def select(model: nn.Module, *patterns: str) -> list[str]:
-    """Return the paths of the layers that match any of the patterns, in registration order.
+    r"""Return the paths of the layers that match any of the patterns, in registration order.
 
     Args:
         model: Any module.
         *patterns: Each one of
             a path (`"layer1.0.conv1"`; `""` is the model itself);
             a glob over whole paths, in which `*` also crosses dots (`"layer[12].*.bn?"`);
-            a regular expression that matches a whole path (`"re:layer[12]\\\\..*"`);
+            a regular expression that matches a whole path (`"re:layer[12]\\..*"`);
             a class name (`"type:BatchNorm2d"`), which base classes match as well;
             a slice of the top-level children (`"children[:6]"`, `"children[-1]"`).
 

@@ -33,7 +33,7 @@ MODE_DEPENDENT = (
 def sync_pins(model: nn.Module) -> list[str]:
     """Pin what the flags say is frozen, unpin the rest, and return the paths of the pinned layers."""
     pinned = []
-    for path, layer, frozen in _walk(model, "", _is_frozen(model)):
+    for path, layer, frozen in _walk(model, "", _is_frozen(model) is True):
         if frozen and _depends_on_mode(layer):
             pin(layer)
             pinned.append(path)

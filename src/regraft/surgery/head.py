@@ -68,7 +68,7 @@ def replace_head(model: nn.Module, new: int | nn.Module, *, path: str | None = N
     for head, layer in made.items():
         _put(edited, head, layer)
         if isinstance(new, int) and isinstance(getattr(edited, "num_classes", None), int):
-            edited.num_classes = new  # timm's networks and many others keep the width beside the layer
+            edited.__dict__["num_classes"] = new  # timm's networks and many others keep the width beside the layer
         _record(edited, head, new)
     return edited
 

@@ -12,8 +12,8 @@ from regraft.errors import ConfigError, nearest
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "constant"]
 
-HEAD_LR = 3e-3
-FINE_TUNE_LR = 3e-4
+HEAD_LR = 1e-2
+FINE_TUNE_LR = 5e-4
 SCRATCH_LR = 2e-3
 
 
@@ -31,7 +31,8 @@ class TrainConfig(BaseModel):
         epochs: Passes over the photos.
         batch_size: Photos per step.
         optimizer: Name of a class of torch.optim.
-        lr: Highest learning rate; None: 3e-3 for a head alone, 3e-4 for more of a pretrained network, 2e-3 from scratch.
+        lr: Highest learning rate; None: 1e-2 for a head alone, 5e-4 for more of a pretrained network, 2e-3 from
+            scratch.
         weight_decay: Of weight matrices and kernels; biases and norms are not decayed.
         schedule: `cosine`: linear warm-up over the first 5 % of the steps, then down to zero along a cosine;
             `constant`: no change.
@@ -56,11 +57,11 @@ class TrainConfig(BaseModel):
     freeze: tuple[str, ...] = ()
     freeze_until: str | None = None
     unfreeze_all: bool = False
-    epochs: int = Field(default=15, ge=1)
+    epochs: int = Field(default=25, ge=1)
     batch_size: int = Field(default=32, ge=1)
     optimizer: str = "adamw"
     lr: float | None = Field(default=None, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0)
     schedule: Schedule = "cosine"
     augment: Augmentation = "flip"
     loss: str | None = None

@@ -17,7 +17,7 @@ from regraft.data.photos import loader, read_photos
 from regraft.data.transforms import center_crop, normalize
 from regraft.errors import DataError, ModelError
 from regraft.progress import SILENT, Progress
-from regraft.training.loop import choose_engine, main_output, score
+from regraft.training.loop import choose_engine, score
 from regraft.training.metrics import Metrics, measure
 from regraft.zoo import preprocessing_of
 

@@ -109,7 +109,7 @@ def _train(job: Job, config: TrainConfig, folder: RunFolder | None, clock: "_Clo
     try:
         for epoch in range(1, config.epochs + 1):
             began = time.perf_counter()
-            sampler = getattr(job.material.train, "sampler", None)
+            sampler: Any = getattr(job.material.train, "sampler", None)
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
             batches = progress.track(job.material.train, f"epoch {epoch}/{config.epochs}", _length(job.material.train))
@@ -157,7 +157,12 @@ class _Best:
     """The weights that did best so far, and how they did."""
 
     def __init__(
-        self, epoch: int, metrics: Metrics, outputs: torch.Tensor, targets: torch.Tensor, tensors: dict[str, torch.Tensor]
+        self,
+        epoch: int,
+        metrics: Metrics,
+        outputs: torch.Tensor,
+        targets: torch.Tensor,
+        tensors: dict[str, torch.Tensor],
     ) -> None:
         self.epoch, self.metrics, self.outputs, self.targets = epoch, metrics, outputs, targets
         self._copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -200,8 +205,9 @@ def _class_names(job: Job, outputs: torch.Tensor) -> tuple[str, ...] | None:
 
 def _epoch_line(record: EpochRecord, epochs: int, *, is_best: bool) -> str:
     return (
-        f"epoch {record.epoch:>{len(str(epochs))}}/{epochs}  loss {record.train_loss:.4f}  validation loss "
-        f"{record.validation.loss:.4f}  {record.validation.headline()}  {record.seconds:.1f} s{'  best' if is_best else ''}"
+        f"epoch {record.epoch:>{len(str(epochs))}}/{epochs}  loss {record.train_loss:.4f}  "
+        f"validation loss {record.validation.loss:.4f}  {record.validation.headline()}  {record.seconds:.1f} s"
+        + ("  best" if is_best else "")
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -92,9 +92,8 @@ def _measure_classes(outputs: torch.Tensor, targets: torch.Tensor, classes: Sequ
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     predicted, labels = outputs.argmax(1), range(len(classes))
-    precision, recall, f1, support = precision_recall_fscore_support(
-        targets, predicted, labels=labels, zero_division=0.0
-    )
+    figures: Any = precision_recall_fscore_support(targets, predicted, labels=labels, zero_division=cast(Any, 0.0))
+    per_class = zip(classes, *(column.tolist() for column in figures), strict=True)
     bins = reliability(outputs, targets)
     return Metrics(
         task="classification",
@@ -102,10 +101,7 @@ def _measure_classes(outputs: torch.Tensor, targets: torch.Tensor, classes: Sequ
         loss=torch.nn.functional.cross_entropy(outputs, targets).item(),
         accuracy=(predicted == targets).double().mean().item(),
         calibration_error=sum(abs(mean - right) * count for mean, right, count in bins) / len(targets),
-        per_class=tuple(
-            ClassMetrics(name, *(float(value[i]) for value in (precision, recall, f1)), int(support[i]))
-            for i, name in enumerate(classes)
-        ),
+        per_class=tuple(ClassMetrics(*row) for row in per_class),
         confusion=tuple(tuple(row) for row in confusion_matrix(targets, predicted, labels=labels).tolist()),
     )
 

@@ -22,7 +22,7 @@ from regraft.errors import ConfigError, DataError, ModelError
 from regraft.freezing.freeze import freeze, unfreeze
 from regraft.freezing.groups import build_optimizer
 from regraft.progress import Progress
-from regraft.surgery.head import find_heads, replace_head
+from regraft.surgery.head import find_heads
 from regraft.training.config import FINE_TUNE_LR, HEAD_LR, SCRATCH_LR, TrainConfig
 from regraft.training.loop import Engine, choose_engine, main_output
 from regraft.training.losses import Loss, build_loss, check_loss

@@ -26,7 +26,9 @@ class EpochRecord:
     def to_row(self) -> dict[str, Any]:
         """Return the figures as one row of a table."""
         measured = self.validation.to_dict()
-        figures = {f"validation_{name}": measured[name] for name in ("loss", "accuracy", "mae", "r2") if name in measured}
+        figures = {
+            f"validation_{name}": measured[name] for name in ("loss", "accuracy", "mae", "r2") if name in measured
+        }
         return {"epoch": self.epoch, "train_loss": self.train_loss, **figures, "lr": self.lr, "seconds": self.seconds}
 
 

@@ -1,0 +1,43 @@
+# Needs Python >= 3.11 and make; everything else is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: install demo test slow check bench docs clean
+.DEFAULT_GOAL := install
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "regraft needs Python 3.11 or newer, and $(PYTHON) is older: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@if command -v uv >/dev/null; then uv=uv; else \
+		$(BIN)/python -m pip install --quiet uv; uv=$(BIN)/uv; fi; \
+	$$uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+	@echo "installed: $(BIN)/regraft --help"
+
+demo: install
+	$(BIN)/regraft demo --out regraft-demo --overwrite
+
+test: install
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+slow: install
+	$(BIN)/python -m pytest -m slow
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -p no:xdist -o addopts= -q tests/test_layering.py
+
+bench: install
+	$(BIN)/python benchmarks/few_images.py
+
+docs: install
+	$(BIN)/python -m pytest -o addopts= -q tests/test_docs.py
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache regraft-demo

@@ -1,0 +1,260 @@
+"""Figures as SVG text for a page: the page's font, its colour of text, and a transparent ground."""
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
+
+from regraft.report.text import shorten
+
+# Every one of these has a contrast of 3:1 or more on white and on the dark page alike.
+BLUE, ORANGE, GREEN, VIOLET, RED, TEAL = "#3b82f6", "#d97706", "#16a34a", "#a855f7", "#ef4444", "#0d9488"
+PART_COLORS = {"training": BLUE, "validation": ORANGE}
+CYCLE = (BLUE, ORANGE, GREEN, VIOLET, RED, TEAL)
+MARKERS = "osD^vP"
+CELL = "#2563eb"
+# Written by matplotlib, and then exchanged for what the page's style sheet decides.
+INK, GRID = "#010203", "#040506"
+
+STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.6,
+    "axes.unicode_minus": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4,
+    "path.simplify": True,
+}
+
+MOST_NUMBERED_CLASSES = 25
+MOST_DRAWN_CLASSES = 120
+MOST_VECTOR_POINTS = 2000
+MOST_MARKED_POINTS = 40
+
+WIDE, HIGH = 4.7, 3.0  # inches; two stand side by side on a desktop
+
+
+def learning_curves(
+    parts: Mapping[str, Sequence[float | None]], best_epoch: int, ylabel: str, *, from_zero: bool = False
+) -> str:
+    """Draw figures over the epochs, and mark the epoch that was kept.
+
+    Args:
+        parts: One figure per epoch of `training`, `validation` or both.
+        best_epoch: Counted from 1.
+        ylabel: What the figures are.
+        from_zero: Let the axis begin at zero, if no value is smaller.
+    """
+    with _drawing(f"curves {ylabel}", WIDE, HIGH) as drawing:
+        axes = drawing.figure.subplots()
+        axes.axvline(best_epoch, color=INK, linewidth=0.8, linestyle=(0, (3, 3)), label=f"kept: epoch {best_epoch}")
+        for name, values in parts.items():
+            color = PART_COLORS[name]
+            known = [float("nan") if value is None else value for value in values]
+            epochs = range(1, len(known) + 1)
+            axes.plot(epochs, known, color=color, label=name, marker="o" if len(known) <= MOST_MARKED_POINTS else "")
+            axes.plot(best_epoch, known[best_epoch - 1], "o", color=color, markersize=7)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+        axes.set(xlabel="epoch", ylabel=ylabel)
+        axes.margins(x=0.04, y=0.1)
+        if from_zero and axes.get_ylim()[0] > 0:
+            axes.set_ylim(bottom=0)
+        _legend_above(axes)
+    return drawing.svg
+
+
+def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str | None:
+    """Draw a confusion matrix: rows are true classes, columns predicted ones, the colour is the share of the row.
+
+    Args:
+        counts: K rows of K numbers of photos.
+        names: Names of the K classes.
+
+    Returns:
+        SVG; the numbers are left out above 25 classes. None above 120 classes: nobody could read it.
+    """
+    size = len(names)
+    if size > MOST_DRAWN_CLASSES:
+        return None
+    numbered = size <= MOST_NUMBERED_CLASSES
+    cell = 0.17 if not numbered else 0.36 if size > 12 else 0.52
+    labels = [shorten(name, 22) for name in names]
+    room = 0.075 * max(map(len, labels)) + 0.55  # for the names, which stand upright below
+    with _drawing("confusion", size * cell + room, size * cell + room) as drawing:
+        axes = drawing.figure.subplots()
+        for row, line in enumerate(counts):
+            for column, count in enumerate(line):
+                if count:
+                    _draw_cell(axes, row, column, count, count / sum(line), numbered=numbered)
+        axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xlabel="predicted", ylabel="true", aspect="equal")
+        font = 9 if numbered else 7
+        axes.set_xticks(range(size), labels, rotation=90, fontsize=font)
+        axes.set_yticks(range(size), labels, fontsize=font)
+        axes.set_xticks([edge - 0.5 for edge in range(size + 1)], minor=True)
+        axes.set_yticks([edge - 0.5 for edge in range(size + 1)], minor=True)
+        axes.grid(visible=False)
+        axes.grid(which="minor", color=GRID)
+        axes.tick_params(which="both", length=0)
+        axes.spines[:].set_visible(False)
+    return drawing.svg
+
+
+def reliability_diagram(bins: Sequence[tuple[float, float, int]]) -> str:
+    """Draw how often predictions are right over how sure they are, and below how many there are.
+
+    Args:
+        bins: (mean confidence, accuracy, count) of each of ten equal bins that has any.
+    """
+    confidence, accuracy, counts = zip(*bins, strict=True)
+    with _drawing("reliability", WIDE, 3.9) as drawing:
+        upper, lower = drawing.figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        upper.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=(0, (3, 3)), label="as sure as it is right")
+        upper.vlines(confidence, confidence, accuracy, color=ORANGE, linewidth=1.4, label="gap")
+        upper.plot(confidence, accuracy, "o-", color=BLUE, label="model")
+        upper.set(xlim=(0, 1), ylim=(-0.03, 1.03), ylabel="share that is right")
+        _legend_above(upper)
+        edges = [min(int(sure * 10), 9) / 10 for sure in confidence]
+        lower.bar(edges, counts, width=0.094, align="edge", color=BLUE, alpha=0.75)
+        lower.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=3, min_n_ticks=1))
+        lower.set(xlabel="probability of the predicted class", ylabel="count")
+    return drawing.svg
+
+
+def predicted_against_true(predicted: Sequence[float], true: Sequence[float]) -> str:
+    """Draw each prediction over the number that was to be found; right ones lie on the diagonal."""
+    low, high = min(*predicted, *true), max(*predicted, *true)
+    margin = 0.05 * (high - low) or 1.0
+    limits = (low - margin, high + margin)
+    with _drawing("scatter", WIDE, 4.2) as drawing:
+        axes = drawing.figure.subplots()
+        axes.plot(limits, limits, color=INK, linewidth=0.8, linestyle=(0, (3, 3)), label="right")
+        many = len(true) > MOST_VECTOR_POINTS
+        axes.plot(true, predicted, "o", color=BLUE, alpha=0.6, markeredgewidth=0, label="prediction", rasterized=many)
+        axes.set(xlim=limits, ylim=limits, aspect="equal", xlabel="true", ylabel="predicted")
+        _legend_above(axes)
+    return drawing.svg
+
+
+def residuals(errors: Sequence[float]) -> str:
+    """Draw how often errors (predicted − true) of each size occur."""
+    with _drawing("residuals", WIDE, 4.2) as drawing:
+        axes = drawing.figure.subplots()
+        axes.hist(errors, bins=max(8, min(40, round(len(errors) ** 0.5))), color=BLUE, alpha=0.75)
+        axes.axvline(0, color=INK, linewidth=0.8, linestyle=(0, (3, 3)))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set(xlabel="predicted − true", ylabel="count")
+    return drawing.svg
+
+
+def sweep(series: dict[str, list[tuple[float, float, float]]], xlabel: str, ylabel: str, *, log_x: bool = True) -> str:
+    """Draw one line with an error band per method.
+
+    Args:
+        series: (x, mean, standard deviation) of each point, by the method's name.
+        xlabel: What x is.
+        ylabel: What the mean is of.
+        log_x: Space x by its logarithm; each x that occurs gets a tick.
+    """
+    with _drawing(f"sweep {ylabel}", WIDE, 3.6) as drawing:
+        axes = drawing.figure.subplots()
+        for position, (name, points) in enumerate(series.items()):
+            color, marker = CYCLE[position % len(CYCLE)], MARKERS[position % len(MARKERS)]
+            x, mean, spread = zip(*sorted(points), strict=True)
+            lower = [middle - std for middle, std in zip(mean, spread, strict=True)]
+            upper = [middle + std for middle, std in zip(mean, spread, strict=True)]
+            axes.fill_between(x, lower, upper, color=color, alpha=0.16, linewidth=0)
+            axes.plot(x, mean, color=color, marker=marker, label=shorten(name, 40))
+        if log_x:
+            ticks = sorted({x for points in series.values() for x, _, _ in points})
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        _legend_above(axes)
+    return drawing.svg
+
+
+class _Drawing:
+    """A figure, and once it is finished its text."""
+
+    def __init__(self, figure: Figure) -> None:
+        self.figure = figure
+        self.svg = ""
+
+
+@contextmanager
+def _drawing(name: str, width: float, height: float) -> Iterator[_Drawing]:
+    """Yield an empty figure of that size in inches; write it at the end. Matplotlib's settings are as before then.
+
+    The salt makes the ids of clip paths and markers the same in each run and different in each figure of a page.
+    """
+    defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
+    style: Any = {**defaults, **STYLE, "svg.hashsalt": name}
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        # The browser has fonts for the letters that matplotlib's own font lacks.
+        warnings.filterwarnings("ignore", message="(?s).*Glyph .* missing from")
+        drawing = _Drawing(Figure(figsize=(width, height), layout="constrained", facecolor="none"))
+        yield drawing
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        drawing.figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
+    drawing.svg = _inline(buffer.getvalue(), width, height)
+
+
+def _inline(document: str, width: float, height: float) -> str:
+    """Turn an SVG document into an element of a page, which needs neither prolog nor namespaces."""
+    box = re.search(r'viewBox="[^"]*"', document)
+    body = re.search(r"<svg[^>]*>(.*</svg>)", document, re.DOTALL)
+    assert box is not None
+    assert body is not None
+    # "<" is escaped in names, so these patterns meet tags only.
+    text = re.sub(r'<g id="[^"]*_\d+">', "<g>", body[1])
+    text = re.sub(rf"(fill|stroke): {INK}", r"\1: currentColor", text)
+    text = re.sub(rf"(fill|stroke): {GRID}", r"\1: var(--grid, #8884)", text)
+    return f'<svg {box[0]} width="{width * 96:.0f}" height="{height * 96:.0f}" aria-hidden="true">{text}'
+
+
+def _draw_cell(axes: Axes, row: int, column: int, count: int, share: float, *, numbered: bool) -> None:
+    strength = 0.06 + 0.9 * share
+    axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=CELL, alpha=strength, linewidth=0))
+    if numbered:
+        axes.text(
+            column,
+            row,
+            str(count),
+            ha="center",
+            va="center_baseline",
+            fontsize=9 if count < 1000 else 6,
+            color="white" if strength > 0.75 else INK,
+        )
+
+
+def _legend_above(axes: Axes) -> None:
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, handlelength=1.4, columnspacing=1.2
+    )

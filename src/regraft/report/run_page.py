@@ -1,0 +1,194 @@
+"""What the page of one training run says."""
+
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regraft.anatomy.render import cells
+from regraft.anatomy.summary import LayerSummary, ModelSummary, summary
+from regraft.checkpoint.format import current_versions
+from regraft.report import plots
+from regraft.report.pictures import thumbnail
+from regraft.training.config import TrainConfig
+from regraft.training.metrics import reliability
+from regraft.training.result import FitResult
+
+MOST_PICTURES = 12
+MOST_PAIRS = 8
+OPEN_DEPTH = 2
+FEW_PHOTOS = 100
+NORMAL_QUANTILE = 1.959964  # of 0.975: leaves 2.5 % on either side
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A photo that was predicted wrongly: its name, what it shows, what was predicted, how sure or how far off."""
+
+    name: str
+    picture: str | None
+    true: str
+    predicted: str
+    degree: str
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A line of the table of layers."""
+
+    name: str
+    path: str
+    depth: int
+    state: str
+    cells: tuple[str, ...]
+
+
+def describe_run(result: FitResult) -> dict[str, Any]:
+    """Gather everything that `run.html` shows."""
+    page: dict[str, Any] = {
+        "result": result,
+        "plan": result.plan,
+        "metrics": result.validation,
+        "things": "photos" if result.paths else "examples",
+        "few": result.validation.count < FEW_PHOTOS,
+        "has_pictures": bool(result.paths),
+        "data": Path(result.config.data).name if result.config.data else None,
+        "predict_command": _predict_command(result.checkpoint),
+        "options": _options(result.config),
+        "versions": current_versions(),
+        "total_s": sum(result.seconds.values()),
+        "loss_name": _loss_name(result),
+        "losses": plots.learning_curves(
+            {
+                "training": [record.train_loss for record in result.history],
+                "validation": [record.validation.loss for record in result.history],
+            },
+            result.best_epoch,
+            "loss",
+            from_zero=True,
+        ),
+        **_layers(summary(result.model)),
+    }
+    page |= _about_numbers(result) if result.plan.task == "regression" else _about_classes(result)
+    return page
+
+
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a share.
+
+    Source: Wilson, Probable inference, the law of succession, and statistical inference (1927).
+
+    >>> [round(end, 3) for end in wilson_interval(9, 10)]
+    [0.596, 0.982]
+    """
+    share, z = correct / count, NORMAL_QUANTILE
+    scale = 1 + z**2 / count
+    middle = (share + z**2 / (2 * count)) / scale
+    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / scale
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _about_classes(result: FitResult) -> dict[str, Any]:
+    metrics = result.validation
+    names = [found.name for found in metrics.per_class]
+    correct = round((metrics.accuracy or 0.0) * metrics.count)
+    most = max(metrics.per_class, key=lambda found: found.count)
+    pairs = [
+        (count, names[row], names[column])
+        for row, line in enumerate(metrics.confusion)
+        for column, count in enumerate(line)
+        if count and row != column
+    ]
+    return {
+        "correct": correct,
+        "interval": wilson_interval(correct, metrics.count),
+        "most_frequent": (most.name, most.count / metrics.count),
+        "progress": plots.learning_curves(
+            {"validation": [record.validation.accuracy for record in result.history]}, result.best_epoch, "accuracy"
+        ),
+        "confusion": plots.confusion(metrics.confusion, names),
+        "confusion_numbered": len(names) <= plots.MOST_NUMBERED_CLASSES,
+        "pairs": sorted(pairs, key=lambda pair: -pair[0])[:MOST_PAIRS],
+        "reliability": plots.reliability_diagram(reliability(result.outputs, result.targets)),
+        "mistakes": _confident_mistakes(result, names),
+    }
+
+
+def _about_numbers(result: FitResult) -> dict[str, Any]:
+    predicted, true = result.outputs.double().flatten(), result.targets.double().flatten()
+    errors = predicted - true
+    worst = errors.abs().argsort(descending=True, stable=True)[:MOST_PICTURES].tolist() if result.paths else []
+    return {
+        "progress": plots.learning_curves(
+            {"validation": [record.validation.mae for record in result.history]},
+            result.best_epoch,
+            "mean absolute error",
+            from_zero=True,
+        ),
+        "scatter": plots.predicted_against_true(predicted.tolist(), true.tolist()),
+        "residuals": plots.residuals(errors.tolist()),
+        "mistakes": [
+            Mistake(
+                name=result.paths[index].name,
+                picture=thumbnail(result.paths[index]),
+                true=f"{true[index].item():.4g}",
+                predicted=f"{predicted[index].item():.4g}",
+                degree=f"{errors[index].item():+.4g}",
+            )
+            for index in worst
+        ],
+    }
+
+
+def _confident_mistakes(result: FitResult, names: list[str]) -> list[Mistake]:
+    if not result.paths:
+        return []
+    probability, predicted = result.outputs.double().softmax(1).max(1)
+    wrong = (predicted != result.targets).nonzero().flatten()
+    order = probability[wrong].argsort(descending=True, stable=True)
+    indices: list[int] = wrong[order][:MOST_PICTURES].tolist()
+    return [
+        Mistake(
+            name=result.paths[index].name,
+            picture=thumbnail(result.paths[index]),
+            true=names[int(result.targets[index])],
+            predicted=names[int(predicted[index])],
+            degree=f"{probability[index].item():.1%}",
+        )
+        for index in indices
+    ]
+
+
+def _layers(found: ModelSummary) -> dict[str, Any]:
+    rows = [_layer_row(layer) for layer in found.layers]
+    upper = [row for row in rows if row.depth <= OPEN_DEPTH]
+    return {"layers": upper, "all_layers": rows if len(rows) > len(upper) else None, "model_summary": found}
+
+
+def _layer_row(layer: LayerSummary) -> LayerRow:
+    name = layer.path.rpartition(".")[2] or layer.type
+    return LayerRow(name, layer.path, layer.depth, layer.state, cells(layer)[:-1])
+
+
+def _options(config: TrainConfig) -> list[tuple[str, str, bool]]:
+    """Return (name, value, whether it differs from the default) of every option."""
+    defaults = {name: field.default for name, field in TrainConfig.model_fields.items()}
+    return [(name, _option_text(value), value != defaults[name]) for name, value in config]
+
+
+def _option_text(value: Any) -> str:
+    if value is None or value == ():
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _loss_name(result: FitResult) -> str:
+    """Say what the loss on the validation photos is, which is the same whatever was trained with."""
+    return "mean squared error" if result.plan.task == "regression" else "cross-entropy"
+
+
+def _predict_command(checkpoint: Path | None) -> str | None:
+    return f"regraft predict {shlex.quote(str(checkpoint))} photo.jpg" if checkpoint is not None else None

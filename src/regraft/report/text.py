@@ -1,0 +1,60 @@
+"""Text from outside (file names, class names) and numbers, written so that a page can show them."""
+
+import unicodedata
+
+BIDI_CONTROLS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder what stands around
+NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
+
+
+def visible(text: str) -> str:
+    r"""Return `text` with control characters, and bytes that are no UTF-8, written as escapes.
+
+    Escaping for HTML is not done here: that is the template's job.
+
+    >>> print(visible("one\ntwo \udcff"))
+    one\ntwo \xff
+    """
+    return "".join(map(_visible_character, text))
+
+
+def shorten(text: str, limit: int) -> str:
+    """Cut the middle out of a text that is longer than `limit` characters.
+
+    >>> shorten("Staffordshire bullterrier", 12)
+    'Staffo…rrier'
+    """
+    text = visible(text)
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]}…{text[len(text) - (limit - 1) // 2 :]}"
+
+
+def percent(share: float) -> str:
+    """Write a share in percent, with one decimal."""
+    return f"{100 * share:.1f}{NO_BREAK_SPACE}%"
+
+
+def number(value: float) -> str:
+    """Write a number with four significant digits."""
+    return f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Write a time with the precision that a reader needs.
+
+    >>> duration(0.0312), duration(75.2), duration(7325)
+    ('0.03 s', '1 min 15 s', '2 h 2 min')
+    """
+    if seconds < 59.95:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _visible_character(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python carries a byte of a file name that is no UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    if unicodedata.category(character) in ("Cc", "Cs") or character in BIDI_CONTROLS:
+        return character.encode("unicode_escape").decode("ascii")
+    return character
