@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
+from jinja2 import UndefinedError
 from PIL import Image
 from scipy.stats import binomtest
 from torch import nn
@@ -51,10 +52,6 @@ class Page(HTMLParser):
 
     def all(self, tag: str) -> list[dict[str, str]]:
         return [attributes for found, attributes in self.tags if found == tag]
-
-    @property
-    def ids(self) -> set[str]:
-        return {attributes["id"] for _, attributes in self.tags if "id" in attributes}
 
 
 def tiny_model(outputs: int) -> nn.Module:
@@ -168,7 +165,8 @@ def test_page_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
     anchors = {attributes["href"] for attributes in page.all("a")}
     references = {attributes["xlink:href"] for attributes in page.all("use")}
     assert anchors
-    assert {target[1:] for target in anchors | references} <= page.ids
+    ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    assert {target[1:] for target in anchors | references} <= ids
 
 
 def test_figures_in_the_text_are_those_of_the_result(tmp_path: Path) -> None:
@@ -189,7 +187,7 @@ def test_figures_in_the_text_are_those_of_the_result(tmp_path: Path) -> None:
     assert "2,345 examples to learn from, 60 for validation" in page.text
     assert "bee 11 3" in page.text
     assert "training 1 min 1 s" in page.text
-    assert torch.__version__ in page.text
+    assert f"torch {torch.__version__.partition('+')[0]}" in page.text
 
 
 @pytest.mark.parametrize(("correct", "count"), [(0, 7), (7, 7), (132, 153), (1, 1)])
@@ -266,7 +264,7 @@ def test_datasets_that_are_no_files_have_no_pictures(tmp_path: Path) -> None:
     unknown = replace(result.plan, counts=(), train_count=None)
     page = written(replace(result, plan=unknown), tmp_path)
     assert "No pictures" in page.text
-    assert "unknown number" in page.text
+    assert "An unknown number of examples to learn from, 60 for" in page.text
     assert not page.all("img")
     assert all(
         f" {index} {found.precision:.3f} " in page.text for index, found in enumerate(result.validation.per_class)
@@ -333,12 +331,13 @@ def test_regression_with_equal_targets(tmp_path: Path) -> None:
     assert "all targets are equal" in written(result, tmp_path).text
 
 
-def test_layers_say_what_was_frozen(tmp_path: Path) -> None:
+def test_layers_say_what_was_frozen_and_options_what_was_chosen(tmp_path: Path) -> None:
     page = written(classified(("a", "b")), tmp_path)
     assert "0 Conv2d 1×4×222×222 112 5,322,672 frozen" in page.text
     assert "4 Linear 1×2 10 8 trainable" in page.text
     assert {"frozen", "trainable", "partly frozen"} <= set(page.pieces)
     assert "All 9 layers" in page.text
+    assert all(f" {name} " in page.text for name in TrainConfig.model_fields)
 
 
 def test_every_table_head_has_a_scope_and_every_figure_a_label(tmp_path: Path) -> None:
@@ -347,11 +346,6 @@ def test_every_table_head_has_a_scope_and_every_figure_a_label(tmp_path: Path) -
     figures = [attributes for attributes in page.all("div") if attributes.get("role") == "img"]
     assert len(figures) == len(page.all("figure")) == 4
     assert all(attributes["aria-label"] for attributes in figures)
-
-
-def test_all_options_stand_on_the_page(tmp_path: Path) -> None:
-    page = written(classified(("a", "b")), tmp_path)
-    assert all(f" {name} " in page.text for name in TrainConfig.model_fields)
 
 
 def test_failed_write_leaves_the_previous_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,8 +371,6 @@ def test_missing_folder_is_an_error_that_says_so(tmp_path: Path) -> None:
 
 
 def test_page_needs_every_variable() -> None:
-    from jinja2 import UndefinedError
-
     with pytest.raises(UndefinedError):
         render("run.html", result=None)
 

@@ -2,7 +2,6 @@
 
 import io
 import sys
-from collections.abc import Callable
 
 import typer
 
@@ -10,7 +9,7 @@ from regraft.cli.demo import demo
 from regraft.cli.evaluate import evaluate
 from regraft.cli.inspect import inspect
 from regraft.cli.models import models
-from regraft.cli.output import guarded, say
+from regraft.cli.output import say
 from regraft.cli.predict import predict
 from regraft.cli.train import train
 
@@ -22,9 +21,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-COMMANDS: tuple[Callable[..., None], ...] = (train, evaluate, predict, inspect, models, demo)
-for command in COMMANDS:
-    app.command()(guarded(command))
+for command in (train, evaluate, predict, inspect, models, demo):
+    app.command()(command)
 
 
 def _show_version(wanted: bool) -> None:

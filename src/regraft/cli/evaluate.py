@@ -4,9 +4,10 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from regraft.cli.output import ConsoleProgress, say, say_json, say_table
+from regraft.cli.output import ConsoleProgress, guarded, say, say_json, say_table
 
 
+@guarded
 def evaluate(
     checkpoint: Annotated[str, Argument(help="A file that `regraft train` or regraft.save wrote.")],
     data: Annotated[str, Argument(help="Folder with a folder per class, or one that holds val/; or a .csv table.")],

@@ -5,9 +5,10 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from regraft.cli.output import require, say, say_json
+from regraft.cli.output import guarded, require, say, say_json
 
 
+@guarded
 def inspect(
     model: Annotated[str, Argument(help="A name (resnet18, timm/NAME, py:FILE:Class) or a checkpoint file.")],
     depth: Annotated[int | None, Option(help="Levels of layers to show. [default: all]", min=0)] = None,

@@ -4,9 +4,10 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from regraft.cli.output import say, say_json
+from regraft.cli.output import guarded, say, say_json
 
 
+@guarded
 def models(
     pattern: Annotated[str, Argument(help="Part of a name, or a glob.")] = "*",
     as_json: Annotated[bool, Option("--json", help="Print the names as JSON.")] = False,

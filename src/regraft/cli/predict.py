@@ -6,9 +6,10 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from regraft.cli.output import ConsoleProgress, require, say_json, say_table
+from regraft.cli.output import ConsoleProgress, guarded, require, say_json, say_table
 
 
+@guarded
 def predict(
     checkpoint: Annotated[str, Argument(help="A file that `regraft train` or regraft.save wrote.")],
     images: Annotated[list[str], Argument(help="Photos, or folders of photos.")],

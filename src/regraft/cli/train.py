@@ -5,9 +5,10 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from regraft.cli.output import ConsoleProgress, require, say, say_json, say_table
+from regraft.cli.output import ConsoleProgress, guarded, require, say, say_json, say_table
 
 
+@guarded
 def train(
     data: Annotated[
         str | None, Argument(help="Folder with train/ and val/, folder with a folder per class, or .csv path,target.")

@@ -67,7 +67,7 @@ def learning_curves(
         parts: One figure per epoch of `training`, `validation` or both.
         best_epoch: Counted from 1.
         ylabel: What the figures are.
-        from_zero: Let the axis begin at zero, if no value is smaller.
+        from_zero: Let the axis begin at zero where no value is smaller.
     """
     with _drawing(f"curves {ylabel}", WIDE, HIGH) as drawing:
         axes = drawing.figure.subplots()
@@ -78,12 +78,12 @@ def learning_curves(
             epochs = range(1, len(known) + 1)
             axes.plot(epochs, known, color=color, label=name, marker="o" if len(known) <= MOST_MARKED_POINTS else "")
             axes.plot(best_epoch, known[best_epoch - 1], "o", color=color, markersize=7)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1, steps=[1, 2, 5, 10]))
         axes.set(xlabel="epoch", ylabel=ylabel)
         axes.margins(x=0.04, y=0.1)
-        if from_zero and axes.get_ylim()[0] > 0:
+        if from_zero and not any(value is not None and value < 0 for values in parts.values() for value in values):
             axes.set_ylim(bottom=0)
-        _legend_above(axes)
+        _legend_above(drawing.figure)
     return drawing.svg
 
 
@@ -136,7 +136,7 @@ def reliability_diagram(bins: Sequence[tuple[float, float, int]]) -> str:
         upper.vlines(confidence, confidence, accuracy, color=ORANGE, linewidth=1.4, label="gap")
         upper.plot(confidence, accuracy, "o-", color=BLUE, label="model")
         upper.set(xlim=(0, 1), ylim=(-0.03, 1.03), ylabel="share that is right")
-        _legend_above(upper)
+        _legend_above(drawing.figure)
         edges = [min(int(sure * 10), 9) / 10 for sure in confidence]
         lower.bar(edges, counts, width=0.094, align="edge", color=BLUE, alpha=0.75)
         lower.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=3, min_n_ticks=1))
@@ -155,7 +155,7 @@ def predicted_against_true(predicted: Sequence[float], true: Sequence[float]) ->
         many = len(true) > MOST_VECTOR_POINTS
         axes.plot(true, predicted, "o", color=BLUE, alpha=0.6, markeredgewidth=0, label="prediction", rasterized=many)
         axes.set(xlim=limits, ylim=limits, aspect="equal", xlabel="true", ylabel="predicted")
-        _legend_above(axes)
+        _legend_above(drawing.figure)
     return drawing.svg
 
 
@@ -195,7 +195,7 @@ def sweep(series: dict[str, list[tuple[float, float, float]]], xlabel: str, ylab
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        _legend_above(axes)
+        _legend_above(drawing.figure, columns=2)
     return drawing.svg
 
 
@@ -236,7 +236,8 @@ def _inline(document: str, width: float, height: float) -> str:
     text = re.sub(r'<g id="[^"]*_\d+">', "<g>", body[1])
     text = re.sub(rf"(fill|stroke): {INK}", r"\1: currentColor", text)
     text = re.sub(rf"(fill|stroke): {GRID}", r"\1: var(--grid, #8884)", text)
-    return f'<svg {box[0]} width="{width * 96:.0f}" height="{height * 96:.0f}" aria-hidden="true">{text}'
+    across, down = (f"{inches * 96:.0f}" for inches in (width, height))
+    return f'<svg {box[0]} width="{across}" height="{down}" style="--width: {across}px" aria-hidden="true">{text}'
 
 
 def _draw_cell(axes: Axes, row: int, column: int, count: int, share: float, *, numbered: bool) -> None:
@@ -254,7 +255,5 @@ def _draw_cell(axes: Axes, row: int, column: int, count: int, share: float, *, n
         )
 
 
-def _legend_above(axes: Axes) -> None:
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, handlelength=1.4, columnspacing=1.2
-    )
+def _legend_above(figure: Figure, columns: int = 3) -> None:
+    figure.legend(loc="outside upper left", ncols=columns, borderaxespad=0.2, handlelength=1.4, columnspacing=1.2)
