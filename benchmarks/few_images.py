@@ -38,7 +38,9 @@ def main() -> None:
                 seconds.append(time.perf_counter() - began)
                 best.append(result.validation.accuracy or 0.0)
                 last.append(result.history[-1].validation.accuracy or 0.0)
-            print(f"{data:22}{start:14}{spread(best):>22}{spread(last):>22}{statistics.mean(seconds):>10.1f}", flush=True)
+            print(
+                f"{data:22}{start:14}{spread(best):>22}{spread(last):>22}{statistics.mean(seconds):>10.1f}", flush=True
+            )
 
 
 def spread(values: list[float]) -> str:

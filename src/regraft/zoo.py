@@ -6,6 +6,7 @@ A name is bare for torchvision (`resnet18`), `timm/NAME` for timm, and `py:path/
 
 import contextlib
 import fnmatch
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -21,6 +22,7 @@ from regraft.errors import InputError, ModelError, TrustError, nearest
 
 TIMM = "timm/"
 PYTHON = "py:"
+NETWORK_LIBRARIES = ("http", "huggingface_hub", "httpx", "httpx2", "httpcore2")
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -206,8 +208,8 @@ def _timm_names() -> list[str]:
 def _unknown_model(name: str) -> str:
     known = _torchvision_names() + _timm_names()
     timms = [found for found in known if found == TIMM + name]
-    hint = f"Did you mean '{timms[0]}'?" if timms else nearest(name, known)
-    return f"no model '{name}'. {hint} `regraft models` lists all; a class of your own is py:FILE:Class."
+    hint = f"Did you mean '{timms[0]}'? " if timms else f"{nearest(name, known)} ".lstrip()
+    return f"no model '{name}'. {hint}`regraft models` lists all; a class of your own is py:FILE:Class."
 
 
 @contextlib.contextmanager
@@ -217,7 +219,8 @@ def _downloads(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         library = type(error).__module__.partition(".")[0]
-        if not isinstance(error, OSError) and library not in ("huggingface_hub", "httpx", "httpx2", "httpcore2"):
+        is_cut_off = isinstance(error, RuntimeError) and str(error).startswith("invalid hash value")  # torch.hub's
+        if not isinstance(error, OSError) and not is_cut_off and library not in NETWORK_LIBRARIES:
             raise
         raise ModelError(
             f"the weights of '{name}' cannot be downloaded ({type(error).__name__}: {error}). Without a network, pass "
@@ -228,13 +231,20 @@ def _downloads(name: str) -> Iterator[None]:
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ModelError(f"no file '{path}' (looked from {Path.cwd()}). Give the path of the file with the class.")
-    module_name = f"regraft_user_{path.stem}"
+    version = f"{path.resolve()} {path.stat().st_mtime_ns}"
+    module_name = f"regraft_user_{path.stem}_{hashlib.sha256(version.encode()).hexdigest()[:8]}"
+    if module_name in sys.modules:  # importing it again would make a second class of the same name
+        return sys.modules[module_name]
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # so that dataclasses and pickling in that file find their module
-    return _run_import(lambda: (cast(Any, spec.loader).exec_module(module), module)[1], str(path))
+    try:
+        return _run_import(lambda: (cast(Any, spec.loader).exec_module(module), module)[1], str(path))
+    except ModelError:
+        del sys.modules[module_name]
+        raise
 
 
 def _import_module(name: str) -> ModuleType:

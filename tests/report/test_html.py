@@ -17,7 +17,8 @@ from torch import nn
 
 from regraft.data.decode import Unreadable
 from regraft.errors import RunError
-from regraft.report import plots, render, write_page, write_report
+from regraft.report import plots, write_report
+from regraft.report.html import render, write_page
 from regraft.report.run_page import wilson_interval
 from regraft.training.config import TrainConfig
 from regraft.training.metrics import measure

@@ -30,6 +30,17 @@ def preserved_randomness(seed: int | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def thread_count(count: int) -> Iterator[None]:
+    """Let torch use that many threads within an operation, and as many as before on leaving."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put `model` into evaluation mode, and every module's own `.training` back on leaving."""
     before = [(module, module.training) for module in model.modules()]

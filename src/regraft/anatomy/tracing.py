@@ -76,7 +76,7 @@ def trace(model: nn.Module, input_size: Sequence[int] | None = None) -> Trace:
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # the fused kernel hides its multiply-adds
         with preserved_randomness(), torch.no_grad(), fake_mode, recorder.counter, recorder.parameter_watch:
-            twin(torch.empty(size))
+            twin(torch.empty(size, dtype=_precision(model)))
     except Exception as error:
         raise ModelError(recorder.describe_failure(type(model).__name__, size, error)) from error
     finally:
@@ -95,6 +95,12 @@ def guess_input_size(model: nn.Module) -> Shape:
     preprocessing = preprocessing_of(model)
     channels = first.in_channels if isinstance(first, nn.Conv2d) else preprocessing.channels
     return (1, channels, preprocessing.size, preprocessing.size)
+
+
+def _precision(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the inputs that `model` takes: that of its first floating-point parameter."""
+    dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return next(dtypes, torch.get_default_dtype())
 
 
 def _fake_twin(model: nn.Module, fake_mode: FakeTensorMode) -> nn.Module:

@@ -11,6 +11,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from regraft.card import Card
@@ -54,8 +55,12 @@ def current_versions() -> dict[str, str]:
     """Return the versions of the libraries that a result depends on."""
     from importlib.metadata import version
 
-    names = ("regraft", "torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    names = ("regraft", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "safetensors")
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # with the build, as in 2.10.0+cu128
+        **{name: version(name) for name in names},
+    }
 
 
 def read_header(path: Path) -> Header | None:
@@ -80,20 +85,29 @@ def read_header(path: Path) -> Header | None:
             )
         raw = file.read(length)
     try:
-        metadata = json.loads(raw).get("__metadata__") or {}
+        content = json.loads(raw)
+        metadata = content.get("__metadata__")
     except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"'{path}' is no safetensors file: its header is not JSON ({error}).") from error
-    if KEY not in metadata:
+    if not isinstance(metadata, dict) or KEY not in metadata:
         return None
+    return _parse_header(path, metadata[KEY])
+
+
+def _parse_header(path: Path, text: str) -> Header:
     try:
-        header = Header.model_validate_json(metadata[KEY])
-    except ValidationError as error:
-        raise CheckpointError(f"'{path}' has a header that does not fit the format {VERSION}: {error}.") from error
-    if header.format.partition(".")[0] != VERSION.partition(".")[0]:
+        version = str(json.loads(text)["format"])  # first: the rest of another major version may mean anything
+        if version.partition(".")[0] != VERSION.partition(".")[0]:
+            raise CheckpointError(
+                f"'{path}' has the format {version}; this version reads {VERSION}. Install a newer regraft."
+            )
+        return Header.model_validate_json(text)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        problem = error.errors()[0] if isinstance(error, ValidationError) else None
+        reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" if problem else f"it is not JSON ({error})"
         raise CheckpointError(
-            f"'{path}' has the format {header.format}; this version reads {VERSION}. Install a newer regraft."
-        )
-    return header
+            f"'{path}' has a header that does not fit the format {VERSION}: {reason}. Get or make the file again."
+        ) from error
 
 
 def is_safetensors(path: Path) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from regraft.anatomy.paths import parent_and_name
 from regraft.card import ATTRIBUTE
 from regraft.checkpoint.build import rebuild
 from regraft.checkpoint.digest import tensor_digest
@@ -41,6 +42,7 @@ def load(path: str | os.PathLike[str], *, device: str = "cpu", trust_code: bool 
     model = rebuild(header.card.recipe, trust_code=trust_code)
     tensors, _ = read_tensors(source)
     _verify(source, header, tensors)
+    _tie(model, header.shared)
     slots = model.state_dict(keep_vars=True)
     for name in [*slots, *tensors]:
         if name not in tensors or name not in slots or tensors[name].shape != slots[name].shape:
@@ -55,6 +57,15 @@ def load(path: str | os.PathLike[str], *, device: str = "cpu", trust_code: bool 
     setattr(model, ATTRIBUTE, header.card)
     sync_pins(model)
     return model.eval().to(device)
+
+
+def _tie(model: nn.Module, shared: dict[str, str]) -> None:
+    """Make one tensor of those that were one when they were saved, where the architecture itself does not."""
+    slots = model.state_dict(keep_vars=True)
+    for alias, name in shared.items():
+        if alias in slots and name in slots and slots[alias] is not slots[name]:
+            parent, attribute = parent_and_name(alias)
+            setattr(model.get_submodule(parent), attribute, slots[name])
 
 
 def _verify(path: Path, header: Header, tensors: dict[str, torch.Tensor]) -> None:

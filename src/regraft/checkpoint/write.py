@@ -40,7 +40,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, 
     card = card_of(model)
     if card.recipe is None:
         card = card.model_copy(update={"recipe": _described(model)})
-    elif (difference := _difference_from_recipe(model)) is not None:
+    elif (difference := _difference(model, card.recipe)) is not None:
         warnings.warn(
             f"the model no longer matches its recipe ({difference}), so it is saved without one: load it with "
             "load_weights into a model of your own. Edits made with regraft keep the recipe.",
@@ -63,9 +63,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, 
 def _described(model: nn.Module) -> Recipe | None:
     """Describe a network made of layers of torch.nn alone; None for any other."""
     try:
-        return Recipe(source=Source(name="torch.nn", weights="none", layers=describe(model)))
+        recipe = Recipe(source=Source(name="torch.nn", weights="none", layers=describe(model)))
     except EditError:
         return None
+    return recipe if _difference(model, recipe) is None else None
 
 
 def _unshared(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -81,23 +82,31 @@ def _unshared(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]
     return tensors, shared
 
 
-def _difference_from_recipe(model: nn.Module) -> str | None:
-    """Name the first tensor in which `model` differs from what its recipe builds; None where there is none."""
-    recipe = card_of(model).recipe
-    assert recipe is not None
+def _difference(model: nn.Module, recipe: Recipe) -> str | None:
+    """Name the first place in which `model` differs from what `recipe` builds; None where there is none."""
     try:
-        expected = _shapes_of(recipe.model_dump_json())
+        expected = _expected_structure(recipe.model_dump_json())
     except RegraftError as error:
         return str(error)
-    found = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = _structure(model)
     return next((f"'{name}'" for name in [*expected, *found] if found.get(name) != expected.get(name)), None)
 
 
 @functools.lru_cache(maxsize=4)
-def _shapes_of(recipe_json: str) -> dict[str, torch.Size]:
+def _expected_structure(recipe_json: str) -> dict[str, object]:
     # A class of the user's own is running already, as the model exists: importing it again trusts nothing new.
-    model = rebuild(Recipe.model_validate_json(recipe_json), trust_code=True)
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+    return _structure(rebuild(Recipe.model_validate_json(recipe_json), trust_code=True))
+
+
+def _structure(model: nn.Module) -> dict[str, object]:
+    """Return the shape of each tensor and the kind of each layer, with what the kind alone does not say of it."""
+    kinds = {path: type(layer).__name__ for path, layer in model.named_modules(remove_duplicate=False)}
+    geometry = {
+        path: f"{kinds[path]}({layer.extra_repr()})"  # stride, padding and the like, which no tensor shows
+        for path, layer in model.named_modules(remove_duplicate=False)
+        if type(layer).__module__ in ("torch.nn.modules.conv", "torch.nn.modules.pooling")
+    }
+    return kinds | geometry | {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def _write_atomically(target: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

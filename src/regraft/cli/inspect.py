@@ -26,7 +26,7 @@ def inspect(
     from regraft.anatomy import summary
     from regraft.zoo import build
 
-    if Path(model).is_file():
+    if Path(model).is_file() or model.endswith(".safetensors"):
         _inspect_checkpoint(Path(model), size, depth, trust_code=trust_code, as_json=as_json)
         return
     found = summary(build(model, trust_code=trust_code), size, depth)

@@ -80,7 +80,9 @@ def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Resul
         import typer
 
         try:
-            return command(*args, **kwargs)
+            result = command(*args, **kwargs)
+            sys.stdout.flush()  # here, where a pipe that nobody reads any more is no surprise
+            return result
         except RegraftError as error:
             _complain(f"error: {error}")
             raise typer.Exit(error.exit_code) from error
@@ -90,6 +92,9 @@ def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Resul
         except BrokenPipeError as error:  # whoever reads our output has seen enough, as with `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from error
+        except OSError as error:  # a disk that is full, a folder that may not be read
+            _complain(f"error: {error}")
+            raise typer.Exit(RegraftError.exit_code) from error
 
     return run
 

@@ -62,6 +62,7 @@ def train(
     options.setdefault("out", _free_folder(str(options["data"])))
     settings = make_config(options, "the options")
 
+    from regraft.errors import Interrupted
     from regraft.report import write_report
     from regraft.training.fit import fit
 
@@ -70,7 +71,10 @@ def train(
         settings.model, settings.data, config=settings, overwrite=overwrite, trust_code=trust_code, progress=progress
     )
     assert result.out is not None
-    report = write_report(result, result.out / "report.html")
+    try:
+        report = write_report(result, result.out / "report.html")
+    except KeyboardInterrupt as interruption:
+        raise Interrupted(f"stopped by Ctrl-C. The model is kept in '{result.checkpoint}'.") from interruption
     if as_json:
         say_json({**result.to_dict(), "report": str(report)})
         return

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,10 +50,12 @@ def decode(source: Path | Image.Image, preprocessing: Preprocessing) -> torch.Te
         if isinstance(source, Image.Image):
             image = _plain(source, preprocessing.channels)
         else:
+            if source.exists() and not source.is_file():
+                raise DataError("not a file")  # opening a named pipe would wait for ever
             with Image.open(source) as opened:
                 image = _plain(opened, preprocessing.channels)
         image = _resize(image, preprocessing)
-    except MemoryError:
+    except (MemoryError, DataError):
         raise
     except Exception as error:  # the decoders of so many formats raise almost anything
         raise DataError(_reason(source, error)) from error
@@ -88,7 +91,10 @@ def quiet_decoders() -> Iterator[None]:
 def _plain(image: Image.Image, channels: int) -> Image.Image:
     """Convert to 8-bit gray or RGB, upright."""
     image.load()
-    image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(
+        SyntaxError, ValueError, TypeError, KeyError, struct.error
+    ):  # of metadata that cannot be read
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_eight_bits(image)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
@@ -100,7 +106,9 @@ def _plain(image: Image.Image, channels: int) -> Image.Image:
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     values: Any = np.asarray(image, dtype=np.float64)
     if image.mode == "F":
-        low, high = values.min(), values.max()
+        finite = values[np.isfinite(values)]
+        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+        values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
         values = (values - low) / max(high - low, 1e-12) * 255
     elif image.mode != "I" or values.max() > 255:  # "I" has 32 bits, of which files use 8 or 16
         values = values / 257  # 65535 → 255
@@ -121,11 +129,8 @@ def _resize(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
 
 
 def _reason(source: Path | Image.Image, error: Exception) -> str:
-    if isinstance(source, Path):
-        if not source.exists():
-            return "no such file"
-        if source.stat().st_size == 0:
-            return "the file is empty"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image"
+        return "the file is empty" if isinstance(source, Path) and source.stat().st_size == 0 else "not an image"
     return f"{type(error).__name__}: {error}"

@@ -1,6 +1,7 @@
 """Folders and tables of photos → a listing of which photo is for what, before any photo is opened."""
 
 import csv
+import math
 import os
 import random
 from collections import Counter
@@ -169,6 +170,11 @@ def _class_names(folder: Path) -> tuple[str, ...]:
         loose = len(photos_in(folder))
         found = f"{loose} files but no folders" if loose else "nothing"
         raise DataError(f"'{folder}' has {found} in it. Expected a folder of photos for each class.")
+    if unnamed := [name for name in names if not _is_unicode(name)]:
+        raise DataError(
+            f"the folder {unnamed[0]!r} in '{folder}' has bytes in its name that are no UTF-8, and cannot be the name of "
+            "a class. Rename it."
+        )
     if len(names) == 1:
         raise DataError(
             f"'{folder}' has one class only ('{names[0]}'). Telling photos apart needs two or more folders, "
@@ -231,14 +237,26 @@ def _read_table(path: Path) -> list[tuple[Sample, str]]:
 
 
 def _read_row(path: Path, line: int, row: dict[str, str]) -> tuple[Sample, str]:
+    if not row["path"]:
+        raise DataError(
+            f"'{path}', line {line}: there is no path. Expected the path of a photo, relative to the table."
+        )
     try:
         target = float(row["target"])
-    except (TypeError, ValueError) as error:
-        raise DataError(f"'{path}', line {line}: the target '{row['target']}' is not a number.") from error
+    except (TypeError, ValueError):
+        target = math.nan
+    if not math.isfinite(target):
+        raise DataError(
+            f"'{path}', line {line}: the target '{row['target'] or ''}' is not a number. Expected a finite one, as in 3.5."
+        )
     split = (row.get("split") or "").strip().lower()
     if split not in ("", "train", *VALIDATION_NAMES):
         raise DataError(f"'{path}', line {line}: the split '{split}' is neither 'train' nor 'val'.")
     return Sample(path.parent / row["path"], target), "val" if split in VALIDATION_NAMES else split
+
+
+def _is_unicode(name: str) -> bool:
+    return name.encode("utf-8", errors="ignore").decode("utf-8") == name
 
 
 def _names(names: set[str]) -> str:

@@ -87,6 +87,7 @@ def _parameter_names(
     everything = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     if not patterns and until is None and since is None:
         return set(everything)
+    limits = {"until": until, "since": since}
     layers = select(model, *patterns)
     names = {name for name in everything if any(is_within(name, layer) for layer in layers)}
     if until is not None:
@@ -98,7 +99,8 @@ def _parameter_names(
         begin = min(call.began for call in _calls_of(model, traced, since))
         names |= {name for name, moment in traced.first_uses.items() if moment >= begin}
     if not names:
-        raise SelectionError(f"{', '.join(map(repr, patterns))} selects layers without parameters: nothing to change.")
+        given = [*map(repr, patterns), *(f"{word}={path!r}" for word, path in limits.items() if path is not None)]
+        raise SelectionError(f"{', '.join(given)} selects no parameters: nothing to change.")
     return names
 
 

@@ -5,7 +5,9 @@ and can never contradict them:
 
 - a layer with parameters (or a block of such layers) is pinned if none of them is trainable;
 - a layer without any (dropout, drop path, a norm without affine parameters) is pinned if the block around it is frozen,
-  or if its nearest neighbours with parameters on both sides within that block are.
+  or if it lies in a frozen front: the parameters registered next after it are frozen, and so is the layer before it, if
+  there is any. For a norm without affine parameters the frozen layer before it is enough, as its running statistics
+  describe nothing but that layer's output. What opens a block that is trainable as a whole belongs to that block.
 
 A pin consists of a forward pre-hook and an instance attribute `train`. Both are plain picklable objects: the module's
 class, its state dict and `deepcopy`, `torch.save` and tracing stay as they are.
@@ -77,16 +79,19 @@ class _PinnedTrain:
         return type(self.layer).train(self.layer, False)
 
 
-def _walk(layer: nn.Module, path: str, frozen: bool) -> list[tuple[str, nn.Module, bool]]:
-    """List all layers from `layer` down with whether each is frozen by the rules of this module's docstring."""
-    children = [(name, child, _is_frozen(child)) for name, child in layer.named_children()]
+def _walk(layer: nn.Module, path: str, frozen: bool, before: bool | None = None) -> list[tuple[str, nn.Module, bool]]:
+    """List all layers from `layer` down with whether each is frozen by the rules of this module's docstring.
+
+    `before` says whether the layer with parameters before `layer` is frozen; None: there is none.
+    """
+    children = [(name, child, [p.requires_grad for p in child.parameters()]) for name, child in layer.named_children()]
     found = [(path, layer, frozen)]
-    for position, (name, child, own) in enumerate(children):
-        if own is None:
-            before = next((state for _, _, state in reversed(children[:position]) if state is not None), None)
-            after = next((state for _, _, state in children[position + 1 :] if state is not None), None)
-            own = frozen or (before is True and after is True)
-        found += _walk(child, f"{path}.{name}" if path else name, own)
+    for position, (name, child, flags) in enumerate(children):
+        following = next((later[0] for _, _, later in children[position + 1 :] if later), True)
+        in_front = (before is not False and not following) or (before is True and isinstance(child, _NormBase))
+        own = not any(flags) if flags else frozen or in_front
+        found += _walk(child, f"{path}.{name}" if path else name, own, False if flags and all(flags) else before)
+        before = not any(flags) if flags else before
     return found
 
 

@@ -18,7 +18,7 @@ def describe_demo(result: DemoResult) -> dict[str, Any]:
         "found": found,
         "winners": {count: max((found[method, count] for method in methods), key=_mean) for count in shots},
         "accuracy_plot": plots.sweep(_series(result, "accuracy"), "images per class", "accuracy"),
-        "seconds_plot": plots.sweep(_series(result, "duration"), "images per class", "seconds"),
+        "seconds_plot": plots.sweep(_series(result, "duration"), "images per class", "seconds", from_zero=True),
         "seeds": len(result.outcomes[0].accuracies) if result.outcomes else SEEDS,
         "source_epochs": SOURCE_EPOCHS,
         "target_epochs": TARGET_EPOCHS,

@@ -9,6 +9,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from regraft.errors import RunError
+from regraft.insight.demo import DemoResult
+from regraft.report.demo_page import describe_demo
 from regraft.report.run_page import describe_run
 from regraft.report.text import duration, number, percent, visible
 from regraft.training.result import FitResult
@@ -27,6 +29,19 @@ def write_report(result: FitResult, path: str | os.PathLike[str]) -> Path:
         RunError: The file cannot be written; a previous one is as it was.
     """
     return write_page(path, render("run.html", **describe_run(result)))
+
+
+def write_demo_report(result: DemoResult, folder: str | os.PathLike[str]) -> Path:
+    """Write what the demonstration found as `report.html` in a folder, and return its path.
+
+    Args:
+        result: What `run_demo` returned.
+        folder: Where to; must exist.
+
+    Raises:
+        RunError: The file cannot be written; a previous one is as it was.
+    """
+    return write_page(Path(folder) / "report.html", render("demo.html", **describe_demo(result)))
 
 
 def render(template: str, **context: Any) -> str:

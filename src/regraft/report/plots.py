@@ -170,7 +170,14 @@ def residuals(errors: Sequence[float]) -> str:
     return drawing.svg
 
 
-def sweep(series: dict[str, list[tuple[float, float, float]]], xlabel: str, ylabel: str, *, log_x: bool = True) -> str:
+def sweep(
+    series: dict[str, list[tuple[float, float, float]]],
+    xlabel: str,
+    ylabel: str,
+    *,
+    log_x: bool = True,
+    from_zero: bool = False,
+) -> str:
     """Draw one line with an error band per method.
 
     Args:
@@ -178,6 +185,7 @@ def sweep(series: dict[str, list[tuple[float, float, float]]], xlabel: str, ylab
         xlabel: What x is.
         ylabel: What the mean is of.
         log_x: Space x by its logarithm; each x that occurs gets a tick.
+        from_zero: Begin y at zero, so that heights can be compared.
     """
     with _drawing(f"sweep {ylabel}", WIDE, 3.6) as drawing:
         axes = drawing.figure.subplots()
@@ -194,6 +202,8 @@ def sweep(series: dict[str, list[tuple[float, float, float]]], xlabel: str, ylab
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        if from_zero:
+            axes.set_ylim(bottom=0)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         _legend_above(drawing.figure, columns=2)
     return drawing.svg

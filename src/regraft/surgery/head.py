@@ -63,7 +63,7 @@ def replace_head(model: nn.Module, new: int | nn.Module, *, path: str | None = N
     if isinstance(new, int) and new < 1:
         raise EditError(f"a head needs at least 1 output, not {new}. Nothing was changed.")
     paths = [path] if path is not None else find_heads(model)
-    made = {head: _new_head(layer_at(model, head), head, new) for head in paths}
+    made = {head: _new_head(layer_at(model, head), head, _own(new, position)) for position, head in enumerate(paths)}
     edited = share(model)
     for head, layer in made.items():
         _put(edited, head, layer)
@@ -87,8 +87,13 @@ def apply_step(model: nn.Module, step: Step) -> nn.Module:
     return replace_head(model, spec["num_classes"] if "num_classes" in spec else construct(spec["new"]), path=step.path)
 
 
+def _own(new: int | nn.Module, position: int) -> int | nn.Module:
+    """Give each of several heads a module of its own, so that their weights are not tied."""
+    return copy.deepcopy(new) if position and isinstance(new, nn.Module) else new
+
+
 def _new_head(old: nn.Module, path: str, new: int | nn.Module) -> nn.Module:
-    reference = next(old.parameters())
+    reference = next(old.parameters(), None)
     if isinstance(new, nn.Module):
         layer = new
     elif isinstance(old, nn.Linear):
@@ -100,7 +105,7 @@ def _new_head(old: nn.Module, path: str, new: int | nn.Module) -> nn.Module:
             f"the head '{path}' is a {type(old).__name__}, which cannot be built for {new} classes. "
             "Pass a module in its place, or the path of another layer. Nothing was changed."
         )
-    return layer.to(reference.device, reference.dtype).train(old.training)
+    return (layer if reference is None else layer.to(reference.device, reference.dtype)).train(old.training)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -114,11 +119,10 @@ def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
 
 def _record(model: nn.Module, path: str, new: int | nn.Module) -> None:
     recipe = card_of(model).recipe
-    if recipe is None:
-        return
-    try:
-        arguments = {"num_classes": new} if isinstance(new, int) else {"new": describe(new)}
-    except EditError:
-        attach(model, recipe=None)  # the model works, but its architecture can no longer be written down
-        return
-    attach(model, recipe=recipe.then(Step(operation="replace_head", path=path, arguments=arguments)), classes=None)
+    if recipe is not None:
+        try:
+            arguments = {"num_classes": new} if isinstance(new, int) else {"new": describe(new)}
+            recipe = recipe.then(Step(operation="replace_head", path=path, arguments=arguments))
+        except EditError:
+            recipe = None  # the model works, but its architecture can no longer be written down
+    attach(model, recipe=recipe, task=None, classes=None, metrics={})  # those were the old head's

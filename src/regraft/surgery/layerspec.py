@@ -32,11 +32,18 @@ def describe(layer: nn.Module) -> dict[str, Any]:
             "only layers of torch.nn can. Build it from those, or keep its weights with torch.save."
         )
     if isinstance(layer, nn.Sequential):
-        return {"type": kind, "layers": [[name, describe(child)] for name, child in layer.named_children()]}
+        return {
+            "type": kind,
+            "layers": [[name, describe(child)] for name, child in layer._modules.items() if child is not None],
+        }
     arguments = {}
     for name, parameter in inspect.signature(type(layer).__init__).parameters.items():
-        if name in ("self", "device", "dtype") or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        if name in ("self", "device", "dtype") or name.startswith("_"):
             continue
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            if isinstance(layer, nn.Identity):  # takes any arguments, and ignores them
+                continue
+            raise EditError(f"a layer of type {kind} does not say which arguments it was built with.")
         value = _argument(layer, name, parameter.default)
         if value != parameter.default:
             arguments[name] = value

@@ -4,7 +4,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from regraft.data.transforms import Augmentation
 from regraft.errors import ConfigError, nearest
@@ -69,11 +69,21 @@ class TrainConfig(BaseModel):
     precision: Precision = "auto"
     device: str = "auto"
     workers: int | None = Field(default=None, ge=0)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     image_size: int | None = Field(default=None, ge=1)
     validation_share: float = Field(default=0.2, gt=0, lt=1)
     max_unreadable: float = Field(default=0.1, ge=0, le=1)
     out: str | None = None
+
+    @field_validator("data", "model", "weights", "loss", "out")
+    @classmethod
+    def _fits_a_file(cls, text: str | None) -> str | None:
+        if text is not None:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError("it has bytes that are no UTF-8, which config.toml cannot hold; rename it") from error
+        return text
 
     def updated(self, **options: Any) -> "TrainConfig":
         """Return this configuration with other values, checked.
@@ -122,8 +132,15 @@ def write_config(config: TrainConfig, path: Path) -> None:
 def _explain(problem: Any) -> str:
     name = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
-        return f"no option '{name}'. {nearest(name, TrainConfig.model_fields)}".rstrip(" .")
+        hint = nearest(name, TrainConfig.model_fields) or "`regraft train --help` lists all."
+        return f"no option '{name}'. {hint}".rstrip(".")
     field = TrainConfig.model_fields.get(str(problem["loc"][0]))
     choices = get_args(field.annotation) if field is not None and problem["type"] == "literal_error" else ()
-    expected = f"one of {', '.join(map(str, choices))}" if choices else problem["msg"].lower()
+    if choices:
+        expected = f"expected one of {', '.join(map(str, choices))}"
+    elif problem["type"] == "tuple_type":
+        expected = 'expected a list, as in ["layer1", "layer2"]'
+    else:
+        expected = problem["msg"].removeprefix("Value error, ")
+        expected = expected[:1].lower() + expected[1:]
     return f"'{name}' cannot be {problem['input']!r}: {expected}"

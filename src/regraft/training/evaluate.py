@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,20 +118,45 @@ def predict(
     engine = choose_engine(device, "fp32")
     model.to(engine.device)
     if isinstance(images, torch.Tensor):
+        if images.ndim != 4:
+            raise DataError(f"the images have the shape {tuple(images.shape)}, expected (N, C, H, W).")
         outputs, _ = score(model, [(images, torch.zeros(len(images)))], engine)
         return _predictions(outputs, [None] * len(images), card, top)
     items = list(images) if isinstance(images, (list, tuple)) else [images]
-    if all(isinstance(item, Image.Image) for item in items):
-        preprocessing = preprocessing_of(model)
-        with quiet_decoders():
-            crops = [center_crop(preprocessing.size)(decode(item, preprocessing)) for item in items]
-        return predict(model, normalize(torch.stack(crops), preprocessing), top=top, device=device)
+    if not items:
+        raise DataError("there are no images. Give paths, PIL images, or a tensor (N, C, H, W).")
+    if any(isinstance(item, Image.Image) for item in items):
+        return _predict_opened(model, items, top=top, device=device, progress=progress)
     samples = [Sample(path, 0) for item in items for path in _files(item)]
     photos, unreadable = read_photos(samples, preprocessing_of(model), progress=progress)
     _tell_skipped(unreadable, progress)
     batches = progress.track(loader(photos, batch_size), "predicting", -(-len(photos) // batch_size))
     outputs, _ = score(model, batches, engine)
     return _predictions(outputs, [sample.path for sample in photos.samples], card, top)
+
+
+def _predict_opened(
+    model: nn.Module, items: Sequence[Any], *, top: int, device: str, progress: Progress
+) -> list[Prediction]:
+    """Predict images that are open already, and the photos of paths among them, in order."""
+    preprocessing = preprocessing_of(model)
+    crop = center_crop(preprocessing.size)
+    pixels, paths = [], []
+    for number, item in enumerate(items):
+        for source in [item] if isinstance(item, Image.Image) else _files(item):
+            try:
+                with quiet_decoders():
+                    pixels.append(crop(decode(source, preprocessing)))
+            except DataError as error:
+                if not isinstance(source, Path):
+                    raise DataError(
+                        f"image {number} cannot be read: {error}. Open it again, or leave it out."
+                    ) from error
+                _tell_skipped([Unreadable(source, str(error))], progress)
+            else:
+                paths.append(source if isinstance(source, Path) else None)
+    found = predict(model, normalize(torch.stack(pixels), preprocessing), top=top, device=device)
+    return [replace(one, path=path) for one, path in zip(found, paths, strict=True)]
 
 
 def _require_task(model: nn.Module) -> Card:

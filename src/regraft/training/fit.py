@@ -16,7 +16,14 @@ from regraft.progress import SILENT, Progress
 from regraft.training.config import TrainConfig
 from regraft.training.loop import score, train_epoch
 from regraft.training.metrics import Metrics, measure
-from regraft.training.prepare import Job, list_if_folder, prepare_job, prepare_model, read_material
+from regraft.training.prepare import (
+    Job,
+    list_if_folder,
+    prepare_job,
+    prepare_model,
+    read_material,
+    unchanged_on_failure,
+)
 from regraft.training.result import EpochRecord, FitResult
 from regraft.training.run_folder import RunFolder
 from regraft.zoo import preprocessing_of
@@ -66,13 +73,14 @@ def fit(
     clock = _Clock()
     with preserved_randomness(config.seed):
         listing = list_if_folder(data, config)
-        with clock.phase("model"):
-            built = prepare_model(model, listing, config, trust_code=trust_code)
-        with clock.phase("reading"):
-            material = read_material(data, listing, preprocessing_of(built), config, progress)
-        own_loss = loss if callable(loss) else None
-        name = model if isinstance(model, str) else None
-        job = prepare_job(built, name, material, config, own_loss, trust_code=trust_code)
+        with unchanged_on_failure(model):
+            with clock.phase("model"):
+                built = prepare_model(model, listing, config, trust_code=trust_code)
+            with clock.phase("reading"):
+                material = read_material(data, listing, preprocessing_of(built), config, progress)
+            own_loss = loss if callable(loss) else None
+            name = model if isinstance(model, str) else None
+            job = prepare_job(built, name, material, config, own_loss, trust_code=trust_code)
         for line in describe_plan(job, config):
             progress.say(line)
         return _train(job, config, folder, clock, progress)
@@ -119,6 +127,7 @@ def _train(job: Job, config: TrainConfig, folder: RunFolder | None, clock: "_Clo
                 )
             with clock.phase("validation"):
                 outputs, targets = score(job.model, job.material.validation, job.engine)
+                _require_finite(outputs, job)
                 found = measure(outputs, targets, _class_names(job, outputs))
             lr, seconds = job.optimizer.param_groups[0]["lr"], time.perf_counter() - began
             history.append(EpochRecord(epoch, train_loss, found, lr, seconds))
@@ -132,7 +141,10 @@ def _train(job: Job, config: TrainConfig, folder: RunFolder | None, clock: "_Clo
                 folder.keep_history(history)
             progress.say(_epoch_line(history[-1], config.epochs, is_best=best is not None and best.epoch == epoch))
     except KeyboardInterrupt as interruption:
-        raise Interrupted(_what_was_kept("stopped by Ctrl-C", best, job, folder)) from interruption
+        if best is not None and folder is not None and len(history) == best.epoch:  # perhaps while it was being saved
+            best.put_back(job.model)
+            folder.keep_model(job.model, config)
+        raise Interrupted(_what_was_kept("stopped by Ctrl-C.", best, job, folder)) from interruption
     except LossError as error:
         raise LossError(_what_was_kept(f"epoch {len(history) + 1}: {error}", best, job, folder)) from error
     assert best is not None
@@ -217,6 +229,14 @@ def _what_was_kept(problem: str, best: _Best | None, job: Job, folder: RunFolder
     best.put_back(job.model)
     where = f"in '{folder.checkpoint}'" if folder else "in the model"
     return f"{problem} The best so far (epoch {best.epoch}, {best.metrics.headline()}) is kept {where}."
+
+
+def _require_finite(outputs: torch.Tensor, job: Job) -> None:
+    if not torch.isfinite(outputs).all():
+        raise LossError(
+            "the scores of the validation photos are not finite after it (learning rate "
+            f"{job.plan.lr:.3g}). Try a tenth of the learning rate, or --precision fp32."
+        )
 
 
 def _length(batches: Any) -> int | None:

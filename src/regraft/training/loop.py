@@ -113,6 +113,8 @@ def choose_engine(device: str, precision: str) -> Engine:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         chosen = torch.device(name)
+        if chosen.type == "meta":
+            raise RuntimeError("it holds shapes without numbers")
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]

@@ -1,8 +1,9 @@
 """From options to everything that a training loop needs, with every check that can be made before it starts."""
 
+import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from regraft.anatomy.modes import evaluation_mode
-from regraft.card import Preprocessing, attach, card_of
+from regraft.card import ATTRIBUTE, Preprocessing, attach, card_of
 from regraft.checkpoint.build import create_model
 from regraft.data.decode import Unreadable
 from regraft.data.folders import Listing, Task, list_data
@@ -21,6 +22,7 @@ from regraft.data.transforms import augmentation
 from regraft.errors import ConfigError, DataError, ModelError
 from regraft.freezing.freeze import freeze, unfreeze
 from regraft.freezing.groups import build_optimizer
+from regraft.freezing.pins import is_pinned, pin, unpin
 from regraft.progress import Progress
 from regraft.surgery.head import find_heads
 from regraft.training.config import FINE_TUNE_LR, HEAD_LR, SCRATCH_LR, TrainConfig
@@ -138,6 +140,11 @@ def prepare_job(
         criterion.to(engine.device)
     lr = config.lr if config.lr is not None else _default_lr(model)
     optimizer = build_optimizer(config.optimizer, model, lr=lr, weight_decay=config.weight_decay)
+    if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
+        raise ConfigError(
+            f"the optimizer '{config.optimizer}' needs a training loop or gradients of its own kind. Choose another of "
+            "torch.optim, such as adamw or sgd."
+        )
     _try_one_batch(model, material, criterion, engine)
     attach(model, classes=material.classes, task=material.task, preprocessing=preprocessing_of(model))
     return Job(
@@ -149,6 +156,27 @@ def prepare_job(
         engine=engine,
         plan=_plan(model, name, material, lr, engine),
     )
+
+
+@contextlib.contextmanager
+def unchanged_on_failure(model: nn.Module | str) -> Iterator[None]:
+    """Give a module its flags, gradients, modes, pins and card back where the block raises."""
+    if isinstance(model, str):
+        yield
+        return
+    card = card_of(model)
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    layers = [(layer, layer.training, is_pinned(layer)) for layer in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for parameter, trainable, gradient in parameters:
+            parameter.requires_grad_(trainable).grad = gradient
+        for layer, training, pinned in layers:
+            (pin if pinned else unpin)(layer)
+            layer.training = training
+        setattr(model, ATTRIBUTE, card)
+        raise
 
 
 def list_if_folder(data: Any, config: TrainConfig) -> Listing | None:
@@ -196,6 +224,10 @@ def _photo_material(train: Photos, validation: Photos, config: TrainConfig) -> M
 
 def _batches(data: Any, config: TrainConfig, *, shuffle: bool) -> Iterable[Any]:
     if not isinstance(data, Dataset):
+        if not isinstance(data, Iterable):
+            raise DataError(
+                f"a {type(data).__name__} is no data. Expected a Dataset, a DataLoader, or a list of batches."
+            )
         return data
     generator = torch.Generator().manual_seed(config.seed)
     return DataLoader(data, config.batch_size, shuffle=shuffle, num_workers=config.workers or 0, generator=generator)

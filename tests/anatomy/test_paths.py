@@ -1,0 +1,28 @@
+import pytest
+import tiny
+
+from regraft.anatomy.paths import layer_at, parent_and_name
+from regraft.errors import SelectionError
+
+
+def test_the_empty_path_is_the_model_itself() -> None:
+    model = tiny.build("residual")
+    assert layer_at(model, "") is model
+    assert layer_at(model, "body.second") is model.get_submodule("body.second")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("convl", "no layer 'convl' in PlainCnn. Nearest: 'conv2', 'conv1'. `regraft inspect` lists all."),
+        ("zzzz", "Its top-level layers: conv1, bn1, conv2, bn2, dropout, fc."),
+    ],
+)
+def test_an_unknown_path_is_answered_with_the_nearest_names(path: str, message: str) -> None:
+    with pytest.raises(SelectionError) as caught:
+        layer_at(tiny.build("plain"), path)
+    assert message in str(caught.value)
+
+
+def test_paths_split_at_the_last_dot() -> None:
+    assert parent_and_name("a.b.c") == ("a.b", "c")

@@ -1,0 +1,365 @@
+"""What is loaded is what was saved, bit for bit, and a failed write leaves what was there before."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import tiny
+import torch
+from oracles import identical, same, snapshot
+from safetensors import safe_open
+from torch import nn
+
+import regraft
+from regraft import Preprocessing, create_model, freeze, load, load_weights, replace_head, save, unfreeze
+from regraft.card import attach, card_of
+from regraft.checkpoint import current_versions, read_header
+from regraft.errors import CheckpointError, RegraftError, RunError, TrustError
+from regraft.freezing.pins import is_pinned
+
+CLASS_FILE = """
+import torch
+from torch import nn
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(12, 12)
+        self.norm = nn.BatchNorm1d(12)
+        self.twin = nn.Linear(12, 12)
+        self.twin.weight = self.body.weight
+        self.register_buffer("scale", torch.rand(12))
+        self.register_buffer("count", torch.tensor(3))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.head(self.twin(self.norm(self.body(x))) * self.scale)
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    file = tmp_path / "own.py"
+    file.write_text(CLASS_FILE)
+    return f"py:{file}:Own"
+
+
+def shake(model: nn.Module) -> nn.Module:
+    """Move every tensor of the state away from what a constructor sets, NaN and infinity included."""
+    with torch.no_grad():
+        for tensor in model.state_dict(keep_vars=True).values():
+            if tensor.is_floating_point():
+                tensor.add_(torch.randn(tensor.shape).to(tensor.dtype))
+            else:
+                tensor.add_(5)
+        first = next(model.parameters())
+        first.view(-1)[:3] = torch.tensor([float("nan"), float("-inf"), -0.0]).to(first.dtype)
+    return model
+
+
+def assert_equal(ours: nn.Module, theirs: nn.Module) -> None:
+    a, b = ours.state_dict(), theirs.state_dict()
+    assert list(a) == list(b)
+    for name, tensor in a.items():
+        assert identical(tensor, b[name]), name
+
+
+MADE: dict[str, Callable[[], nn.Module]] = {
+    "torchvision": lambda: create_model("mobilenet_v3_small", weights="none"),
+    "torchvision with a head": lambda: create_model("squeezenet1_1", weights="none", num_classes=3),
+    "timm": lambda: create_model("timm/test_resnet", weights="none"),
+    "timm with two heads": lambda: create_model("timm/levit_128s", weights="none", num_classes=3),
+    "sequential": lambda: tiny.build("sequential"),
+    "sequential with a head": lambda: replace_head(tiny.build("sequential"), nn.Sequential(nn.Linear(6, 3), nn.Tanh())),
+    "a module as head": lambda: replace_head(
+        create_model("timm/test_vit", weights="none"), nn.Sequential(nn.Dropout(0.1), nn.LazyLinear(3))
+    ),
+}
+
+
+@pytest.mark.parametrize("make", [MADE[name] for name in MADE if name != "a module as head"], ids=list(MADE)[:-1])
+def test_every_tensor_is_bit_equal(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    model = shake(make()).eval()
+    path = save(model, tmp_path / "model.safetensors")
+    assert path == tmp_path / "model.safetensors"
+    loaded = load(path)
+    assert_equal(loaded, model)
+    assert [type(layer) for layer in loaded.modules()] == [type(layer) for layer in model.modules()] or (
+        model.__class__ is nn.Sequential
+    )
+    assert not any(module.training for module in loaded.modules())
+    assert card_of(loaded) == card_of(loaded).model_copy(update={"recipe": card_of(loaded).recipe})
+
+
+@pytest.mark.parametrize("name", ["torchvision with a head", "timm", "sequential"])
+def test_outputs_are_bit_equal(name: str, tmp_path: Path) -> None:
+    model = MADE[name]().eval()
+    inputs = tiny.batch("plain") if name == "sequential" else torch.randn(2, 3, 64, 64)
+    loaded = load(save(model, tmp_path / "model.safetensors"))
+    assert identical(loaded(inputs), model(inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes_are_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = shake(tiny.build("sequential").to(dtype))
+    loaded = load(save(model, tmp_path / "model.safetensors"))
+    assert_equal(loaded, model)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("layout", ["transposed", "slice of a larger tensor", "channels last", "expanded"])
+def test_tensors_in_any_layout_are_kept(layout: str, tmp_path: Path) -> None:
+    if layout == "channels last":
+        model = shake(tiny.build("sequential")).to(memory_format=torch.channels_last)
+    else:
+        model = nn.Sequential(nn.Linear(6, 6))
+        model[0].weight.data = {
+            "transposed": torch.randn(6, 6).t(),
+            "slice of a larger tensor": torch.randn(100, 6)[3:9],
+            "expanded": torch.randn(1, 6).expand(6, 6),
+        }[layout]
+    path = save(model, tmp_path / "model.safetensors")
+    assert_equal(load(path), model)
+    elements = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    assert path.stat().st_size < elements + 10_000
+
+
+def test_a_class_of_ones_own_is_rebuilt_with_trust_alone(own: str, tmp_path: Path) -> None:
+    model = shake(create_model(own, trust_code=True)).eval()
+    path = save(model, tmp_path / "model.safetensors")
+    marker = tmp_path / "imported"
+    source = tmp_path / "own.py"
+    source.write_text(f"open({str(marker)!r}, 'w')\n" + source.read_text())
+    with pytest.raises(TrustError, match="trust_code=True"):
+        load(path)
+    assert not marker.exists()
+    loaded = load(path, trust_code=True)
+    assert marker.exists()
+    assert_equal(loaded, model)
+    inputs = torch.randn(4, 12)
+    assert identical(loaded(inputs), model(inputs))
+
+
+def test_tied_weights_stay_tied(own: str, tmp_path: Path) -> None:
+    model = create_model(own, trust_code=True)
+    path = save(model, tmp_path / "model.safetensors")
+    loaded = load(path, trust_code=True)
+    assert loaded.twin.weight is loaded.body.weight
+    with safe_open(path, "pt") as file:
+        assert "twin.weight" not in file.keys()  # noqa: SIM118
+    assert len(list(loaded.parameters())) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("tie", ["module", "weight"])
+def test_weights_that_were_tied_by_hand_stay_tied(tie: str, tmp_path: Path) -> None:
+    first = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
+    if tie == "module":
+        first[2] = first[0]
+    else:
+        first[2].weight = first[0].weight
+    loaded = load(save(first, tmp_path / "model.safetensors"))
+    assert loaded[2].weight is loaded[0].weight
+    assert (loaded[2].bias is loaded[0].bias) == (tie == "module")
+    inputs = torch.randn(3, 4)
+    assert identical(loaded(inputs), first(inputs))
+    assert len(list(loaded.parameters())) == len(list(first.parameters()))
+
+
+def test_frozen_flags_and_pins_are_restored(tmp_path: Path) -> None:
+    model = create_model("mobilenet_v3_small", weights="none")
+    freeze(model, until="features.5")
+    loaded = load(save(model, tmp_path / "model.safetensors"))
+    assert {name: p.requires_grad for name, p in loaded.named_parameters()} == {
+        name: p.requires_grad for name, p in model.named_parameters()
+    }
+    assert [is_pinned(module) for module in loaded.modules()] == [is_pinned(module) for module in model.modules()]
+    assert any(is_pinned(module) for module in loaded.modules())
+    loaded.train()
+    assert not loaded.features[0][1].training
+    unfreeze(loaded)
+    loaded.train()
+    assert loaded.features[0][1].training
+
+
+def test_a_model_that_was_never_frozen_has_no_pins(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2))
+    loaded = load(save(model, tmp_path / "model.safetensors"))
+    assert not any(is_pinned(module) for module in loaded.modules())
+
+
+def test_classes_preprocessing_task_and_metrics_are_restored(tmp_path: Path) -> None:
+    model = tiny.build("sequential")
+    fields = {
+        "classes": ("été", "a/b", "\n"),
+        "task": "classification",
+        "preprocessing": Preprocessing(size=8, resize=9, mean=(0.1,), std=(0.2,), interpolation="lanczos"),
+        "metrics": {"accuracy": 0.1 + 0.2, "confusion": [[1, 2], [3, 4]]},
+    }
+    attach(model, **fields)
+    path = save(model, tmp_path / "model.safetensors", metadata={"note": "mine"})
+    card = card_of(load(path))
+    assert {name: getattr(card, name) for name in fields} == fields
+    header = read_header(path)
+    assert header is not None
+    assert header.metadata == {"note": "mine"}
+    assert header.versions == current_versions()
+
+
+def test_a_custom_class_without_a_recipe_is_answered_with_load_weights(tmp_path: Path) -> None:
+    model = tiny.build("plain")
+    path = save(model, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load(path)
+    assert str(caught.value) == (
+        f"'{path}' has tensors but no recipe, so its architecture is unknown. "
+        "Use load_weights(model, path) with a model of your own."
+    )
+    other = tiny.build("plain", seed=9)
+    assert load_weights(other, path, strict=True).missing == ()
+    assert_equal(other, model)
+
+
+HAND_EDITS: dict[str, Callable[[nn.Module], object]] = {
+    "width": lambda model: setattr(model, "fc", nn.Linear(512, 3)),
+    "activation": lambda model: setattr(model, "relu", nn.GELU()),
+    "no pooling": lambda model: setattr(model, "maxpool", nn.Identity()),
+    "stride": lambda model: setattr(model, "conv1", nn.Conv2d(3, 64, 7, 1, 3, bias=False)),
+    "one more layer": lambda model: model.layer1.append(nn.ReLU()),
+    "one layer less": lambda model: model.layer1.pop(1),
+}
+
+
+@pytest.mark.parametrize("edit", HAND_EDITS.values(), ids=list(HAND_EDITS))
+def test_an_edit_by_hand_is_noticed_and_saved_without_a_recipe(
+    edit: Callable[[nn.Module], object], tmp_path: Path
+) -> None:
+    model = create_model("resnet18", weights="none")
+    edit(model)
+    with pytest.warns(UserWarning, match="no longer matches its recipe"):
+        path = save(model, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="no recipe"):
+        load(path)
+    assert card_of(model).recipe is not None
+
+
+def fails_half_way(tensors: object, path: Path, metadata: object) -> None:
+    Path(path).write_bytes(b"half a file")
+    raise OSError(28, "No space left on device")
+
+
+def test_a_failed_write_keeps_the_previous_file_and_leaves_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tiny.build("sequential"), tmp_path / "model.safetensors")
+    before = path.read_bytes()
+    monkeypatch.setattr(safetensors.torch, "save_file", fails_half_way)
+    with pytest.raises(RunError, match=r"cannot write '.*model\.safetensors': .*No space left on device"):
+        save(tiny.build("sequential", seed=1), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RegraftError, match="cannot write"):
+        save(tiny.build("sequential"), tmp_path / "nowhere" / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plain_safetensors_library_reads_the_tensors(tmp_path: Path) -> None:
+    model = shake(tiny.build("sequential"))
+    tensors = safetensors.torch.load_file(save(model, tmp_path / "model.safetensors"))
+    assert tensors.keys() == model.state_dict().keys()
+    assert all(identical(tensor, model.state_dict()[name]) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("name", ["torchvision with a head", "sequential"])
+def test_saving_and_loading_change_neither_the_model_nor_the_random_state(
+    name: str, tmp_path: Path, random_state: Callable[[], tuple[object, ...]]
+) -> None:
+    model = MADE[name]().train()
+    before, state = snapshot(model), random_state()
+    path = save(model, tmp_path / "model.safetensors")
+    load(path)
+    assert random_state() == state
+    assert same(before, snapshot(model))
+
+
+def test_saving_twice_writes_the_same_bytes(tmp_path: Path) -> None:
+    model = tiny.build("sequential")
+    assert save(model, tmp_path / "a").read_bytes() == save(model, tmp_path / "b").read_bytes()
+
+
+def rewritten(path: Path, change: Callable[[dict[str, object]], None]) -> Path:
+    """Change the header of a checkpoint by hand."""
+    raw = path.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    whole = json.loads(raw[8 : 8 + length])
+    header = json.loads(whole["__metadata__"]["regraft"])
+    change(header)
+    whole["__metadata__"]["regraft"] = json.dumps(header)
+    text = json.dumps(whole).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+    return path
+
+
+def flipped(path: Path) -> Path:
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    return path
+
+
+def cut(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:-10])
+    return path
+
+
+def wider(header: dict[str, object]) -> None:
+    header["card"]["recipe"]["source"]["layers"]["layers"][7][1]["arguments"]["out_features"] = 9
+
+
+def hostile(header: dict[str, object]) -> None:
+    header["card"]["recipe"]["source"]["layers"]["layers"][2][1]["type"] = "modules"
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "one bit": (flipped, "'7.bias' is not what was saved"),
+    "end missing": (cut, "is damaged"),
+    "empty": (lambda path: (path.write_bytes(b""), path)[1], "no safetensors file"),
+    "text": (lambda path: (path.write_text("hello, hello, hello"), path)[1], "no safetensors file"),
+    "missing": (lambda path: path.with_name("other"), "no file"),
+    "newer format": (lambda path: rewritten(path, lambda h: h.update(format="2.0")), "Install a newer regraft"),
+    "other width": (lambda path: rewritten(path, wider), "does not match its own recipe at '7.weight'"),
+    "no class of torch.nn": (lambda path: rewritten(path, hostile), "'modules' is no layer of torch.nn"),
+    "not a header": (lambda path: rewritten(path, lambda h: h.update(digests=3)), "does not fit the format"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=list(DAMAGES))
+def test_a_damaged_file_is_an_error_that_says_how(
+    damage: Callable[[Path], Path], message: str, tmp_path: Path
+) -> None:
+    path = damage(save(tiny.build("sequential"), tmp_path / "model.safetensors"))
+    with pytest.raises(RegraftError) as caught:
+        load(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value) or "torch.nn" in message
+
+
+def test_an_unknown_field_of_a_newer_minor_version_is_ignored(tmp_path: Path) -> None:
+    path = save(tiny.build("sequential"), tmp_path / "model.safetensors")
+    rewritten(path, lambda header: header.update(format="1.9", novelty={"a": 1}))
+    assert isinstance(load(path), nn.Sequential)
+
+
+def test_a_safetensors_file_of_others_has_no_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.safetensors"
+    safetensors.torch.save_file(timm.create_model("test_vit").state_dict(), path)
+    with pytest.raises(CheckpointError, match="no recipe"):
+        regraft.load(path)
+    assert load_weights(timm.create_model("test_vit"), path, strict=True).missing == ()

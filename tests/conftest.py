@@ -1,0 +1,43 @@
+"""What all tests share."""
+
+import os
+
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch: tests run side by side, and their tensors are tiny
+    os.environ.setdefault(name, "1")
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Start each test from the same random state, whatever ran before it."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    yield
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Return the folder with real photos and checkpoints beside the checkout."""
+    folder = Path(__file__).parents[1] / ".." / "shared"
+    if not (folder / "data").is_dir() or not (folder / "weights").is_dir():
+        pytest.skip(f"no real photos and checkpoints in {folder.resolve()}")
+    return folder.resolve()
+
+
+@pytest.fixture
+def random_state() -> Callable[[], tuple[object, ...]]:
+    """Return a function that returns the state of every global random generator as comparable values."""
+    return lambda: (
+        tuple(torch.get_rng_state().tolist()),
+        random.getstate(),
+        tuple(np.random.get_state()[1].tolist()),
+        np.random.get_state()[2],
+    )

@@ -1,0 +1,241 @@
+"""Another head on the same body: the original keeps its structure, and what comes before the head stays equal to it."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import timm
+import tiny
+import torch
+from oracles import identical, same, snapshot
+from torch import nn
+from torchvision import models
+
+from regraft import create_model, replace_head, save
+from regraft.card import attach, card_of
+from regraft.errors import EditError, ModelError, SelectionError
+from regraft.surgery import find_heads
+
+NEW = 7
+
+
+def without_init(make: Callable[[], nn.Module]) -> nn.Module:
+    """Build a network whose random init is slow, with cheap random weights."""
+    with torch.device("meta"):
+        model = make()
+    model = model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                draw = torch.rand(tensor.shape, generator=generator)
+                tensor.copy_(draw if "var" in name else (draw - 0.5) * 0.1)
+            else:
+                tensor.zero_()
+    return model
+
+
+def small_vit() -> nn.Module:
+    return models.VisionTransformer(32, 16, 2, 2, 24, 48, num_classes=11)
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], int, tuple[str, ...]]] = {
+    "resnet18": (models.resnet18, 64, ("fc",)),
+    "vgg11": (lambda: without_init(models.vgg11), 32, ("classifier.6",)),
+    "squeezenet1_1": (models.squeezenet1_1, 64, ("classifier.1",)),
+    "mobilenet_v3_small": (models.mobilenet_v3_small, 64, ("classifier.3",)),
+    "densenet121": (lambda: without_init(models.densenet121), 64, ("classifier",)),
+    "vit": (small_vit, 32, ("heads.head",)),
+    "convnext_atto": (lambda: timm.create_model("convnext_atto"), 64, ("head.fc",)),
+    "deit_tiny_distilled_patch16_224": (
+        lambda: timm.create_model("deit_tiny_distilled_patch16_224"),
+        224,
+        ("head", "head_dist"),
+    ),
+    "levit_128s": (lambda: timm.create_model("levit_128s"), 224, ("head.linear", "head_dist.linear")),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_features_are_bit_equal_and_the_original_is_untouched(name: str) -> None:
+    make, side, heads = NETS[name]
+    model = make().eval()
+    before = snapshot(model)
+    widths = {path: layer.extra_repr() for path, layer in model.named_modules()}
+    assert tuple(find_heads(model)) == heads
+    edited = replace_head(model, NEW)
+
+    assert same(before, snapshot(model))
+    assert {path: layer.extra_repr() for path, layer in model.named_modules()} == widths
+    assert [type(layer) for layer in edited.modules()] == [type(layer) for layer in model.modules()]
+    ours, theirs = edited.state_dict(keep_vars=True), model.state_dict(keep_vars=True)
+    assert list(ours) == list(theirs)
+    for key, tensor in theirs.items():
+        assert (ours[key] is tensor) == (key.rpartition(".")[0] not in heads), key
+
+    fed: dict[tuple[str, str], torch.Tensor] = {}
+    for which, network in (("original", model), ("edited", edited)):
+        for head in heads:
+            network.get_submodule(head).register_forward_pre_hook(
+                lambda _, args, key=(which, head): fed.update({key: args[0].clone()})
+            )
+    inputs = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        original, new = model(inputs), edited(inputs)
+    assert new.shape == (2, NEW)
+    assert original.shape[1] != NEW
+    assert all(identical(fed["original", head], fed["edited", head]) for head in heads)
+
+
+@pytest.mark.parametrize("name", tiny.ALL)
+def test_every_tiny_network_gets_a_head(name: str) -> None:
+    model = tiny.build(name).eval()
+    before = snapshot(model)
+    edited = replace_head(model, NEW)
+    assert edited(tiny.batch(name)).shape == (6, NEW)
+    assert same(before, snapshot(model))
+
+
+def test_the_head_is_the_layer_executed_last_and_not_registered_last() -> None:
+    assert find_heads(tiny.build("residual")) == ["head"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_the_new_head_has_the_mode_and_the_dtype_of_the_old(training: bool, dtype: torch.dtype) -> None:
+    model = tiny.build("plain").to(dtype).train(training)
+    head = replace_head(model, NEW).fc
+    assert (head.training, head.weight.dtype, head.bias.dtype) == (training, dtype, dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_new_head_has_a_bias_where_the_old_had_one(bias: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3, bias=bias))
+    assert (replace_head(model, NEW)[1].bias is not None) == bias
+
+
+def test_a_module_can_be_the_head() -> None:
+    model = tiny.build("residual").eval()
+    head = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, NEW))
+    edited = replace_head(model, head)
+    assert edited.head is head
+    assert not head.training
+    assert edited(tiny.batch("residual")).shape == (6, NEW)
+
+
+def test_two_heads_get_modules_of_their_own() -> None:
+    model = timm.create_model("deit_tiny_distilled_patch16_224", depth=1)
+    edited = replace_head(model, nn.Linear(192, NEW))
+    assert edited.head.weight is not edited.head_dist.weight
+    assert edited.head.weight.shape == edited.head_dist.weight.shape == (NEW, 192)
+
+
+def test_a_path_says_which_layer_to_replace() -> None:
+    model = tiny.build("aux-head")
+    edited = replace_head(model, NEW, path="aux")
+    assert edited.aux.out_features == NEW
+    assert edited.fc.out_features == tiny.CLASSES
+
+
+def test_a_layer_without_parameters_can_make_place_for_a_module() -> None:
+    model = tiny.build("plain")
+    assert isinstance(replace_head(model, nn.Identity(), path="dropout").dropout, nn.Identity)
+
+
+@pytest.mark.parametrize(
+    ("new", "path", "error", "message"),
+    [
+        (0, None, EditError, "a head needs at least 1 output, not 0. Nothing was changed."),
+        (-3, None, EditError, "not -3"),
+        (NEW, "bn1", EditError, "the head 'bn1' is a BatchNorm2d, which cannot be built for 7 classes."),
+        (NEW, "dropout", EditError, "the head 'dropout' is a Dropout"),
+        (NEW, "head", SelectionError, "no layer 'head' in PlainCnn."),
+    ],
+)
+def test_a_failed_edit_changes_nothing(new: int, path: str | None, error: type[Exception], message: str) -> None:
+    model = tiny.build("plain")
+    before = snapshot(model)
+    with pytest.raises(error) as caught:
+        replace_head(model, new, path=path)
+    assert message in str(caught.value)
+    assert same(before, snapshot(model))
+
+
+def test_a_network_without_parameters_has_no_head() -> None:
+    with pytest.raises(EditError, match="ReLU has no layer with parameters, so it has no head to replace"):
+        replace_head(nn.ReLU(), NEW)
+
+
+def test_the_recipe_records_the_edit() -> None:
+    model = create_model("mobilenet_v3_small", weights="none", num_classes=4)
+    recipe = card_of(replace_head(model, NEW)).recipe
+    assert recipe is not None
+    assert recipe.source.name == "mobilenet_v3_small"
+    assert [(step.operation, step.path, step.arguments) for step in recipe.steps] == [
+        ("replace_head", "classifier.3", {"num_classes": 4}),
+        ("replace_head", "classifier.3", {"num_classes": NEW}),
+    ]
+    original = card_of(model).recipe
+    assert original is not None
+    assert len(original.steps) == 1
+
+
+def test_a_head_that_cannot_be_described_ends_the_recipe() -> None:
+    model = create_model("squeezenet1_1", weights="none")
+    edited = replace_head(model, tiny.NoisyBlock(NEW), path="classifier.0")
+    assert card_of(edited).recipe is None
+    assert card_of(model).recipe is not None
+
+
+@pytest.mark.parametrize("has_recipe", [True, False])
+def test_the_old_heads_classes_are_forgotten(has_recipe: bool) -> None:
+    model = create_model("squeezenet1_1", weights="none") if has_recipe else tiny.build("plain")
+    attach(model, classes=("ants", "bees"), task="classification", metrics={"accuracy": 1.0})
+    edited = replace_head(model, 3)
+    assert (card_of(edited).classes, card_of(edited).metrics) == (None, {})
+    assert card_of(model).classes == ("ants", "bees")
+
+
+def test_the_head_follows_the_random_state() -> None:
+    weights = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        weights.append(replace_head(tiny.build("plain"), NEW).fc.weight)
+    assert identical(*weights)
+    assert not identical(weights[0], replace_head(tiny.build("plain"), NEW).fc.weight)
+
+
+def test_training_the_edited_network_trains_the_original_body() -> None:
+    model = tiny.build("plain")
+    head = copy.deepcopy(model.fc)
+    edited = replace_head(model, NEW)
+    optimizer = torch.optim.SGD(edited.parameters(), lr=1.0)
+    edited(tiny.batch("plain")).square().sum().backward()
+    optimizer.step()
+    assert identical(edited.conv1.weight, model.conv1.weight)
+    assert identical(model.fc.weight, head.weight)
+
+
+def test_a_network_that_cannot_run_on_shapes_gets_its_head_by_registration(tmp_path: object) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 4)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.sum().item() > 0:
+                x = self.body(x)
+            return self.head(x)
+
+    edited = replace_head(Branches(), NEW)
+    assert edited(torch.randn(3, 4)).shape == (3, NEW)
+
+
+def test_names_that_do_not_exist_are_refused_before_anything_is_built() -> None:
+    with pytest.raises(ModelError, match="no model 'resnet81'"):
+        create_model("resnet81", weights="none", num_classes=NEW)
+
+
+def test_save_follows_an_edit(tmp_path: object) -> None:
+    assert save(replace_head(tiny.sequential(), NEW), tmp_path / "edited.safetensors").exists()
