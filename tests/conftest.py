@@ -6,7 +6,7 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch: tests run s
     os.environ.setdefault(name, "1")
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,11 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
+def seeded() -> None:
     """Start each test from the same random state, whatever ran before it."""
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
-    yield
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from regraft.card import ATTRIBUTE, card_of
+
 
 def snapshot(model: nn.Module) -> dict[str, object]:
     """Write down everything about a model that a look at it must not change."""
@@ -17,7 +19,8 @@ def snapshot(model: nn.Module) -> dict[str, object]:
             (list(m._forward_hooks.items()), list(m._forward_pre_hooks.items()), list(m._backward_hooks.items()))
             for m in model.modules()
         ],
-        "attributes": [sorted(vars(module)) for module in model.modules()],
+        "attributes": [sorted(vars(module).keys() - {ATTRIBUTE}) for module in model.modules()],
+        "card": card_of(model),
     }
 
 

@@ -3,9 +3,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+import tiny
 from regraft.anatomy.modes import evaluation_mode, preserved_randomness
 
 

@@ -1,6 +1,6 @@
 import pytest
-import tiny
 
+import tiny
 from regraft.anatomy.paths import layer_at, parent_and_name
 from regraft.errors import SelectionError
 

@@ -4,14 +4,15 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-import tiny
+import timm
 import torch
 import torchinfo
-from oracles import identical, same, snapshot
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
+import tiny
+from oracles import identical, same, snapshot
 from regraft import create_model, freeze, summary
 from regraft.errors import ModelError
 
@@ -178,8 +179,7 @@ def test_a_shared_parameter_counts_once() -> None:
     assert (
         summary(model).layers[0].parameters == len({id(p) for p in model.parameters()})
         and (summary(model).layers[0].parameters)
-        or summary(model).layers[0].parameters == sum(p.numel() for p in set(model.parameters()))
-    )
+    ) or summary(model).layers[0].parameters == sum(p.numel() for p in set(model.parameters()))
 
 
 @pytest.mark.parametrize(
@@ -211,3 +211,9 @@ def test_the_weights_are_not_read() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert summary(model).to_dict() == reference
     assert all(identical(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["pit_ti_224", "levit_128s"])
+def test_networks_that_pass_tuples_between_layers_are_summarised(name: str) -> None:
+    model = timm.create_model(name)
+    assert summary(model).layers[0].output_shape == (1, 1000)

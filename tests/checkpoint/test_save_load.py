@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import timm
-import tiny
 import torch
-from oracles import identical, same, snapshot
 from safetensors import safe_open
 from torch import nn
 
 import regraft
+import tiny
+from oracles import identical, same, snapshot
 from regraft import Preprocessing, create_model, freeze, load, load_weights, replace_head, save, unfreeze
 from regraft.card import attach, card_of
 from regraft.checkpoint import current_versions, read_header
@@ -73,30 +73,31 @@ MADE: dict[str, Callable[[], nn.Module]] = {
     "torchvision": lambda: create_model("mobilenet_v3_small", weights="none"),
     "torchvision with a head": lambda: create_model("squeezenet1_1", weights="none", num_classes=3),
     "timm": lambda: create_model("timm/test_resnet", weights="none"),
+    "timm, sensitive to where tensors lie": lambda: create_model("timm/mobilenetv3_small_050", weights="none"),
     "timm with two heads": lambda: create_model("timm/levit_128s", weights="none", num_classes=3),
     "sequential": lambda: tiny.build("sequential"),
     "sequential with a head": lambda: replace_head(tiny.build("sequential"), nn.Sequential(nn.Linear(6, 3), nn.Tanh())),
     "a module as head": lambda: replace_head(
-        create_model("timm/test_vit", weights="none"), nn.Sequential(nn.Dropout(0.1), nn.LazyLinear(3))
+        create_model("timm/test_vit", weights="none"), nn.Sequential(nn.Dropout(0.1), nn.Linear(64, 3))
     ),
 }
 
 
-@pytest.mark.parametrize("make", [MADE[name] for name in MADE if name != "a module as head"], ids=list(MADE)[:-1])
+@pytest.mark.parametrize("make", MADE.values(), ids=list(MADE))
 def test_every_tensor_is_bit_equal(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     model = shake(make()).eval()
     path = save(model, tmp_path / "model.safetensors")
     assert path == tmp_path / "model.safetensors"
     loaded = load(path)
     assert_equal(loaded, model)
-    assert [type(layer) for layer in loaded.modules()] == [type(layer) for layer in model.modules()] or (
-        model.__class__ is nn.Sequential
-    )
+    kinds = [[type(layer) for _, layer in m.named_modules(remove_duplicate=False)] for m in (loaded, model)]
+    assert kinds[0] == kinds[1]
     assert not any(module.training for module in loaded.modules())
-    assert card_of(loaded) == card_of(loaded).model_copy(update={"recipe": card_of(loaded).recipe})
 
 
-@pytest.mark.parametrize("name", ["torchvision with a head", "timm", "sequential"])
+@pytest.mark.parametrize(
+    "name", ["torchvision with a head", "timm", "timm, sensitive to where tensors lie", "sequential"]
+)
 def test_outputs_are_bit_equal(name: str, tmp_path: Path) -> None:
     model = MADE[name]().eval()
     inputs = tiny.batch("plain") if name == "sequential" else torch.randn(2, 3, 64, 64)
@@ -134,7 +135,7 @@ def test_a_class_of_ones_own_is_rebuilt_with_trust_alone(own: str, tmp_path: Pat
     path = save(model, tmp_path / "model.safetensors")
     marker = tmp_path / "imported"
     source = tmp_path / "own.py"
-    source.write_text(f"open({str(marker)!r}, 'w')\n" + source.read_text())
+    source.write_text(f"__import__('pathlib').Path({str(marker)!r}).touch()\n" + source.read_text())
     with pytest.raises(TrustError, match="trust_code=True"):
         load(path)
     assert not marker.exists()
@@ -289,6 +290,15 @@ def test_saving_and_loading_change_neither_the_model_nor_the_random_state(
     assert same(before, snapshot(model))
 
 
+def test_a_loaded_model_does_not_depend_on_its_file_any_more(tmp_path: Path) -> None:
+    model = tiny.build("sequential")
+    path = save(model, tmp_path / "model.safetensors")
+    loaded = load(path)
+    with path.open("rb+") as file:  # in place, as a careless copy would
+        file.write(b"\xff" * path.stat().st_size)
+    assert_equal(loaded, model)
+
+
 def test_saving_twice_writes_the_same_bytes(tmp_path: Path) -> None:
     model = tiny.build("sequential")
     assert save(model, tmp_path / "a").read_bytes() == save(model, tmp_path / "b").read_bytes()
@@ -328,7 +338,7 @@ def hostile(header: dict[str, object]) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "one bit": (flipped, "'7.bias' is not what was saved"),
+    "one bit": (flipped, "is not what was saved. Get or make it again."),
     "end missing": (cut, "is damaged"),
     "empty": (lambda path: (path.write_bytes(b""), path)[1], "no safetensors file"),
     "text": (lambda path: (path.write_text("hello, hello, hello"), path)[1], "no safetensors file"),
@@ -341,9 +351,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=list(DAMAGES))
-def test_a_damaged_file_is_an_error_that_says_how(
-    damage: Callable[[Path], Path], message: str, tmp_path: Path
-) -> None:
+def test_a_damaged_file_is_an_error_that_says_how(damage: Callable[[Path], Path], message: str, tmp_path: Path) -> None:
     path = damage(save(tiny.build("sequential"), tmp_path / "model.safetensors"))
     with pytest.raises(RegraftError) as caught:
         load(path)

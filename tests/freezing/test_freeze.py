@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import timm
-import tiny
 import torch
-from oracles import identical, same, snapshot
 from torch import nn
 from torch.nn import functional as F
 from torchvision import models
 
+import tiny
+from oracles import identical, same, snapshot
 from regraft import freeze, select, unfreeze
 from regraft.errors import ModelError, SelectionError
 from regraft.training.loop import main_output
@@ -138,6 +138,13 @@ def test_until_and_since_follow_the_execution_order(last: int) -> None:
     unfreeze(model, since=executed[last])
     thawed = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert thawed == set(executed[last:])
+
+
+def test_until_a_container_that_is_never_called_itself_ends_with_its_last_layer() -> None:
+    model = tiny.build("residual")
+    freeze(model, until="body")
+    frozen = {name.rpartition(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"stem", "stem_norm", "body.second", "body.first"}
 
 
 def test_until_includes_the_parameters_of_the_root_that_were_used_before() -> None:

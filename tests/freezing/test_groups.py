@@ -1,9 +1,9 @@
 import pytest
-import tiny
 import torch
 from torch import nn
 from torchvision import models
 
+import tiny
 from regraft import build_optimizer, freeze, param_groups
 from regraft.errors import ConfigError, SelectionError
 
@@ -77,7 +77,7 @@ def test_nothing_trainable_is_an_error_that_says_how_to_thaw() -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        (("adamx", nn.Linear(2, 2)), {}, ConfigError, "no optimizer 'adamx' in torch.optim. Nearest: 'adam"),
+        (("adamx", nn.Linear(2, 2)), {}, ConfigError, "no optimizer 'adamx' in torch.optim or timm. Nearest: 'adam"),
         (("adamw", nn.Linear(2, 2)), {"momentum": 0.9}, ConfigError, "AdamW does not take {'momentum': 0.9}"),
         (("sgd", nn.Linear(2, 2)), {"momentum": -1.0}, ConfigError, "Invalid momentum value"),
         (("adamw", nn.ReLU()), {}, SelectionError, "ReLU has no parameters, so there is nothing to train"),

@@ -1,10 +1,10 @@
 import re
 
 import pytest
-import tiny
 from torch import nn
 from torchvision import models
 
+import tiny
 from regraft import freeze, select
 from regraft.errors import SelectionError
 

@@ -5,11 +5,11 @@ import io
 from collections.abc import Callable
 
 import pytest
-import tiny
 import torch
-from oracles import identical
 from torch import fx, nn
 
+import tiny
+from oracles import identical
 from regraft import freeze, unfreeze
 from regraft.freezing.pins import is_pinned
 

@@ -5,16 +5,16 @@ from collections.abc import Callable
 
 import pytest
 import timm
-import tiny
 import torch
-from oracles import identical, same, snapshot
 from torch import nn
 from torchvision import models
 
+import tiny
+from oracles import identical, same, snapshot
 from regraft import create_model, replace_head, save
+from regraft.anatomy.heads import find_heads
 from regraft.card import attach, card_of
 from regraft.errors import EditError, ModelError, SelectionError
-from regraft.surgery import find_heads
 
 NEW = 7
 
@@ -128,6 +128,18 @@ def test_two_heads_get_modules_of_their_own() -> None:
     edited = replace_head(model, nn.Linear(192, NEW))
     assert edited.head.weight is not edited.head_dist.weight
     assert edited.head.weight.shape == edited.head_dist.weight.shape == (NEW, 192)
+
+
+def test_a_network_that_came_without_a_head_gets_one() -> None:
+    model = timm.create_model("test_vit", num_classes=0).eval()
+    inputs = torch.randn(2, *model.pretrained_cfg["input_size"])
+    assert find_heads(model) == ["head"]
+    edited = replace_head(model, NEW)
+    features = model(inputs)
+    assert identical(edited(inputs), edited.head(features))
+    assert edited(inputs).shape == (2, NEW)
+    assert edited.num_classes == NEW
+    assert isinstance(model.head, nn.Identity)
 
 
 def test_a_path_says_which_layer_to_replace() -> None:

@@ -1,10 +1,10 @@
 import json
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
+import tiny
 from regraft.errors import EditError
 from regraft.surgery.layerspec import construct, describe
 
@@ -29,6 +29,7 @@ LAYERS = [
     nn.Flatten(2),
     nn.Upsample(scale_factor=2.0, mode="bilinear"),
     nn.Identity(),
+    nn.Tanh(),
     nn.Embedding(5, 3, padding_idx=0),
     nn.Sequential(),
     tiny.sequential(),

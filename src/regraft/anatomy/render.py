@@ -44,10 +44,15 @@ def totals(summary: ModelSummary) -> str:
 def percent(part: float, whole: float) -> str:
     """Write a share with one decimal where it needs one.
 
-    >>> percent(1, 8), percent(3, 3), percent(0, 0)
-    ('12.5 %', '100 %', '0 %')
+    >>> percent(1, 8), percent(3, 3), percent(0, 0), percent(999_999, 1_000_000)
+    ('12.5 %', '100 %', '0 %', '> 99.9 %')
     """
-    return f"{100 * part / whole if whole else 0:.1f}".removesuffix(".0") + " %"
+    share = 100 * part / whole if whole else 0.0
+    if part != whole and share > 99.9:
+        return "> 99.9 %"
+    if part and share < 0.1:
+        return "< 0.1 %"
+    return f"{share:.1f}".removesuffix(".0") + " %"
 
 
 def cells(layer: LayerSummary) -> tuple[str, ...]:

@@ -119,7 +119,7 @@ def _fake_twin(model: nn.Module, fake_mode: FakeTensorMode) -> nn.Module:
 
 def _fake(tensor: torch.Tensor) -> torch.Tensor:
     fake = torch.empty_like(tensor, device="cpu")
-    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+    return nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:

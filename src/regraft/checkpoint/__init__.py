@@ -1,9 +1,22 @@
 """Keep a model, and get it back."""
 
 from regraft.checkpoint.build import create_model
+from regraft.checkpoint.diff import Diff, TensorDiff, diff
 from regraft.checkpoint.foreign import LoadReport, load_weights
 from regraft.checkpoint.format import Header, current_versions, read_header
 from regraft.checkpoint.read import load
 from regraft.checkpoint.write import save
 
-__all__ = ["Header", "LoadReport", "create_model", "current_versions", "load", "load_weights", "read_header", "save"]
+__all__ = [
+    "Diff",
+    "Header",
+    "LoadReport",
+    "TensorDiff",
+    "create_model",
+    "current_versions",
+    "diff",
+    "load",
+    "load_weights",
+    "read_header",
+    "save",
+]

@@ -4,12 +4,13 @@ from pathlib import Path
 
 from torch import nn
 
+from regraft.anatomy.heads import find_heads
 from regraft.anatomy.modes import preserved_randomness
 from regraft.anatomy.paths import is_within
 from regraft.card import Recipe, attach, card_of
 from regraft.checkpoint.foreign import LoadReport, load_weights
 from regraft.errors import CheckpointError
-from regraft.surgery.head import apply_step, find_heads, replace_head
+from regraft.surgery.head import apply_step, replace_head
 from regraft.surgery.layerspec import construct
 from regraft.zoo import build
 

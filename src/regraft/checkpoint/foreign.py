@@ -4,7 +4,7 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,13 @@ WRAPPERS = (
     "weights",
     "params",
     "state_dict_ema",
+    "model_ema",
+    "ema_state_dict",
+    "ema",
 )
 PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "encoder.", "net.", "network.", "base_model.")
+FOREIGN_NAME = re.compile(r"(?:GLOBAL|function|class|type) <?([\w.]+)")  # in what torch's unpickler complains about
+PREFIX_DEPTH = 3
 
 Tensors = dict[str, torch.Tensor]
 
@@ -135,15 +140,15 @@ def read_tensors(path: Path) -> tuple[Tensors, list[str]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the age of the file's format
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"'{path}' holds more than tensors, and reading it would run code from it ({reason[:200]}). "
-            "On a machine where you trust the file, load it yourself and write torch.save(model.state_dict(), …)."
-        ) from error
     except Exception as error:
+        if isinstance(error, pickle.UnpicklingError) and (foreign := FOREIGN_NAME.search(str(error))):
+            raise CheckpointError(
+                f"'{path}' holds more than tensors ({foreign[1]}), and reading it would run code from it. "
+                "On a machine where you trust the file, load it yourself and write torch.save(model.state_dict(), …)."
+            ) from error
+        reason = "no pickle that holds tensors" if isinstance(error, pickle.UnpicklingError) else str(error)
         raise CheckpointError(
-            f"'{path}' cannot be read as weights: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}. "
+            f"'{path}' cannot be read as weights: {type(error).__name__}: {reason.partition(chr(10))[0][:200]}. "
             "Expected a safetensors file or one that torch.save wrote."
         ) from error
     return _unwrap(content, path)
@@ -191,24 +196,26 @@ def _tensor_dict(content: Mapping[Any, Any]) -> Tensors:
 
 
 def _fit_prefix(tensors: Tensors, slots: Tensors) -> tuple[Tensors, list[str]]:
-    """Strip or add prefixes as long as that makes more names fit."""
-    notes = []
-    while True:
-        fitting = _count_fitting(tensors, slots)
-        candidates = [
-            ({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, f"prefix '{prefix}' stripped")
-            for prefix in PREFIXES
-            if any(name.startswith(prefix) for name in tensors)
-        ] + [
-            ({prefix + name: tensor for name, tensor in tensors.items()}, f"prefix '{prefix}' added")
-            for prefix in PREFIXES
-            if any(name.startswith(prefix) for name in slots)
-        ]
-        best = max(candidates, key=lambda candidate: _count_fitting(candidate[0], slots), default=None)
-        if best is None or _count_fitting(best[0], slots) <= fitting or len(best[0]) != len(tensors):
-            return tensors, notes
-        tensors = best[0]
-        notes.append(best[1])
+    """Strip or add the few prefixes that make the most names fit; none where that makes no more fit."""
+    best: tuple[Tensors, list[str]] = (tensors, [])
+    most = _count_fitting(tensors, slots)
+    tried = [best]
+    for _ in range(PREFIX_DEPTH):
+        tried = [(names, [*notes, note]) for before, notes in tried for names, note in _other_prefixes(before, slots)]
+        for candidate in tried:
+            if (fitting := _count_fitting(candidate[0], slots)) > most:
+                best, most = candidate, fitting
+    return best
+
+
+def _other_prefixes(tensors: Tensors, slots: Tensors) -> Iterator[tuple[Tensors, str]]:
+    for prefix in PREFIXES:
+        if any(name.startswith(prefix) for name in tensors):
+            stripped = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+            if len(stripped) == len(tensors):
+                yield stripped, f"prefix '{prefix}' stripped"
+        elif any(name.startswith(prefix) for name in slots):
+            yield {prefix + name: tensor for name, tensor in tensors.items()}, f"prefix '{prefix}' added"
 
 
 def _count_fitting(tensors: Tensors, slots: Tensors) -> int:

@@ -51,7 +51,7 @@ def load(path: str | os.PathLike[str], *, device: str = "cpu", trust_code: bool 
                 f"{_shape(slots, name)} in the model. Was the class changed since, or another library version used?"
             )
     for name, slot in slots.items():
-        slot.data = tensors[name]
+        slot.data = tensors[name].clone()  # out of the mapped file: aligned, and safe from whoever changes the file
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in header.frozen)
     setattr(model, ATTRIBUTE, header.card)

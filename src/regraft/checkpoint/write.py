@@ -106,7 +106,7 @@ def _structure(model: nn.Module) -> dict[str, object]:
         for path, layer in model.named_modules(remove_duplicate=False)
         if type(layer).__module__ in ("torch.nn.modules.conv", "torch.nn.modules.pooling")
     }
-    return kinds | geometry | {name: tensor.shape for name, tensor in model.state_dict().items()}
+    return {**kinds, **geometry, **{name: tensor.shape for name, tensor in model.state_dict().items()}}
 
 
 def _write_atomically(target: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

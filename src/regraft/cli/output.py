@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ParamSpec, TypeVar
+from contextvars import ContextVar
+from typing import Any, ParamSpec, TextIO, TypeVar
 
 from regraft.errors import InputError, RegraftError
 from regraft.progress import Item, Progress
@@ -16,6 +18,7 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 INTERRUPTED = 130
+_RESULTS: ContextVar[TextIO] = ContextVar("results")
 
 
 class ConsoleProgress(Progress):
@@ -43,14 +46,19 @@ class ConsoleProgress(Progress):
             yield from bar.track(items, total=total, description=description)
 
 
+def results() -> TextIO:
+    """Return the stream for results: standard output as it was when the command began."""
+    return _RESULTS.get(sys.stdout)
+
+
 def say(line: str = "") -> None:
     """Print one line of a result on standard output."""
-    print(printable(line))
+    print(printable(line), file=results())
 
 
 def say_json(value: Any) -> None:
     """Print one JSON value on standard output."""
-    print(json.dumps(value, indent=2, allow_nan=False, default=str))
+    print(json.dumps(value, indent=2, allow_nan=False, default=str), file=results())
 
 
 def say_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[bool]) -> None:
@@ -73,15 +81,21 @@ def printable(text: str) -> str:
 
 
 def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Turn the errors of a command into one line on standard error and an exit code."""
+    """Turn the errors of a command into one line on standard error and an exit code.
+
+    What others print meanwhile (torch.hub about its downloads, a model of the user's own) goes to standard error too.
+    """
 
     @functools.wraps(command)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         import typer
 
+        token = _RESULTS.set(sys.stdout)
         try:
-            result = command(*args, **kwargs)
-            sys.stdout.flush()  # here, where a pipe that nobody reads any more is no surprise
+            with contextlib.redirect_stdout(sys.stderr):
+                result = command(*args, **kwargs)
+            if sys.stdout is not None:  # as it is where a shell closed it
+                sys.stdout.flush()  # here, where a pipe that nobody reads any more is no surprise
             return result
         except RegraftError as error:
             _complain(f"error: {error}")
@@ -95,6 +109,8 @@ def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Resul
         except OSError as error:  # a disk that is full, a folder that may not be read
             _complain(f"error: {error}")
             raise typer.Exit(RegraftError.exit_code) from error
+        finally:
+            _RESULTS.reset(token)
 
     return run
 

@@ -1,12 +1,11 @@
 """`regraft predict`: what photos show."""
 
 import csv
-import sys
 from typing import Annotated
 
 from typer import Argument, Option
 
-from regraft.cli.output import ConsoleProgress, guarded, require, say_json, say_table
+from regraft.cli.output import ConsoleProgress, guarded, require, results, say_json, say_table
 
 
 @guarded
@@ -33,7 +32,7 @@ def predict(
     if as_json:
         say_json([prediction.to_dict() for prediction in found])
     elif as_csv:
-        writer = csv.writer(sys.stdout)
+        writer = csv.writer(results())
         writer.writerow(("path", "label", "probability") if found[0].label is not None else ("path", "value"))
         for one in found:
             writer.writerow((one.path, one.label, one.probability) if one.label is not None else (one.path, one.value))

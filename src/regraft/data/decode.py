@@ -91,9 +91,7 @@ def quiet_decoders() -> Iterator[None]:
 def _plain(image: Image.Image, channels: int) -> Image.Image:
     """Convert to 8-bit gray or RGB, upright."""
     image.load()
-    with contextlib.suppress(
-        SyntaxError, ValueError, TypeError, KeyError, struct.error
-    ):  # of metadata that cannot be read
+    with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):  # of damaged metadata
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_eight_bits(image)

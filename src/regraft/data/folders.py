@@ -172,8 +172,8 @@ def _class_names(folder: Path) -> tuple[str, ...]:
         raise DataError(f"'{folder}' has {found} in it. Expected a folder of photos for each class.")
     if unnamed := [name for name in names if not _is_unicode(name)]:
         raise DataError(
-            f"the folder {unnamed[0]!r} in '{folder}' has bytes in its name that are no UTF-8, and cannot be the name of "
-            "a class. Rename it."
+            f"the folder {unnamed[0]!r} in '{folder}' has bytes in its name that are no UTF-8. The name of a class "
+            "has to be text: rename it."
         )
     if len(names) == 1:
         raise DataError(
@@ -247,7 +247,7 @@ def _read_row(path: Path, line: int, row: dict[str, str]) -> tuple[Sample, str]:
         target = math.nan
     if not math.isfinite(target):
         raise DataError(
-            f"'{path}', line {line}: the target '{row['target'] or ''}' is not a number. Expected a finite one, as in 3.5."
+            f"'{path}', line {line}: the target '{row['target'] or ''}' is not a number. Expected a finite one, as 3.5."
         )
     split = (row.get("split") or "").strip().lower()
     if split not in ("", "train", *VALIDATION_NAMES):

@@ -106,7 +106,7 @@ def _parameter_names(
 
 def _calls_of(model: nn.Module, traced: Trace, path: str) -> list[Call]:
     layer_at(model, path)
-    calls = [call for call in traced.calls if call.path == path]
+    calls = [call for call in traced.calls if is_within(call.path, path)]  # a ModuleList is not called, its layers are
     if not calls:
         raise SelectionError(f"layer '{path}' of {type(model).__name__} is never executed, so nothing is before it.")
     return calls

@@ -1,45 +1,87 @@
 """What an optimizer gets: the trainable parameters, grouped, and nothing else."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from regraft.anatomy.depths import parameter_depths
+from regraft.anatomy.heads import find_heads
+from regraft.anatomy.paths import is_within
 from regraft.errors import ConfigError, SelectionError, nearest
 
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
 
 def param_groups(
-    model: nn.Module, lr: float, weight_decay: float = 0.0, *, no_decay: tuple[str, ...] = ("bias", "norm")
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    layer_decay: float | None = None,
+    *,
+    backbone_lr: float | None = None,
+    no_decay: tuple[str, ...] = ("bias", "norm"),
 ) -> list[dict[str, Any]]:
-    """Group the trainable parameters of `model` for an optimizer; frozen ones are left out.
+    """Group the trainable parameters of `model` by learning rate and decay for an optimizer; frozen ones are left out.
 
     Args:
         model: Any module.
-        lr: Learning rate of every group.
-        weight_decay: Decay of the first group.
-        no_decay: Which parameters form a second group without decay: `"bias"` (biases and other vectors), `"norm"`
-            (those of normalization layers), in any combination.
+        lr: Learning rate of the head, and of everything where neither `layer_decay` nor `backbone_lr` is given.
+        weight_decay: Decay of weight matrices and kernels.
+        layer_decay: Factor from each block to the one before it (see `parameter_depths`), in (0, 1]: a parameter d
+            blocks before the head learns with `lr * layer_decay ** d`. Source: BEiT, https://arxiv.org/abs/2106.08254.
+        backbone_lr: Learning rate of everything but the head.
+        no_decay: What is not decayed: `"bias"` (biases, other vectors, and what the model's own `no_weight_decay`
+            names), `"norm"` (parameters of normalization layers), in any combination.
+
+    Returns:
+        Groups with `params`, `lr` and `weight_decay`, in the order of their first parameters.
 
     Raises:
         SelectionError: Nothing is trainable.
+        ConfigError: Both `layer_decay` and `backbone_lr` are given, or `layer_decay` is not in (0, 1].
     """
-    decayed, undecayed = [], []
-    norm_parameters = {id(p) for layer in model.modules() if isinstance(layer, NORM_LAYERS) for p in layer.parameters()}
+    rate_of = _rates(model, lr, layer_decay, backbone_lr)
+    undecayed = _undecayed_names(model, no_decay)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        is_norm = "norm" in no_decay and id(parameter) in norm_parameters
-        is_bias = "bias" in no_decay and (parameter.ndim <= 1 or name.endswith("bias"))
-        (undecayed if is_norm or is_bias else decayed).append(parameter)
-    if not decayed and not undecayed:
+        if parameter.requires_grad:
+            groups.setdefault((rate_of(name), name not in undecayed), []).append(parameter)
+    if not groups:
         raise SelectionError(_nothing_trainable(model))
-    groups = [
-        {"params": decayed, "lr": lr, "weight_decay": weight_decay},
-        {"params": undecayed, "lr": lr, "weight_decay": 0.0},
+    return [
+        {"params": parameters, "lr": rate, "weight_decay": weight_decay if is_decayed else 0.0}
+        for (rate, is_decayed), parameters in groups.items()
     ]
-    return [group for group in groups if group["params"]]
+
+
+def _rates(model: nn.Module, lr: float, layer_decay: float | None, backbone_lr: float | None) -> Callable[[str], float]:
+    """Return the function from a parameter's name to its learning rate."""
+    if layer_decay is not None and backbone_lr is not None:
+        raise ConfigError("layer_decay and backbone_lr exclude each other. Pass one of them.")
+    if layer_decay is not None:
+        if not 0 < layer_decay <= 1:
+            raise ConfigError(f"layer_decay is {layer_decay}, expected a factor in (0, 1], as in 0.75.")
+        depths = parameter_depths(model)
+        deepest = max(depths.values(), default=0)
+        return lambda name: lr * layer_decay ** (deepest - depths.get(name, deepest))
+    if backbone_lr is not None:
+        heads = find_heads(model)
+        return lambda name: lr if any(is_within(name, head) for head in heads) else backbone_lr
+    return lambda name: lr
+
+
+def _undecayed_names(model: nn.Module, no_decay: tuple[str, ...]) -> set[str]:
+    names = set()
+    if "norm" in no_decay:
+        norms = [path for path, layer in model.named_modules() if isinstance(layer, NORM_LAYERS)]
+        names |= {f"{path}.{name}" for path in norms for name, _ in model.get_submodule(path).named_parameters()}
+    if "bias" in no_decay:
+        own: Any = getattr(model, "no_weight_decay", None)
+        names |= {name for name, parameter in model.named_parameters() if parameter.ndim <= 1 or name.endswith("bias")}
+        names |= set(own()) if own is not None else set()
+    return names
 
 
 def build_optimizer(
@@ -48,15 +90,20 @@ def build_optimizer(
     *,
     lr: float,
     weight_decay: float = 0.0,
+    layer_decay: float | None = None,
+    backbone_lr: float | None = None,
     **options: Any,
 ) -> torch.optim.Optimizer:
     """Build an optimizer over the trainable parameters of `model`; biases and norms are not decayed.
 
     Args:
-        name_or_class: A class, or the name of one of `torch.optim` in any case (`"adamw"`, `"SGD"`).
+        name_or_class: A class, or the name of one of `torch.optim` in any case (`"adamw"`, `"SGD"`), or of one of
+            timm's (`"lamb"`, `"timm/adamw"` where both have it).
         model: Any module.
         lr: Learning rate.
         weight_decay: Decay of weight matrices and kernels.
+        layer_decay: See `param_groups`.
+        backbone_lr: See `param_groups`.
         **options: Passed on to the class, as in `momentum=0.9`.
 
     Raises:
@@ -64,22 +111,29 @@ def build_optimizer(
         ConfigError: No optimizer has that name, or it does not take these options.
     """
     maker: Any = _optimizer_class(name_or_class) if isinstance(name_or_class, str) else name_or_class
-    groups = param_groups(model, lr, weight_decay)
+    groups = param_groups(model, lr, weight_decay, layer_decay, backbone_lr=backbone_lr)
     try:
         return maker(groups, lr=lr, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{maker.__name__} does not take {options or {'lr': lr}}: {error}.") from error
 
 
-def _optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+def _optimizer_class(name: str) -> Any:
     known = {
         key.lower(): value
         for key, value in vars(torch.optim).items()
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
     }
-    if name.lower() not in known:
-        raise ConfigError(f"no optimizer '{name}' in torch.optim. {nearest(name.lower(), known)}".rstrip())
-    return known[name.lower()]
+    if name.lower() in known:
+        return known[name.lower()]
+    import timm.optim as timm_optim  # costs a second, and few need it
+
+    bare = name.lower().removeprefix("timm/")
+    timms = [str(found) for found in cast(Any, timm_optim).list_optimizers()]
+    if bare not in timms:
+        hint = nearest(bare, {*known, *timms}) or f"torch.optim has {', '.join(known)}."
+        raise ConfigError(f"no optimizer '{name}' in torch.optim or timm. {hint}")
+    return cast(Any, timm_optim).get_optimizer_class(bare)
 
 
 def _nothing_trainable(model: nn.Module) -> str:

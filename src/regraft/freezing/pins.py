@@ -44,6 +44,11 @@ def sync_pins(model: nn.Module) -> list[str]:
     return pinned
 
 
+def frozen_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """List the layers that the flags say are frozen, by the rules of this module's docstring."""
+    return [(path, layer) for path, layer, frozen in _walk(model, "", _is_frozen(model) is True) if frozen]
+
+
 def pin(layer: nn.Module) -> None:
     """Keep `layer` in evaluation mode from now on."""
     layer.training = False

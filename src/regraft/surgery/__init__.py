@@ -1,5 +1,5 @@
 """Change a network's graph."""
 
-from regraft.surgery.head import find_heads, replace_head
+from regraft.surgery.head import replace_head
 
-__all__ = ["find_heads", "replace_head"]
+__all__ = ["replace_head"]

@@ -1,4 +1,4 @@
-"""Find the classifier of a network, and put another in its place."""
+"""Put another classifier in the place of a network's own."""
 
 import copy
 from typing import Any
@@ -6,38 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from regraft.anatomy.paths import is_within, layer_at, parent_and_name
+from regraft.anatomy.heads import find_heads
+from regraft.anatomy.paths import layer_at, parent_and_name
 from regraft.anatomy.tracing import trace
 from regraft.card import Step, attach, card_of
-from regraft.errors import EditError, ModelError
+from regraft.errors import EditError
 from regraft.surgery.layerspec import construct, describe
-
-
-def find_heads(model: nn.Module) -> list[str]:
-    """Return the paths of the classifier layers of `model`: one, or several for networks that average several.
-
-    timm's networks name theirs. In all others it is the last layer with parameters in execution order.
-
-    Raises:
-        EditError: No layer has parameters.
-    """
-    layers = [path for path, layer in model.named_modules() if path and next(layer.parameters(False), None) is not None]
-    if not layers:
-        raise EditError(f"{type(model).__name__} has no layer with parameters, so it has no head to replace.")
-    try:
-        ended = {call.path: call.ended for call in trace(model).calls}
-    except ModelError:  # cannot run on shapes: the order of registration is all that is known
-        ended = {path: position for position, path in enumerate(layers)}
-    executed = [path for path in layers if path in ended] or layers
-    config = getattr(model, "pretrained_cfg", None)
-    named = config.get("classifier") if isinstance(config, dict) else None
-    branches = [named] if isinstance(named, str) else list(named or [])
-    heads = []
-    for branch in branches or [""]:
-        inside = [path for path in executed if is_within(path, branch)]
-        if inside:
-            heads.append(max(inside, key=lambda path: ended.get(path, -1)))
-    return heads or [max(executed, key=lambda path: ended.get(path, -1))]
 
 
 def replace_head(model: nn.Module, new: int | nn.Module, *, path: str | None = None) -> nn.Module:
@@ -63,7 +37,7 @@ def replace_head(model: nn.Module, new: int | nn.Module, *, path: str | None = N
     if isinstance(new, int) and new < 1:
         raise EditError(f"a head needs at least 1 output, not {new}. Nothing was changed.")
     paths = [path] if path is not None else find_heads(model)
-    made = {head: _new_head(layer_at(model, head), head, _own(new, position)) for position, head in enumerate(paths)}
+    made = {head: _new_head(model, head, _own(new, position)) for position, head in enumerate(paths)}
     edited = share(model)
     for head, layer in made.items():
         _put(edited, head, layer)
@@ -92,12 +66,15 @@ def _own(new: int | nn.Module, position: int) -> int | nn.Module:
     return copy.deepcopy(new) if position and isinstance(new, nn.Module) else new
 
 
-def _new_head(old: nn.Module, path: str, new: int | nn.Module) -> nn.Module:
-    reference = next(old.parameters(), None)
+def _new_head(model: nn.Module, path: str, new: int | nn.Module) -> nn.Module:
+    old = layer_at(model, path)
+    reference = next(old.parameters(), next(model.parameters(), None))
     if isinstance(new, nn.Module):
         layer = new
     elif isinstance(old, nn.Linear):
         layer = nn.Linear(old.in_features, new, bias=old.bias is not None)
+    elif isinstance(old, nn.Identity):
+        layer = nn.Linear(_width_into(model, path), new)
     elif isinstance(old, nn.Conv2d):
         layer = nn.Conv2d(old.in_channels, new, _pair(old.kernel_size), _pair(old.stride), bias=old.bias is not None)
     else:
@@ -106,6 +83,14 @@ def _new_head(old: nn.Module, path: str, new: int | nn.Module) -> nn.Module:
             "Pass a module in its place, or the path of another layer. Nothing was changed."
         )
     return (layer if reference is None else layer.to(reference.device, reference.dtype)).train(old.training)
+
+
+def _width_into(model: nn.Module, path: str) -> int:
+    """Return the number of features D that the layer at `path` is given as (N, D)."""
+    shapes = next((call.input_shapes for call in trace(model).calls if call.path == path), ())
+    if not shapes or len(shapes[0]) != 2:
+        raise EditError(f"the head '{path}' is given {shapes or 'nothing'}, expected features (N, D). Pass a module.")
+    return shapes[0][1]
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -36,13 +36,13 @@ def describe(layer: nn.Module) -> dict[str, Any]:
             "type": kind,
             "layers": [[name, describe(child)] for name, child in layer._modules.items() if child is not None],
         }
-    arguments = {}
+    arguments: dict[str, Any] = {}
+    if type(layer).__init__ in (nn.Module.__init__, nn.Identity.__init__):  # take any arguments, and keep none
+        return {"type": kind, "arguments": arguments}
     for name, parameter in inspect.signature(type(layer).__init__).parameters.items():
         if name in ("self", "device", "dtype") or name.startswith("_"):
             continue
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            if isinstance(layer, nn.Identity):  # takes any arguments, and ignores them
-                continue
             raise EditError(f"a layer of type {kind} does not say which arguments it was built with.")
         value = _argument(layer, name, parameter.default)
         if value != parameter.default:

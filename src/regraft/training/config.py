@@ -113,7 +113,7 @@ def read_config(path: Path) -> dict[str, Any]:
         ConfigError: The file is missing or malformed, or one of its options is unknown or wrong.
     """
     if not path.is_file():
-        raise ConfigError(f"no configuration file '{path}' (looked from {Path.cwd()}).")
+        raise ConfigError(f"no configuration file '{path}' (looked from {Path.cwd()}). Give the path of a .toml file.")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -1,5 +1,6 @@
 """`fit`: train a model on photos, datasets or loaders, and keep the best of it."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -127,8 +128,8 @@ def _train(job: Job, config: TrainConfig, folder: RunFolder | None, clock: "_Clo
                 )
             with clock.phase("validation"):
                 outputs, targets = score(job.model, job.material.validation, job.engine)
-                _require_finite(outputs, job)
                 found = measure(outputs, targets, _class_names(job, outputs))
+                _require_finite(found, job)
             lr, seconds = job.optimizer.param_groups[0]["lr"], time.perf_counter() - began
             history.append(EpochRecord(epoch, train_loss, found, lr, seconds))
             if found.is_better_than(best.metrics if best else None):
@@ -144,6 +145,7 @@ def _train(job: Job, config: TrainConfig, folder: RunFolder | None, clock: "_Clo
         if best is not None and folder is not None and len(history) == best.epoch:  # perhaps while it was being saved
             best.put_back(job.model)
             folder.keep_model(job.model, config)
+            folder.keep_history(history)
         raise Interrupted(_what_was_kept("stopped by Ctrl-C.", best, job, folder)) from interruption
     except LossError as error:
         raise LossError(_what_was_kept(f"epoch {len(history) + 1}: {error}", best, job, folder)) from error
@@ -231,11 +233,11 @@ def _what_was_kept(problem: str, best: _Best | None, job: Job, folder: RunFolder
     return f"{problem} The best so far (epoch {best.epoch}, {best.metrics.headline()}) is kept {where}."
 
 
-def _require_finite(outputs: torch.Tensor, job: Job) -> None:
-    if not torch.isfinite(outputs).all():
+def _require_finite(found: Metrics, job: Job) -> None:
+    if not math.isfinite(found.loss):
         raise LossError(
-            "the scores of the validation photos are not finite after it (learning rate "
-            f"{job.plan.lr:.3g}). Try a tenth of the learning rate, or --precision fp32."
+            f"the validation loss is {found.loss} (learning rate {job.plan.lr:.3g}). Try a tenth of the learning rate, "
+            "--precision fp32, or look for extreme values in the data."
         )
 
 

@@ -1,5 +1,6 @@
 """How good predictions are."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -54,8 +55,11 @@ class Metrics:
         return {name: value for name, value in asdict(self).items() if value is not None and value != ()}
 
     def is_better_than(self, other: "Metrics | None") -> bool:
-        """Say whether these are better: higher accuracy, then lower loss."""
-        return other is None or (self.accuracy or 0.0, -self.loss) > (other.accuracy or 0.0, -other.loss)
+        """Say whether these are better: higher accuracy, then lower loss; one that is no number is the worst."""
+        return other is None or self._rank() > other._rank()
+
+    def _rank(self) -> tuple[float, float]:
+        return self.accuracy or 0.0, -math.inf if math.isnan(self.loss) else -self.loss
 
     def headline(self) -> str:
         """Say the main figures in a few words."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from regraft.anatomy.heads import find_heads
 from regraft.anatomy.modes import evaluation_mode
 from regraft.card import ATTRIBUTE, Preprocessing, attach, card_of
 from regraft.checkpoint.build import create_model
@@ -24,7 +25,6 @@ from regraft.freezing.freeze import freeze, unfreeze
 from regraft.freezing.groups import build_optimizer
 from regraft.freezing.pins import is_pinned, pin, unpin
 from regraft.progress import Progress
-from regraft.surgery.head import find_heads
 from regraft.training.config import FINE_TUNE_LR, HEAD_LR, SCRATCH_LR, TrainConfig
 from regraft.training.loop import Engine, choose_engine, main_output
 from regraft.training.losses import Loss, build_loss, check_loss
@@ -229,8 +229,15 @@ def _batches(data: Any, config: TrainConfig, *, shuffle: bool) -> Iterable[Any]:
                 f"a {type(data).__name__} is no data. Expected a Dataset, a DataLoader, or a list of batches."
             )
         return data
-    generator = torch.Generator().manual_seed(config.seed)
-    return DataLoader(data, config.batch_size, shuffle=shuffle, num_workers=config.workers or 0, generator=generator)
+    count = len(data) if isinstance(data, Sized) else 0
+    return DataLoader(
+        data,
+        config.batch_size,
+        shuffle=shuffle,
+        num_workers=config.workers or 0,
+        generator=torch.Generator().manual_seed(config.seed),
+        drop_last=shuffle and count > config.batch_size and count % config.batch_size == 1,  # batch norm needs two
+    )
 
 
 def _first_batch(batches: Iterable[Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,10 +277,10 @@ def _try_one_batch(model: nn.Module, material: Material, criterion: Loss, engine
                 f"{type(model).__name__} fails on a batch of shape {tuple(inputs.shape)}: {reason}. "
                 "Give inputs of the shape that it was made for."
             ) from error
-        wanted = len(material.classes) if material.classes is not None else int(targets.max()) + 1
-        if material.task == "classification" and output.ndim == 2 and output.shape[1] != wanted:
+        if material.task == "classification" and output.ndim == 2:
             known = material.classes is not None
-            if known or output.shape[1] < wanted:
+            wanted = len(material.classes) if material.classes is not None else int(targets.max()) + 1
+            if output.shape[1] < wanted or (known and output.shape[1] != wanted):
                 raise ModelError(
                     f"{type(model).__name__} gives {output.shape[1]} scores, the data has {wanted} classes. "
                     f"Use model = regraft.replace_head(model, {wanted})."

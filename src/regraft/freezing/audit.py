@@ -1,0 +1,144 @@
+"""Find what goes wrong silently between a model's flags, its layers' modes and its optimizer."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from regraft.card import card_of
+from regraft.freezing.pins import frozen_layers, is_pinned
+
+DROP_PATHS = frozenset({"DropPath", "StochasticDepth", "DropBlock2d", "PatchDropout"})
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong; `str()` says it in a line.
+
+    Attributes:
+        kind: A word to test for, such as `frozen-in-optimizer`.
+        path: The parameter or the layer at fault.
+        problem: What is wrong.
+        fix: What to do, in a line.
+    """
+
+    kind: str
+    path: str
+    problem: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem} {self.fix}"
+
+
+def audit(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[Finding]:
+    """List what contradicts the freezing of `model`: nothing is changed. Parameters are told apart by identity.
+
+    Found are: frozen parameters in the optimizer, trainable ones missing from it, parameters in it twice or of another
+    model; stale gradients; frozen layers that would still move (running statistics) or be random (dropout, drop path)
+    because they are not pinned; running statistics that are not finite; and a head whose width differs from the number
+    of classes.
+
+    Args:
+        model: Any module.
+        optimizer: The optimizer that is to train it; None audits the model alone.
+    """
+    findings = [*_stale_gradients(model), *_unpinned(model), *_broken_statistics(model), *_head(model)]
+    return findings if optimizer is None else [*findings, *_optimizer(model, optimizer)]
+
+
+def would_move(layer: nn.Module) -> str | None:
+    """Say how a layer that is frozen by its flags would still change or draw in `.train()`; None where it would not."""
+    if is_pinned(layer):
+        return None
+    if isinstance(layer, _NormBase) and layer.track_running_stats:
+        return "its running statistics would still move"
+    if isinstance(layer, _DropoutNd) and layer.p > 0:
+        return "it would still drop at random"
+    if type(layer).__name__ in DROP_PATHS and _drop_rate(layer) > 0:
+        return "it would still drop at random"
+    if isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)) and layer.dropout > 0:
+        return "it would still drop at random"
+    return None
+
+
+def _drop_rate(layer: nn.Module) -> float:
+    rate = getattr(layer, "drop_prob", getattr(layer, "p", getattr(layer, "prob", 0.0)))
+    return float(rate or 0.0)
+
+
+def _stale_gradients(model: nn.Module) -> Iterator[Finding]:
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and parameter.grad is not None:
+            yield Finding(
+                "stale-gradient",
+                name,
+                "is frozen but has a gradient, which an optimizer that knows it would still apply.",
+                f"Call regraft.freeze(model, {name.rpartition('.')[0]!r}), which clears it.",
+            )
+
+
+def _unpinned(model: nn.Module) -> Iterator[Finding]:
+    for path, layer in frozen_layers(model):
+        if (how := would_move(layer)) is not None:
+            yield Finding(
+                "unpinned",
+                path,
+                f"is frozen by its flags, but {how} in .train().",
+                f"Call regraft.freeze(model, {path!r}), which pins it.",
+            )
+
+
+def _broken_statistics(model: nn.Module) -> Iterator[Finding]:
+    frozen = {path for path, _ in frozen_layers(model)}
+    for name, buffer in model.named_buffers():
+        layer = name.rpartition(".")[0]
+        if layer in frozen and buffer.is_floating_point() and not buffer.isfinite().all():
+            yield Finding(
+                "broken-statistics",
+                name,
+                "is frozen and holds NaN or infinity, so everything after it will, too.",
+                "Load weights that are sound, or thaw the layer and train it.",
+            )
+
+
+def _head(model: nn.Module) -> Iterator[Finding]:
+    classes = card_of(model).classes
+    layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    if classes is not None and layers and layers[-1][1].out_features != len(classes):
+        path, head = layers[-1]
+        yield Finding(
+            "head-width",
+            path,
+            f"gives {head.out_features} scores, but there are {len(classes)} classes.",
+            f"Use model = regraft.replace_head(model, {len(classes)}).",
+        )
+
+
+def _optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Finding]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rebuild = "Build the optimizer again: regraft.build_optimizer(...)."
+    counts = Counter(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    for name, parameter in model.named_parameters():
+        count = counts[id(parameter)]
+        if count > 1:
+            yield Finding(
+                "listed-twice", name, f"is {count} times in the optimizer, so each step counts double.", rebuild
+            )
+        if count and not parameter.requires_grad:
+            moves = " and momentum or weight decay may still move it" if optimizer.state.get(parameter) else ""
+            yield Finding("frozen-in-optimizer", name, f"is frozen, but in the optimizer{moves}.", rebuild)
+        if not count and parameter.requires_grad:
+            yield Finding("missing-from-optimizer", name, "is trainable, but the optimizer does not know it.", rebuild)
+    strangers = sum(identity not in names for identity in counts)
+    if strangers:
+        yield Finding(
+            "not-of-this-model",
+            "optimizer",
+            f"has {strangers} parameters that are not this model's (of a copy, or from before an edit).",
+            rebuild,
+        )

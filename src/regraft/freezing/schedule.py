@@ -1,0 +1,162 @@
+"""Gradual unfreezing: which layers join the training when, and how the running optimizer learns of them.
+
+Source: Howard and Ruder 2018, https://arxiv.org/abs/1801.06146, section 3.3.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from regraft.anatomy.heads import find_heads
+from regraft.errors import ConfigError
+from regraft.freezing.freeze import FreezeReport, freeze, unfreeze
+from regraft.freezing.groups import param_groups
+from regraft.freezing.patterns import select
+
+HEAD, ALL = "head", "all"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some epochs, and what joins the training at their beginning: patterns of layers, `head` or `all`."""
+
+    patterns: tuple[str, ...]
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Stages one after the other; what has joined stays.
+
+    In a loop of one's own:
+
+        schedule = Schedule.parse("head:3,layer4:5,all:10")
+        schedule.start(model)
+        optimizer = build_optimizer("adamw", model, lr=1e-3)
+        for epoch in range(1, schedule.epochs + 1):
+            schedule.advance(epoch, model, optimizer, lr=1e-3)
+            ...
+    """
+
+    stages: tuple[Stage, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Schedule":
+        """Read `"head:3,layer4+layer3:5,all:10"`: for each stage patterns, joined by `+`, and a number of epochs.
+
+        `head` is the classifier where no layer has that name, `all` everything.
+
+        Raises:
+            ConfigError: The text is of another form.
+
+        >>> Schedule.parse("head:3,layer4:5,all:10").epochs
+        18
+        """
+        stages = []
+        for part in text.split(","):
+            patterns, colon, epochs = part.strip().rpartition(":")
+            if not colon or not patterns or not epochs.strip().isdigit() or int(epochs) < 1:
+                raise ConfigError(
+                    f"'{part.strip()}' in the schedule '{text}' is no stage. Expected LAYERS:EPOCHS, as in "
+                    "'head:3,layer4:5,all:10'."
+                )
+            stages.append(Stage(tuple(pattern.strip() for pattern in patterns.split("+")), int(epochs)))
+        return cls(tuple(stages))
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs of all stages together."""
+        return sum(stage.epochs for stage in self.stages)
+
+    def start(self, model: nn.Module) -> FreezeReport:
+        """Freeze everything but what the first stage trains.
+
+        Raises:
+            SelectionError: A pattern of any stage selects nothing. Nothing was changed.
+        """
+        layers = [_layers(model, stage) for stage in self.stages]
+        freeze(model)
+        return unfreeze(model, *layers[0])
+
+    def advance(
+        self,
+        epoch: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        lr: float,
+        weight_decay: float = 0.0,
+        **rates: Any,
+    ) -> FreezeReport | None:
+        """Begin an epoch: thaw what joins with it, and add that to the optimizer, which keeps the state of the rest.
+
+        Args:
+            epoch: From 1.
+            model: The model that `start` was called on.
+            optimizer: Gets the newly trainable parameters with the rates that `param_groups` gives them.
+            scheduler: The learning-rate schedule that runs on the optimizer; new groups join it where it stands.
+            lr: See `param_groups`, as `weight_decay` and the rest.
+            weight_decay: See `param_groups`.
+            **rates: `layer_decay`, `backbone_lr`, `no_decay`.
+
+        Returns:
+            What changed; None where no stage begins with this epoch.
+        """
+        begins = 1
+        for stage in self.stages:
+            if begins == epoch and stage is not self.stages[0]:
+                report = unfreeze(model, *_layers(model, stage))
+                add_trainable(optimizer, param_groups(model, lr, weight_decay, **rates), scheduler)
+                return report
+            begins += stage.epochs
+        return None
+
+
+def add_trainable(
+    optimizer: torch.optim.Optimizer,
+    groups: list[dict[str, Any]],
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+) -> int:
+    """Add those parameters of `groups` to a running optimizer that it does not know yet, and return their number.
+
+    They join the group of the same rate and decay, or form one of their own at the point where the learning-rate
+    schedule stands. The state of what the optimizer knows already (momentum and the like) is left as it is.
+    """
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    added = 0
+    for group in groups:
+        new = [parameter for parameter in group["params"] if id(parameter) not in known]
+        if not new:
+            continue
+        added += len(new)
+        twin = next((own for own in optimizer.param_groups if _alike(own, group)), None)
+        if twin is not None:
+            twin["params"].extend(new)
+            continue
+        first = optimizer.param_groups[0]
+        factor = first["lr"] / first["initial_lr"] if first.get("initial_lr") else 1.0
+        optimizer.add_param_group({**group, "params": new, "initial_lr": group["lr"], "lr": group["lr"] * factor})
+        if scheduler is not None:
+            scheduler.base_lrs.append(group["lr"])
+            if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+                scheduler.lr_lambdas.append(scheduler.lr_lambdas[0])
+    return added
+
+
+def _alike(own: dict[str, Any], group: dict[str, Any]) -> bool:
+    return own.get("initial_lr", own["lr"]) == group["lr"] and own["weight_decay"] == group["weight_decay"]
+
+
+def _layers(model: nn.Module, stage: Stage) -> list[str]:
+    layers = []
+    for pattern in stage.patterns:
+        if pattern == ALL:
+            layers.append("")
+        elif pattern == HEAD and HEAD not in dict(model.named_modules()):
+            layers += find_heads(model)
+        else:
+            layers += select(model, pattern)
+    return layers

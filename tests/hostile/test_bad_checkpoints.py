@@ -1,0 +1,162 @@
+"""Files that are no checkpoint, or a damaged one: every reader says so, and none of them runs code."""
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer.testing
+from PIL import Image
+from scene import assert_refused, nothing_written, only_json
+
+import regraft
+from regraft.errors import CheckpointError, DataError, ModelError, TrustError
+
+Cli = Callable[..., typer.testing.Result]
+
+
+def write_with(saved: Path, target: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Write a copy of a checkpoint with another header document."""
+    raw = saved.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    head = json.loads(raw[8 : 8 + length])
+    head["__metadata__"] = change(json.loads(head["__metadata__"]["regraft"]))
+    changed = json.dumps(head).encode()
+    target.write_bytes(struct.pack("<Q", len(changed)) + changed + raw[8 + length :])
+
+
+def document(**fields: Any) -> Callable[[dict[str, Any]], dict[str, str]]:
+    return lambda known: {"regraft": json.dumps({**known, **fields})}
+
+
+def flip_last_byte(saved: Path, target: Path) -> None:
+    raw = bytearray(saved.read_bytes())
+    raw[-1] ^= 1
+    target.write_bytes(raw)
+
+
+NO_FILE = ("no file '", "bad.safetensors' (looked from ", "Give the path of a checkpoint")
+CUT_OFF = ("bad.safetensors' is no safetensors file, or it is cut off (", "Expected a file written by `regraft train`")
+NO_RECIPE = ("bad.safetensors' has tensors but no recipe, so its architecture is unknown",)
+DAMAGED = ("bad.safetensors' is damaged: ", "Get or make it again")
+BAD_HEADER = ("bad.safetensors' has a header that does not fit the format 1.0: ", "Get or make the file again")
+NEWER = ("bad.safetensors' has the format 2.0; this version reads 1.0", "Install a newer regraft")
+
+BAD: dict[str, tuple[Callable[[Path, Path], object], tuple[str, ...]]] = {
+    "missing": (lambda saved, bad: None, NO_FILE),
+    "a folder": (lambda saved, bad: bad.mkdir(), NO_FILE),
+    "empty": (lambda saved, bad: bad.write_bytes(b""), CUT_OFF),
+    "text": (lambda saved, bad: bad.write_text("this is no checkpoint, but a letter to a friend"), CUT_OFF),
+    "pickled": (lambda saved, bad: torch.save({"fc.weight": torch.ones(2)}, bad), CUT_OFF),
+    "cut off in the header": (lambda saved, bad: bad.write_bytes(saved.read_bytes()[:200]), CUT_OFF),
+    "cut off in the tensors": (lambda saved, bad: bad.write_bytes(saved.read_bytes()[:-9]), DAMAGED),
+    "a flipped bit": (flip_last_byte, ("bad.safetensors' is damaged: '", "' is not what was saved", "Get or make it")),
+    "no document": (lambda saved, bad: write_with(saved, bad, lambda _: {}), NO_RECIPE),
+    "a list for metadata": (lambda saved, bad: write_with(saved, bad, lambda _: ["regraft"]), NO_RECIPE),
+    "a number for a document": (lambda saved, bad: write_with(saved, bad, lambda _: {"regraft": 5}), BAD_HEADER),
+    "half a document": (lambda saved, bad: write_with(saved, bad, lambda _: {"regraft": "{"}), BAD_HEADER),
+    "a wrong field": (lambda saved, bad: write_with(saved, bad, document(card=[1])), BAD_HEADER),
+    "a future format": (lambda saved, bad: write_with(saved, bad, document(format="2.0", card=[1])), NEWER),
+}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "inspect"])
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_checkpoint_is_refused(case: str, command: str, saved: Path, photos: Path, cli: Cli) -> None:
+    make, parts = BAD[case]
+    make(saved, Path("bad.safetensors"))
+    words = () if command == "inspect" else (photos,)
+    with nothing_written():
+        assert_refused(cli(command, "bad.safetensors", *words, "--trust-code"), *parts)
+        with pytest.raises(CheckpointError):
+            regraft.load("bad.safetensors", trust_code=True)
+
+
+def test_a_newer_minor_format_is_read(saved: Path) -> None:
+    write_with(saved, Path("newer.safetensors"), document(format="1.9", something_new={"a": 1}))
+    known, newer = (regraft.load(path, trust_code=True).state_dict() for path in (saved, "newer.safetensors"))
+    assert all(torch.equal(tensor, newer[name]) for name, tensor in known.items())
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_code_of_a_checkpoint_is_not_imported_without_leave(
+    command: str, saved: Path, photos: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regraft.zoo._import_file", lambda *_: pytest.fail("imported"))
+    with nothing_written():
+        assert_refused(cli(command, saved, photos), "names Python code", "would run with your rights", "--trust-code")
+    with pytest.raises(TrustError, match="trust_code=True"):
+        regraft.load(saved)
+
+
+def test_inspecting_shows_all_but_the_layers_without_leave(saved: Path, cli: Cli) -> None:
+    shown = only_json(cli("inspect", saved, "--json").stdout)
+    assert shown["layers"] == []
+    assert "--trust-code" in shown["problem"]
+    assert shown["checkpoint"]["card"]["classes"] == ["cats", "dogs"]
+    assert "layers     not shown: " in cli("inspect", saved).stdout
+
+
+def test_a_class_that_changed_since_is_noticed(saved: Path, net_file: Path, workplace: Path) -> None:
+    other = workplace / "tiny_net.py"
+    other.write_text(net_file.read_text().replace("nn.Conv2d(3, 8,", "nn.Conv2d(3, 9,").replace("(8", "(9"))
+    shutil.copy(saved, "moved.safetensors")
+    raw = saved.read_bytes().replace(str(net_file).encode(), str(other).encode())
+    head = json.loads(saved.read_bytes()[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
+    text = head["__metadata__"]["regraft"].replace(str(net_file), str(other))
+    write_with(saved, Path("moved.safetensors"), lambda _: {"regraft": text})
+    with pytest.raises(
+        CheckpointError, match=r"does not match its own recipe at 'conv.weight': \(8, 3, 3, 3\) in the f"
+    ):
+        regraft.load("moved.safetensors", trust_code=True)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], r"there are no images\. Give paths, PIL images, or a tensor \(N, C, H, W\)"),
+        (5, r"a int is no image\. Give paths, PIL images, or a tensor"),
+        (torch.zeros(3, 32, 32), r"the images have the shape \(3, 32, 32\), expected \(N, C, H, W\)"),
+        ("no.jpg", r"no file or folder 'no.jpg' \(looked from "),
+    ],
+    ids=["none", "a number", "one tensor", "missing"],
+)
+def test_predicting_what_is_no_image_is_refused(images: Any, message: str, saved: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        regraft.predict(regraft.load(saved, trust_code=True), images)
+
+
+def test_open_images_and_paths_are_predicted_in_order(saved: Path, photos: Path, workplace: Path) -> None:
+    model = regraft.load(saved, trust_code=True)
+    paths = [photos / "cats" / "1.png", photos / "dogs" / "1.png", photos / "cats" / "2.png"]
+    (workplace / "bad.jpg").write_text("no photo")
+    mixed = [paths[0], workplace / "bad.jpg", Image.open(paths[1]), paths[2]]
+    expected = [regraft.predict(model, path)[0] for path in paths]
+    found = regraft.predict(model, mixed)
+    assert [one.path for one in found] == [paths[0], None, paths[2]]
+    assert [one.label for one in found] == [one.label for one in expected]
+    assert [one.probability for one in found] == pytest.approx([one.probability for one in expected], abs=1e-6)
+
+
+def test_an_open_image_that_is_cut_off_is_named_by_its_place(saved: Path, photos: Path, workplace: Path) -> None:
+    model = regraft.load(saved, trust_code=True)
+    whole = (photos / "cats" / "1.png").read_bytes()
+    (workplace / "half.png").write_bytes(whole[: len(whole) // 2])
+    with (
+        Image.open(workplace / "half.png") as image,
+        pytest.raises(DataError, match=r"image 1 cannot be read: .*truncated.*leave it out"),
+    ):
+        regraft.predict(model, [Image.open(photos / "cats" / "1.png"), image])
+
+
+def test_a_model_that_was_never_trained_knows_no_classes(tiny_net: str, photos: Path) -> None:
+    model = regraft.create_model(tiny_net, weights="none", trust_code=True)
+    for ask in (regraft.predict, regraft.evaluate):
+        with pytest.raises(
+            ModelError, match=r"this TinyNet does not know its classes\. Use a model that `fit` trained"
+        ):
+            ask(model, photos)

@@ -1,0 +1,61 @@
+"""A disk that fills up while results are written: an error that says so, and no half of a file."""
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer.testing
+from scene import assert_refused, listing, nothing_written
+
+import regraft
+from regraft.errors import RunError
+
+Cli = Callable[..., typer.testing.Result]
+Fit = Callable[..., regraft.FitResult]
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def half_a_file(tensors: object, path: Path, metadata: object) -> None:
+    Path(path).write_bytes(b"half")
+    full()
+
+
+@pytest.mark.parametrize(
+    ("place", "kept"),
+    [
+        ("safetensors.torch.save_file", set()),
+        ("os.fsync", set()),
+        ("regraft.training.run_folder.write_config", {"model.safetensors"}),
+        ("csv.DictWriter.writerows", {"model.safetensors", "config.toml", "metrics.csv"}),
+    ],
+)
+def test_what_was_written_before_is_whole(
+    place: str, kept: set[str], cli: Cli, train_words: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, half_a_file if place.endswith("save_file") else full)
+    assert_refused(cli(*train_words, "--out", "run"), "cannot write", "'run", "No space left on device", code=1)
+    assert {*listing(Path("run"))} == kept
+    if kept:
+        regraft.load("run/model.safetensors", trust_code=True)
+
+
+@pytest.mark.parametrize("place", ["safetensors.torch.save_file", "os.fsync"])
+def test_old_results_survive(
+    place: str, cli: Cli, fit: Fit, train_words: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli(*train_words, "--out", "run").exit_code == 0
+    monkeypatch.setattr(place, half_a_file if place.endswith("save_file") else full)
+    with nothing_written(), pytest.raises(RunError, match=r"cannot write 'run/model\.safetensors': .*No space left"):
+        fit(out="run", overwrite=True, seed=1)
+
+
+def test_a_report_that_cannot_be_written_is_no_traceback(
+    cli: Cli, train_words: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regraft.report.write_report", full)
+    assert_refused(cli(*train_words, "--out", "run"), "No space left on device", code=1)
+    assert {*listing(Path("run"))} == {"model.safetensors", "metrics.csv", "config.toml"}

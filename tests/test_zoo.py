@@ -1,0 +1,166 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torchvision import models
+
+from oracles import identical
+from regraft import Preprocessing, create_model, list_models, summary
+from regraft.card import card_of
+from regraft.errors import ModelError, TrustError
+from regraft.zoo import build, import_object, preprocessing_of
+
+OWN = """
+from torch import nn
+made = []
+
+class Own(nn.Module):
+    preprocessing = {"size": 20, "resize": 24, "mean": (0.4,), "std": (0.2,), "interpolation": "bicubic"}
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        made.append(self)
+    def forward(self, x):
+        return self.conv(x).mean((2, 3))
+
+def function(): return Own()
+class Needs(nn.Module):
+    def __init__(self, width): super().__init__()
+class Fails(nn.Module):
+    def __init__(self): raise OSError("no disk")
+def text(): return "text"
+class BadPreprocessing(Own):
+    preprocessing = {"size": 30, "resize": 20}
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    return path
+
+
+def test_all_of_torchvisions_and_timms_networks_are_listed() -> None:
+    names = list_models()
+    assert [name for name in names if "/" not in name] == models.list_models(module=models)
+    assert [name.removeprefix("timm/") for name in names if "/" in name] == timm.list_models()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [("vgg11*", ["vgg11", "vgg11_bn"]), ("timm/convnext_atto", ["timm/convnext_atto"]), ("xyzzy*", [])],
+)
+def test_a_glob_filters_the_list(pattern: str, expected: list[str]) -> None:
+    assert list_models(pattern) == expected
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b1", "vit_b_16", "inception_v3"])
+def test_preprocessing_is_that_of_torchvisions_weights(name: str) -> None:
+    transforms = models.get_model_weights(name).DEFAULT.transforms()
+    with torch.device("meta"):
+        found = preprocessing_of(build(name))
+    assert (found.size, found.resize) == (transforms.crop_size[0], transforms.resize_size[0])
+    assert (list(found.mean), list(found.std)) == (transforms.mean, transforms.std)
+    assert found.interpolation == transforms.interpolation.value
+
+
+@pytest.mark.parametrize("name", ["test_vit", "convnext_atto", "levit_128s"])
+def test_preprocessing_is_that_of_timms_configuration(name: str) -> None:
+    config = timm.data.resolve_data_config({}, model=timm.create_model(name))
+    found = preprocessing_of(build(f"timm/{name}"))
+    assert found.input_size[1:] == config["input_size"]
+    assert (found.mean, found.std, found.interpolation) == (config["mean"], config["std"], config["interpolation"])
+    assert found.resize == max(found.size, int(found.size / config["crop_pct"]))
+
+
+@pytest.mark.parametrize("class_name", ["Own", "function"])
+def test_a_class_or_a_function_of_ones_own(own: Path, class_name: str) -> None:
+    model = create_model(f"py:{own}:{class_name}", trust_code=True)
+    assert preprocessing_of(model) == Preprocessing(
+        size=20, resize=24, mean=(0.4,), std=(0.2,), interpolation="bicubic"
+    )
+    assert summary(model).input_shape == (1, 1, 20, 20)
+
+
+def test_one_file_is_imported_once(own: Path) -> None:
+    first, second = (create_model(f"py:{own}:Own", trust_code=True) for _ in range(2))
+    assert type(first) is type(second)
+
+
+def test_a_changed_file_is_imported_again(own: Path) -> None:
+    create_model(f"py:{own}:Own", trust_code=True)
+    own.write_text(OWN.replace("nn.Conv2d(1, 4, 3)", "nn.Conv2d(1, 40, 3)"))
+    assert create_model(f"py:{own}:Own", trust_code=True).conv.out_channels == 40
+
+
+def test_a_module_of_ones_own_may_be_named_by_its_package(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(own.parent))
+    own.rename(own.with_name("own_package_7.py"))
+    assert type(create_model("py:own_package_7:Own", trust_code=True)).__name__ == "Own"
+
+
+def test_nothing_is_imported_without_trust(own: Path) -> None:
+    with pytest.raises(TrustError, match="If you know and trust it, pass --trust-code"):
+        import_object(f"py:{own}:made", trust_code=False)
+    assert import_object(f"py:{own}:made", trust_code=True) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet8", "no model 'resnet8'. Nearest: 'resnet18'"),
+        ("convnext_atto", "Did you mean 'timm/convnext_atto'?"),
+        ("timm/resnet18x", "no model 'timm/resnet18x'. Nearest: 'timm/resnet18"),
+        ("", "no model ''."),
+        ("py:nowhere.py:Net", "no file 'nowhere.py'"),
+        ("py:nowhere", "is not of the form py:path/file.py:Name"),
+        ("py:{own}:Onw", "no 'Onw' in {own}. Nearest: 'Own'"),
+        ("py:{own}:Needs", "Give each argument of its constructor a default"),
+        ("py:{own}:Fails", "raised OSError: no disk"),
+        ("py:{own}:text", "gave a str, expected a torch.nn.Module"),
+        ("py:{own}:BadPreprocessing", "the attribute `preprocessing` of BadPreprocessing is not usable"),
+        ("py:no_such_package_x:Net", "no_such_package_x"),
+    ],
+)
+def test_a_name_that_cannot_be_built_is_an_error(name: str, message: str, own: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        create_model(name.format(own=own), weights="none", trust_code=True)
+    assert message.format(own=own) in str(caught.value)
+
+
+def test_unknown_weights_are_an_error_that_lists_the_known() -> None:
+    with pytest.raises(ModelError, match=r"no weights 'V9' for resnet18: .*IMAGENET1K_V1"):
+        create_model("resnet18", weights="V9")
+
+
+def test_a_card_says_where_a_network_comes_from() -> None:
+    recipe = card_of(build("squeezenet1_1")).recipe
+    assert recipe is not None
+    assert (recipe.source.name, recipe.source.weights, recipe.steps) == ("squeezenet1_1", "none", ())
+
+
+def test_a_network_is_the_one_of_its_library() -> None:
+    torch.manual_seed(3)
+    ours = create_model("mobilenet_v3_small", weights="none")
+    torch.manual_seed(3)
+    theirs = models.mobilenet_v3_small()
+    assert all(identical(t, theirs.state_dict()[name]) for name, t in ours.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("model", "channels"), [(nn.Conv2d(1, 2, 3), 1), (nn.Conv2d(3, 2, 3), 3), (nn.Linear(3, 2), 3)]
+)
+def test_channels_are_guessed_from_the_first_convolution(model: nn.Module, channels: int) -> None:
+    assert preprocessing_of(model).channels == channels
+
+
+def test_listing_models_downloads_nothing(tmp_path: Path) -> None:
+    code = "import regraft; assert len(regraft.list_models()) > 500"
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=200)
+    assert not list(tmp_path.rglob("*.pth"))
