@@ -139,3 +139,14 @@ def test_a_layer_without_parameters_goes_with_its_neighbours(
     model.train()
     dropped = [position for position, word in enumerate(words) if word == "drop" and not model[position].training]
     assert dropped == [position for position in expected if words[position] == "drop"]
+
+
+def test_dropout_before_a_block_that_opens_with_frozen_layers_is_off() -> None:
+    blocks = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 4))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), blocks)
+    freeze(model, until="2.2")
+    model.train()
+    assert [model[1].training, blocks[1].training, blocks[3].training] == [False, False, True]
+    inputs = torch.randn(3, 4)
+    front = nn.Sequential(*model[:2], *blocks[:3])
+    assert identical(front(inputs), front(inputs))

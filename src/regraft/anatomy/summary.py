@@ -100,7 +100,7 @@ def summary(model: nn.Module, input_size: Sequence[int] | None = None, depth: in
     layer       type        output  parameters  multiply-adds  state
     Sequential  Sequential  1×3             15             12  trainable
     ├─ 0        Linear      1×3             15             12  trainable
-    └─ 1        ReLU        1×3              -              0
+    └─ 1        ReLU        1×3              -              -
     15 parameters, 15 trainable (100 %), 12 multiply-adds for an input of 1×4
     """
     problem = None

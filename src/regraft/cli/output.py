@@ -94,8 +94,7 @@ def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Resul
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 result = command(*args, **kwargs)
-            if sys.stdout is not None:  # as it is where a shell closed it
-                sys.stdout.flush()  # here, where a pipe that nobody reads any more is no surprise
+            print(end="", flush=True)  # here, where a pipe that nobody reads any more is no surprise
             return result
         except RegraftError as error:
             _complain(f"error: {error}")
@@ -104,7 +103,7 @@ def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Resul
             _complain(str(interruption) or "stopped by Ctrl-C. Nothing was written.")
             raise typer.Exit(INTERRUPTED) from interruption
         except BrokenPipeError as error:  # whoever reads our output has seen enough, as with `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
             raise typer.Exit(0) from error
         except OSError as error:  # a disk that is full, a folder that may not be read
             _complain(f"error: {error}")

@@ -115,7 +115,8 @@ def build_optimizer(
     try:
         return maker(groups, lr=lr, **options)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{maker.__name__} does not take {options or {'lr': lr}}: {error}.") from error
+        name = getattr(maker, "__name__", name_or_class)  # which timm's ready-made variants lack
+        raise ConfigError(f"{name} does not take {options or {'lr': lr}}: {error}.") from error
 
 
 def _optimizer_class(name: str) -> Any:
@@ -133,7 +134,10 @@ def _optimizer_class(name: str) -> Any:
     if bare not in timms:
         hint = nearest(bare, {*known, *timms}) or f"torch.optim has {', '.join(known)}."
         raise ConfigError(f"no optimizer '{name}' in torch.optim or timm. {hint}")
-    return cast(Any, timm_optim).get_optimizer_class(bare)
+    try:
+        return cast(Any, timm_optim).get_optimizer_class(bare)
+    except AssertionError as error:  # it needs a library or a device that is not here
+        raise ConfigError(f"the optimizer '{name}' cannot be used here: {error}. Choose another, as adamw.") from error
 
 
 def _nothing_trainable(model: nn.Module) -> str:

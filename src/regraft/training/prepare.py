@@ -140,7 +140,7 @@ def prepare_job(
         criterion.to(engine.device)
     lr = config.lr if config.lr is not None else _default_lr(model)
     optimizer = build_optimizer(config.optimizer, model, lr=lr, weight_decay=config.weight_decay)
-    if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
+    if type(optimizer).__name__ in ("LBFGS", "SparseAdam", "Adahessian"):
         raise ConfigError(
             f"the optimizer '{config.optimizer}' needs a training loop or gradients of its own kind. Choose another of "
             "torch.optim, such as adamw or sgd."
