@@ -12,15 +12,21 @@ if TYPE_CHECKING:
     from regraft.anatomy import summary as summary
     from regraft.card import Card as Card
     from regraft.card import Preprocessing as Preprocessing
+    from regraft.checkpoint import Diff as Diff
     from regraft.checkpoint import LoadReport as LoadReport
     from regraft.checkpoint import create_model as create_model
+    from regraft.checkpoint import diff as diff
     from regraft.checkpoint import load as load
     from regraft.checkpoint import load_weights as load_weights
     from regraft.checkpoint import save as save
     from regraft.errors import RegraftError as RegraftError
+    from regraft.freezing import Finding as Finding
     from regraft.freezing import FreezeReport as FreezeReport
+    from regraft.freezing import Schedule as Schedule
+    from regraft.freezing import audit as audit
     from regraft.freezing import build_optimizer as build_optimizer
     from regraft.freezing import freeze as freeze
+    from regraft.freezing import freeze_state as freeze_state
     from regraft.freezing import param_groups as param_groups
     from regraft.freezing import select as select
     from regraft.freezing import unfreeze as unfreeze
@@ -37,6 +43,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Card": "card",
+    "Diff": "checkpoint",
+    "Finding": "freezing",
     "FitResult": "training",
     "FreezeReport": "freezing",
     "LayerSummary": "anatomy",
@@ -46,12 +54,16 @@ _HOMES = {
     "Prediction": "training",
     "Preprocessing": "card",
     "RegraftError": "errors",
+    "Schedule": "freezing",
     "TrainConfig": "training",
+    "audit": "freezing",
     "build_optimizer": "freezing",
     "create_model": "checkpoint",
+    "diff": "checkpoint",
     "evaluate": "training",
     "fit": "training",
     "freeze": "freezing",
+    "freeze_state": "freezing",
     "list_models": "zoo",
     "load": "checkpoint",
     "load_weights": "checkpoint",

@@ -6,6 +6,7 @@ import sys
 import typer
 
 from regraft.cli.demo import demo
+from regraft.cli.diff import diff
 from regraft.cli.evaluate import evaluate
 from regraft.cli.inspect import inspect
 from regraft.cli.models import models
@@ -21,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (train, evaluate, predict, inspect, models, demo):
+for command in (train, evaluate, predict, inspect, diff, models, demo):
     app.command()(command)
 
 

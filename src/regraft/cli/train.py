@@ -22,10 +22,15 @@ def train(
     ] = None,
     freeze_until: Annotated[str | None, Option(help="Freeze all up to and with this layer, as executed.")] = None,
     unfreeze_all: Annotated[bool | None, Option("--unfreeze-all", help="Train every layer.")] = None,
+    unfreeze: Annotated[
+        str | None, Option(help="Gradual unfreezing, LAYERS:EPOCHS one after the other: head:3,layer4:5,all:10.")
+    ] = None,
     epochs: Annotated[int | None, Option(help="Passes over the photos. [default: 25]")] = None,
     batch_size: Annotated[int | None, Option(help="Photos per step. [default: 32]")] = None,
     optimizer: Annotated[str | None, Option(help="A class of torch.optim. [default: adamw]")] = None,
     lr: Annotated[float | None, Option(help="Highest learning rate. [default: by what is trained]")] = None,
+    backbone_lr: Annotated[float | None, Option(help="Of everything but the head. [default: as --lr]")] = None,
+    layer_decay: Annotated[float | None, Option(help="Factor from each block's rate to the one before it.")] = None,
     weight_decay: Annotated[float | None, Option(help="Of weights, not of biases and norms. [default: 0.05]")] = None,
     schedule: Annotated[str | None, Option(help="cosine (with warm-up) or constant. [default: cosine]")] = None,
     augment: Annotated[str | None, Option(help="none, flip, standard or trivial. [default: flip]")] = None,

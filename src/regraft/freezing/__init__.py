@@ -1,7 +1,21 @@
 """Select layers, freeze them, and give the rest to an optimizer."""
 
+from regraft.freezing.audit import Finding, audit
 from regraft.freezing.freeze import FreezeReport, freeze, unfreeze
 from regraft.freezing.groups import build_optimizer, param_groups
 from regraft.freezing.patterns import select
+from regraft.freezing.schedule import Schedule
+from regraft.freezing.state import freeze_state
 
-__all__ = ["FreezeReport", "build_optimizer", "freeze", "param_groups", "select", "unfreeze"]
+__all__ = [
+    "Finding",
+    "FreezeReport",
+    "Schedule",
+    "audit",
+    "build_optimizer",
+    "freeze",
+    "freeze_state",
+    "param_groups",
+    "select",
+    "unfreeze",
+]

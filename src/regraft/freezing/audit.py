@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from regraft.anatomy.heads import find_heads
 from regraft.card import card_of
 from regraft.freezing.pins import frozen_layers, is_pinned
 
@@ -108,15 +109,18 @@ def _broken_statistics(model: nn.Module) -> Iterator[Finding]:
 
 def _head(model: nn.Module) -> Iterator[Finding]:
     classes = card_of(model).classes
-    layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    if classes is not None and layers and layers[-1][1].out_features != len(classes):
-        path, head = layers[-1]
-        yield Finding(
-            "head-width",
-            path,
-            f"gives {head.out_features} scores, but there are {len(classes)} classes.",
-            f"Use model = regraft.replace_head(model, {len(classes)}).",
-        )
+    if classes is None:
+        return
+    for path in find_heads(model):
+        head = model.get_submodule(path)
+        width = head.out_features if isinstance(head, nn.Linear) else getattr(head, "out_channels", len(classes))
+        if width != len(classes):
+            yield Finding(
+                "head-width",
+                path,
+                f"gives {width} scores, but there are {len(classes)} classes.",
+                f"Use model = regraft.replace_head(model, {len(classes)}).",
+            )
 
 
 def _optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Finding]:

@@ -80,6 +80,14 @@ def unfreeze(model: nn.Module, *patterns: str, since: str | None = None) -> Free
     return _set_flags(model, _parameter_names(model, patterns, since=since), trainable=True)
 
 
+def settle(model: nn.Module) -> None:
+    """Do for flags that were set by hand what `freeze` does: drop stale gradients, and pin what is frozen."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.grad = None
+    sync_pins(model)
+
+
 def _parameter_names(
     model: nn.Module, patterns: tuple[str, ...], *, until: str | None = None, since: str | None = None
 ) -> set[str]:

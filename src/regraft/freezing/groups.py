@@ -110,7 +110,7 @@ def build_optimizer(
         SelectionError: Nothing is trainable; the message says what is frozen and how to thaw it.
         ConfigError: No optimizer has that name, or it does not take these options.
     """
-    maker: Any = _optimizer_class(name_or_class) if isinstance(name_or_class, str) else name_or_class
+    maker: Any = optimizer_class(name_or_class) if isinstance(name_or_class, str) else name_or_class
     groups = param_groups(model, lr, weight_decay, layer_decay, backbone_lr=backbone_lr)
     try:
         return maker(groups, lr=lr, **options)
@@ -119,7 +119,12 @@ def build_optimizer(
         raise ConfigError(f"{name} does not take {options or {'lr': lr}}: {error}.") from error
 
 
-def _optimizer_class(name: str) -> Any:
+def optimizer_class(name: str) -> Any:
+    """Return the class of an optimizer of torch.optim or timm.
+
+    Raises:
+        ConfigError: Neither has one of that name.
+    """
     known = {
         key.lower(): value
         for key, value in vars(torch.optim).items()

@@ -2,14 +2,39 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import nn
 
 from regraft.freezing.pins import is_pinned, pin, unpin
 
 
+@dataclass(frozen=True, eq=False)
+class FreezeState:
+    """What is frozen, what is pinned, and every layer's mode, at one moment."""
+
+    flags: tuple[tuple[nn.Parameter, bool], ...]
+    layers: tuple[tuple[nn.Module, bool, bool], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "FreezeState":
+        """Take the state that `model` has now."""
+        return cls(
+            flags=tuple((parameter, parameter.requires_grad) for parameter in model.parameters()),
+            layers=tuple((layer, is_pinned(layer), layer.training) for layer in model.modules()),
+        )
+
+    def put_back(self) -> None:
+        """Give the parameters and layers that the model had then the state that they had."""
+        for parameter, trainable in self.flags:
+            parameter.requires_grad_(trainable)
+        for layer, pinned, training in self.layers:
+            (pin if pinned else unpin)(layer)
+            layer.training = training
+
+
 @contextlib.contextmanager
-def freeze_state(model: nn.Module) -> Iterator[None]:
+def freeze_state(model: nn.Module) -> Iterator[FreezeState]:
     """Put back on leaving what is frozen, what is pinned, and every layer's mode; also after an exception.
 
     Layers and parameters that are new inside the block keep what they have; those that are gone are passed over.
@@ -20,13 +45,8 @@ def freeze_state(model: nn.Module) -> Iterator[None]:
     >>> model.weight.requires_grad
     True
     """
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    layers = [(layer, is_pinned(layer), layer.training) for layer in model.modules()]
+    state = FreezeState.of(model)
     try:
-        yield
+        yield state
     finally:
-        for parameter, trainable in flags:
-            parameter.requires_grad_(trainable)
-        for layer, pinned, training in layers:
-            (pin if pinned else unpin)(layer)
-            layer.training = training
+        state.put_back()

@@ -26,13 +26,18 @@ class TrainConfig(BaseModel):
         weights: `default`, `none`, a registered name, or a file.
         freeze: Patterns of layers to freeze, see `select`.
         freeze_until: Freeze everything up to and with this layer, in execution order.
-        unfreeze_all: Train every layer. Without any of these three: all but the new head is frozen where the network
+        unfreeze_all: Train every layer.
+        unfreeze: Gradual unfreezing, as in `head:3,layer4:5,all:10` (see `Schedule`), which says the epochs as well.
+            Without any of these four: all but the new head is frozen where the network
             is pretrained, and nothing where it is not.
         epochs: Passes over the photos.
         batch_size: Photos per step.
         optimizer: Name of a class of torch.optim.
         lr: Highest learning rate; None: 1e-2 for a head alone, 5e-4 for more of a pretrained network, 2e-3 from
             scratch.
+        backbone_lr: Highest learning rate of everything but the head; None: that of the head, or with `unfreeze` a
+            twentieth of it.
+        layer_decay: Factor from each block's learning rate to that of the one before it, see `param_groups`.
         weight_decay: Of weight matrices and kernels; biases and norms are not decayed.
         schedule: `cosine`: linear warm-up over the first 5 % of the steps, then down to zero along a cosine;
             `constant`: no change.
@@ -57,10 +62,13 @@ class TrainConfig(BaseModel):
     freeze: tuple[str, ...] = ()
     freeze_until: str | None = None
     unfreeze_all: bool = False
+    unfreeze: str | None = None
     epochs: int = Field(default=25, ge=1)
     batch_size: int = Field(default=32, ge=1)
     optimizer: str = "adamw"
     lr: float | None = Field(default=None, gt=0)
+    backbone_lr: float | None = Field(default=None, gt=0)
+    layer_decay: float | None = Field(default=None, gt=0, le=1)
     weight_decay: float = Field(default=0.05, ge=0)
     schedule: Schedule = "cosine"
     augment: Augmentation = "flip"

@@ -13,18 +13,13 @@ from torch import nn
 from regraft.anatomy.modes import preserved_randomness
 from regraft.card import attach
 from regraft.errors import Interrupted, LossError
+from regraft.freezing.schedule import Schedule
 from regraft.progress import SILENT, Progress
 from regraft.training.config import TrainConfig
 from regraft.training.loop import score, train_epoch
+from regraft.training.material import list_if_folder, read_material
 from regraft.training.metrics import Metrics, measure
-from regraft.training.prepare import (
-    Job,
-    list_if_folder,
-    prepare_job,
-    prepare_model,
-    read_material,
-    unchanged_on_failure,
-)
+from regraft.training.prepare import Job, check_options, prepare_job, prepare_model, unchanged_on_failure
 from regraft.training.result import EpochRecord, FitResult
 from regraft.training.run_folder import RunFolder
 from regraft.zoo import preprocessing_of
@@ -70,10 +65,13 @@ def fit(
         **{**options, "model": model} if isinstance(model, str) else options,
         **({"data": str(data)} if isinstance(data, (str, Path)) else {}),
     )
+    if config.unfreeze is not None:
+        config = config.updated(epochs=Schedule.parse(config.unfreeze).epochs)
     folder = RunFolder(Path(config.out), overwrite=overwrite) if config.out is not None else None
     clock = _Clock()
     with preserved_randomness(config.seed):
         listing = list_if_folder(data, config)
+        check_options(config, listing.task if listing and loss is None else None, trust_code=trust_code)
         with unchanged_on_failure(model):
             with clock.phase("model"):
                 built = prepare_model(model, listing, config, trust_code=trust_code)
@@ -118,6 +116,10 @@ def _train(job: Job, config: TrainConfig, folder: RunFolder | None, clock: "_Clo
     try:
         for epoch in range(1, config.epochs + 1):
             began = time.perf_counter()
+            if job.unfreezing is not None:
+                thawed = job.unfreezing.advance(epoch, job.model, job.optimizer, scheduler=job.schedule, **job.rates)
+                if thawed is not None:
+                    progress.say(f"unfreezing {thawed}")
             sampler: Any = getattr(job.material.train, "sampler", None)
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
@@ -133,7 +135,7 @@ def _train(job: Job, config: TrainConfig, folder: RunFolder | None, clock: "_Clo
             lr, seconds = job.optimizer.param_groups[0]["lr"], time.perf_counter() - began
             history.append(EpochRecord(epoch, train_loss, found, lr, seconds))
             if found.is_better_than(best.metrics if best else None):
-                best = _Best(epoch, found, outputs, targets, _changing_tensors(job.model))
+                best = _Best(epoch, found, outputs, targets, _changing_tensors(job))
                 with clock.phase("saving"):
                     attach(job.model, metrics=found.to_dict())
                     if folder is not None:
@@ -143,14 +145,14 @@ def _train(job: Job, config: TrainConfig, folder: RunFolder | None, clock: "_Clo
             progress.say(_epoch_line(history[-1], config.epochs, is_best=best is not None and best.epoch == epoch))
     except KeyboardInterrupt as interruption:
         if best is not None and folder is not None and len(history) == best.epoch:  # perhaps while it was being saved
-            best.put_back(job.model)
+            best.put_back(job)
             folder.keep_model(job.model, config)
             folder.keep_history(history)
         raise Interrupted(_what_was_kept("stopped by Ctrl-C.", best, job, folder)) from interruption
     except LossError as error:
         raise LossError(_what_was_kept(f"epoch {len(history) + 1}: {error}", best, job, folder)) from error
     assert best is not None
-    best.put_back(job.model)
+    best.put_back(job)
     return FitResult(
         model=job.model.eval(),
         plan=job.plan,
@@ -181,13 +183,13 @@ class _Best:
         self.epoch, self.metrics, self.outputs, self.targets = epoch, metrics, outputs, targets
         self._copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
-    def put_back(self, model: nn.Module) -> None:
+    def put_back(self, job: Job) -> None:
         """Give the model these weights again."""
-        slots = _changing_tensors(model)
+        slots = _changing_tensors(job)
         with torch.no_grad():
             for name, copied in self._copies.items():
                 slots[name].copy_(copied)
-        attach(model, metrics=self.metrics.to_dict())
+        attach(job.model, metrics=self.metrics.to_dict())
 
 
 class _Clock:
@@ -205,8 +207,11 @@ class _Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
-def _changing_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what training can change: all of the state but frozen parameters."""
+def _changing_tensors(job: Job) -> dict[str, torch.Tensor]:
+    """Return what training can change: all of the state but parameters that stay frozen."""
+    model = job.model
+    if job.unfreezing is not None:
+        return model.state_dict(keep_vars=True)
     frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
     return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in frozen}
 
@@ -228,7 +233,7 @@ def _epoch_line(record: EpochRecord, epochs: int, *, is_best: bool) -> str:
 def _what_was_kept(problem: str, best: _Best | None, job: Job, folder: RunFolder | None) -> str:
     if best is None:
         return f"{problem} Nothing was written: no epoch was complete."
-    best.put_back(job.model)
+    best.put_back(job)
     where = f"in '{folder.checkpoint}'" if folder else "in the model"
     return f"{problem} The best so far (epoch {best.epoch}, {best.metrics.headline()}) is kept {where}."
 

@@ -5,61 +5,41 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
 from regraft.anatomy.heads import find_heads
 from regraft.anatomy.modes import evaluation_mode
-from regraft.card import ATTRIBUTE, Preprocessing, attach, card_of
+from regraft.card import ATTRIBUTE, attach, card_of
 from regraft.checkpoint.build import create_model
-from regraft.data.decode import Unreadable
-from regraft.data.folders import Listing, Task, list_data
-from regraft.data.photos import Photos, loader, read_photos
-from regraft.data.transforms import augmentation
-from regraft.errors import ConfigError, DataError, ModelError
-from regraft.freezing.freeze import freeze, unfreeze
-from regraft.freezing.groups import build_optimizer
-from regraft.freezing.pins import is_pinned, pin, unpin
-from regraft.progress import Progress
+from regraft.data.folders import Listing, Task
+from regraft.errors import ConfigError, ModelError
+from regraft.freezing.audit import audit
+from regraft.freezing.freeze import freeze, settle, unfreeze
+from regraft.freezing.groups import build_optimizer, optimizer_class
+from regraft.freezing.schedule import Schedule
+from regraft.freezing.state import FreezeState
 from regraft.training.config import FINE_TUNE_LR, HEAD_LR, SCRATCH_LR, TrainConfig
 from regraft.training.loop import Engine, choose_engine, main_output
 from regraft.training.losses import Loss, build_loss, check_loss
+from regraft.training.material import Material, first_batch
 from regraft.training.result import Plan
 from regraft.zoo import preprocessing_of
 
 WARM_UP_SHARE = 0.05
-
-
-@dataclass(frozen=True)
-class Material:
-    """What is learned from and measured on.
-
-    Attributes:
-        train: Batches to learn from, in a new order each epoch.
-        validation: Batches to measure on, in one order.
-        task: Classification or regression.
-        classes: Class names; None for regression.
-        listing: What the folder held; None for datasets and loaders.
-        paths: The validation photos, in order; empty for datasets that are no files.
-        unreadable: Files that are skipped.
-    """
-
-    train: Iterable[Any]
-    validation: Iterable[Any]
-    task: Task
-    classes: tuple[str, ...] | None
-    listing: Listing | None = None
-    paths: tuple[Path, ...] = ()
-    unreadable: tuple[Unreadable, ...] = ()
+OPTIMIZERS_OF_THEIR_OWN_KIND = ("LBFGS", "SparseAdam", "Adahessian")
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that the training loop needs."""
+    """Everything that the training loop needs.
+
+    Attributes:
+        rates: The arguments of `param_groups`, for layers that join later.
+        unfreezing: Which layers join when; None: none do.
+    """
 
     model: nn.Module
     material: Material
@@ -68,6 +48,31 @@ class Job:
     schedule: torch.optim.lr_scheduler.LRScheduler
     engine: Engine
     plan: Plan
+    rates: dict[str, Any]
+    unfreezing: Schedule | None
+
+
+def check_options(config: TrainConfig, task: Task | None, *, trust_code: bool) -> None:
+    """Refuse options that cannot work, before any photo is read.
+
+    Raises:
+        ConfigError: No optimizer or loss has that name, or options contradict each other.
+        ModelError: The device does not exist.
+        TrustError: The loss is code of the user's own, and `trust_code` is false.
+    """
+    choose_engine(config.device, config.precision)
+    if task is not None:
+        build_loss(config.loss, task, label_smoothing=config.label_smoothing, trust_code=trust_code)
+    maker = optimizer_class(config.optimizer)
+    if getattr(maker, "__name__", "") in OPTIMIZERS_OF_THEIR_OWN_KIND:
+        raise ConfigError(
+            f"the optimizer '{config.optimizer}' needs a training loop or gradients of its own kind. Choose another of "
+            "torch.optim, such as adamw or sgd."
+        )
+    if config.unfreeze is not None and (config.unfreeze_all or config.freeze or config.freeze_until is not None):
+        raise ConfigError(
+            "--unfreeze says what is frozen when, so --freeze, --freeze-until and --unfreeze-all exclude it."
+        )
 
 
 def prepare_model(
@@ -76,7 +81,7 @@ def prepare_model(
     """Build the model where it is a name, give it a head for the data, and freeze what the options say.
 
     A name without options to freeze is frozen but for its head where it is pretrained. The flags of a module are left
-    as they are, but for the options.
+    as they are, but for the options; what they say is frozen is pinned.
     """
     if isinstance(model, str):
         if listing is None:
@@ -97,40 +102,16 @@ def prepare_model(
         unfreeze(built)
     if config.freeze or config.freeze_until is not None:
         freeze(built, *config.freeze, until=config.freeze_until)
+    if config.unfreeze is not None:
+        Schedule.parse(config.unfreeze).start(built)
+    settle(built)
     return built
-
-
-def read_material(
-    data: Any, listing: Listing | None, preprocessing: Preprocessing, config: TrainConfig, progress: Progress
-) -> Material:
-    """Decode the photos of a folder, or take datasets and loaders as they are."""
-    if listing is None:
-        return _given_material(data, config)
-    parts, unreadable = [], []
-    for samples, description in ((listing.train, "reading photos"), (listing.validation, "reading validation photos")):
-        photos, failed = read_photos(
-            samples, preprocessing, classes=listing.classes, description=description, progress=progress
-        )
-        parts.append(photos)
-        unreadable += failed
-    _require_readable(unreadable, len(listing.train) + len(listing.validation), config.max_unreadable)
-    material = _photo_material(parts[0], parts[1], config)
-    _require_all_classes(material.classes, parts[0])
-    return Material(
-        material.train,
-        material.validation,
-        listing.task,
-        listing.classes,
-        listing,
-        tuple(sample.path for sample in parts[1].samples),
-        tuple(unreadable),
-    )
 
 
 def prepare_job(
     model: nn.Module, name: str | None, material: Material, config: TrainConfig, loss: Loss | None, *, trust_code: bool
 ) -> Job:
-    """Put loss, optimizer and schedule beside model and data, and try one batch."""
+    """Put loss, optimizer and schedule beside model and data, audit them, and try one batch."""
     engine = choose_engine(config.device, config.precision)
     criterion = loss or build_loss(
         config.loss, material.task, label_smoothing=config.label_smoothing, trust_code=trust_code
@@ -138,13 +119,10 @@ def prepare_job(
     model.to(engine.device)
     if isinstance(criterion, nn.Module):
         criterion.to(engine.device)
-    lr = config.lr if config.lr is not None else _default_lr(model)
-    optimizer = build_optimizer(config.optimizer, model, lr=lr, weight_decay=config.weight_decay)
-    if type(optimizer).__name__ in ("LBFGS", "SparseAdam", "Adahessian"):
-        raise ConfigError(
-            f"the optimizer '{config.optimizer}' needs a training loop or gradients of its own kind. Choose another of "
-            "torch.optim, such as adamw or sgd."
-        )
+    rates = _rates(model, config)
+    optimizer = build_optimizer(config.optimizer, model, **rates)
+    if findings := audit(model, optimizer):
+        raise ModelError(f"{type(model).__name__} cannot be trained as it is: {findings[0]}")
     _try_one_batch(model, material, criterion, engine)
     attach(model, classes=material.classes, task=material.task, preprocessing=preprocessing_of(model))
     return Job(
@@ -154,7 +132,9 @@ def prepare_job(
         optimizer=optimizer,
         schedule=_schedule(optimizer, config, material),
         engine=engine,
-        plan=_plan(model, name, material, lr, engine),
+        plan=_plan(model, name, material, rates["lr"], engine),
+        rates=rates,
+        unfreezing=Schedule.parse(config.unfreeze) if config.unfreeze is not None else None,
     )
 
 
@@ -164,110 +144,39 @@ def unchanged_on_failure(model: nn.Module | str) -> Iterator[None]:
     if isinstance(model, str):
         yield
         return
-    card = card_of(model)
-    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    layers = [(layer, layer.training, is_pinned(layer)) for layer in model.modules()]
+    card, state = card_of(model), FreezeState.of(model)
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
-        for parameter, trainable, gradient in parameters:
-            parameter.requires_grad_(trainable).grad = gradient
-        for layer, training, pinned in layers:
-            (pin if pinned else unpin)(layer)
-            layer.training = training
+        state.put_back()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
         setattr(model, ATTRIBUTE, card)
         raise
 
 
-def list_if_folder(data: Any, config: TrainConfig) -> Listing | None:
-    """List the photos where `data` names a folder or a table; None for a pair of datasets or loaders."""
-    if isinstance(data, (str, Path)):
-        return list_data(data, validation_share=config.validation_share, seed=config.seed)
-    return None
-
-
 def _names_layers(config: TrainConfig) -> bool:
-    return bool(config.freeze) or config.freeze_until is not None or config.unfreeze_all
+    return bool(config.freeze or config.unfreeze_all or config.freeze_until is not None or config.unfreeze is not None)
 
 
-def _given_material(data: Any, config: TrainConfig) -> Material:
-    if not (isinstance(data, (tuple, list)) and len(data) == 2):
-        raise DataError(
-            f"data is a {type(data).__name__}, expected a folder, a .csv table, or a pair (train, validation) of "
-            "Datasets or DataLoaders."
-        )
-    train, validation = data
-    if isinstance(train, Photos) and isinstance(validation, Photos):
-        return _photo_material(train, validation, config)
-    batches, measured = _batches(train, config, shuffle=True), _batches(validation, config, shuffle=False)
-    for part, found in (("training", batches), ("validation", measured)):
-        if isinstance(found, Sized) and len(found) == 0:
-            raise DataError(f"the {part} data is empty. Give at least one batch.")
-    _, targets = _first_batch(batches)
-    dataset = getattr(train, "dataset", train)
-    if targets.is_floating_point():
-        return Material(batches, measured, "regression", None)
-    names = getattr(dataset, "classes", None)
-    return Material(batches, measured, "classification", tuple(map(str, names)) if names else None)
-
-
-def _photo_material(train: Photos, validation: Photos, config: TrainConfig) -> Material:
-    changed = train.augmented(augmentation(config.augment, train.preprocessing))
-    return Material(
-        loader(changed, config.batch_size, shuffle_seed=config.seed, workers=config.workers),
-        loader(validation, config.batch_size, workers=config.workers),
-        "regression" if train.classes is None else "classification",
-        train.classes,
-        paths=tuple(sample.path for sample in validation.samples),
-    )
-
-
-def _batches(data: Any, config: TrainConfig, *, shuffle: bool) -> Iterable[Any]:
-    if not isinstance(data, Dataset):
-        if not isinstance(data, Iterable):
-            raise DataError(
-                f"a {type(data).__name__} is no data. Expected a Dataset, a DataLoader, or a list of batches."
-            )
-        return data
-    count = len(data) if isinstance(data, Sized) else 0
-    return DataLoader(
-        data,
-        config.batch_size,
-        shuffle=shuffle,
-        num_workers=config.workers or 0,
-        generator=torch.Generator().manual_seed(config.seed),
-        drop_last=shuffle and count > config.batch_size and count % config.batch_size == 1,  # batch norm needs two
-    )
-
-
-def _first_batch(batches: Iterable[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    first = next(iter(batches), None)
-    if not (isinstance(first, (tuple, list)) and len(first) == 2 and all(isinstance(x, torch.Tensor) for x in first)):
-        raise DataError(
-            f"the training data yields {type(first).__name__}, expected pairs (inputs, targets) of tensors: "
-            "let the dataset return tensors, as with torchvision.transforms.ToTensor()."
-        )
-    return first[0], first[1]
-
-
-def _require_readable(unreadable: list[Unreadable], count: int, limit: float) -> None:
-    if len(unreadable) > limit * count:
-        examples = "; ".join(f"'{found.path}': {found.reason}" for found in unreadable[:3])
-        raise DataError(
-            f"{len(unreadable)} of {count} files cannot be read ({examples}). Repair or remove them, or allow more "
-            f"with --max-unreadable (now {limit:g})."
-        )
-
-
-def _require_all_classes(classes: tuple[str, ...] | None, train: Photos) -> None:
-    seen = {sample.target for sample in train.samples}
-    if lost := [name for index, name in enumerate(classes or ()) if index not in seen]:
-        raise DataError(f"none of the photos of {', '.join(map(repr, lost))} can be read. Add some that can.")
+def _rates(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
+    """Work out the arguments of `param_groups`."""
+    lr = config.lr if config.lr is not None else _default_lr(model)
+    backbone_lr = config.backbone_lr
+    if backbone_lr is None and config.layer_decay is None and config.unfreeze is not None:
+        backbone_lr = lr * FINE_TUNE_LR / HEAD_LR
+    return {
+        "lr": lr,
+        "weight_decay": config.weight_decay,
+        "layer_decay": config.layer_decay,
+        "backbone_lr": backbone_lr,
+    }
 
 
 def _try_one_batch(model: nn.Module, material: Material, criterion: Loss, engine: Engine) -> None:
     """Run the model and the loss on one batch, so that what does not fit is said before the first epoch."""
-    inputs, targets = (tensor.to(engine.device) for tensor in _first_batch(material.train))
+    inputs, targets = (tensor.to(engine.device) for tensor in first_batch(material.train))
     with evaluation_mode(model), torch.no_grad(), engine.autocast():
         try:
             output = main_output(model(inputs))
