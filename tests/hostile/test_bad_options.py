@@ -34,7 +34,7 @@ VALUES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"precision": "fp8"}, ConfigError, r"'precision' cannot be 'fp8': expected one of auto, fp32, bf16, fp16"),
     ({"freeze": "conv"}, ConfigError, r"'freeze' cannot be 'conv': expected a list, as in \[\"layer1\", \"layer2\"\]"),
     ({"optimizer": "adamx"}, ConfigError, r"no optimizer 'adamx' in .*\. Nearest: 'adamax'"),
-    ({"optimizer": "lbfgs"}, ConfigError, r"LBFGS"),
+    ({"optimizer": "lbfgs"}, ConfigError, r"the optimizer 'lbfgs' needs a training loop"),
     ({"optimizer": "sparseadam"}, ConfigError, r"the optimizer 'sparseadam' needs .* such as adamw or sgd"),
     ({"optimizer": "adahessian"}, ConfigError, r"the optimizer 'adahessian' needs .* such as adamw or sgd"),
     ({"optimizer": "sgdw"}, ConfigError, r"sgdw does not take \{'lr': .*\}: Nesterov momentum requires"),
