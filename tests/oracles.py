@@ -16,7 +16,7 @@ def snapshot(model: nn.Module) -> dict[str, object]:
         "modes": [module.training for module in model.modules()],
         "classes": [type(module) for module in model.modules()],
         "hooks": [
-            (list(m._forward_hooks.items()), list(m._forward_pre_hooks.items()), list(m._backward_hooks.items()))
+            (list(m._forward_hooks.values()), list(m._forward_pre_hooks.values()), list(m._backward_hooks.values()))
             for m in model.modules()
         ],
         "attributes": [sorted(vars(module).keys() - {ATTRIBUTE}) for module in model.modules()],

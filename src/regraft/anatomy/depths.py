@@ -27,9 +27,10 @@ def parameter_depths(model: nn.Module) -> dict[str, int]:
         return cast("dict[str, int]", group_parameters(model, cast(Any, matcher(coarse=False)), reverse=True))
     first_uses = trace(model).first_uses
     depths: dict[str, int] = {}
+    blocks = _blocks(model)
     depth, previous = -1, None
     for name in sorted(first_uses, key=lambda name: first_uses[name]):
-        block = next((path for path in _blocks(model) if is_within(name, path)), None)
+        block = next((path for path in blocks if is_within(name, path)), None)
         if block is None or block != previous:
             opens = depth < 0 or (block is not None and not _joins(model, block, previous))
             depth += opens
@@ -53,12 +54,19 @@ def _blocks(model: nn.Module, prefix: str = "") -> list[str]:
 
 
 def _is_stack(layer: nn.Module, *, alike: bool = False) -> bool:
-    """Say whether a layer is a mere list of blocks; `alike`: of two or more of one kind, as a transformer's."""
+    """Say whether a layer is a mere list of blocks; `alike`: of two or more of one kind, as a transformer's.
+
+    A list of lists of single layers (convolution, norm, activation) is the inside of a block, as MobileNet has it.
+    """
     if not isinstance(layer, (nn.Sequential, nn.ModuleList)):
         return False
     inner = [child for child in layer.children() if next(child.parameters(), None) is not None]
-    has_blocks = any(list(child.children()) for child in inner)
-    return has_blocks and (not alike or (len(inner) > 1 and len({type(child) for child in inner}) == 1))
+    if not alike:
+        return any(list(child.children()) for child in inner)
+    are_blocks = any(
+        _is_stack(child) if isinstance(child, nn.Sequential) else list(child.children()) for child in inner
+    )
+    return are_blocks and len(inner) > 1 and len({type(child) for child in inner}) == 1
 
 
 def _joins(model: nn.Module, block: str, previous: str | None) -> bool:

@@ -19,6 +19,10 @@ def layer_at(model: nn.Module, path: str) -> nn.Module:
 
 def no_such_layer(model: nn.Module, path: str) -> str:
     """Say that `path` names no layer, and which names are near."""
+    owner = path.rpartition(".")[0] or "the model itself"
+    for kind, names in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        if path in dict(names):
+            return f"'{path}' is a {kind} of {type(model).__name__}, no layer. Name its layer, '{owner}'."
     known = [name for name, _ in model.named_modules() if name]
     hint = nearest(path, known) or f"Its top-level layers: {', '.join(name for name, _ in model.named_children())}."
     return f"no layer '{path}' in {type(model).__name__}. {hint} `regraft inspect` lists all."

@@ -72,7 +72,7 @@ class Diff:
         for top, members in groupby(self.tensors, key=lambda tensor: tensor.name.partition(".")[0]):
             group = list(members)
             kinds = {tensor.kind for tensor in group}
-            if len(group) > 1 and len(kinds) == 1 and kinds != {"changed"}:
+            if len(group) > 1 and len(kinds) == 1 and kinds <= {"identical", "added", "removed"}:
                 yield f"{top}.*", group[0].kind, "", f"{len(group)} tensors"
                 continue
             for tensor in group:

@@ -6,14 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 
+from regraft.anatomy.drift import would_move as would_move
 from regraft.anatomy.heads import find_heads
 from regraft.card import card_of
-from regraft.freezing.pins import frozen_layers, is_pinned
-
-DROP_PATHS = frozenset({"DropPath", "StochasticDepth", "DropBlock2d", "PatchDropout"})
+from regraft.freezing.pins import frozen_layers
 
 
 @dataclass(frozen=True)
@@ -52,26 +49,6 @@ def audit(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> l
     return findings if optimizer is None else [*findings, *_optimizer(model, optimizer)]
 
 
-def would_move(layer: nn.Module) -> str | None:
-    """Say how a layer that is frozen by its flags would still change or draw in `.train()`; None where it would not."""
-    if is_pinned(layer):
-        return None
-    if isinstance(layer, _NormBase) and layer.track_running_stats:
-        return "its running statistics would still move"
-    if isinstance(layer, _DropoutNd) and layer.p > 0:
-        return "it would still drop at random"
-    if type(layer).__name__ in DROP_PATHS and _drop_rate(layer) > 0:
-        return "it would still drop at random"
-    if isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)) and layer.dropout > 0:
-        return "it would still drop at random"
-    return None
-
-
-def _drop_rate(layer: nn.Module) -> float:
-    rate = getattr(layer, "drop_prob", getattr(layer, "p", getattr(layer, "prob", 0.0)))
-    return float(rate or 0.0)
-
-
 def _stale_gradients(model: nn.Module) -> Iterator[Finding]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and parameter.grad is not None:
@@ -79,18 +56,21 @@ def _stale_gradients(model: nn.Module) -> Iterator[Finding]:
                 "stale-gradient",
                 name,
                 "is frozen but has a gradient, which an optimizer that knows it would still apply.",
-                f"Call regraft.freeze(model, {name.rpartition('.')[0]!r}), which clears it.",
+                f"Set model.get_parameter({name!r}).grad = None.",
             )
 
 
 def _unpinned(model: nn.Module) -> Iterator[Finding]:
-    for path, layer in frozen_layers(model):
+    frozen = frozen_layers(model)
+    with_parameters = [path for path, layer in frozen if next(layer.parameters(), None) is not None]
+    for path, layer in frozen:
         if (how := would_move(layer)) is not None:
+            frozen_already = path if path in with_parameters else next(iter(with_parameters), path)
             yield Finding(
                 "unpinned",
                 path,
                 f"is frozen by its flags, but {how} in .train().",
-                f"Call regraft.freeze(model, {path!r}), which pins it.",
+                f"Call regraft.freeze(model, {frozen_already!r}), which pins all that is frozen.",
             )
 
 

@@ -8,7 +8,7 @@ from regraft.anatomy.paths import is_within, layer_at
 from regraft.anatomy.render import percent
 from regraft.anatomy.tracing import Call, Trace, trace
 from regraft.errors import SelectionError
-from regraft.freezing.patterns import select
+from regraft.freezing.patterns import select_parameters
 from regraft.freezing.pins import sync_pins
 
 
@@ -96,8 +96,7 @@ def _parameter_names(
     if not patterns and until is None and since is None:
         return set(everything)
     limits = {"until": until, "since": since}
-    layers = select(model, *patterns)
-    names = {name for name in everything if any(is_within(name, layer) for layer in layers)}
+    names = select_parameters(model, *patterns)
     if until is not None:
         traced = trace(model)
         end = max(call.ended for call in _calls_of(model, traced, until))

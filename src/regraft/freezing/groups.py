@@ -44,16 +44,14 @@ def param_groups(
     """
     rate_of = _rates(model, lr, layer_decay, backbone_lr)
     undecayed = _undecayed_names(model, no_decay)
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((rate_of(name), name not in undecayed), []).append(parameter)
+            decay = 0.0 if name in undecayed else weight_decay
+            groups.setdefault((rate_of(name), decay), []).append(parameter)
     if not groups:
         raise SelectionError(_nothing_trainable(model))
-    return [
-        {"params": parameters, "lr": rate, "weight_decay": weight_decay if is_decayed else 0.0}
-        for (rate, is_decayed), parameters in groups.items()
-    ]
+    return [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]
 
 
 def _rates(model: nn.Module, lr: float, layer_decay: float | None, backbone_lr: float | None) -> Callable[[str], float]:

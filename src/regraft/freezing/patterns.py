@@ -5,11 +5,12 @@ import re
 
 from torch import nn
 
-from regraft.anatomy.paths import no_such_layer
+from regraft.anatomy.paths import is_within, no_such_layer
 from regraft.errors import SelectionError, nearest
 
 CHILDREN = re.compile(r"children\[(-?\d*)(:?)(-?\d*)\]")
 GLOB_SIGNS = frozenset("*?[")
+PARAMETERS = "params:"
 
 
 def select(model: nn.Module, *patterns: str) -> list[str]:
@@ -22,7 +23,9 @@ def select(model: nn.Module, *patterns: str) -> list[str]:
             a glob over whole paths, in which `*` also crosses dots (`"layer[12].*.bn?"`);
             a regular expression that matches a whole path (`"re:layer[12]\\..*"`);
             a class name (`"type:BatchNorm2d"`), which base classes match as well;
-            a slice of the top-level children (`"children[:6]"`, `"children[-1]"`).
+            a slice of the top-level children (`"children[:6]"`, `"children[-1]"`);
+            a glob over names of parameters (`"params:*.bias"`), which stands for the layers that have them, and in
+            `freeze` and `unfreeze` for those parameters alone.
 
     Raises:
         SelectionError: A pattern matches nothing; the nearest names are listed.
@@ -34,10 +37,40 @@ def select(model: nn.Module, *patterns: str) -> list[str]:
     return [path for path, _ in model.named_modules(remove_duplicate=False) if path in chosen]
 
 
+def select_parameters(model: nn.Module, *patterns: str) -> set[str]:
+    """Return the names of the parameters in the layers that match, and of those that `params:GLOB` names.
+
+    Raises:
+        SelectionError: A pattern matches nothing.
+
+    >>> sorted(select_parameters(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "0", "params:*.bias"))
+    ['0.bias', '0.weight', '1.bias']
+    """
+    everything = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    layers = select(model, *(pattern for pattern in patterns if not pattern.startswith(PARAMETERS)))
+    names = {name for name in everything if any(is_within(name, layer) for layer in layers)}
+    for pattern in patterns:
+        if pattern.startswith(PARAMETERS):
+            names |= _named_parameters(everything, pattern)
+    return names
+
+
+def _named_parameters(everything: list[str], pattern: str) -> set[str]:
+    glob = pattern.removeprefix(PARAMETERS)
+    found = {name for name in everything if fnmatch.fnmatchcase(name, glob)}
+    if not found:
+        raise SelectionError(f"no parameter matches '{pattern}'. {nearest(glob, everything)}".rstrip())
+    return found
+
+
 def _matches(model: nn.Module, pattern: str) -> list[str]:
     layers = dict(model.named_modules(remove_duplicate=False))
     if pattern in layers:
         return [pattern]
+    if pattern.startswith(PARAMETERS):
+        return [
+            name.rpartition(".")[0] for name in _named_parameters([n for n, _ in model.named_parameters()], pattern)
+        ]
     if pattern.startswith("type:"):
         return _of_type(layers, pattern.removeprefix("type:"))
     if (children := CHILDREN.fullmatch(pattern)) is not None:

@@ -13,11 +13,12 @@ A pin consists of a forward pre-hook and an instance attribute `train`. Both are
 class, its state dict and `deepcopy`, `torch.save` and tracing stay as they are.
 """
 
-from typing import Any
-
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+
+from regraft.anatomy.drift import is_pinned as is_pinned
+from regraft.anatomy.drift import stay_in_evaluation
 
 # Builtin layers whose forward depends on their mode. Of all other builtin layers the mode changes nothing; of layers
 # defined elsewhere it may, so those are pinned too.
@@ -53,25 +54,15 @@ def pin(layer: nn.Module) -> None:
     """Keep `layer` in evaluation mode from now on."""
     layer.training = False
     if not is_pinned(layer):
-        layer.register_forward_pre_hook(_stay_in_evaluation, prepend=True)
+        layer.register_forward_pre_hook(stay_in_evaluation, prepend=True)
         layer.__dict__["train"] = _PinnedTrain(layer)
 
 
 def unpin(layer: nn.Module) -> None:
     """Let `layer` follow `.train()` and `.eval()` again."""
-    for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is _stay_in_evaluation]:
+    for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is stay_in_evaluation]:
         del layer._forward_pre_hooks[key]
     layer.__dict__.pop("train", None)
-
-
-def is_pinned(layer: nn.Module) -> bool:
-    """Say whether `layer` is pinned to evaluation mode."""
-    return any(hook is _stay_in_evaluation for hook in layer._forward_pre_hooks.values())
-
-
-def _stay_in_evaluation(layer: nn.Module, args: Any) -> None:
-    if layer.training:  # somebody assigned the attribute, as `.train()` does not reach it
-        layer.training = False
 
 
 class _PinnedTrain:

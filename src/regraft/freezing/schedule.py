@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from regraft.anatomy.heads import find_heads
-from regraft.errors import ConfigError
+from regraft.anatomy.paths import is_within
+from regraft.errors import ConfigError, SelectionError
 from regraft.freezing.freeze import FreezeReport, freeze, unfreeze
 from regraft.freezing.groups import param_groups
 from regraft.freezing.patterns import select
@@ -57,12 +58,13 @@ class Schedule:
         stages = []
         for part in text.split(","):
             patterns, colon, epochs = part.strip().rpartition(":")
-            if not colon or not patterns or not epochs.strip().isdigit() or int(epochs) < 1:
+            layers = tuple(pattern.strip() for pattern in patterns.split("+"))
+            if not colon or not all(layers) or not epochs.strip().isdecimal() or int(epochs) < 1:
                 raise ConfigError(
                     f"'{part.strip()}' in the schedule '{text}' is no stage. Expected LAYERS:EPOCHS, as in "
                     "'head:3,layer4:5,all:10'."
                 )
-            stages.append(Stage(tuple(pattern.strip() for pattern in patterns.split("+")), int(epochs)))
+            stages.append(Stage(layers, int(epochs)))
         return cls(tuple(stages))
 
     @property
@@ -77,6 +79,10 @@ class Schedule:
             SelectionError: A pattern of any stage selects nothing. Nothing was changed.
         """
         layers = [_layers(model, stage) for stage in self.stages]
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        for stage, paths in zip(self.stages, layers, strict=True):
+            if not any(is_within(name, path) for name in names for path in paths):
+                raise SelectionError(f"'{'+'.join(stage.patterns)}' selects no parameters: nothing to thaw.")
         freeze(model)
         return unfreeze(model, *layers[0])
 

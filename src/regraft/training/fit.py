@@ -80,33 +80,9 @@ def fit(
             own_loss = loss if callable(loss) else None
             name = model if isinstance(model, str) else None
             job = prepare_job(built, name, material, config, own_loss, trust_code=trust_code)
-        for line in describe_plan(job, config):
+        for line in job.plan.lines(config):
             progress.say(line)
         return _train(job, config, folder, clock, progress)
-
-
-def describe_plan(job: Job, config: TrainConfig) -> Iterator[str]:
-    """Say in a few lines what a run is about to do."""
-    plan = job.plan
-    share = plan.trainable / plan.parameters
-    yield f"model      {plan.model}, weights: {plan.weights}"
-    yield (
-        f"trained    {plan.trainable:,} of {plan.parameters:,} parameters ({share:.2%}): "
-        + (", ".join(plan.trained_layers) if share < 1 else "all layers")
-        + ("" if share == 1 else "; the rest is frozen")
-    )
-    if plan.classes is not None and plan.counts:
-        counts = ", ".join(f"{name} {train}+{measured}" for name, train, measured in plan.counts)
-        yield f"photos     {plan.train_count} + {plan.validation_count} for validation ({plan.split})"
-        yield f"classes    {len(plan.classes)} (photos + validation): {counts}"
-    elif plan.train_count is not None:
-        yield f"examples   {plan.train_count} + {plan.validation_count} for validation ({plan.split})"
-    for found in plan.unreadable:
-        yield f"skipped    {str(found.path)!r}: {found.reason}"
-    yield (
-        f"training   {config.epochs} epochs, batches of {config.batch_size}, {config.optimizer}, learning rate "
-        f"{plan.lr:g} ({config.schedule}), augmentation {config.augment}, on {plan.device}"
-    )
 
 
 def _train(job: Job, config: TrainConfig, folder: RunFolder | None, clock: "_Clock", progress: Progress) -> FitResult:

@@ -71,7 +71,8 @@ def check_options(config: TrainConfig, task: Task | None, *, trust_code: bool) -
         )
     if config.unfreeze is not None and (config.unfreeze_all or config.freeze or config.freeze_until is not None):
         raise ConfigError(
-            "--unfreeze says what is frozen when, so --freeze, --freeze-until and --unfreeze-all exclude it."
+            f"--unfreeze '{config.unfreeze}' says what is frozen when, so it excludes --freeze, --freeze-until and "
+            "--unfreeze-all. Pass one of them."
         )
 
 

@@ -1,5 +1,6 @@
 """What a training run found out, as one value that a report can be written from."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,30 @@ class Plan:
     trained_layers: tuple[str, ...]
     lr: float
     device: str
+
+    def lines(self, config: TrainConfig) -> Iterator[str]:
+        """Say all of it in a few lines."""
+        share = self.trainable / self.parameters
+        yield f"model      {self.model}, weights: {self.weights}"
+        yield (
+            f"trained    {self.trainable:,} of {self.parameters:,} parameters ({share:.2%}): "
+            + (", ".join(self.trained_layers) if share < 1 else "all layers")
+            + ("" if share == 1 else "; the rest is frozen")
+        )
+        if config.unfreeze is not None:
+            yield f"unfreezing {config.unfreeze} (layers:epochs)"
+        if self.classes is not None and self.counts:
+            counts = ", ".join(f"{name} {train}+{measured}" for name, train, measured in self.counts)
+            yield f"photos     {self.train_count} + {self.validation_count} for validation ({self.split})"
+            yield f"classes    {len(self.classes)} (photos + validation): {counts}"
+        elif self.train_count is not None:
+            yield f"examples   {self.train_count} + {self.validation_count} for validation ({self.split})"
+        for found in self.unreadable:
+            yield f"skipped    {str(found.path)!r}: {found.reason}"
+        yield (
+            f"training   {config.epochs} epochs, batches of {config.batch_size}, {config.optimizer}, learning rate "
+            f"{self.lr:g} ({config.schedule}), augmentation {config.augment}, on {self.device}"
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,148 @@
+from collections import defaultdict
+
+import pytest
+import timm
+import torch
+from timm.optim import param_groups_layer_decay
+from torch import nn
+from torchvision import models
+
+import tiny
+from regraft import param_groups
+from regraft.anatomy.depths import parameter_depths
+
+ENCODER = "encoder.layers.encoder_layer_"
+BLOCKS = {  # written down from the published architectures
+    "resnet18": [["conv1", "bn1"], *([f"layer{i}.{j}"] for i in (1, 2, 3, 4) for j in (0, 1)), ["fc"]],
+    "vit_b_16": [
+        ["class_token", "conv_proj", "encoder.pos_embedding"],
+        *([f"{ENCODER}{i}"] for i in range(12)),
+        ["encoder.ln"],
+        ["heads"],
+    ],
+    "swin_t": [
+        ["features.0"],
+        *([f"features.1.{i}"] for i in range(2)),
+        ["features.2"],
+        *([f"features.3.{i}"] for i in range(2)),
+        ["features.4"],
+        *([f"features.5.{i}"] for i in range(6)),
+        ["features.6"],
+        *([f"features.7.{i}"] for i in range(2)),
+        ["norm"],
+        ["head"],
+    ],
+    "mobilenet_v3_small": [*([f"features.{i}"] for i in range(13)), ["classifier.0"], ["classifier.3"]],
+}
+FAMILIES = [
+    "alexnet",
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_b0",
+    "efficientnet_v2_s",
+    "googlenet",
+    "inception_v3",
+    "maxvit_t",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "regnet_y_400mf",
+    "resnet18",
+    "resnext50_32x4d",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "swin_t",
+    "swin_v2_t",
+    "vgg11_bn",
+    "vit_b_16",
+    ,
+]
+HEADS = {"alexnet": "classifier.6", "googlenet": "fc", "squeezenet1_1": "classifier.1", "vit_b_16": "heads.head"}
+
+
+def weightless(name: str) -> nn.Module:
+    options = {"aux_logits": True, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    if name.startswith("regnet"):  # computes its widths with tensors
+        return models.get_model(name).eval().to("meta")
+    with torch.device("meta"):
+        return models.get_model(name, **options).eval()
+
+
+@pytest.mark.parametrize("decay", [0.65, 1.0])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_rates_of_timm_networks_are_those_of_timm(name: str, decay: float) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    theirs = param_groups_layer_decay(model, layer_decay=decay)
+    expected = {id(p): 0.01 * group["lr_scale"] for group in theirs for p in group["params"]}
+    ours = param_groups(model, 0.01, layer_decay=decay)
+    assert {id(p): group["lr"] for group in ours for p in group["params"]} == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_each_block_is_one_deeper_than_the_one_before_it(name: str) -> None:
+    found = defaultdict(set)
+    model = weightless(name)
+    for parameter, depth in parameter_depths(model).items():
+        found[depth].add(parameter)
+    names = [parameter for parameter, _ in model.named_parameters()]
+    expected = {
+        depth: {name for name in names for path in block if name == path or name.startswith(f"{path}.")}
+        for depth, block in enumerate(BLOCKS[name])
+    }
+    assert dict(found) == expected
+
+
+def executed_layers(model: nn.Module, side: int) -> list[str]:
+    """List the layers with parameters in the order in which hooks see them begin."""
+    order: list[str] = []
+    for path, layer in model.named_modules():
+        if next(layer.parameters(recurse=False), None) is not None:
+            layer.register_forward_pre_hook(lambda *_, path=path: order.append(path))
+    model(torch.empty(1, 3, side, side, device="meta"))
+    return list(dict.fromkeys(order))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_depth_never_falls_along_the_forward_and_the_head_alone_is_deepest(name: str) -> None:
+    model = weightless(name)
+    depths = parameter_depths(model)
+    order = executed_layers(model, 299 if name == "inception_v3" else 224)
+    path_of = {
+        f"{path}.{parameter}" if path else parameter: path
+        for path, layer in model.named_modules()
+        for parameter, _ in layer.named_parameters(recurse=False)
+    }
+    deepest_of = {
+        path: max(depths[name] for name, owner in path_of.items() if owner == path)
+        for path in order
+        if next(model.get_submodule(path).children(), None) is None  # a block with a token of its own begins earlier
+    }
+    assert list(deepest_of.values()) == sorted(deepest_of.values())
+    assert min(depths.values()) == 0
+    assert set(range(max(depths.values()) + 1)) == set(depths.values())
+    head = HEADS.get(name, order[-1])
+    at_the_end = {path_of[name] for name, depth in depths.items() if depth == max(depths.values())}
+    assert at_the_end & set(order) == {head}  # beside it only what the forward does not use: auxiliary heads
+    assert depths.keys() == dict(model.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("name", ["plain", "residual", "tied", "root-token", "functional-dropout", "sequential"])
+def test_the_head_alone_is_deepest(name: str) -> None:
+    depths = parameter_depths(tiny.build(name))
+    deepest = {parameter for parameter, depth in depths.items() if depth == max(depths.values())}
+    head = {"plain": "fc", "sequential": "7"}.get(name, "head")
+    assert deepest == {f"{head}.weight", f"{head}.bias"}
+
+
+def test_a_token_of_the_root_lies_where_it_is_used() -> None:
+    depths = parameter_depths(tiny.build("root-token"))
+    assert depths["cls_token"] == depths["positions"] == depths["patches.weight"] == 0
+    assert depths["block.norm1.weight"] == 1
+
+
+def test_a_parameter_that_is_never_used_is_as_deep_as_the_head() -> None:
+    model = tiny.build("plain")
+    model.spare = nn.Linear(2, 2)
+    depths = parameter_depths(model)
+    assert depths["spare.weight"] == depths["fc.weight"] == max(depths.values())

@@ -1,0 +1,242 @@
+"""What goes wrong silently is found, is found only then, and is gone when the stated fix is carried out."""
+
+import copy
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import regraft
+import tiny
+from oracles import same, snapshot
+from regraft import audit, build_optimizer, freeze, unfreeze
+from regraft.card import attach
+from regraft.freezing.audit import Finding
+
+Case = tuple[nn.Module, torch.optim.Optimizer | None]
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return build_optimizer("sgd", model, lr=0.1, momentum=0.9)
+
+
+def half_frozen() -> nn.Module:
+    model = tiny.build("plain")
+    freeze(model, until="bn1")
+    return model.train()
+
+
+def stale_gradient() -> Case:
+    model = half_frozen()
+    model.conv1.weight.grad = torch.ones_like(model.conv1.weight)
+    return model, None
+
+
+def stale_gradient_of_the_root() -> Case:
+    model = tiny.build("root-token")
+    model.cls_token.requires_grad_(False)
+    model.cls_token.grad = torch.ones_like(model.cls_token)
+    return model, None
+
+
+def unpinned_norm() -> Case:
+    model = tiny.build("plain")
+    model.bn1.requires_grad_(False)
+    return model, None
+
+
+def unpinned_dropout() -> Case:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    model[2].requires_grad_(False)
+    return model, None
+
+
+def unpinned(layer: nn.Module) -> Callable[[], Case]:
+    def provoke() -> Case:
+        model = nn.ModuleDict({"front": copy.deepcopy(layer), "head": nn.Linear(4, 2)})
+        model["front"].requires_grad_(False)
+        return model, None
+
+    return provoke
+
+
+def broken_statistics() -> Case:
+    model = half_frozen()
+    model.bn1.running_var[2] = float("nan")
+    return model, None
+
+
+def head_width() -> Case:
+    return attach(tiny.build("plain"), classes=("cat", "dog")), None
+
+
+def listed_twice() -> Case:
+    model = half_frozen()
+    optimizer = sgd(model)
+    optimizer.param_groups[0]["params"].append(model.fc.weight)
+    return model, optimizer
+
+
+def frozen_in_optimizer() -> Case:
+    model = tiny.build("plain")
+    optimizer = sgd(model)
+    freeze(model, "conv1")
+    return model, optimizer
+
+
+def missing_from_optimizer() -> Case:
+    model = half_frozen()
+    optimizer = sgd(model)
+    unfreeze(model, "conv1")
+    return model, optimizer
+
+
+def not_of_this_model() -> Case:
+    model = half_frozen()
+    optimizer = sgd(model)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    return model, optimizer
+
+
+PROVOKED: dict[str, tuple[Callable[[], Case], str, str, str]] = {
+    "stale gradient": (stale_gradient, "stale-gradient", "conv1.weight", "is frozen but has a gradient"),
+    "stale gradient of the root": (stale_gradient_of_the_root, "stale-gradient", "cls_token", "has a gradient"),
+    "unpinned norm": (unpinned_norm, "unpinned", "bn1", "its running statistics would still move"),
+    "unpinned dropout": (unpinned_dropout, "unpinned", "1", "would still drop at random"),
+    "unpinned attention": (
+        unpinned(nn.MultiheadAttention(4, 2, dropout=0.1)),
+        "unpinned",
+        "front",
+        "would still drop at random",
+    ),
+    "unpinned recurrence": (unpinned(nn.LSTM(4, 4, 2, dropout=0.1)), "unpinned", "front", "drop at random"),
+    "broken statistics": (broken_statistics, "broken-statistics", "bn1.running_var", "holds NaN or infinity"),
+    "head width": (head_width, "head-width", "fc", "gives 5 scores, but there are 2 classes"),
+    "listed twice": (listed_twice, "listed-twice", "fc.weight", "is 2 times in the optimizer"),
+    "frozen in optimizer": (frozen_in_optimizer, "frozen-in-optimizer", "conv1.weight", "is frozen, but in the optim"),
+    "missing from optimizer": (missing_from_optimizer, "missing-from-optimizer", "conv1.weight", "is trainable, but"),
+    "not of this model": (not_of_this_model, "not-of-this-model", "optimizer", "has 1 parameters that are not this"),
+}
+BY_NAME = pytest.mark.parametrize("name", PROVOKED)
+
+
+@BY_NAME
+def test_each_fault_is_found_and_nothing_else(name: str) -> None:
+    provoke, kind, path, words = PROVOKED[name]
+    (finding,) = audit(*provoke())
+    assert (finding.kind, finding.path) == (kind, path)
+    assert words in finding.problem
+    assert str(finding) == f"{path}: {finding.problem} {finding.fix}"
+
+
+@BY_NAME
+def test_the_stated_fix_removes_the_finding_and_thaws_or_freezes_nothing_else(name: str) -> None:
+    provoke, kind, _, _ = PROVOKED[name]
+    model, optimizer = provoke()
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    (finding,) = audit(model, optimizer)
+    model, optimizer = carried_out(finding, model, optimizer)
+    assert audit(model, optimizer) == []
+    if kind != "broken-statistics":
+        assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+
+
+def carried_out(finding: Finding, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Case:
+    """Do what a finding says: run the code in its text, or what stands there in words."""
+    if finding.fix.startswith("Build the optimizer again: regraft.build_optimizer"):
+        return model, sgd(model)
+    if finding.fix.endswith("or thaw the layer and train it."):
+        unfreeze(model, finding.path.rpartition(".")[0])
+        return model, optimizer
+    code = re.fullmatch(r"(?:Call|Use|Set) (.+?)(?:, which .*)?\.", finding.fix)
+    assert code is not None, finding.fix
+    names = {"regraft": regraft, "model": model}
+    exec(code[1], names)
+    return names["model"], optimizer
+
+
+@pytest.mark.parametrize("name", tiny.ALL)
+@pytest.mark.parametrize("patterns", [None, (), ("children[:1]",), ("children[:2]",)], ids=["no", "all", "1", "2"])
+def test_a_model_that_freeze_froze_has_no_findings(name: str, patterns: tuple[str, ...] | None) -> None:
+    model = tiny.build(name).train()
+    model(tiny.batch(name))
+    if patterns == ("children[:1]",) and next(next(model.children()).parameters(), None) is None:
+        pytest.skip("its first layer has no parameters, so there is nothing to freeze")
+    if patterns is not None:
+        freeze(model, *patterns)
+    optimizer = None if patterns == () else sgd(model)
+    assert audit(model.train(), optimizer) == []
+
+
+@BY_NAME
+def test_an_audit_changes_nothing(name: str) -> None:
+    model, optimizer = PROVOKED[name][0]()
+    before = snapshot(model)
+    groups = None if optimizer is None else [list(map(id, group["params"])) for group in optimizer.param_groups]
+    audit(model, optimizer)
+    assert same(before, snapshot(model))
+    assert groups is None or [list(map(id, group["params"])) for group in optimizer.param_groups] == groups
+
+
+def test_parameters_are_told_apart_by_identity_not_by_value() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    for layer in model:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.SGD([model[0].weight, model[0].bias, model[1].weight], lr=0.1)
+    assert [(finding.kind, finding.path) for finding in audit(model, optimizer)] == [
+        ("missing-from-optimizer", "1.bias")
+    ]
+
+
+def test_a_shared_weight_is_one_parameter() -> None:
+    model = tiny.build("tied")
+    assert audit(model, sgd(model)) == []
+
+
+def test_the_optimizer_of_a_copy_is_one_of_another_model() -> None:
+    model = tiny.build("plain")
+    kinds = {finding.kind for finding in audit(copy.deepcopy(model), sgd(model))}
+    assert kinds == {"not-of-this-model", "missing-from-optimizer"}
+
+
+def test_a_frozen_parameter_with_momentum_is_said_to_move() -> None:
+    model = tiny.build("plain")
+    optimizer = sgd(model)
+    model.train()(tiny.batch("plain")).sum().backward()
+    optimizer.step()
+    freeze(model, "conv1")
+    (finding,) = audit(model, optimizer)
+    assert "momentum or weight decay may still move it" in finding.problem
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.BatchNorm1d(4, track_running_stats=False),
+        nn.LayerNorm(4),
+        nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0)),
+        nn.LSTM(4, 4),
+        nn.MultiheadAttention(4, 2),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_frozen_layers_that_neither_move_nor_draw_need_no_pin(layer: nn.Module) -> None:
+    model, _ = unpinned(layer)()
+    assert audit(model) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "classes"), [(lambda: tiny.build("plain"), tiny.CLASSES), (lambda: tiny.build("residual"), tiny.CLASSES)]
+)
+def test_a_head_that_fits_its_classes_is_no_finding(make: Callable[[], nn.Module], classes: int) -> None:
+    assert audit(attach(make(), classes=tuple(map(str, range(classes))))) == []
+
+
+def test_the_head_is_the_layer_that_runs_last_not_the_one_that_is_registered_last() -> None:
+    model = attach(tiny.build("residual"), classes=("cat", "dog"))
+    (finding,) = audit(model)
+    assert finding.path == "head"
