@@ -55,7 +55,6 @@ FAMILIES = [
     "swin_v2_t",
     "vgg11_bn",
     "vit_b_16",
-    ,
 ]
 HEADS = {"alexnet": "classifier.6", "googlenet": "fc", "squeezenet1_1": "classifier.1", "vit_b_16": "heads.head"}
 

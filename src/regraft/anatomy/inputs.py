@@ -1,0 +1,185 @@
+"""What a network is fed for a look: what was given, or a guess from its layers and its configuration."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves, tree_map
+
+from regraft.errors import ModelError
+from regraft.zoo import preprocessing_of
+
+Shape = tuple[int, ...]
+Inputs = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
+InputSize = Sequence[int] | Sequence[Sequence[int]]
+
+TOKENS = 16  # length of a sequence where nothing says how long one is
+FRAMES = 16  # of a video
+IMAGE_SIDE = 224  # pixels
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a forward is called with. A tensor without values (on the meta device) stands for any of its shape.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        are_values_given: Whether the values are a user's own, not made up.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    are_values_given: bool = False
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The shapes of all tensors, positional ones first."""
+        return shapes_of((self.args, self.kwargs))
+
+    def without_values(self) -> "Arguments":
+        """Put an empty tensor on the CPU in the place of each; inside a fake mode these are fake tensors."""
+        return self._mapped(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
+
+    def with_values(self, device: torch.device) -> "Arguments":
+        """Copy the given values to `device`, and draw those that were not given; whole numbers are 0."""
+
+        def fill(tensor: torch.Tensor) -> torch.Tensor:
+            if not tensor.is_meta:
+                return tensor.detach().to(device, copy=True)
+            if tensor.is_floating_point() or tensor.is_complex():
+                return torch.randn(tensor.shape, dtype=tensor.dtype, device=device)
+            return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+
+        return self._mapped(fill)
+
+    def _mapped(self, change: Any) -> "Arguments":
+        args, kwargs = tree_map(
+            lambda leaf: change(leaf) if isinstance(leaf, torch.Tensor) else leaf, (self.args, self.kwargs)
+        )
+        return Arguments(args, kwargs, self.are_values_given)
+
+
+def arguments_for(model: nn.Module, input_size: InputSize | None = None, inputs: Inputs | None = None) -> Arguments:
+    """Work out what to call `model` with; see `trace` for the arguments.
+
+    Raises:
+        ModelError: Both `input_size` and `inputs` were given, or one of them is of a wrong kind.
+    """
+    if inputs is not None and input_size is not None:
+        raise ModelError("both input_size and inputs were given. Pass one of them: inputs have shapes of their own.")
+    if isinstance(inputs, torch.Tensor):
+        return Arguments((inputs,), are_values_given=True)
+    if isinstance(inputs, tuple):
+        return Arguments(inputs, are_values_given=True)
+    if isinstance(inputs, Mapping):
+        return Arguments(kwargs=dict(inputs), are_values_given=True)
+    if inputs is not None:
+        raise ModelError(
+            f"inputs is a {type(inputs).__name__}, expected a tensor, a tuple of positional inputs or a dict of "
+            "keyword inputs. If forward takes it as it is, pass a tuple around it."
+        )
+    if input_size is not None:
+        dtype = _input_dtype(model)
+        return Arguments(tuple(_any_tensor(shape, dtype) for shape in _shapes_in(input_size)))
+    return _hugging_face_arguments(model) or Arguments((_any_tensor(guess_input_size(model), _input_dtype(model)),))
+
+
+def guess_input_size(model: nn.Module) -> Shape:
+    """Guess the shape of one input, batch included, from the first layer that has a width.
+
+    An image for a network that convolves, a sequence for one that looks up words or recurs, else a vector.
+    """
+    first = _first_layer(model)
+    if isinstance(first, (nn.Embedding, nn.EmbeddingBag)):
+        return (1, TOKENS)
+    if isinstance(first, nn.RNNBase):
+        return (1, TOKENS, first.input_size)
+    if isinstance(first, nn.Linear) and first.in_features and not hasattr(model, "preprocessing"):
+        return (1, first.in_features)
+    preprocessing = preprocessing_of(model)
+    if isinstance(first, (nn.Conv1d, nn.ConvTranspose1d)):
+        return (1, first.in_channels or 1, preprocessing.size)
+    if isinstance(first, (nn.Conv3d, nn.ConvTranspose3d)):
+        return (1, first.in_channels or 3, FRAMES, preprocessing.size, preprocessing.size)
+    channels = (first.in_channels if isinstance(first, nn.Conv2d) else 0) or preprocessing.channels
+    return (1, channels, preprocessing.size, preprocessing.size)
+
+
+def shapes_of(value: Any) -> tuple[Shape, ...]:
+    """List the shapes of all tensors in a nested value."""
+    if isinstance(value, torch.Tensor):
+        return (tuple(value.shape),)
+    return tuple(tuple(leaf.shape) for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+
+
+def _shapes_in(input_size: InputSize) -> list[Shape]:
+    parts = list(input_size)
+    if all(isinstance(part, int) and part >= 0 for part in parts):
+        return [tuple(cast("list[int]", parts))]
+    if all(isinstance(part, Sequence) and all(isinstance(n, int) and n >= 0 for n in part) for part in parts):
+        return [tuple(part) for part in cast("list[Sequence[int]]", parts)]
+    raise ModelError(
+        f"input_size {input_size!r} is no shape. Expected numbers as in (1, 3, 224, 224), or several such."
+    )
+
+
+def _any_tensor(shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _first_layer(model: nn.Module) -> nn.Module | None:
+    known = (nn.Linear, _ConvNd, nn.Embedding, nn.EmbeddingBag, nn.RNNBase)
+    return next((layer for layer in model.modules() if isinstance(layer, known)), None)
+
+
+def _input_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of what `model` takes: whole numbers for words, else that of its first floating parameter."""
+    if isinstance(_first_layer(model), (nn.Embedding, nn.EmbeddingBag)):
+        return torch.int64
+    dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return next(dtypes, torch.get_default_dtype())
+
+
+def _hugging_face_arguments(model: nn.Module) -> Arguments | None:
+    """Read from a Hugging Face model what it takes; None for other models, and where it does not say."""
+    config, name = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    if config is None or not isinstance(name, str) or not hasattr(type(model), "dummy_inputs"):
+        return None
+    if name == "pixel_values":
+        shape = _image_shape(config)
+    elif name == "input_features":
+        shape = _sound_shape(config)
+    else:
+        return _dummy_arguments(model)
+    if shape is None:
+        return None
+    dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    kwargs = {name: _any_tensor(shape, next(dtypes, torch.get_default_dtype()))}
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        kwargs["decoder_input_ids"] = _any_tensor((1, TOKENS), torch.int64)
+    return Arguments(kwargs=kwargs)
+
+
+def _dummy_arguments(model: nn.Module) -> Arguments | None:
+    try:
+        dummy = cast(Any, model).dummy_inputs
+    except Exception:  # a property of somebody else's class, which may raise anything
+        return None
+    return Arguments(kwargs=dict(dummy)) if isinstance(dummy, Mapping) and dummy else None
+
+
+def _image_shape(config: Any) -> Shape | None:
+    own = getattr(config, "vision_config", None) or config
+    side, channels = getattr(own, "image_size", None) or IMAGE_SIDE, getattr(own, "num_channels", 3)
+    sides = (side, side) if isinstance(side, int) else tuple(side)
+    return (1, channels, *sides) if isinstance(channels, int) and len(sides) == 2 else None
+
+
+def _sound_shape(config: Any) -> Shape | None:
+    bins, positions = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
+    return (1, bins, 2 * positions) if isinstance(bins, int) and isinstance(positions, int) else None

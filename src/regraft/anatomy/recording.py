@@ -1,0 +1,152 @@
+"""Write down which layer of a network ran when, on what, and at what cost."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from regraft.anatomy.inputs import Arguments, Shape, shapes_of
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of one layer.
+
+    Attributes:
+        path: The layer's dotted path; empty for the model itself.
+        began: Moment at which the call began; moments count calls' beginnings and ends.
+        ended: Moment at which it ended.
+        input_shapes: Shapes of the tensors that went in, batch included.
+        output_shapes: Shapes of the tensors that came out, batch included.
+        multiply_adds: Multiply-add operations of the call, those of inner layers included.
+        output_bytes: Bytes of the tensors that came out.
+    """
+
+    path: str
+    began: int
+    ended: int
+    input_shapes: tuple[Shape, ...]
+    output_shapes: tuple[Shape, ...]
+    multiply_adds: int
+    output_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One forward.
+
+    Attributes:
+        calls: Every call of every layer, in the order in which they began.
+        first_uses: For each parameter that was used (by its name; each name of a shared one), the moment of its first
+            use, on the clock of `Call.began`.
+        sizes: Number of elements of each parameter and buffer, by its name; lazy ones as the forward made them.
+        note: How it was run, where it was not on shapes alone.
+    """
+
+    calls: tuple[Call, ...]
+    first_uses: dict[str, int]
+    sizes: dict[str, int] = field(default_factory=dict)
+    note: str | None = None
+
+
+class Recorder:
+    """Hooks on every layer of a twin that write down its calls."""
+
+    def __init__(self, twin: nn.Module) -> None:
+        self.twin = twin
+        self.calls: list[Call] = []
+        self.counter = FlopCounterMode(display=False)
+        self.watch = _ParameterWatch(self)
+        self.now = 0
+        self._running: list[tuple[str, str, int, int, tuple[Shape, ...]]] = []
+        for path, module in twin.named_modules():
+            module.register_forward_pre_hook(self._begin(path), with_kwargs=True, prepend=True)
+            module.register_forward_hook(self._end, with_kwargs=True)
+
+    def run(self, arguments: Arguments) -> None:
+        """Call the twin once, without gradients."""
+        self.watch.parameters |= {id(parameter) for parameter in self.twin.parameters()}
+        with torch.no_grad(), self.counter, self.watch:
+            self.twin(*arguments.args, **arguments.kwargs)
+
+    def result(self, note: str | None = None) -> Trace:
+        """Return what was written down."""
+        first_uses = self.watch.first_uses
+        named = list(self.twin.named_parameters(remove_duplicate=False))
+        tensors = [*named, *self.twin.named_buffers(remove_duplicate=False)]
+        return Trace(
+            calls=tuple(sorted(self.calls, key=lambda call: call.began)),
+            first_uses={name: first_uses[id(tensor)] for name, tensor in named if id(tensor) in first_uses},
+            sizes={name: tensor.numel() for name, tensor in tensors if not nn.parameter.is_lazy(tensor)},
+            note=note,
+        )
+
+    def failed_at(self) -> tuple[str, str, tuple[Shape, ...]] | None:
+        """Return path, type and input shapes of the layer in which the run stopped; None where it did not begin."""
+        if not self._running:
+            return None
+        path, kind, _, _, shapes = self._running[-1]
+        return path, kind, shapes
+
+    def _begin(self, path: str) -> Any:
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+            shapes = shapes_of((args, kwargs))
+            self.now += 1
+            self._running.append((path, type(module).__name__, self.now, self.counter.get_total_flops(), shapes))
+
+        return begin
+
+    def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.now += 1
+        path, _, began, operations_before, shapes = self._running.pop()
+        operations = self.counter.get_total_flops() - operations_before
+        tensors = [leaf for leaf in _leaves(output) if isinstance(leaf, torch.Tensor)]
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self.calls.append(Call(path, began, self.now, shapes, shapes_of(tensors), operations // 2, size))
+
+
+class _ParameterWatch(TorchDispatchMode):
+    """Sees every operation, and writes down when each parameter first takes part in one.
+
+    With `protect`, an operation that would write to a parameter is refused before it happens.
+    """
+
+    def __init__(self, clock: Recorder) -> None:
+        super().__init__()
+        self.first_uses: dict[int, int] = {}
+        self.parameters: set[int] = set()
+        self._protected: set[int] = set()
+        self._clock = clock
+
+    def protect(self, parameters: Iterator[nn.Parameter]) -> None:
+        """Refuse what would write to the memory of these parameters."""
+        self._protected |= {_memory(parameter) for parameter in parameters if not nn.parameter.is_lazy(parameter)}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, nn.Parameter) and id(leaf) not in self.first_uses:
+                self.first_uses[id(leaf)] = self._clock.now
+        if self._protected and func._schema.is_mutable:
+            self._refuse_writes(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    def _refuse_writes(self, func: Any, args: Any, kwargs: Any) -> None:
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            if any(isinstance(leaf, torch.Tensor) and _memory(leaf) in self._protected for leaf in tree_leaves(value)):
+                raise RuntimeError("its forward writes to its own parameters, which a look must not do")
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _leaves(value: Any) -> list[Any]:
+    return [value] if isinstance(value, torch.Tensor) else tree_leaves(value)

@@ -1,0 +1,123 @@
+"""Twins: copies of a network's structure that can be run and hooked while the network itself is left alone."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
+from torch.utils._pytree import tree_leaves, tree_map
+
+OWN_HOOKS = "torch.nn.utils."  # weight norm, spectral norm and pruning compute weights in hooks: part of the forward
+
+
+def fake_twin(model: nn.Module, fake_mode: FakeTensorMode) -> nn.Module:
+    """Copy the structure of `model` with a fake tensor in the place of each tensor, without hooks, for evaluation.
+
+    The fakes are on the CPU wherever the model is, so that one on a GPU, or on the meta device, is traced alike. Lazy
+    parameters get their shapes while the twin runs.
+    """
+    with fake_mode:
+        twin = _copied(model, _fake)
+    for module in twin.modules():
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            module.register_forward_pre_hook(_settle, with_kwargs=True)
+    return twin.eval()
+
+
+def real_twin(model: nn.Module) -> nn.Module:
+    """Copy the structure of `model` without hooks, for evaluation; buffers are copies, parameters share its memory.
+
+    Whoever runs the twin has to see to it that nothing writes to its parameters.
+    """
+    twin = _copied(model, _aliased)
+    for module in twin.modules():
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            module.register_forward_pre_hook(module._infer_parameters, with_kwargs=True)
+    return twin.eval()
+
+
+def _copied(model: nn.Module, replacement: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    memo = {id(tensor): replacement(tensor) for tensor in _tensors(model)}
+    try:
+        twin = copy.deepcopy(model, dict(memo))
+    except Exception:  # an attribute that cannot be copied, such as a lock: the twin shares it
+        memo |= {id(value): value for value in _uncopyable(model, memo)}
+        twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        module._forward_hooks.clear()
+        module._backward_hooks.clear()
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if not type(hook).__module__.startswith(OWN_HOOKS):
+                del module._forward_pre_hooks[key]
+    return twin
+
+
+def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    if is_lazy(tensor):
+        return _uninitialized(tensor, "meta")
+    fake = torch.empty_like(tensor, device="cpu")
+    return nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
+
+
+def _aliased(tensor: torch.Tensor) -> torch.Tensor:
+    if is_lazy(tensor):
+        return _uninitialized(tensor, tensor.device)
+    if isinstance(tensor, nn.Parameter):  # a subclass may hold more than its memory, and stays as it is
+        return nn.Parameter(tensor.detach(), tensor.requires_grad) if type(tensor) is nn.Parameter else tensor
+    return tensor.detach().clone()
+
+
+def _uninitialized(tensor: torch.Tensor, device: Any) -> torch.Tensor:
+    kind = UninitializedParameter if isinstance(tensor, UninitializedParameter) else UninitializedBuffer
+    with unset_fake_temporarily():
+        return kind(False, device=device, dtype=tensor.dtype)
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():  # tensors kept as plain attributes
+        for value in _attributes(module):
+            if isinstance(value, torch.Tensor):
+                yield value
+            elif isinstance(value, (list, tuple, dict)):
+                yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+
+
+def _attributes(module: nn.Module) -> Iterator[Any]:
+    """List what a module keeps besides its parameters, buffers, layers and hooks."""
+    return (value for name, value in vars(module).items() if name not in _MODULE_FIELDS)
+
+
+def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> Iterator[Any]:
+    for module in model.modules():
+        for value in _attributes(module):
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception:
+                yield value
+
+
+def _settle(module: Any, args: Any, kwargs: Any) -> None:
+    """Give a lazy layer of a fake twin its shapes: on the meta device, then with fakes in the place of the results."""
+    with unset_fake_temporarily():
+        stand_ins = tree_map(
+            lambda leaf: (
+                torch.empty(leaf.shape, dtype=leaf.dtype, device="meta") if isinstance(leaf, torch.Tensor) else leaf
+            ),
+            (args, kwargs),
+        )
+        module._infer_parameters(module, *stand_ins)
+    for name, tensor in module._parameters.items():
+        if tensor is not None and tensor.is_meta:
+            module._parameters[name] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=False)
+    for name, tensor in module._buffers.items():
+        if tensor is not None and tensor.is_meta:
+            module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+_MODULE_FIELDS = frozenset(vars(nn.Module()))
