@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test slow check bench docs clean
+.PHONY: install demo test slow families check bench docs clean
 .DEFAULT_GOAL := install
 
 install: $(INSTALLED)
@@ -32,6 +32,9 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -p no:xdist -o addopts= -q tests/test_layering.py
+
+families: install
+	REGRAFT_WRITE_FAMILIES=1 $(BIN)/python -m pytest -o addopts= -q tests/freezing/test_families.py
 
 bench: install
 	$(BIN)/python benchmarks/few_images.py

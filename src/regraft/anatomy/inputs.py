@@ -17,6 +17,7 @@ Shape = tuple[int, ...]
 Inputs = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
 InputSize = Sequence[int] | Sequence[Sequence[int]]
 
+MOST_CHANNELS = 16  # of an image, as satellites take them
 TOKENS = 16  # length of a sequence where nothing says how long one is
 FRAMES = 16  # of a video
 IMAGE_SIDE = 224  # pixels
@@ -106,7 +107,9 @@ def guess_input_size(model: nn.Module) -> Shape:
         return (1, first.in_channels or 1, preprocessing.size)
     if isinstance(first, (nn.Conv3d, nn.ConvTranspose3d)):
         return (1, first.in_channels or 3, FRAMES, preprocessing.size, preprocessing.size)
-    channels = (first.in_channels if isinstance(first, nn.Conv2d) else 0) or preprocessing.channels
+    channels = first.in_channels if isinstance(first, nn.Conv2d) else 0
+    if not 0 < channels <= MOST_CHANNELS:  # unknown yet, or registered first but no stem of images
+        channels = preprocessing.channels
     return (1, channels, preprocessing.size, preprocessing.size)
 
 

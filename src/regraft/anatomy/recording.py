@@ -70,7 +70,6 @@ class Recorder:
 
     def run(self, arguments: Arguments) -> None:
         """Call the twin once, without gradients."""
-        self.watch.parameters |= {id(parameter) for parameter in self.twin.parameters()}
         with torch.no_grad(), self.counter, self.watch:
             self.twin(*arguments.args, **arguments.kwargs)
 
@@ -113,13 +112,12 @@ class Recorder:
 class _ParameterWatch(TorchDispatchMode):
     """Sees every operation, and writes down when each parameter first takes part in one.
 
-    With `protect`, an operation that would write to a parameter is refused before it happens.
+    After `protect`, an operation that would write to a parameter is refused before it happens.
     """
 
     def __init__(self, clock: Recorder) -> None:
         super().__init__()
         self.first_uses: dict[int, int] = {}
-        self.parameters: set[int] = set()
         self._protected: set[int] = set()
         self._clock = clock
 

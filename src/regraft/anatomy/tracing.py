@@ -1,191 +1,125 @@
 """Run a network on shapes alone, and record which layer ran when, on what, and at what cost.
 
 The run happens on a structural twin of the model whose tensors are fake (`torch._subclasses.FakeTensor`): no weight is
-read or copied, no arithmetic is done, and nothing of the model itself is touched.
+read or copied, no arithmetic is done, and nothing of the model itself is touched. A model whose forward depends on
+values, not on shapes alone, is run for real instead, once and on a twin as well.
 """
 
-import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
+from regraft.anatomy.inputs import Arguments, Inputs, InputSize, arguments_for
+from regraft.anatomy.inputs import Shape as Shape
 from regraft.anatomy.modes import preserved_randomness
+from regraft.anatomy.recording import Call as Call
+from regraft.anatomy.recording import Recorder, Trace
+from regraft.anatomy.twins import fake_twin, real_twin
 from regraft.errors import ModelError
-from regraft.zoo import preprocessing_of
-
-Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of one layer.
-
-    Attributes:
-        path: The layer's dotted path; empty for the model itself.
-        began: Moment at which the call began; moments count calls' beginnings and ends.
-        ended: Moment at which it ended.
-        input_shapes: Shapes of the tensors that went in, batch included.
-        output_shapes: Shapes of the tensors that came out, batch included.
-        multiply_adds: Multiply-add operations of the call, those of inner layers included.
-    """
-
-    path: str
-    began: int
-    ended: int
-    input_shapes: tuple[Shape, ...]
-    output_shapes: tuple[Shape, ...]
-    multiply_adds: int
-
-
-@dataclass(frozen=True)
-class Trace:
-    """One forward.
-
-    Attributes:
-        calls: Every call of every layer, in the order in which they began.
-        first_uses: For each parameter that was used (by its name; each name of a shared one), the moment of its first
-            use, on the clock of `Call.began`.
-    """
-
-    calls: tuple[Call, ...]
-    first_uses: dict[str, int]
-
-
-def trace(model: nn.Module, input_size: Sequence[int] | None = None) -> Trace:
+def trace(model: nn.Module, input_size: InputSize | None = None, *, inputs: Inputs | None = None) -> Trace:
     """Record every call of every layer and every parameter's first use during one evaluation-mode forward.
 
+    Where the forward cannot run on shapes alone (`if x.sum() > 0`, `.item()`, NumPy), one real forward is recorded: on
+    a copy that shares only the parameters, with the values of `inputs` or random ones. `Trace.note` says so.
+
     Args:
-        model: Any module whose forward takes one tensor.
-        input_size: Shape of the input, batch included, as in (1, 3, 224, 224); guessed where not given.
+        model: Any module.
+        input_size: Shape of the input, batch included, as in (1, 3, 224, 224), or one shape for each of several.
+        inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs, nested as forward takes them. Of
+            tensors only shape and dtype count; everything else is passed on. Neither this nor `input_size`: guessed.
 
     Raises:
-        ModelError: The forward fails; the message names the layer and the shapes that went in.
+        ModelError: The forward fails; the message names the layer and the shapes that went in. Nothing was changed.
     """
-    size = tuple(input_size) if input_size is not None else guess_input_size(model)
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    twin = _fake_twin(model, fake_mode)
-    recorder = _Recorder(twin)
-    fast_path = torch.backends.mha.get_fastpath_enabled()
+    arguments = arguments_for(model, input_size, inputs)
     try:
-        torch.backends.mha.set_fastpath_enabled(False)  # the fused kernel hides its multiply-adds
-        with preserved_randomness(), torch.no_grad(), fake_mode, recorder.counter, recorder.parameter_watch:
-            twin(torch.empty(size, dtype=_precision(model)))
-    except Exception as error:
-        raise ModelError(recorder.describe_failure(type(model).__name__, size, error)) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-    calls = sorted(recorder.calls, key=lambda call: call.began)
-    first_uses = recorder.parameter_watch.first_uses
-    named = twin.named_parameters(remove_duplicate=False)
-    return Trace(tuple(calls), {name: first_uses[id(tensor)] for name, tensor in named if id(tensor) in first_uses})
+        return _on_shapes(model, arguments)
+    except _StoppedError as stopped:
+        if not _has_values(model):
+            raise ModelError(_describe(model, arguments, stopped)) from stopped.__cause__
+        reason = _reason(stopped)
+    try:
+        return _for_real(model, arguments, reason)
+    except _StoppedError as stopped:
+        raise ModelError(_describe(model, arguments, stopped)) from stopped.__cause__
 
 
-def guess_input_size(model: nn.Module) -> Shape:
-    """Guess the shape of one input, batch included: an image for a network that convolves, else a vector."""
-    first = next((layer for layer in model.modules() if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd))), None)
-    if isinstance(first, nn.Linear) and not hasattr(model, "preprocessing"):
-        return (1, first.in_features)
-    preprocessing = preprocessing_of(model)
-    channels = first.in_channels if isinstance(first, nn.Conv2d) else preprocessing.channels
-    return (1, channels, preprocessing.size, preprocessing.size)
+class _StoppedError(Exception):
+    """A forward stopped; the cause says why, the recorder (where it came so far) where."""
 
-
-def _precision(model: nn.Module) -> torch.dtype:
-    """Return the dtype of the inputs that `model` takes: that of its first floating-point parameter."""
-    dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    return next(dtypes, torch.get_default_dtype())
-
-
-def _fake_twin(model: nn.Module, fake_mode: FakeTensorMode) -> nn.Module:
-    """Copy the structure of `model` with a fake tensor in the place of each tensor, without hooks, for evaluation.
-
-    The fakes are on the CPU wherever the model is, so that one on a GPU, or on the meta device, is traced alike.
-    """
-    with fake_mode:
-        twin = copy.deepcopy(model, {id(tensor): _fake(tensor) for tensor in _tensors(model)})
-    for module in twin.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-        module._backward_hooks.clear()
-    return twin.eval()
-
-
-def _fake(tensor: torch.Tensor) -> torch.Tensor:
-    fake = torch.empty_like(tensor, device="cpu")
-    return nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
-
-
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-    for module in model.modules():  # tensors kept as plain attributes
-        yield from (value for value in vars(module).values() if isinstance(value, torch.Tensor))
-
-
-class _Recorder:
-    """Hooks on every layer of a twin that write down its calls."""
-
-    def __init__(self, twin: nn.Module) -> None:
-        self.calls: list[Call] = []
-        self.counter = FlopCounterMode(display=False)
-        self.parameter_watch = _ParameterWatch(twin, self)
-        self.now = 0
-        self._running: list[tuple[str, str, int, int, tuple[Shape, ...]]] = []
-        for path, module in twin.named_modules():
-            module.register_forward_pre_hook(self._begin(path), with_kwargs=True)
-            module.register_forward_hook(self._end, with_kwargs=True)
-
-    def describe_failure(self, model_name: str, size: Shape, error: Exception) -> str:
-        """Say in which layer the forward failed, and on which shapes."""
-        reason = str(error).strip().partition("\n")[0]
-        if not self._running:
-            return f"{model_name} fails on an input of shape {size}: {reason}. Pass the input_size that it expects."
-        path, kind, _, _, shapes = self._running[-1]
-        where = f"layer '{path}' ({kind})" if path else f"its own forward ({kind})"
-        fed = ", ".join(map(str, shapes)) or "no tensor"
-        return (
-            f"{model_name} fails on an input of shape {size}: {where} was given {fed}: {reason}. "
-            "Pass the input_size that it expects, batch included."
-        )
-
-    def _begin(self, path: str) -> Any:
-        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-            shapes = _shapes((args, kwargs))
-            self.now += 1
-            self._running.append((path, type(module).__name__, self.now, self.counter.get_total_flops(), shapes))
-
-        return begin
-
-    def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self.now += 1
-        path, _, began, operations_before, shapes = self._running.pop()
-        operations = self.counter.get_total_flops() - operations_before
-        self.calls.append(Call(path, began, self.now, shapes, _shapes(output), operations // 2))
-
-
-class _ParameterWatch(TorchDispatchMode):
-    """Sees every operation, and writes down when each parameter first takes part in one."""
-
-    def __init__(self, twin: nn.Module, clock: _Recorder) -> None:
+    def __init__(self, recorder: Recorder | None) -> None:
         super().__init__()
-        self.first_uses: dict[int, int] = {}
-        self._clock = clock
-        self._waiting = {id(parameter) for parameter in twin.parameters()}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            if id(leaf) in self._waiting:
-                self._waiting.discard(id(leaf))
-                self.first_uses[id(leaf)] = self._clock.now
-        return func(*args, **(kwargs or {}))
+        self.recorder = recorder
 
 
-def _shapes(value: Any) -> tuple[Shape, ...]:
-    return tuple(tuple(leaf.shape) for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+def _on_shapes(model: nn.Module, arguments: Arguments) -> Trace:
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    recorder = None
+    try:
+        with preserved_randomness(), _unfused_attention():
+            recorder = Recorder(fake_twin(model, fake_mode))
+            with fake_mode:
+                recorder.run(arguments.without_values())
+    except Exception as error:
+        raise _StoppedError(recorder) from error
+    return recorder.result()
+
+
+def _for_real(model: nn.Module, arguments: Arguments, reason: str) -> Trace:
+    recorder = None
+    try:
+        with preserved_randomness(0), _unfused_attention():
+            recorder = Recorder(real_twin(model))
+            recorder.watch.protect(model.parameters())
+            recorder.run(arguments.with_values(_device(model)))
+    except Exception as error:
+        raise _StoppedError(recorder) from error
+    fed = "the given inputs" if arguments.are_values_given else "random numbers"
+    return recorder.result(f"from one real forward on {fed}, as it cannot run on shapes alone: {reason}")
+
+
+@contextlib.contextmanager
+def _unfused_attention() -> Iterator[None]:
+    """Keep attention out of its fused kernel, which hides its multiply-adds."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _has_values(model: nn.Module) -> bool:
+    return not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def _reason(stopped: _StoppedError) -> str:
+    error = stopped.__cause__
+    text = str(error).strip().partition("\n")[0]
+    return text if len(text) > 3 else f"{type(error).__name__} {text}".strip()
+
+
+def _describe(model: nn.Module, arguments: Arguments, stopped: _StoppedError) -> str:
+    """Say in which layer the forward failed, and on which shapes."""
+    shapes = arguments.shapes
+    kind = f"an input of shape {shapes[0]}" if len(shapes) == 1 else f"inputs of shapes {', '.join(map(str, shapes))}"
+    advice = "the inputs that its forward takes" if arguments.are_values_given else "the input_size that it expects"
+    failed_at = stopped.recorder.failed_at() if stopped.recorder else None
+    if failed_at is None:
+        return f"{type(model).__name__} fails on {kind}: {_reason(stopped)}. Pass {advice}."
+    path, layer_type, given = failed_at
+    where = f"layer '{path}' ({layer_type})" if path else f"its own forward ({layer_type})"
+    fed = ", ".join(map(str, given)) or "no tensor"
+    return (
+        f"{type(model).__name__} fails on {kind}: {where} was given {fed}: {_reason(stopped)}. "
+        f"Pass {advice}, batch included."
+    )

@@ -22,9 +22,8 @@ def fake_twin(model: nn.Module, fake_mode: FakeTensorMode) -> nn.Module:
     """
     with fake_mode:
         twin = _copied(model, _fake)
-    for module in twin.modules():
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-            module.register_forward_pre_hook(_settle, with_kwargs=True)
+    for layer in _lazy_layers(twin):
+        layer.register_forward_pre_hook(_settle, with_kwargs=True)
     return twin.eval()
 
 
@@ -34,10 +33,14 @@ def real_twin(model: nn.Module) -> nn.Module:
     Whoever runs the twin has to see to it that nothing writes to its parameters.
     """
     twin = _copied(model, _aliased)
-    for module in twin.modules():
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-            module.register_forward_pre_hook(module._infer_parameters, with_kwargs=True)
+    for layer in _lazy_layers(twin):
+        layer.register_forward_pre_hook(layer._infer_parameters, with_kwargs=True)
     return twin.eval()
+
+
+def _lazy_layers(twin: nn.Module) -> list[Any]:
+    layers: list[Any] = [layer for layer in twin.modules() if isinstance(layer, LazyModuleMixin)]
+    return [layer for layer in layers if layer.has_uninitialized_params()]
 
 
 def _copied(model: nn.Module, replacement: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
@@ -72,7 +75,7 @@ def _aliased(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _uninitialized(tensor: torch.Tensor, device: Any) -> torch.Tensor:
-    kind = UninitializedParameter if isinstance(tensor, UninitializedParameter) else UninitializedBuffer
+    kind: Any = UninitializedParameter if isinstance(tensor, UninitializedParameter) else UninitializedBuffer
     with unset_fake_temporarily():
         return kind(False, device=device, dtype=tensor.dtype)
 

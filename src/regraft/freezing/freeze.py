@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from regraft.anatomy.inputs import Inputs
 from regraft.anatomy.paths import is_within, layer_at
 from regraft.anatomy.render import percent
 from regraft.anatomy.tracing import Call, Trace, trace
@@ -41,7 +42,7 @@ class FreezeReport:
         return line + ties
 
 
-def freeze(model: nn.Module, *patterns: str, until: str | None = None) -> FreezeReport:
+def freeze(model: nn.Module, *patterns: str, until: str | None = None, inputs: Inputs | None = None) -> FreezeReport:
     """Freeze layers of `model` in place: their tensors stay bit-identical whatever trains the model.
 
     Sets `requires_grad=False`, clears stale `.grad`, and pins frozen normalization, dropout and custom layers to
@@ -53,31 +54,34 @@ def freeze(model: nn.Module, *patterns: str, until: str | None = None) -> Freeze
         *patterns: What to freeze, see `select`. Neither patterns nor `until`: everything.
         until: A layer's path. Every parameter that is used up to and with that layer is frozen, in execution order
             (found by a run on shapes alone), whatever the order of registration.
+        inputs: What the forward takes, for `until`: a tensor, a tuple of positional or a dict of keyword inputs, of
+            which the shapes count; guessed where not given.
 
     Raises:
         SelectionError: A pattern or path selects nothing, or `until` is never executed. Nothing was changed.
-        ModelError: `until` was given and the forward fails on the guessed input. Nothing was changed.
+        ModelError: `until` was given and the forward fails on `inputs`, or on the guessed ones. Nothing was changed.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     >>> print(freeze(model, until="1"))
     28 of 38 parameters frozen (73.7 %), 10 trainable; 4 tensors changed, 1 layers stay in evaluation mode
     """
-    return _set_flags(model, _parameter_names(model, patterns, until=until), trainable=False)
+    return _set_flags(model, _parameter_names(model, patterns, until=until, inputs=inputs), trainable=False)
 
 
-def unfreeze(model: nn.Module, *patterns: str, since: str | None = None) -> FreezeReport:
+def unfreeze(model: nn.Module, *patterns: str, since: str | None = None, inputs: Inputs | None = None) -> FreezeReport:
     """Make layers of `model` trainable in place; the reverse of `freeze`.
 
     Args:
         model: Any module.
         *patterns: What to thaw, see `select`. Neither patterns nor `since`: everything.
         since: A layer's path. Every parameter that is first used in that layer or after it is thawed.
+        inputs: What the forward takes, for `since`; see `freeze`.
 
     Raises:
         SelectionError: A pattern or path selects nothing, or `since` is never executed. Nothing was changed.
-        ModelError: `since` was given and the forward fails on the guessed input. Nothing was changed.
+        ModelError: `since` was given and the forward fails on `inputs`, or on the guessed ones. Nothing was changed.
     """
-    return _set_flags(model, _parameter_names(model, patterns, since=since), trainable=True)
+    return _set_flags(model, _parameter_names(model, patterns, since=since, inputs=inputs), trainable=True)
 
 
 def settle(model: nn.Module) -> None:
@@ -89,7 +93,12 @@ def settle(model: nn.Module) -> None:
 
 
 def _parameter_names(
-    model: nn.Module, patterns: tuple[str, ...], *, until: str | None = None, since: str | None = None
+    model: nn.Module,
+    patterns: tuple[str, ...],
+    *,
+    until: str | None = None,
+    since: str | None = None,
+    inputs: Inputs | None = None,
 ) -> set[str]:
     """Work out the names of the selected parameters; nothing is changed here."""
     everything = [name for name, _ in model.named_parameters(remove_duplicate=False)]
@@ -98,11 +107,11 @@ def _parameter_names(
     limits = {"until": until, "since": since}
     names = select_parameters(model, *patterns)
     if until is not None:
-        traced = trace(model)
+        traced = trace(model, inputs=inputs)
         end = max(call.ended for call in _calls_of(model, traced, until))
         names |= {name for name, moment in traced.first_uses.items() if moment < end}
     if since is not None:
-        traced = trace(model)
+        traced = trace(model, inputs=inputs)
         begin = min(call.began for call in _calls_of(model, traced, since))
         names |= {name for name, moment in traced.first_uses.items() if moment >= begin}
     if not names:
