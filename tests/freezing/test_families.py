@@ -48,6 +48,7 @@ TIMM = """
     twins_svt_small vgg11 visformer_tiny vit_tiny_r_s16_p8_224 vitamin_small_224 volo_d1_224 xception41p
     xcit_nano_12_p8_224
 """
+TOO_LARGE = {"timm/deepseek_vit_412m": "not run: its smallest member needs 8 GB and minutes"}
 NAMES = [*TORCHVISION.split(), *(f"timm/{name}" for name in TIMM.split())]
 
 
@@ -82,7 +83,8 @@ def test_what_is_frozen_stays_bit_identical(name: str, rows: dict[str, Row]) -> 
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of constructors
-        rows[name] = row = freeze_half_and_train(name)
+        skipped = Row(name, family(name), problem=TOO_LARGE[name]) if name in TOO_LARGE else None
+        rows[name] = row = skipped or freeze_half_and_train(name)
     if not os.environ.get("REGRAFT_WRITE_FAMILIES"):
         assert name in known, f"docs/families.md lacks {name}: run `make families`"
         assert row.problem == "" or row.problem.partition(":")[0] in known[name]
