@@ -100,7 +100,8 @@ def guess_input_size(model: nn.Module) -> Shape:
         return (1, TOKENS)
     if isinstance(first, nn.RNNBase):
         return (1, TOKENS, first.input_size)
-    if isinstance(first, nn.Linear) and first.in_features and not hasattr(model, "preprocessing"):
+    takes_images = hasattr(model, "preprocessing") or isinstance(getattr(model, "pretrained_cfg", None), dict)
+    if isinstance(first, nn.Linear) and first.in_features and not takes_images:
         return (1, first.in_features)
     preprocessing = preprocessing_of(model)
     if isinstance(first, (nn.Conv1d, nn.ConvTranspose1d)):

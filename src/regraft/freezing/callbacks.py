@@ -24,7 +24,7 @@ def lightning_callback(schedule: Schedule | str, **rates: Any) -> Any:
 
     Source: https://lightning.ai/docs/pytorch/stable/extensions/callbacks.html
     """
-    from lightning.pytorch import Callback
+    from lightning.pytorch import Callback  # pyright: ignore[reportMissingImports]
 
     stages = Schedule.parse(schedule) if isinstance(schedule, str) else schedule
 
@@ -57,7 +57,7 @@ def trainer_callback(schedule: Schedule | str, **rates: Any) -> Any:
 
     Source: https://huggingface.co/docs/transformers/main_classes/callback
     """
-    from transformers import TrainerCallback
+    from transformers import TrainerCallback  # pyright: ignore[reportMissingImports]
 
     stages = Schedule.parse(schedule) if isinstance(schedule, str) else schedule
 
