@@ -113,6 +113,12 @@ PROVOKED: dict[str, tuple[Callable[[], Case], str, str, str]] = {
         "would still drop at random",
     ),
     "unpinned recurrence": (unpinned(nn.LSTM(4, 4, 2, dropout=0.1)), "unpinned", "front", "drop at random"),
+    "unpinned random slopes": (
+        unpinned(nn.Sequential(nn.Linear(4, 4), nn.RReLU())),
+        "unpinned",
+        "front.1",
+        "would still draw its slopes at random",
+    ),
     "broken statistics": (broken_statistics, "broken-statistics", "bn1.running_var", "holds NaN or infinity"),
     "head width": (head_width, "head-width", "fc", "gives 5 scores, but there are 2 classes"),
     "listed twice": (listed_twice, "listed-twice", "fc.weight", "is 2 times in the optimizer"),
@@ -190,6 +196,21 @@ def test_parameters_are_told_apart_by_identity_not_by_value() -> None:
     assert [(finding.kind, finding.path) for finding in audit(model, optimizer)] == [
         ("missing-from-optimizer", "1.bias")
     ]
+
+
+@pytest.mark.parametrize(("value", "found"), [("-inf", []), ("nan", ["broken-statistics"])])
+def test_an_infinite_mask_is_sound_and_nan_is_not(value: str, found: list[str]) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[0].register_buffer("mask", torch.full((3, 3), float(value)).triu(1))
+    freeze(model, "0")
+    assert [finding.kind for finding in audit(model)] == found
+
+
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_statistics_that_are_not_finite_are_broken(value: str) -> None:
+    model = half_frozen()
+    model.bn1.running_mean[0] = float(value)
+    assert [finding.path for finding in audit(model)] == ["bn1.running_mean"]
 
 
 def test_a_shared_weight_is_one_parameter() -> None:

@@ -35,6 +35,8 @@ def would_move(layer: nn.Module) -> str | None:
         return "it would still drop at random"
     if isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)) and layer.dropout > 0:
         return "it would still drop at random"
+    if isinstance(layer, nn.RReLU):
+        return "it would still draw its slopes at random"
     return None
 
 

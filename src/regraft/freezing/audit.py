@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from regraft.anatomy.drift import would_move as would_move
 from regraft.anatomy.heads import find_heads
@@ -78,7 +79,10 @@ def _broken_statistics(model: nn.Module) -> Iterator[Finding]:
     frozen = {path for path, _ in frozen_layers(model)}
     for name, buffer in model.named_buffers():
         layer = name.rpartition(".")[0]
-        if layer in frozen and buffer.is_floating_point() and not buffer.isfinite().all():
+        if layer not in frozen or not buffer.is_floating_point():
+            continue
+        is_statistic = isinstance(model.get_submodule(layer), _NormBase)  # elsewhere, masks and limits are infinite
+        if buffer.isnan().any() or (is_statistic and buffer.isinf().any()):
             yield Finding(
                 "broken-statistics",
                 name,
