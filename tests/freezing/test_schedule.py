@@ -233,3 +233,25 @@ def test_other_schedules_run_on_with_new_groups(make: Callable[[torch.optim.Opti
         head, *backbone = (group["lr"] for group in optimizer.param_groups)
         assert backbone == pytest.approx([head / 10] * len(backbone))
     assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9),
+        lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer),
+    ],
+    ids=["one cycle", "plateau"],
+)
+def test_a_schedule_of_rates_that_cannot_grow_is_refused_before_anything_changes(
+    make: Callable[[torch.optim.Optimizer], Any],
+) -> None:
+    model, schedule = tiny.build("plain"), Schedule.parse("head:1,all:1")
+    schedule.start(model)
+    optimizer = build_optimizer("sgd", model, lr=0.1, momentum=0.9)
+    running, groups = make(optimizer), len(optimizer.param_groups)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(ConfigError, match="cannot join the rates"):
+        schedule.advance(2, model, optimizer, scheduler=running, lr=0.1)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert len(optimizer.param_groups) == groups

@@ -110,10 +110,14 @@ class Schedule:
 
         Returns:
             What changed; None where no stage begins with this epoch.
+
+        Raises:
+            ConfigError: `scheduler` is of a kind that new groups cannot join. Nothing was changed.
         """
         begins = 1
         for stage in self.stages:
             if begins == epoch and stage is not self.stages[0]:
+                _require_growing(scheduler)
                 report = unfreeze(model, *_layers(model, stage))
                 add_trainable(optimizer, param_groups(model, lr, weight_decay, **rates), scheduler)
                 return report
@@ -150,6 +154,17 @@ def add_trainable(
             if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
                 scheduler.lr_lambdas.append(scheduler.lr_lambdas[0])
     return added
+
+
+def _require_growing(scheduler: torch.optim.lr_scheduler.LRScheduler | None) -> None:
+    kinds = torch.optim.lr_scheduler
+    if scheduler is None:
+        return
+    if not hasattr(scheduler, "base_lrs") or isinstance(scheduler, (kinds.OneCycleLR, kinds.CyclicLR)):
+        raise ConfigError(
+            f"new layers cannot join the rates of a running {type(scheduler).__name__}. Use LambdaLR, StepLR, "
+            "CosineAnnealingLR or another with one base rate a group. Nothing was changed."
+        )
 
 
 def _alike(own: dict[str, Any], group: dict[str, Any]) -> bool:
