@@ -1,6 +1,7 @@
 """Leave no trace: random state and modes of a model are after a look what they were before it."""
 
 import contextlib
+import logging
 import random
 from collections.abc import Iterator
 
@@ -50,3 +51,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+@contextlib.contextmanager
+def silenced(logger_name: str) -> Iterator[None]:
+    """Keep one library's logger quiet, and let it speak as before on leaving."""
+    logger = logging.getLogger(logger_name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

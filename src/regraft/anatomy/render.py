@@ -1,8 +1,8 @@
-"""Draw a summary: as a tree in text, as a table in HTML."""
+"""Draw a summary: as a table with a tree in text, as a tree that folds in HTML."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -20,25 +20,32 @@ def text_tree(summary: ModelSummary) -> str:
     return "\n".join([*aligned([COLUMNS, *rows], [name in RIGHT_ALIGNED for name in COLUMNS]), totals(summary)])
 
 
-def html_table(summary: ModelSummary) -> str:
-    """Draw the layers as an HTML table, indented by depth, for notebooks and reports."""
-    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
-    body = "".join(
-        f'<tr><td style="text-align:left;padding-left:{layer.depth * 1.2 + 0.4:.1f}em">{escape(_own_name(layer))}</td>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in cells(layer))
-        + "</tr>"
-        for layer in summary.shown
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{escape(totals(summary))}</p>"
+def html_tree(summary: ModelSummary) -> str:
+    """Draw the layers as a tree that folds, for notebooks; plain HTML without scripts."""
+    children: dict[int, list[int]] = {}
+    above: list[int] = []
+    for position, layer in enumerate(summary.shown):
+        del above[layer.depth :]
+        if above:
+            children.setdefault(above[-1], []).append(position)
+        above.append(position)
+    tree = "".join(_html_branch(summary.shown, children, 0))
+    ends = "".join(f"<p>{escape(line)}</p>" for line in totals(summary).splitlines())
+    return f'<div style="font-family:monospace;line-height:1.5">{tree}{ends}</div>'
 
 
 def totals(summary: ModelSummary) -> str:
-    """Say in one line how large the model is, how much of it is trainable, and what one forward costs."""
+    """Say how large the model is, how much of it is trainable, and what one forward costs."""
     root = summary.layers[0]
-    line = f"{root.parameters:,} parameters, {root.trainable:,} trainable ({percent(root.trainable, root.parameters)})"
+    line = f"{counted(root)} parameters, {root.trainable:,} trainable ({percent(root.trainable, root.parameters)})"
     if summary.problem is not None:
         return f"{line}\nshapes unknown: {summary.problem}"
-    return f"{line}, {root.multiply_adds:,} multiply-adds for an input of {shape_text(summary.input_shape)}"
+    inputs = " and ".join(map(shape_text, summary.input_shapes)) or "nothing"
+    line += f", {root.multiply_adds or 0:,} multiply-adds for an input of {inputs}"
+    line += f"\noutputs of all layers: {bytes_text(root.activation_bytes or 0)}"
+    if root.buffers:
+        line += f"; buffers: {root.buffers:,} elements"
+    return line if summary.note is None else f"{line}\n{summary.note}"
 
 
 def percent(part: float, whole: float) -> str:
@@ -55,15 +62,48 @@ def percent(part: float, whole: float) -> str:
     return f"{share:.1f}".removesuffix(".0") + " %"
 
 
+def bytes_text(count: int) -> str:
+    """Write a number of bytes in the largest unit that leaves one digit before the point.
+
+    >>> bytes_text(24), bytes_text(1536), bytes_text(5 * 2**30)
+    ('24 B', '1.5 KiB', '5.0 GiB')
+    """
+    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{count} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
 def cells(layer: LayerSummary) -> tuple[str, ...]:
     """Write one layer's columns beside its name as text."""
+    if layer.shared_with is not None:
+        return (f"(shared with {layer.shared_with or 'the model itself'})", "", "", "", "")
     return (
         layer.type,
         shape_text(layer.output_shape),
-        f"{layer.parameters:,}" if layer.parameters else "-",
+        counted(layer) if layer.parameters or layer.unknown else "-",
         f"{layer.multiply_adds:,}" if layer.multiply_adds else "-",
-        "" if layer.state == "no parameters" else layer.state,
+        state_text(layer),
     )
+
+
+def counted(layer: LayerSummary) -> str:
+    """Write a layer's number of parameters, with a question mark for what is not made yet."""
+    if layer.unknown:
+        return f"{layer.parameters:,} + ?" if layer.parameters else "?"
+    return f"{layer.parameters:,}"
+
+
+def state_text(layer: LayerSummary) -> str:
+    """Write what training can do to a layer: its flags' state, whether it is pinned, and what would still move."""
+    words = [] if layer.state == "no parameters" else [layer.state]
+    if layer.pinned:
+        words.append("pinned")
+    if layer.lazy:
+        words.append("lazy")
+    if layer.moves is not None:
+        words = [*(words or ["frozen"]), f"but {layer.moves}"]
+    return ", ".join(words)
 
 
 def shape_text(shape: Sequence[int] | None) -> str:
@@ -89,6 +129,20 @@ def aligned(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> list[str]:
 
 def _own_name(layer: LayerSummary) -> str:
     return layer.path.rpartition(".")[2] or layer.type
+
+
+def _html_branch(layers: Sequence[LayerSummary], children: Mapping[int, list[int]], position: int) -> Iterator[str]:
+    layer = layers[position]
+    rest = " · ".join(escape(cell) for cell in cells(layer) if cell not in ("", "-", "?"))
+    line = f"<b>{escape(_own_name(layer))}</b> <span>{rest}</span>"
+    if position not in children:
+        yield f'<div style="margin-left:1em">{line}</div>'
+        return
+    is_open = " open" if layer.depth == 0 else ""
+    yield f'<details style="margin-left:{1 if layer.depth else 0}em"{is_open}><summary>{line}</summary>'
+    for child in children[position]:
+        yield from _html_branch(layers, children, child)
+    yield "</details>"
 
 
 def _tree_labels(layers: Sequence[LayerSummary]) -> Iterable[str]:

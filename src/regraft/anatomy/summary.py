@@ -1,13 +1,18 @@
 """What a network consists of: each layer's path, type, place in the execution order, shape, size, cost and state."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from regraft.anatomy.render import html_table, text_tree
-from regraft.anatomy.tracing import Call, Shape, trace
+from regraft.anatomy.drift import is_pinned, would_move
+from regraft.anatomy.inputs import Inputs, InputSize, Shape
+from regraft.anatomy.recording import Call, Trace
+from regraft.anatomy.render import html_tree, text_tree
+from regraft.anatomy.tracing import trace
 from regraft.errors import ModelError
 
 State = Literal["trainable", "frozen", "partly frozen", "no parameters"]
@@ -25,8 +30,19 @@ class LayerSummary:
         output_shape: Shape of its (first) output, batch included; None where unknown.
         parameters: Number of parameters, inner layers included; a shared one counts once.
         trainable: How many of them are trainable.
-        multiply_adds: Multiply-add operations, inner layers included; None where the model cannot run on shapes.
+        multiply_adds: Multiply-add operations, inner layers included; None where unknown or not called.
         state: `trainable`, `frozen`, `partly frozen`, or `no parameters`.
+        output_shapes: Shapes of all tensors that came out of its first call.
+        buffers: Number of elements of its buffers, inner layers included; a shared one counts once.
+        activation_bytes: Bytes of what came out of all its calls; for the model itself the sum over the layers in which
+            no other layer is called. None where unknown.
+        calls: How often it was called.
+        shared_with: First path of the same layer, where it is registered under several. Calls and costs stand there, as
+            do its inner layers; its parameters count once in those of the layers around both.
+        pinned: Whether it is pinned to evaluation mode, as `freeze` does.
+        moves: How it would change or draw in training although it is frozen by its flags; None where it would not.
+        lazy: Whether it has parameters or buffers that the first real forward will make.
+        unknown: How many of these have no known size, and are not counted.
     """
 
     path: str
@@ -38,6 +54,15 @@ class LayerSummary:
     trainable: int
     multiply_adds: int | None
     state: State
+    output_shapes: tuple[Shape, ...] = ()
+    buffers: int = 0
+    activation_bytes: int | None = None
+    calls: int = 0
+    shared_with: str | None = None
+    pinned: bool = False
+    moves: str | None = None
+    lazy: bool = False
+    unknown: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,15 +71,19 @@ class ModelSummary:
 
     Attributes:
         layers: All layers, the model itself first, in registration order.
-        input_shape: Shape of the input that the shapes and costs are for, batch included; None where unknown.
+        input_shape: Shape of the (first) input that the shapes and costs are for, batch included; None where unknown.
         depth: How many levels are shown; None: all. `layers` always holds all.
         problem: Why shapes and multiply-adds are unknown; None where they are known.
+        input_shapes: Shapes of all inputs.
+        note: How shapes were found, where not by a run on shapes alone.
     """
 
     layers: tuple[LayerSummary, ...]
     input_shape: Shape | None = None
     depth: int | None = None
     problem: str | None = None
+    input_shapes: tuple[Shape, ...] = ()
+    note: str | None = None
 
     @property
     def shown(self) -> tuple[LayerSummary, ...]:
@@ -67,10 +96,14 @@ class ModelSummary:
         return {
             "type": root.type,
             "input_shape": self.input_shape,
+            "input_shapes": self.input_shapes,
             "parameters": root.parameters,
             "trainable": root.trainable,
+            "buffers": root.buffers,
             "multiply_adds": root.multiply_adds,
+            "activation_bytes": root.activation_bytes,
             "problem": self.problem,
+            "note": self.note,
             "layers": [asdict(layer) for layer in self.shown],
         }
 
@@ -78,22 +111,27 @@ class ModelSummary:
         return text_tree(self)
 
     def _repr_html_(self) -> str:
-        return html_table(self)
+        return html_tree(self)
 
 
-def summary(model: nn.Module, input_size: Sequence[int] | None = None, depth: int | None = None) -> ModelSummary:
-    """Summarise `model` layer by layer. Nothing about the model is changed, and no weight is read.
+def summary(
+    model: nn.Module, input_size: InputSize | None = None, depth: int | None = None, *, inputs: Inputs | None = None
+) -> ModelSummary:
+    """Summarise `model` layer by layer. Nothing about the model is changed.
 
-    Shapes come from a run on shapes alone. A model that cannot run so is summarised without shapes, and `problem` says
-    why, unless `input_size` was given.
+    Shapes come from a run on shapes alone, which reads no weight, or where a forward depends on values from one real
+    forward on a copy (`note` says so). A model that can run neither way is summarised without shapes, and `problem`
+    says why, unless `input_size` or `inputs` was given.
 
     Args:
-        model: Any module whose forward takes one tensor.
-        input_size: Shape of the input, batch included, as in (1, 3, 224, 224); guessed where not given.
+        model: Any module.
+        input_size: Shape of the input, batch included, as in (1, 3, 224, 224), or one shape for each of several inputs.
         depth: Number of levels to show below the model itself; None shows all.
+        inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs; their values do not matter where
+            shapes are enough. Neither this nor `input_size`: guessed.
 
     Raises:
-        ModelError: `input_size` was given and the forward fails on it; the message names the layer.
+        ModelError: `input_size` or `inputs` was given and the forward fails on it; the message names the layer.
 
     >>> from torch import nn
     >>> print(summary(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), (1, 4)))
@@ -102,47 +140,100 @@ def summary(model: nn.Module, input_size: Sequence[int] | None = None, depth: in
     ├─ 0        Linear      1×3             15             12  trainable
     └─ 1        ReLU        1×3              -              -
     15 parameters, 15 trainable (100 %), 12 multiply-adds for an input of 1×4
+    outputs of all layers: 24 B
     """
-    problem = None
+    traced, problem = None, None
     try:
-        calls = trace(model, input_size).calls
+        traced = trace(model, input_size, inputs=inputs)
     except ModelError as error:
-        if input_size is not None:
+        if input_size is not None or inputs is not None:
             raise
-        calls, problem = (), str(error)
-    orders: dict[str, int] = {}
-    first_calls: dict[str, Call] = {}
-    multiply_adds: dict[str, int] = {}
-    for order, call in enumerate(calls):
-        orders.setdefault(call.path, order)
-        first_calls.setdefault(call.path, call)
-        multiply_adds[call.path] = multiply_adds.get(call.path, 0) + call.multiply_adds
-    layers = []
-    for path, module in model.named_modules():
-        parameters = list(module.parameters())
-        total = sum(parameter.numel() for parameter in parameters)
-        trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        call = first_calls.get(path)
-        layers.append(
-            LayerSummary(
-                path=path,
-                type=type(module).__name__,
-                depth=path.count(".") + 1 if path else 0,
-                order=orders.get(path),
-                output_shape=call.output_shapes[0] if call and call.output_shapes else None,
-                parameters=total,
-                trainable=trainable,
-                multiply_adds=multiply_adds.get(path) if calls else None,
-                state=_state(total, trainable),
-            )
+        problem = str(error)
+    layers = tuple(_Rows(model, traced).build(model))
+    if traced is None:
+        return ModelSummary(layers, depth=depth, problem=problem)
+    fed = next(call.input_shapes for call in traced.calls if not call.path)
+    return ModelSummary(layers, fed[0] if fed else None, depth, None, fed, traced.note)
+
+
+class _Rows:
+    """Builds the rows of a summary from the top of a model down."""
+
+    def __init__(self, model: nn.Module, traced: Trace | None) -> None:
+        self._first_paths: dict[int, str] = {}
+        self._sizes = _sizes(model, traced)
+        self._is_traced = traced is not None
+        self._calls: dict[str, list[Call]] = {}
+        self._orders: dict[str, int] = {}
+        for order, call in enumerate(traced.calls if traced else ()):
+            self._calls.setdefault(call.path, []).append(call)
+            self._orders.setdefault(call.path, order)
+        inner = {around for path in self._calls for around in _ancestors(path)}
+        self._leaf_bytes = sum(call.output_bytes for path in self._calls.keys() - inner for call in self._calls[path])
+
+    def build(
+        self, module: nn.Module, path: str = "", depth: int = 0, is_in_frozen: bool = False
+    ) -> Iterator[LayerSummary]:
+        """Yield the row of `module` and those of its inner layers; of a layer seen before, its row alone."""
+        shared_with = self._first_paths.setdefault(id(module), path)
+        row = self._row(module, path, depth, is_in_frozen, None if shared_with == path else shared_with)
+        yield row
+        if row.shared_with is not None:
+            return
+        is_frozen = row.state == "frozen" or (row.state == "no parameters" and is_in_frozen)
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from self.build(child, f"{path}.{name}" if path else name, depth + 1, is_frozen)
+
+    def _row(
+        self, module: nn.Module, path: str, depth: int, is_in_frozen: bool, shared_with: str | None
+    ) -> LayerSummary:
+        parameters, buffers = list(module.parameters()), list(module.buffers())
+        counted = [(self._sizes.get(id(tensor)), tensor) for tensor in parameters]
+        state = _state([parameter for size, parameter in counted if size != 0])
+        calls = self._calls.get(path, []) if shared_with is None else []
+        first = calls[0].output_shapes if calls else ()
+        activation_bytes = sum(call.output_bytes for call in calls) if path else self._leaf_bytes
+        is_frozen = state == "frozen" or (state == "no parameters" and is_in_frozen)
+        return LayerSummary(
+            path=path,
+            type=type(module).__name__,
+            depth=depth,
+            order=self._orders.get(path),
+            output_shape=first[0] if first else None,
+            parameters=sum(size or 0 for size, _ in counted),
+            trainable=sum(size or 0 for size, parameter in counted if parameter.requires_grad),
+            multiply_adds=sum(call.multiply_adds for call in calls) if calls else None,
+            state=state,
+            output_shapes=first,
+            buffers=sum(self._sizes.get(id(buffer)) or 0 for buffer in buffers),
+            activation_bytes=activation_bytes if self._is_traced else None,
+            calls=len(calls),
+            shared_with=shared_with,
+            pinned=is_pinned(module),
+            moves=would_move(module) if is_frozen else None,
+            lazy=any(is_lazy(tensor) for tensor in (*parameters, *buffers)),
+            unknown=sum(self._sizes.get(id(tensor)) is None for tensor in (*parameters, *buffers)),
         )
-    input_shape = first_calls[""].input_shapes[0] if calls else None
-    return ModelSummary(tuple(layers), input_shape, depth, problem)
 
 
-def _state(total: int, trainable: int) -> State:
-    if total == 0:
+def _ancestors(path: str) -> Iterator[str]:
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _sizes(model: nn.Module, traced: Trace | None) -> dict[int, int | None]:
+    """Return the number of elements of each parameter and buffer by its identity; None where not known."""
+    found = traced.sizes if traced else {}
+    named: list[tuple[str, torch.Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    return {id(tensor): found.get(name) if is_lazy(tensor) else tensor.numel() for name, tensor in named}
+
+
+def _state(parameters: list[nn.Parameter]) -> State:
+    flags = {parameter.requires_grad for parameter in parameters}
+    if not flags:
         return "no parameters"
-    if trainable == 0:
-        return "frozen"
-    return "trainable" if trainable == total else "partly frozen"
+    if flags == {True, False}:
+        return "partly frozen"
+    return "trainable" if flags == {True} else "frozen"

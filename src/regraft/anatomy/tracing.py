@@ -14,11 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regraft.anatomy.inputs import Arguments, Inputs, InputSize, arguments_for
 from regraft.anatomy.inputs import Shape as Shape
-from regraft.anatomy.modes import preserved_randomness
+from regraft.anatomy.modes import preserved_randomness, silenced
 from regraft.anatomy.recording import Call as Call
 from regraft.anatomy.recording import Recorder, Trace
 from regraft.anatomy.twins import fake_twin, real_twin
 from regraft.errors import ModelError
+
+FAKES = "torch._subclasses.fake_tensor"  # its logger prints a traceback for what is raised as an error anyway
 
 
 def trace(model: nn.Module, input_size: InputSize | None = None, *, inputs: Inputs | None = None) -> Trace:
@@ -61,7 +63,7 @@ def _on_shapes(model: nn.Module, arguments: Arguments) -> Trace:
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = None
     try:
-        with preserved_randomness(), _unfused_attention():
+        with preserved_randomness(), _unfused_attention(), silenced(FAKES):
             recorder = Recorder(fake_twin(model, fake_mode))
             with fake_mode:
                 recorder.run(arguments.without_values())

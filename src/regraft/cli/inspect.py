@@ -1,11 +1,14 @@
 """`regraft inspect`: the layers of a network or of a saved model."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from regraft.cli.output import guarded, require, say, say_json
+
+if TYPE_CHECKING:
+    from regraft.anatomy.inputs import InputSize
 
 
 @guarded
@@ -13,7 +16,8 @@ def inspect(
     model: Annotated[str, Argument(help="A name (resnet18, timm/NAME, py:FILE:Class) or a checkpoint file.")],
     depth: Annotated[int | None, Option(help="Levels of layers to show. [default: all]", min=0)] = None,
     input_size: Annotated[
-        str | None, Option(help="Shape of the input, batch included: 1,3,224,224. [default: the model's own]")
+        str | None,
+        Option(help="Shape of the input, batch included: 1,3,224,224; several with ';'. [default: the model's own]"),
     ] = None,
     trust_code: Annotated[bool, Option("--trust-code", help="Import a class of your own (py:…).")] = False,
     as_json: Annotated[bool, Option("--json", help="Print everything as JSON.")] = False,
@@ -37,7 +41,7 @@ def inspect(
 
 
 def _inspect_checkpoint(
-    path: Path, size: tuple[int, ...] | None, depth: int | None, *, trust_code: bool, as_json: bool
+    path: Path, size: "InputSize | None", depth: int | None, *, trust_code: bool, as_json: bool
 ) -> None:
     from regraft.anatomy import summary
     from regraft.checkpoint import load, read_header
@@ -87,12 +91,16 @@ def _describe(header: Any) -> list[str]:
     return lines
 
 
-def _parse_size(text: str | None) -> tuple[int, ...] | None:
+def _parse_size(text: str | None) -> tuple[int, ...] | tuple[tuple[int, ...], ...] | None:
     if text is None:
         return None
-    parts = text.replace("x", ",").split(",")
-    require(all(part.strip().isdigit() for part in parts), f"'{text}' is no shape. Expected numbers as in 1,3,224,224.")
-    return tuple(int(part) for part in parts)
+    sizes = []
+    for shape in text.split(";"):
+        parts = shape.replace("x", ",").split(",")
+        whole = all(part.strip().isdecimal() for part in parts)
+        require(whole, f"'{text}' is no shape. Expected numbers as in 1,3,224,224.")
+        sizes.append(tuple(int(part) for part in parts))
+    return sizes[0] if len(sizes) == 1 else tuple(sizes)
 
 
 def _say_lines(text: str) -> None:
