@@ -34,7 +34,7 @@ check: install
 	$(BIN)/python -m pytest -p no:xdist -o addopts= -q tests/test_layering.py
 
 families: install
-	REGRAFT_WRITE_FAMILIES=1 $(BIN)/python -m pytest -o addopts= -q tests/freezing/test_families.py
+	REGRAFT_WRITE_FAMILIES=1 $(BIN)/python -m pytest -o addopts= -q tests/freezing/test_families.py tests/surgery/test_surgery_families.py
 
 bench: install
 	$(BIN)/python benchmarks/few_images.py

@@ -22,6 +22,12 @@ def seeded() -> None:
     np.random.seed(0)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what is computed once out of the user's cache, and apart from other tests."""
+    monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Return the folder with real photos and checkpoints beside the checkout."""

@@ -14,10 +14,14 @@ if TYPE_CHECKING:
     from regraft.card import Preprocessing as Preprocessing
     from regraft.checkpoint import Diff as Diff
     from regraft.checkpoint import LoadReport as LoadReport
+    from regraft.checkpoint import Plan as Plan
+    from regraft.checkpoint import build_plan as build_plan
     from regraft.checkpoint import create_model as create_model
     from regraft.checkpoint import diff as diff
     from regraft.checkpoint import load as load
     from regraft.checkpoint import load_weights as load_weights
+    from regraft.checkpoint import plan_of as plan_of
+    from regraft.checkpoint import read_plan as read_plan
     from regraft.checkpoint import save as save
     from regraft.errors import RegraftError as RegraftError
     from regraft.freezing import Finding as Finding
@@ -25,13 +29,23 @@ if TYPE_CHECKING:
     from regraft.freezing import Schedule as Schedule
     from regraft.freezing import audit as audit
     from regraft.freezing import build_optimizer as build_optimizer
+    from regraft.freezing import follow as follow
     from regraft.freezing import freeze as freeze
     from regraft.freezing import freeze_state as freeze_state
     from regraft.freezing import param_groups as param_groups
     from regraft.freezing import select as select
     from regraft.freezing import unfreeze as unfreeze
     from regraft.report import write_report as write_report
+    from regraft.surgery import append as append
+    from regraft.surgery import graft as graft
+    from regraft.surgery import insert as insert
+    from regraft.surgery import remove as remove
+    from regraft.surgery import replace as replace
     from regraft.surgery import replace_head as replace_head
+    from regraft.surgery import replace_stem as replace_stem
+    from regraft.surgery import stitch as stitch
+    from regraft.surgery import to_source as to_source
+    from regraft.surgery import truncate as truncate
     from regraft.training import FitResult as FitResult
     from regraft.training import Metrics as Metrics
     from regraft.training import Prediction as Prediction
@@ -56,23 +70,37 @@ _HOMES = {
     "RegraftError": "errors",
     "Schedule": "freezing",
     "TrainConfig": "training",
+    "append": "surgery",
     "audit": "freezing",
     "build_optimizer": "freezing",
     "create_model": "checkpoint",
     "diff": "checkpoint",
     "evaluate": "training",
     "fit": "training",
+    "follow": "freezing",
     "freeze": "freezing",
     "freeze_state": "freezing",
+    "graft": "surgery",
+    "insert": "surgery",
     "list_models": "zoo",
     "load": "checkpoint",
     "load_weights": "checkpoint",
     "param_groups": "freezing",
     "predict": "training",
+    "remove": "surgery",
+    "replace": "surgery",
     "replace_head": "surgery",
+    "replace_stem": "surgery",
+    "Plan": "checkpoint",
+    "build_plan": "checkpoint",
+    "plan_of": "checkpoint",
+    "read_plan": "checkpoint",
     "save": "checkpoint",
     "select": "freezing",
+    "stitch": "surgery",
     "summary": "anatomy",
+    "to_source": "surgery",
+    "truncate": "surgery",
     "unfreeze": "freezing",
     "write_report": "report",
 }

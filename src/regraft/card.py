@@ -24,20 +24,30 @@ class Source(_Plain):
         name: `"resnet18"`, `"timm/NAME"`, `"py:FILE_OR_MODULE:Class"`, or `"torch.nn"` for layers that stand in
             `layers`.
         weights: `"none"`, a registered name such as `"IMAGENET1K_V1"`, or the name of a file.
-        layers: Description of a network made of layers of torch.nn alone; None for one with a name.
+        layers: A layer expression for a network that text can describe, as in `"Sequential(Linear(8, 4), ReLU())"`;
+            None for one with a name.
+        parts: For a network made of several (`"stitch"`, `"graft"`), the recipes of these.
+        arguments: How the parts are put together, as JSON data.
     """
 
     name: str
     weights: str = "none"
-    layers: dict[str, Any] | None = None
+    layers: str | None = None
+    parts: tuple["Recipe", ...] = ()
+    arguments: dict[str, Any] = Field(default_factory=dict)
 
 
 class Step(_Plain):
-    """One edit: the operation's name, the layer it is applied to, and its arguments as JSON data."""
+    """One edit: the public function's name, and what it was given beside the model, as JSON data.
 
-    operation: Literal["replace_head"]
-    path: str
+    Layers are written as text, as in `"Linear(512, 10)"`.
+    """
+
+    operation: Literal["append", "insert", "remove", "replace", "replace_head", "replace_stem", "truncate"]
     arguments: dict[str, Any] = Field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.operation}({', '.join(f'{name}={value!r}' for name, value in self.arguments.items())})"
 
 
 class Recipe(_Plain):
@@ -49,6 +59,9 @@ class Recipe(_Plain):
     def then(self, step: Step) -> "Recipe":
         """Return this recipe with one more step."""
         return self.model_copy(update={"steps": (*self.steps, step)})
+
+
+Source.model_rebuild()
 
 
 class Preprocessing(_Plain):

@@ -4,7 +4,8 @@
     ├── InputError            what was given is wrong; nothing was changed (exit code 2)
     │   ├── ConfigError       an option, a configuration file, an output folder
     │   ├── DataError         folders, photos, tables, datasets
-    │   ├── ModelError        model names, model classes, a forward that fails
+    │   ├── ModelError        model names, model classes
+    │   │   └── ForwardError  a forward that fails
     │   ├── SelectionError    layer patterns, nothing left to train
     │   ├── EditError         an edit that does not fit the network
     │   ├── CheckpointError   files that cannot be read, weights that do not fit
@@ -43,6 +44,22 @@ class DataError(InputError):
 
 class ModelError(InputError):
     """A model's name, its class or its forward is wrong."""
+
+
+class ForwardError(ModelError):
+    """A model's forward fails on what it was given.
+
+    Attributes:
+        path: Dotted path of the layer in which it failed; empty for the model's own forward, None where unknown.
+        given: Shapes of the tensors that this layer was given.
+        reason: What it said.
+    """
+
+    def __init__(
+        self, message: str, *, path: str | None = None, given: tuple[tuple[int, ...], ...] = (), reason: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.path, self.given, self.reason = path, given, reason
 
 
 class SelectionError(InputError):

@@ -330,11 +330,13 @@ def cut(path: Path) -> Path:
 
 
 def wider(header: dict[str, object]) -> None:
-    header["card"]["recipe"]["source"]["layers"]["layers"][7][1]["arguments"]["out_features"] = 9
+    source = header["card"]["recipe"]["source"]
+    source["layers"] = source["layers"].replace("Linear(6, 5)", "Linear(6, 9)")
 
 
 def hostile(header: dict[str, object]) -> None:
-    header["card"]["recipe"]["source"]["layers"]["layers"][2][1]["type"] = "modules"
+    source = header["card"]["recipe"]["source"]
+    source["layers"] = source["layers"].replace("ReLU()", "modules()", 1)
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], Path], str]] = {

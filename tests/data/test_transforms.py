@@ -23,11 +23,11 @@ def test_the_middle_is_torchvisions(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("kind", ["none", "flip", "standard", "trivial"])
 def test_every_augmentation_gives_whole_pixels_of_the_right_size(kind: str) -> None:
-    change = augmentation(kind, PREPROCESSING)  # type: ignore[arg-type]
+    versions = augmentation(kind, PREPROCESSING)  # type: ignore[arg-type]
     image = pixels()
     before = image.clone()
-    for _ in range(30):
-        found = change(image)
+    for draw in range(30):
+        found = versions.of(0, image, draw)
         assert found.shape == (3, 32, 32)
         assert found.dtype == torch.uint8
     assert torch.equal(image, before)
@@ -35,15 +35,18 @@ def test_every_augmentation_gives_whole_pixels_of_the_right_size(kind: str) -> N
 
 def test_without_augmentation_nothing_is_random() -> None:
     image = pixels()
-    assert torch.equal(augmentation("none", PREPROCESSING)(image), center_crop(32)(image))
+    versions = augmentation("none", PREPROCESSING)
+    assert versions.count == 1
+    assert all(torch.equal(versions.of(0, image, draw), center_crop(32)(image)) for draw in range(5))
 
 
 def test_a_flip_is_the_middle_or_its_mirror_image_each_half_of_the_time() -> None:
-    image, change = pixels(), augmentation("flip", PREPROCESSING)
+    image, versions = pixels(), augmentation("flip", PREPROCESSING)
+    assert versions.count == 2
     middle = center_crop(32)(image)
     flipped = 0
-    for _ in range(200):
-        found = change(image)
+    for draw in torch.randint(2**62, (200,)).tolist():
+        found = versions.of(0, image, draw)
         is_flipped = torch.equal(found, middle.flip(2))
         assert is_flipped or torch.equal(found, middle)
         flipped += is_flipped
@@ -51,16 +54,24 @@ def test_a_flip_is_the_middle_or_its_mirror_image_each_half_of_the_time() -> Non
 
 
 @pytest.mark.parametrize("kind", ["flip", "standard", "trivial"])
-def test_the_same_seed_gives_the_same_change(kind: str) -> None:
-    image, change = pixels(), augmentation(kind, PREPROCESSING)  # type: ignore[arg-type]
-
-    def series() -> list[torch.Tensor]:
-        torch.manual_seed(3)
-        return [change(image) for _ in range(8)]
-
-    first = series()
-    assert all(torch.equal(a, b) for a, b in zip(first, series(), strict=True))
+def test_the_same_draw_gives_the_same_change(kind: str) -> None:
+    image, versions = pixels(), augmentation(kind, PREPROCESSING)  # type: ignore[arg-type]
+    first = [versions.of(0, image, draw) for draw in range(8)]
+    torch.rand(3)
+    state = torch.get_rng_state()
+    assert all(torch.equal(a, versions.of(0, image, draw)) for draw, a in enumerate(first))
+    assert torch.equal(torch.get_rng_state(), state)
     assert any(not torch.equal(first[0], other) for other in first[1:])
+
+
+@pytest.mark.parametrize("kind", ["standard", "trivial"])
+def test_a_number_of_views_repeats_for_each_photo_and_differs_between_photos(kind: str) -> None:
+    image, versions = pixels(), augmentation(kind, PREPROCESSING, 3)  # type: ignore[arg-type]
+    assert versions.count == 3
+    assert torch.equal(versions.of(0, image, 1), versions.of(0, image, 4))
+    seen = [versions.of(index, image, draw) for index in range(2) for draw in range(3)]
+    assert len({found.numpy().tobytes() for found in seen}) == 6
+    assert augmentation(kind, PREPROCESSING).count is None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

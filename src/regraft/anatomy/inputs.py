@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map
 
+from regraft.card import card_of
 from regraft.errors import ModelError
 from regraft.zoo import preprocessing_of
 
@@ -111,7 +112,9 @@ def guess_input_size(model: nn.Module) -> Shape:
     channels = first.in_channels if isinstance(first, nn.Conv2d) else 0
     if not 0 < channels <= MOST_CHANNELS:  # unknown yet, or registered first but no stem of images
         channels = preprocessing.channels
-    return (1, channels, preprocessing.size, preprocessing.size)
+    own_side = getattr(model, "image_size", None)  # as torchvision's vision transformers say it
+    side = own_side if isinstance(own_side, int) and card_of(model).preprocessing is None else preprocessing.size
+    return (1, channels, side, side)
 
 
 def shapes_of(value: Any) -> tuple[Shape, ...]:

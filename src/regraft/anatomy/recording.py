@@ -66,7 +66,7 @@ class Recorder:
         self._running: list[tuple[str, str, int, int, tuple[Shape, ...]]] = []
         for path, module in twin.named_modules():
             module.register_forward_pre_hook(self._begin(path), with_kwargs=True, prepend=True)
-            module.register_forward_hook(self._end, with_kwargs=True)
+            module.register_forward_hook(self._end(path), with_kwargs=True)
 
     def run(self, arguments: Arguments) -> None:
         """Call the twin once, without gradients."""
@@ -100,7 +100,15 @@ class Recorder:
 
         return begin
 
-    def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _end(self, path: str) -> Any:
+        def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            while self._running[-1][0] != path:  # a forward that a hook stopped left the layers around it half-way
+                self._close(None)
+            self._close(output)
+
+        return end
+
+    def _close(self, output: Any) -> None:
         self.now += 1
         path, _, began, operations_before, shapes = self._running.pop()
         operations = self.counter.get_total_flops() - operations_before

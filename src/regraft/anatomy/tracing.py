@@ -18,7 +18,7 @@ from regraft.anatomy.modes import preserved_randomness, silenced
 from regraft.anatomy.recording import Call as Call
 from regraft.anatomy.recording import Recorder, Trace
 from regraft.anatomy.twins import fake_twin, real_twin
-from regraft.errors import ModelError
+from regraft.errors import ForwardError
 
 FAKES = "torch._subclasses.fake_tensor"  # its logger prints a traceback for what is raised as an error anyway
 
@@ -36,19 +36,19 @@ def trace(model: nn.Module, input_size: InputSize | None = None, *, inputs: Inpu
             tensors only shape and dtype count; everything else is passed on. Neither this nor `input_size`: guessed.
 
     Raises:
-        ModelError: The forward fails; the message names the layer and the shapes that went in. Nothing was changed.
+        ForwardError: The forward fails; the message names the layer and the shapes that went in. Nothing was changed.
     """
     arguments = arguments_for(model, input_size, inputs)
     try:
         return _on_shapes(model, arguments)
     except _StoppedError as stopped:
         if not _has_values(model):
-            raise ModelError(_describe(model, arguments, stopped)) from stopped.__cause__
+            raise _failure(model, arguments, stopped) from stopped.__cause__
         reason = _reason(stopped)
     try:
         return _for_real(model, arguments, reason)
     except _StoppedError as stopped:
-        raise ModelError(_describe(model, arguments, stopped)) from stopped.__cause__
+        raise _failure(model, arguments, stopped) from stopped.__cause__
 
 
 class _StoppedError(Exception):
@@ -110,18 +110,21 @@ def _reason(stopped: _StoppedError) -> str:
     return text if len(text) > 3 else f"{type(error).__name__} {text}".strip()
 
 
-def _describe(model: nn.Module, arguments: Arguments, stopped: _StoppedError) -> str:
+def _failure(model: nn.Module, arguments: Arguments, stopped: _StoppedError) -> ForwardError:
     """Say in which layer the forward failed, and on which shapes."""
     shapes = arguments.shapes
     kind = f"an input of shape {shapes[0]}" if len(shapes) == 1 else f"inputs of shapes {', '.join(map(str, shapes))}"
     advice = "the inputs that its forward takes" if arguments.are_values_given else "the input_size that it expects"
     failed_at = stopped.recorder.failed_at() if stopped.recorder else None
+    reason = _reason(stopped)
     if failed_at is None:
-        return f"{type(model).__name__} fails on {kind}: {_reason(stopped)}. Pass {advice}."
+        return ForwardError(f"{type(model).__name__} fails on {kind}: {reason}. Pass {advice}.", reason=reason)
     path, layer_type, given = failed_at
     where = f"layer '{path}' ({layer_type})" if path else f"its own forward ({layer_type})"
     fed = ", ".join(map(str, given)) or "no tensor"
-    return (
-        f"{type(model).__name__} fails on {kind}: {where} was given {fed}: {_reason(stopped)}. "
-        f"Pass {advice}, batch included."
+    return ForwardError(
+        f"{type(model).__name__} fails on {kind}: {where} was given {fed}: {reason}. Pass {advice}, batch included.",
+        path=path,
+        given=given,
+        reason=reason,
     )

@@ -38,18 +38,18 @@ def real_twin(model: nn.Module) -> nn.Module:
     return twin.eval()
 
 
+def shared_copy(model: nn.Module) -> nn.Module:
+    """Copy the structure of `model`; parameters, buffers and tensors kept as attributes are the same in both."""
+    return _deepcopied(model, {id(tensor): tensor for tensor in _tensors(model)})
+
+
 def _lazy_layers(twin: nn.Module) -> list[Any]:
     layers: list[Any] = [layer for layer in twin.modules() if isinstance(layer, LazyModuleMixin)]
     return [layer for layer in layers if layer.has_uninitialized_params()]
 
 
 def _copied(model: nn.Module, replacement: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
-    memo = {id(tensor): replacement(tensor) for tensor in _tensors(model)}
-    try:
-        twin = copy.deepcopy(model, dict(memo))
-    except Exception:  # an attribute that cannot be copied, such as a lock: the twin shares it
-        memo |= {id(value): value for value in _uncopyable(model, memo)}
-        twin = copy.deepcopy(model, memo)
+    twin = _deepcopied(model, {id(tensor): replacement(tensor) for tensor in _tensors(model)})
     for module in twin.modules():
         module._forward_hooks.clear()
         module._backward_hooks.clear()
@@ -57,6 +57,14 @@ def _copied(model: nn.Module, replacement: Callable[[torch.Tensor], torch.Tensor
             if not type(hook).__module__.startswith(OWN_HOOKS):
                 del module._forward_pre_hooks[key]
     return twin
+
+
+def _deepcopied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    try:
+        return copy.deepcopy(model, dict(memo))
+    except Exception:  # an attribute that cannot be copied, such as a lock: the copy shares it
+        memo = memo | {id(value): value for value in _uncopyable(model, memo)}
+        return copy.deepcopy(model, memo)
 
 
 def _fake(tensor: torch.Tensor, fake_mode: FakeTensorMode) -> torch.Tensor:

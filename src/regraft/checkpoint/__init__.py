@@ -4,6 +4,7 @@ from regraft.checkpoint.build import create_model
 from regraft.checkpoint.diff import Diff, TensorDiff, diff
 from regraft.checkpoint.foreign import LoadReport, load_weights
 from regraft.checkpoint.format import Header, current_versions, read_header
+from regraft.checkpoint.plan import Plan, build_plan, plan_of, read_plan
 from regraft.checkpoint.read import load
 from regraft.checkpoint.write import save
 
@@ -11,12 +12,16 @@ __all__ = [
     "Diff",
     "Header",
     "LoadReport",
+    "Plan",
     "TensorDiff",
+    "build_plan",
     "create_model",
     "current_versions",
     "diff",
     "load",
     "load_weights",
+    "plan_of",
     "read_header",
+    "read_plan",
     "save",
 ]

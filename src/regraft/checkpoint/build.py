@@ -7,11 +7,14 @@ from torch import nn
 from regraft.anatomy.heads import find_heads
 from regraft.anatomy.modes import preserved_randomness
 from regraft.anatomy.paths import is_within
-from regraft.card import Recipe, attach, card_of
+from regraft.card import Recipe, Source, attach, card_of
 from regraft.checkpoint.foreign import LoadReport, load_weights
-from regraft.errors import CheckpointError
-from regraft.surgery.head import apply_step, replace_head
+from regraft.errors import CheckpointError, ModelError
+from regraft.surgery.graft import rebuild_grafted
+from regraft.surgery.head import replace_head
 from regraft.surgery.layerspec import construct
+from regraft.surgery.recipe import apply_step
+from regraft.surgery.stitch import rebuild_stitched
 from regraft.zoo import build
 
 
@@ -51,11 +54,23 @@ def rebuild(recipe: Recipe, *, trust_code: bool = False) -> nn.Module:
         EditError: A step does not fit.
     """
     with preserved_randomness():
-        described = recipe.source.layers
-        model = construct(described) if described else build(recipe.source.name, trust_code=trust_code)
+        model = _from_source(recipe.source, trust_code)
         for step in recipe.steps:
-            model = apply_step(model, step)
+            model = apply_step(model, step, trust_code=trust_code)
     return attach(model, recipe=recipe)
+
+
+def _from_source(source: Source, trust_code: bool) -> nn.Module:
+    if source.layers:
+        return construct(source.layers, trust_code=trust_code)
+    if not source.parts:
+        return build(source.name, trust_code=trust_code)
+    parts = tuple(rebuild(part, trust_code=trust_code) for part in source.parts)
+    if source.name == "stitch":
+        return rebuild_stitched(parts, source.arguments, trust_code=trust_code)
+    if source.name == "graft":
+        return rebuild_grafted(parts, source.arguments, trust_code=trust_code)
+    raise ModelError(f"a recipe puts networks together by '{source.name}', expected stitch or graft.")
 
 
 def _looks_like_file(path: Path) -> bool:

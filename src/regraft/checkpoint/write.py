@@ -24,9 +24,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, 
     of every tensor, the class names, the preprocessing and which parameters are frozen. It is written under another
     name, flushed to the disk and renamed, so a crash leaves the previous file as it was.
 
-    A network made of `torch.nn` layers alone (in `nn.Sequential`) is described as data. Any other that `create_model`
-    did not make, or that was changed by other means than regraft's edits, is saved without a recipe, with a warning in
-    the second case; `load_weights` reads it into a model of your own.
+    A network that `create_model` did not make is described as text where that can be done: layers of `torch.nn` in
+    containers, and classes of your own that keep their arguments as attributes. Any other, and one that was changed by
+    other means than regraft's edits, is saved without a recipe, with a warning in the second case; `load_weights` reads
+    it into a model of your own.
 
     Args:
         model: Any module.
@@ -61,9 +62,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, 
 
 
 def _described(model: nn.Module) -> Recipe | None:
-    """Describe a network made of layers of torch.nn alone; None for any other."""
+    """Describe a network that text can describe; None for any other. A reader ties anew what is tied."""
     try:
-        recipe = Recipe(source=Source(name="torch.nn", weights="none", layers=describe(model)))
+        recipe = Recipe(source=Source(name="torch.nn", weights="none", layers=describe(model, tied=True)))
     except EditError:
         return None
     return recipe if _difference(model, recipe) is None else None

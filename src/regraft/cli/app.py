@@ -12,6 +12,7 @@ from regraft.cli.inspect import inspect
 from regraft.cli.models import models
 from regraft.cli.output import say
 from regraft.cli.predict import predict
+from regraft.cli.surgery import surgery
 from regraft.cli.train import train
 
 app = typer.Typer(
@@ -22,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (train, evaluate, predict, inspect, diff, models, demo):
+for command in (train, evaluate, predict, inspect, surgery, diff, models, demo):
     app.command()(command)
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from regraft.cli.output import guarded, require, say, say_json
+from regraft.cli.output import guarded, require, say, say_json, say_lines
 
 if TYPE_CHECKING:
     from regraft.anatomy.inputs import InputSize
@@ -19,6 +19,8 @@ def inspect(
         str | None,
         Option(help="Shape of the input, batch included: 1,3,224,224; several with ';'. [default: the model's own]"),
     ] = None,
+    plan: Annotated[bool, Option("--plan", help="Print it as a plan: source, edits and freezing as TOML.")] = False,
+    source: Annotated[bool, Option("--source", help="Print it as PyTorch source that runs without regraft.")] = False,
     trust_code: Annotated[bool, Option("--trust-code", help="Import a class of your own (py:…).")] = False,
     as_json: Annotated[bool, Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -30,6 +32,14 @@ def inspect(
     from regraft.anatomy import summary
     from regraft.zoo import build
 
+    if plan:
+        say_lines(_plan(model, trust_code=trust_code))
+        return
+    if source:
+        from regraft.surgery import to_source
+
+        say_lines(to_source(_network(model, trust_code=trust_code)))
+        return
     if Path(model).is_file() or model.endswith(".safetensors"):
         _inspect_checkpoint(Path(model), size, depth, trust_code=trust_code, as_json=as_json)
         return
@@ -37,7 +47,7 @@ def inspect(
     if as_json:
         say_json(found.to_dict())
     else:
-        _say_lines(str(found))
+        say_lines(str(found))
 
 
 def _inspect_checkpoint(
@@ -61,7 +71,21 @@ def _inspect_checkpoint(
     for line in _describe(header):
         say(line)
     say()
-    _say_lines(str(found) if found else f"layers     not shown: {problem}")
+    say_lines(str(found) if found else f"layers     not shown: {problem}")
+
+
+def _plan(model: str, *, trust_code: bool) -> str:
+    from regraft.checkpoint.plan import plan_of
+
+    return plan_of(_network(model, trust_code=trust_code)).to_toml()
+
+
+def _network(model: str, *, trust_code: bool) -> Any:
+    from regraft.checkpoint import load
+    from regraft.zoo import build
+
+    is_file = Path(model).is_file() or model.endswith(".safetensors")
+    return load(model, trust_code=trust_code) if is_file else build(model, trust_code=trust_code)
 
 
 def _describe(header: Any) -> list[str]:
@@ -69,7 +93,7 @@ def _describe(header: Any) -> list[str]:
     lines = [f"format     {header.format}"]
     if card.recipe:
         lines.append(f"source     {card.recipe.source.name}, weights: {card.recipe.source.weights}")
-        lines += [f"edit       {step.operation} '{step.path}' {step.arguments}" for step in card.recipe.steps]
+        lines += [f"edit       {step}" for step in card.recipe.steps]
     if card.task:
         lines.append(f"task       {card.task}")
     if card.classes:
@@ -101,8 +125,3 @@ def _parse_size(text: str | None) -> tuple[int, ...] | tuple[tuple[int, ...], ..
         require(whole, f"'{text}' is no shape. Expected numbers as in 1,3,224,224.")
         sizes.append(tuple(int(part) for part in parts))
     return sizes[0] if len(sizes) == 1 else tuple(sizes)
-
-
-def _say_lines(text: str) -> None:
-    for line in text.splitlines():
-        say(line)

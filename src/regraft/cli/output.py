@@ -56,6 +56,12 @@ def say(line: str = "") -> None:
     print(printable(line), file=results())
 
 
+def say_lines(text: str) -> None:
+    """Print the lines of a text on standard output."""
+    for line in text.splitlines():
+        say(line)
+
+
 def say_json(value: Any) -> None:
     """Print one JSON value on standard output."""
     print(json.dumps(value, indent=2, allow_nan=False, default=str), file=results())

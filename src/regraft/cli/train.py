@@ -38,6 +38,13 @@ def train(
         str | None, Option(help="cross-entropy, focal; numbers: mse, l1, huber; or py:FILE:name. [default: by data]")
     ] = None,
     label_smoothing: Annotated[float | None, Option(help="Of the cross-entropy. [default: 0]")] = None,
+    views: Annotated[
+        int | None, Option(help="Random versions of each photo to compute once. [default: a new one each epoch]")
+    ] = None,
+    cache: Annotated[
+        bool | None, Option("--cache/--no-cache", help="Compute what is frozen once. [default: on]")
+    ] = None,
+    fast: Annotated[bool | None, Option("--fast/--exact", help="Allow other rounding. [default: fast]")] = None,
     precision: Annotated[str | None, Option(help="auto, fp32, bf16 or fp16. [default: auto]")] = None,
     device: Annotated[str | None, Option(help="auto, cpu, cuda, cuda:1, … [default: auto]")] = None,
     workers: Annotated[int | None, Option(help="Loading processes. [default: as useful]")] = None,

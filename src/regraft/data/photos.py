@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from regraft.card import Preprocessing
 from regraft.data.decode import Unreadable, decode, decode_all, quiet_decoders
 from regraft.data.folders import Sample
-from regraft.data.transforms import Transform, center_crop, normalize
+from regraft.data.transforms import Versions, augmentation, normalize
 from regraft.errors import DataError
 from regraft.progress import SILENT, Progress
 
@@ -24,20 +24,20 @@ Key = int | tuple[int, int]
 class Photos(Dataset[tuple[torch.Tensor, int | float]]):
     """Readable photos with their targets; item i is (pixels (C, size, size) of uint8, target).
 
-    An item asked for as (index, seed) is transformed with that seed, so that what a network sees depends neither on the
-    number of workers nor on what was drawn before.
+    An item asked for as (index, draw) is the version of the photo that this number stands for, so that what a network
+    sees depends neither on the number of workers nor on what was drawn before.
 
     Attributes:
         samples: The photos and what they show.
         preprocessing: Their size.
-        transform: From resized pixels to what a network sees.
+        versions: What a network may see of them.
         classes: Class names; None for regression.
         pixels: All photos, decoded and resized; None where they do not fit into memory and are decoded when needed.
     """
 
     samples: tuple[Sample, ...]
     preprocessing: Preprocessing
-    transform: Transform
+    versions: Versions
     classes: tuple[str, ...] | None = None
     pixels: tuple[torch.Tensor, ...] | None = None
 
@@ -45,27 +45,20 @@ class Photos(Dataset[tuple[torch.Tensor, int | float]]):
         return len(self.samples)
 
     def __getitem__(self, key: Key) -> tuple[torch.Tensor, int | float]:
-        index, seed = key if isinstance(key, tuple) else (key, None)
-        pixels = self._pixels(index)
-        if seed is None:
-            return self.transform(pixels), self.samples[index].target
-        state = torch.default_generator.get_state()  # the one that transforms draw from
-        try:
-            torch.default_generator.manual_seed(seed)
-            return self.transform(pixels), self.samples[index].target
-        finally:
-            torch.default_generator.set_state(state)
+        index, draw = key if isinstance(key, tuple) else (key, 0)
+        return self.versions.of(index, self.decoded(index), draw), self.samples[index].target
 
-    def augmented(self, transform: Transform) -> "Photos":
-        """Return the same photos with another transform; the decoded pixels are shared."""
-        return replace(self, transform=transform)
+    def augmented(self, versions: Versions) -> "Photos":
+        """Return other versions of the same photos; the decoded pixels are shared."""
+        return replace(self, versions=versions)
 
     def subset(self, indices: Sequence[int]) -> "Photos":
         """Return some of the photos; the decoded pixels are shared."""
         pixels = None if self.pixels is None else tuple(self.pixels[index] for index in indices)
         return replace(self, samples=tuple(self.samples[index] for index in indices), pixels=pixels)
 
-    def _pixels(self, index: int) -> torch.Tensor:
+    def decoded(self, index: int) -> torch.Tensor:
+        """Return a photo, decoded and resized: (C, H, W) of uint8."""
         if self.pixels is not None:
             return self.pixels[index]
         with quiet_decoders():
@@ -79,16 +72,27 @@ def read_photos(
     classes: Sequence[str] | None = None,
     description: str = "reading photos",
     progress: Progress = SILENT,
+    on_photo: Callable[[Sample, torch.Tensor], None] | None = None,
+    keep: bool = True,
 ) -> tuple[Photos, tuple[Unreadable, ...]]:
     """Decode photos, and keep them in memory where they need less than a quarter of what is free.
 
+    Args:
+        samples: Files and what they show.
+        preprocessing: Their size.
+        classes: Class names; None for regression.
+        description: What is said of it while it goes on.
+        progress: Is told what happens.
+        on_photo: Is given each readable photo, in order, as soon as it is decoded.
+        keep: Whether decoded photos may stay in memory.
+
     Returns:
-        The readable photos, transformed by the middle crop, and the files that cannot be read.
+        The readable photos, of which a network sees the middle, and the files that cannot be read.
 
     Raises:
         DataError: No photo can be read.
     """
-    keep = _fits_memory(len(samples), preprocessing)
+    keep = keep and _fits_memory(len(samples), preprocessing)
     decoded = decode_all([sample.path for sample in samples], preprocessing)
     kept, readable, unreadable = [], [], []
     for sample, found in zip(samples, progress.track(decoded, description, len(samples)), strict=True):
@@ -96,6 +100,8 @@ def read_photos(
             unreadable.append(found)
         else:
             readable.append(sample)
+            if on_photo is not None:
+                on_photo(sample, found)
             if keep:
                 kept.append(found)
     if not readable:
@@ -104,7 +110,7 @@ def read_photos(
     photos = Photos(
         samples=tuple(readable),
         preprocessing=preprocessing,
-        transform=center_crop(preprocessing.size),
+        versions=augmentation("none", preprocessing),
         classes=tuple(classes) if classes is not None else None,
         pixels=tuple(kept) if keep else None,
     )
@@ -123,7 +129,7 @@ def loader(photos: Photos, batch_size: int, *, shuffle_seed: int | None = None, 
     """
     if workers is None:
         workers = 0 if photos.pixels is not None else os.cpu_count() or 1
-    lonely = shuffle_seed is not None and len(photos) > batch_size and len(photos) % batch_size == 1
+    lonely = shuffle_seed is not None and leaves_one(len(photos), batch_size)
     return DataLoader(
         photos,
         batch_size,
@@ -135,8 +141,13 @@ def loader(photos: Photos, batch_size: int, *, shuffle_seed: int | None = None, 
     )
 
 
+def leaves_one(count: int, batch_size: int) -> bool:
+    """Say whether batches of that many items end with a single one, from which batch norm cannot learn."""
+    return count > batch_size and count % batch_size == 1
+
+
 class SeededShuffle(Sampler[tuple[int, int]]):
-    """Yields (index, seed) of every item in a random order that depends on the seed and the epoch alone."""
+    """Yields (index, draw) of every item in a random order that depends on the seed and the epoch alone."""
 
     def __init__(self, length: int, seed: int) -> None:
         self.length = length
@@ -144,17 +155,21 @@ class SeededShuffle(Sampler[tuple[int, int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the seeds of the next pass."""
+        """Choose the order and the draws of the next pass."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        order, draws = self.draw()
+        return iter(zip(order.tolist(), draws.tolist(), strict=True))
+
+    def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return this pass's order and the number that each item draws, both (N,) of int64."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.length, generator=generator).tolist()
-        seeds = torch.randint(2**62, (self.length,), generator=generator).tolist()
-        return iter(zip(order, seeds, strict=True))
+        order = torch.randperm(self.length, generator=generator)
+        return order, torch.randint(2**62, (self.length,), generator=generator)
 
 
 def _collate(items: list[tuple[torch.Tensor, int | float]], *, preprocessing: Preprocessing) -> Batch:
@@ -162,7 +177,11 @@ def _collate(items: list[tuple[torch.Tensor, int | float]], *, preprocessing: Pr
     return normalize(pixels, preprocessing), torch.tensor([target for _, target in items])  # int64 or float32
 
 
+def free_memory_bytes() -> int:
+    """Return how much memory is free."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _fits_memory(count: int, preprocessing: Preprocessing) -> bool:
     estimate_bytes = count * preprocessing.channels * preprocessing.resize**2 * 1.5  # photos are wider than high
-    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return estimate_bytes < free_bytes / 4
+    return estimate_bytes < free_memory_bytes() / 4

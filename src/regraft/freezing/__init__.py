@@ -1,6 +1,7 @@
 """Select layers, freeze them, and give the rest to an optimizer."""
 
 from regraft.freezing.audit import Finding, audit
+from regraft.freezing.follow import Followed, follow
 from regraft.freezing.freeze import FreezeReport, freeze, unfreeze
 from regraft.freezing.groups import build_optimizer, param_groups
 from regraft.freezing.patterns import select
@@ -9,10 +10,12 @@ from regraft.freezing.state import freeze_state
 
 __all__ = [
     "Finding",
+    "Followed",
     "FreezeReport",
     "Schedule",
     "audit",
     "build_optimizer",
+    "follow",
     "freeze",
     "freeze_state",
     "param_groups",

@@ -43,7 +43,7 @@ def param_groups(
         ConfigError: Both `layer_decay` and `backbone_lr` are given, or `layer_decay` is not in (0, 1].
     """
     rate_of = _rates(model, lr, layer_decay, backbone_lr)
-    undecayed = _undecayed_names(model, no_decay)
+    undecayed = undecayed_names(model, no_decay)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -70,7 +70,8 @@ def _rates(model: nn.Module, lr: float, layer_decay: float | None, backbone_lr: 
     return lambda name: lr
 
 
-def _undecayed_names(model: nn.Module, no_decay: tuple[str, ...]) -> set[str]:
+def undecayed_names(model: nn.Module, no_decay: tuple[str, ...]) -> set[str]:
+    """Return the names of the parameters that are not decayed; see `param_groups`."""
     names = set()
     if "norm" in no_decay:
         norms = [path for path, layer in model.named_modules() if isinstance(layer, NORM_LAYERS)]

@@ -117,7 +117,7 @@ class Schedule:
         begins = 1
         for stage in self.stages:
             if begins == epoch and stage is not self.stages[0]:
-                _require_growing(scheduler)
+                require_growing(scheduler)
                 report = unfreeze(model, *_layers(model, stage))
                 add_trainable(optimizer, param_groups(model, lr, weight_decay, **rates), scheduler)
                 return report
@@ -146,17 +146,31 @@ def add_trainable(
         if twin is not None:
             twin["params"].extend(new)
             continue
-        first = optimizer.param_groups[0]
-        factor = first["lr"] / first["initial_lr"] if first.get("initial_lr") else 1.0
-        optimizer.add_param_group({**group, "params": new, "initial_lr": group["lr"], "lr": group["lr"] * factor})
-        if scheduler is not None:
-            scheduler.base_lrs.append(group["lr"])
-            if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-                scheduler.lr_lambdas.append(scheduler.lr_lambdas[0])
+        add_group(optimizer, {**group, "params": new}, scheduler)
     return added
 
 
-def _require_growing(scheduler: torch.optim.lr_scheduler.LRScheduler | None) -> None:
+def add_group(
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+) -> None:
+    """Add a group to a running optimizer; its `lr` is that at the start of the schedule, which it joins where it is."""
+    first = optimizer.param_groups[0]
+    factor = first["lr"] / first["initial_lr"] if first.get("initial_lr") else 1.0
+    optimizer.add_param_group({**group, "initial_lr": group["lr"], "lr": group["lr"] * factor})
+    if scheduler is not None:
+        scheduler.base_lrs.append(group["lr"])
+        if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            scheduler.lr_lambdas.append(scheduler.lr_lambdas[0])
+
+
+def require_growing(scheduler: torch.optim.lr_scheduler.LRScheduler | None) -> None:
+    """Refuse a schedule that new groups cannot join.
+
+    Raises:
+        ConfigError: It is of such a kind.
+    """
     kinds = torch.optim.lr_scheduler
     if scheduler is None:
         return

@@ -1,5 +1,22 @@
 """Change a network's graph."""
 
+from regraft.surgery.edits import append, insert, truncate
+from regraft.surgery.graft import graft
 from regraft.surgery.head import replace_head
+from regraft.surgery.source import to_source
+from regraft.surgery.stem import replace_stem
+from regraft.surgery.stitch import stitch
+from regraft.surgery.swap import remove, replace
 
-__all__ = ["replace_head"]
+__all__ = [
+    "append",
+    "graft",
+    "insert",
+    "remove",
+    "replace",
+    "replace_head",
+    "replace_stem",
+    "stitch",
+    "to_source",
+    "truncate",
+]

@@ -42,6 +42,11 @@ class TrainConfig(BaseModel):
         schedule: `cosine`: linear warm-up over the first 5 % of the steps, then down to zero along a cosine;
             `constant`: no change.
         augment: Random changes of the photos that are learned from: `none`, `flip`, `standard` or `trivial`.
+        views: With `standard` and `trivial`: how many random versions of each photo there are; None: a new one in each
+            epoch. What is frozen is computed once for each version, so that only a number can be kept.
+        cache: Whether what is frozen is computed once, see `partition`.
+        fast: Whether convolutions may run in the order that is fastest, and what is computed once with batch norms
+            folded into them; equal up to rounding.
         loss: `cross-entropy`, `focal`; for numbers `mse`, `l1`, `huber`; None: the first of the task; or `py:…`.
         label_smoothing: Of the cross-entropy, in [0, 1).
         precision: Of the forward pass; `auto` is bf16 where a GPU has it, else fp32.
@@ -72,6 +77,9 @@ class TrainConfig(BaseModel):
     weight_decay: float = Field(default=0.05, ge=0)
     schedule: Schedule = "cosine"
     augment: Augmentation = "flip"
+    views: int | None = Field(default=None, ge=1, lt=1000)
+    cache: bool = True
+    fast: bool = True
     loss: str | None = None
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     precision: Precision = "auto"

@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,22 @@ from torch import nn
 
 from regraft.anatomy.modes import preserved_randomness
 from regraft.card import attach
-from regraft.errors import Interrupted, LossError
+from regraft.data.folders import Listing
+from regraft.errors import Interrupted, LossError, ModelError
 from regraft.freezing.schedule import Schedule
 from regraft.progress import SILENT, Progress
 from regraft.training.config import TrainConfig
-from regraft.training.loop import score, train_epoch
-from regraft.training.material import list_if_folder, read_material
+from regraft.training.loop import Engine, channels_last, choose_engine, score, train_epoch
+from regraft.training.material import Material, again, list_if_folder, read_material
 from regraft.training.metrics import Metrics, measure
-from regraft.training.prepare import Job, check_options, prepare_job, prepare_model, unchanged_on_failure
+from regraft.training.prepare import (
+    Job,
+    check_options,
+    make_extractor,
+    prepare_job,
+    prepare_model,
+    unchanged_on_failure,
+)
 from regraft.training.result import EpochRecord, FitResult
 from regraft.training.run_folder import RunFolder
 from regraft.zoo import preprocessing_of
@@ -75,14 +84,50 @@ def fit(
         with unchanged_on_failure(model):
             with clock.phase("model"):
                 built = prepare_model(model, listing, config, trust_code=trust_code)
+                engine = replace(choose_engine(config.device, config.precision), has_channels_last=config.fast)
+                built.to(engine.device)
             with clock.phase("reading"):
-                material = read_material(data, listing, preprocessing_of(built), config, progress)
+                material = _read(built, data, listing, config, engine, progress)
             own_loss = loss if callable(loss) else None
             name = model if isinstance(model, str) else None
-            job = prepare_job(built, name, material, config, own_loss, trust_code=trust_code)
-        for line in job.plan.lines(config):
+            job = prepare_job(built, name, material, config, engine, own_loss, trust_code=trust_code)
+        for line in [*job.plan.lines(config), *(material.frontier.lines() if material.frontier else ())]:
             progress.say(line)
-        return _train(job, config, folder, clock, progress)
+        if job.sweep is not None:
+            progress.say(f"chosen     {job.sweep}")
+        with channels_last(job.model) if engine.has_channels_last else nullcontext():
+            return _train(job, config, folder, clock, progress)
+
+
+def _read(
+    model: nn.Module, data: Any, listing: Listing | None, config: TrainConfig, engine: Engine, progress: Progress
+) -> Material:
+    """Read the data, and compute what is constant once where that can be done."""
+    extractor, reason = make_extractor(model, data, config, engine)
+    preprocessing = preprocessing_of(model)
+    try:
+        material = read_material(data, listing, preprocessing, config, progress, extractor)
+    except ModelError as error:  # of the extractor alone: nothing else runs the model here
+        extractor, reason = None, str(error)
+        material = read_material(data, listing, preprocessing, config, progress)
+    if extractor is None and reason is not None:
+        progress.say(f"frontier   every epoch runs the whole network: {reason}")
+    return material
+
+
+def _thaw(job: Job, config: TrainConfig, epoch: int, progress: Progress) -> Job:
+    """Make layers trainable where it is time, and split the network anew."""
+    assert job.unfreezing is not None
+    thawed = job.unfreezing.advance(epoch, job.model, job.optimizer, scheduler=job.schedule, **job.rates)
+    if thawed is None:
+        return job
+    progress.say(f"unfreezing {thawed}")
+    if job.material.frontier is None:
+        return job
+    extractor, _ = make_extractor(job.model, job.material.photos, config, job.engine)
+    material = again(job.material, config, extractor)
+    live = material.frontier.parts.suffix if material.frontier is not None else job.model
+    return replace(job, material=material, live=live)
 
 
 def _train(job: Job, config: TrainConfig, folder: RunFolder | None, clock: "_Clock", progress: Progress) -> FitResult:
@@ -93,19 +138,18 @@ def _train(job: Job, config: TrainConfig, folder: RunFolder | None, clock: "_Clo
         for epoch in range(1, config.epochs + 1):
             began = time.perf_counter()
             if job.unfreezing is not None:
-                thawed = job.unfreezing.advance(epoch, job.model, job.optimizer, scheduler=job.schedule, **job.rates)
-                if thawed is not None:
-                    progress.say(f"unfreezing {thawed}")
+                with clock.phase("reading"):
+                    job = _thaw(job, config, epoch, progress)
             sampler: Any = getattr(job.material.train, "sampler", None)
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
             batches = progress.track(job.material.train, f"epoch {epoch}/{config.epochs}", _length(job.material.train))
             with clock.phase("training"):
                 train_loss = train_epoch(
-                    job.model, batches, job.criterion, job.optimizer, job.schedule, scaler, job.engine
+                    job.live, batches, job.criterion, job.optimizer, job.schedule, scaler, job.engine
                 )
             with clock.phase("validation"):
-                outputs, targets = score(job.model, job.material.validation, job.engine)
+                outputs, targets = score(job.live, job.material.validation, job.engine)
                 found = measure(outputs, targets, _class_names(job, outputs))
                 _require_finite(found, job)
             lr, seconds = job.optimizer.param_groups[0]["lr"], time.perf_counter() - began

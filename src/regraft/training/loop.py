@@ -1,7 +1,7 @@
 """The training loop itself, and the matching loop that only looks."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from regraft.anatomy.modes import evaluation_mode
 from regraft.errors import LossError, ModelError
 from regraft.training.losses import Loss, check_loss
 
+Inputs = torch.Tensor | tuple[torch.Tensor, ...]
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -20,10 +22,13 @@ class Engine:
     Attributes:
         device: As torch names it.
         autocast_dtype: bfloat16 or float16 for mixed precision; None for plain float32.
+        has_channels_last: Whether maps (N, C, H, W) have their channels last in memory, with which convolutions are
+            faster, and equal up to rounding.
     """
 
     device: torch.device
     autocast_dtype: torch.dtype | None = None
+    has_channels_last: bool = False
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which forward passes run."""
@@ -39,7 +44,7 @@ class Engine:
 
 def train_epoch(
     model: nn.Module,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterable[tuple[Inputs, torch.Tensor]],
     criterion: Loss,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
@@ -54,9 +59,9 @@ def train_epoch(
     model.train()
     total, count = 0.0, 0
     for step, (inputs, targets) in enumerate(batches, start=1):
-        inputs, targets = inputs.to(engine.device), targets.to(engine.device)
+        targets = targets.to(engine.device)
         with engine.autocast():
-            loss = check_loss(criterion(main_output(model(inputs)), targets))
+            loss = check_loss(criterion(main_output(run(model, inputs, engine)), targets))
         if not torch.isfinite(loss):
             raise LossError(
                 f"the loss is {loss.item()} at step {step} of this epoch (learning rate "
@@ -73,7 +78,7 @@ def train_epoch(
 
 
 def score(
-    model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], engine: Engine
+    model: nn.Module, batches: Iterable[tuple[Inputs, torch.Tensor]], engine: Engine
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run `model` in evaluation mode over the batches; its own mode is as before afterwards.
 
@@ -83,9 +88,38 @@ def score(
     outputs, expected = [], []
     with evaluation_mode(model), torch.inference_mode(), engine.autocast():
         for inputs, targets in batches:
-            outputs.append(main_output(model(inputs.to(engine.device))).float().cpu())
+            outputs.append(main_output(run(model, inputs, engine)).float().cpu())
             expected.append(targets.cpu())
     return torch.cat(outputs), torch.cat(expected)
+
+
+def run(model: nn.Module, inputs: Inputs, engine: Engine) -> Any:
+    """Call `model` with one tensor, or with several, on the engine's device."""
+    given = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
+    return model(*(_placed(tensor, engine) for tensor in given))
+
+
+@contextlib.contextmanager
+def channels_last(model: nn.Module) -> Iterator[None]:
+    """Keep the kernels of convolutions with their channels last in memory inside the block; no value changes."""
+    convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    _lay_out(convolutions, torch.channels_last)
+    try:
+        yield
+    finally:
+        _lay_out(convolutions, torch.contiguous_format)
+
+
+def _lay_out(layers: list[nn.Conv2d], memory_format: torch.memory_format) -> None:
+    for layer in layers:
+        for tensor in layer.parameters(recurse=False):
+            if tensor.ndim == 4:
+                tensor.data = tensor.data.contiguous(memory_format=memory_format)
+
+
+def _placed(tensor: torch.Tensor, engine: Engine) -> torch.Tensor:
+    is_map = engine.has_channels_last and tensor.ndim == 4
+    return tensor.to(engine.device, memory_format=torch.channels_last if is_map else torch.preserve_format)
 
 
 def main_output(output: Any) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """What is learned from and measured on: folders, tables, datasets and loaders → batches."""
 
 from collections.abc import Iterable, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,38 @@ from torch.utils.data import DataLoader, Dataset
 from regraft.card import Preprocessing
 from regraft.data.decode import Unreadable
 from regraft.data.folders import Listing, Task, list_data
-from regraft.data.photos import Photos, loader, read_photos
+from regraft.data.photos import Photos, SeededShuffle, loader, read_photos
 from regraft.data.transforms import augmentation
 from regraft.errors import DataError
+from regraft.frontier.partition import Partition
 from regraft.progress import Progress
 from regraft.training.config import TrainConfig
+from regraft.training.features import Extractor, FeatureBatches, Features
+from regraft.training.loop import Inputs
+
+MEASURED_AT_A_TIME = 256
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """What is computed once, and what runs in every epoch.
+
+    Attributes:
+        parts: The two parts of the network.
+        train: Features to learn from.
+        validation: Features to measure on.
+    """
+
+    parts: Partition
+    train: Features
+    validation: Features
+
+    def lines(self) -> list[str]:
+        """Say what was saved, a line each."""
+        seconds = self.train.seconds + self.validation.seconds
+        how = "found in the cache" if self.train.was_found and self.validation.was_found else "computed once"
+        views = f", {self.train.views} versions of each photo" if self.train.views > 1 else ""
+        return [f"frontier   {self.parts}", f"           {how} in {seconds:.1f} s{views}, kept in {self.train.place}"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +57,8 @@ class Material:
         listing: What the folder held; None for datasets and loaders.
         paths: The validation photos, in order; empty for datasets that are no files.
         unreadable: Files that are skipped.
+        photos: The photos to learn from and those to measure on, where the data is photos.
+        frontier: What was computed once for all epochs; None where the whole network runs in each.
     """
 
     train: Iterable[Any]
@@ -39,6 +68,8 @@ class Material:
     listing: Listing | None = None
     paths: tuple[Path, ...] = ()
     unreadable: tuple[Unreadable, ...] = ()
+    photos: tuple[Photos, Photos] | None = None
+    frontier: Frontier | None = None
 
 
 def list_if_folder(data: Any, config: TrainConfig) -> Listing | None:
@@ -49,33 +80,53 @@ def list_if_folder(data: Any, config: TrainConfig) -> Listing | None:
 
 
 def read_material(
-    data: Any, listing: Listing | None, preprocessing: Preprocessing, config: TrainConfig, progress: Progress
+    data: Any,
+    listing: Listing | None,
+    preprocessing: Preprocessing,
+    config: TrainConfig,
+    progress: Progress,
+    extractor: Extractor | None = None,
 ) -> Material:
-    """Decode the photos of a folder, or take datasets and loaders as they are."""
+    """Decode the photos of a folder, or take datasets and loaders as they are.
+
+    With an extractor, the batches are of what its constant part gives for photos (`FeatureBatches`).
+    """
     if listing is None:
-        return _given_material(data, config)
-    parts, unreadable = [], []
-    for samples, description in ((listing.train, "reading photos"), (listing.validation, "reading validation photos")):
-        photos, failed = read_photos(
-            samples, preprocessing, classes=listing.classes, description=description, progress=progress
-        )
-        parts.append(photos)
+        return _given_material(data, config, extractor)
+    versions = (augmentation(config.augment, preprocessing, config.views), augmentation("none", preprocessing))
+    photos, unreadable, features = [], [], []
+    for samples, seen, description in (
+        (listing.train, versions[0], "reading photos"),
+        (listing.validation, versions[1], "reading validation photos"),
+    ):
+        if extractor is not None:
+            found, part, failed = extractor.of_samples(
+                samples, seen, listing.classes, description=description, progress=progress
+            )
+            features.append(found)
+        else:
+            part, failed = read_photos(
+                samples, preprocessing, classes=listing.classes, description=description, progress=progress
+            )
+        photos.append(part.augmented(seen))
         unreadable += failed
     _require_readable(unreadable, len(listing.train) + len(listing.validation), config.max_unreadable)
-    material = _photo_material(parts[0], parts[1], config)
-    _require_all_classes(material.classes, parts[0])
-    return Material(
-        material.train,
-        material.validation,
-        listing.task,
-        listing.classes,
-        listing,
-        tuple(sample.path for sample in parts[1].samples),
-        tuple(unreadable),
-    )
+    frontier = Frontier(extractor.parts, *features) if extractor is not None else None
+    material = _photo_material(photos[0], photos[1], config, frontier)
+    _require_all_classes(material.classes, photos[0])
+    return replace(material, task=listing.task, classes=listing.classes, listing=listing, unreadable=tuple(unreadable))
 
 
-def _given_material(data: Any, config: TrainConfig) -> Material:
+def again(material: Material, config: TrainConfig, extractor: Extractor | None) -> Material:
+    """Return the same photos for a network whose flags have changed."""
+    assert material.photos is not None
+    features = [extractor.of_photos(part) for part in material.photos] if extractor is not None else None
+    frontier = Frontier(extractor.parts, *features) if extractor is not None and features is not None else None
+    fresh = _photo_material(*material.photos, config, frontier)
+    return replace(material, train=fresh.train, validation=fresh.validation, frontier=frontier)
+
+
+def _given_material(data: Any, config: TrainConfig, extractor: Extractor | None) -> Material:
     if not (isinstance(data, (tuple, list)) and len(data) == 2):
         raise DataError(
             f"data is a {type(data).__name__}, expected a folder, a .csv table, or a pair (train, validation) of "
@@ -83,7 +134,10 @@ def _given_material(data: Any, config: TrainConfig) -> Material:
         )
     train, validation = data
     if isinstance(train, Photos) and isinstance(validation, Photos):
-        return _photo_material(train, validation, config)
+        train = train.augmented(augmentation(config.augment, train.preprocessing, config.views))
+        features = [extractor.of_photos(part) for part in (train, validation)] if extractor is not None else []
+        frontier = Frontier(extractor.parts, *features) if extractor is not None else None
+        return _photo_material(train, validation, config, frontier)
     batches, measured = _batches(train, config, shuffle=True), _batches(validation, config, shuffle=False)
     for part, found in (("training", batches), ("validation", measured)):
         if isinstance(found, Sized) and len(found) == 0:
@@ -96,14 +150,22 @@ def _given_material(data: Any, config: TrainConfig) -> Material:
     return Material(batches, measured, "classification", tuple(map(str, names)) if names else None)
 
 
-def _photo_material(train: Photos, validation: Photos, config: TrainConfig) -> Material:
-    changed = train.augmented(augmentation(config.augment, train.preprocessing))
+def _photo_material(train: Photos, validation: Photos, config: TrainConfig, frontier: Frontier | None) -> Material:
+    if frontier is not None:
+        sampler = SeededShuffle(len(train), config.seed)
+        batches: Iterable[Any] = FeatureBatches(frontier.train, train, config.batch_size, sampler)
+        measured: Iterable[Any] = FeatureBatches(frontier.validation, validation, MEASURED_AT_A_TIME)
+    else:
+        batches = loader(train, config.batch_size, shuffle_seed=config.seed, workers=config.workers)
+        measured = loader(validation, config.batch_size, workers=config.workers)
     return Material(
-        loader(changed, config.batch_size, shuffle_seed=config.seed, workers=config.workers),
-        loader(validation, config.batch_size, workers=config.workers),
+        batches,
+        measured,
         "regression" if train.classes is None else "classification",
         train.classes,
         paths=tuple(sample.path for sample in validation.samples),
+        photos=(train, validation),
+        frontier=frontier,
     )
 
 
@@ -125,8 +187,10 @@ def _batches(data: Any, config: TrainConfig, *, shuffle: bool) -> Iterable[Any]:
     )
 
 
-def first_batch(batches: Iterable[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def first_batch(batches: Iterable[Any]) -> tuple[Inputs, torch.Tensor]:
     """Take the first (inputs, targets), or say what else was there."""
+    if isinstance(batches, FeatureBatches):
+        return next(iter(batches))
     first = next(iter(batches), None)
     if not (isinstance(first, (tuple, list)) and len(first) == 2 and all(isinstance(x, torch.Tensor) for x in first)):
         raise DataError(

@@ -15,17 +15,22 @@ from regraft.anatomy.modes import evaluation_mode
 from regraft.card import ATTRIBUTE, attach, card_of
 from regraft.checkpoint.build import create_model
 from regraft.data.folders import Listing, Task
-from regraft.errors import ConfigError, ModelError
+from regraft.data.photos import Photos
+from regraft.data.transforms import is_random
+from regraft.errors import ConfigError, EditError, ModelError
 from regraft.freezing.audit import audit
 from regraft.freezing.freeze import freeze, settle, unfreeze
 from regraft.freezing.groups import build_optimizer, optimizer_class
 from regraft.freezing.schedule import Schedule
 from regraft.freezing.state import FreezeState
+from regraft.frontier.store import Store
 from regraft.training.config import FINE_TUNE_LR, HEAD_LR, SCRATCH_LR, TrainConfig
-from regraft.training.loop import Engine, choose_engine, main_output
+from regraft.training.features import Extractor, FeatureBatches
+from regraft.training.loop import Engine, Inputs, choose_engine, main_output, run
 from regraft.training.losses import Loss, build_loss, check_loss
 from regraft.training.material import Material, first_batch
 from regraft.training.result import Plan
+from regraft.training.sweep import Sweep, sweep_rates
 from regraft.zoo import preprocessing_of
 
 WARM_UP_SHARE = 0.05
@@ -37,11 +42,15 @@ class Job:
     """Everything that the training loop needs.
 
     Attributes:
+        model: The whole network.
+        live: What runs in every epoch: the network, or the part of it that takes the features of `material`.
         rates: The arguments of `param_groups`, for layers that join later.
         unfreezing: Which layers join when; None: none do.
+        sweep: What several learning rates came to; None where one was given, or tried is not worth it.
     """
 
     model: nn.Module
+    live: nn.Module
     material: Material
     criterion: Loss
     optimizer: torch.optim.Optimizer
@@ -50,6 +59,7 @@ class Job:
     plan: Plan
     rates: dict[str, Any]
     unfreezing: Schedule | None
+    sweep: Sweep | None
 
 
 def check_options(config: TrainConfig, task: Task | None, *, trust_code: bool) -> None:
@@ -110,24 +120,36 @@ def prepare_model(
 
 
 def prepare_job(
-    model: nn.Module, name: str | None, material: Material, config: TrainConfig, loss: Loss | None, *, trust_code: bool
+    model: nn.Module,
+    name: str | None,
+    material: Material,
+    config: TrainConfig,
+    engine: Engine,
+    loss: Loss | None,
+    *,
+    trust_code: bool,
 ) -> Job:
     """Put loss, optimizer and schedule beside model and data, audit them, and try one batch."""
-    engine = choose_engine(config.device, config.precision)
     criterion = loss or build_loss(
         config.loss, material.task, label_smoothing=config.label_smoothing, trust_code=trust_code
     )
-    model.to(engine.device)
+    live = material.frontier.parts.suffix if material.frontier is not None else model
     if isinstance(criterion, nn.Module):
         criterion.to(engine.device)
     rates = _rates(model, config)
+    sweep = None
+    if config.lr is None and isinstance(material.train, FeatureBatches) and _is_sweepable(model, config):
+        options = {"epochs": config.epochs, "weight_decay": config.weight_decay, "seed": config.seed}
+        sweep = sweep_rates(live, material.train, criterion, engine, **options)
+        rates = rates if sweep is None else {**rates, "lr": sweep.best}
     optimizer = build_optimizer(config.optimizer, model, **rates)
     if findings := audit(model, optimizer):
         raise ModelError(f"{type(model).__name__} cannot be trained as it is: {findings[0]}")
-    _try_one_batch(model, material, criterion, engine)
+    _try_one_batch(live, material, criterion, engine)
     attach(model, classes=material.classes, task=material.task, preprocessing=preprocessing_of(model))
     return Job(
         model=model,
+        live=live,
         material=material,
         criterion=criterion,
         optimizer=optimizer,
@@ -136,6 +158,7 @@ def prepare_job(
         plan=_plan(model, name, material, rates["lr"], engine),
         rates=rates,
         unfreezing=Schedule.parse(config.unfreeze) if config.unfreeze is not None else None,
+        sweep=sweep,
     )
 
 
@@ -177,14 +200,15 @@ def _rates(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
 
 def _try_one_batch(model: nn.Module, material: Material, criterion: Loss, engine: Engine) -> None:
     """Run the model and the loss on one batch, so that what does not fit is said before the first epoch."""
-    inputs, targets = (tensor.to(engine.device) for tensor in first_batch(material.train))
+    inputs, targets = first_batch(material.train)
+    targets = targets.to(engine.device)
     with evaluation_mode(model), torch.no_grad(), engine.autocast():
         try:
-            output = main_output(model(inputs))
+            output = main_output(run(model, inputs, engine))
         except (RuntimeError, TypeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise ModelError(
-                f"{type(model).__name__} fails on a batch of shape {tuple(inputs.shape)}: {reason}. "
+                f"{type(model).__name__} fails on a batch of shape {_shapes(inputs)}: {reason}. "
                 "Give inputs of the shape that it was made for."
             ) from error
         if material.task == "classification" and output.ndim == 2:
@@ -198,14 +222,50 @@ def _try_one_batch(model: nn.Module, material: Material, criterion: Loss, engine
         check_loss(criterion(output, targets))
 
 
+def _extractor(model: nn.Module, config: TrainConfig, engine: Engine) -> Extractor:
+    return Extractor(model, engine, fast=config.fast, keep_pixels=config.unfreeze is not None, store=Store())
+
+
+def _shapes(inputs: Inputs) -> str:
+    return ", ".join(str(tuple(one.shape)) for one in ([inputs] if isinstance(inputs, torch.Tensor) else inputs))
+
+
+def make_extractor(
+    model: nn.Module, data: Any, config: TrainConfig, engine: Engine
+) -> tuple[Extractor | None, str | None]:
+    """Prepare to compute what is constant once, where the data and the network allow it.
+
+    Returns:
+        The extractor, or None and the reason; no reason where there is nothing to say.
+    """
+    pair = data if isinstance(data, (tuple, list)) else ()
+    if not config.cache or (pair and not all(isinstance(part, Photos) for part in pair)):
+        return None, None
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return None, None
+    if is_random(config.augment) and config.views is None:
+        return None, f"augment {config.augment} draws each photo anew in every epoch. A number of --views can be kept"
+    try:
+        return _extractor(model, config, engine), None
+    except (ModelError, EditError) as error:
+        return None, str(error)
+
+
+def _is_sweepable(model: nn.Module, config: TrainConfig) -> bool:
+    return config.optimizer.lower() == "adamw" and config.unfreeze is None and _is_head_alone_trained(model)
+
+
 def _default_lr(model: nn.Module) -> float:
     if all(parameter.requires_grad for parameter in model.parameters()):
         recipe = card_of(model).recipe
         return SCRATCH_LR if recipe is None or recipe.source.weights == "none" else FINE_TUNE_LR
+    return HEAD_LR if _is_head_alone_trained(model) else FINE_TUNE_LR
+
+
+def _is_head_alone_trained(model: nn.Module) -> bool:
     heads = [model.get_submodule(path) for path in find_heads(model)]
     in_heads = {id(parameter) for head in heads for parameter in head.parameters()}
-    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    return HEAD_LR if trained <= in_heads else FINE_TUNE_LR
+    return {id(parameter) for parameter in model.parameters() if parameter.requires_grad} <= in_heads
 
 
 def _schedule(

@@ -1,0 +1,59 @@
+"""Compute every value of a graph on shapes alone, and tell values of two graphs of one network apart."""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_arg
+
+from regraft.anatomy.graph import Flow, is_size
+from regraft.anatomy.modes import preserved_randomness, silenced
+from regraft.anatomy.tracing import FAKES
+from regraft.anatomy.twins import fake_twin
+
+Values = dict[fx.Node, Any]
+Sizes = dict[str, tuple[Any, Any]]
+
+BATCHES = (2, 3)  # numbers of images that tell what follows the batch from what does not
+
+
+def compute_values(model: nn.Module, flow: Flow, inputs: tuple[Any, ...], count: int) -> Values:
+    """Compute every value of a graph on shapes alone, for a batch of `count` images shaped as those in `inputs`."""
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with preserved_randomness(), silenced(FAKES):
+        twin = fake_twin(model, fake_mode)
+        for name, tensor in flow.constants.items():
+            setattr(twin, name, tensor)
+        runner = _Interpreter(twin, garbage_collect_values=False, graph=flow.graph)
+        with fake_mode, torch.no_grad():
+            runner.run(*(torch.empty((count, *x.shape[1:]), dtype=x.dtype) for x in inputs))
+    return runner.env
+
+
+def sizes_of(graph: fx.Graph, values: list[Values]) -> Sizes:
+    """Return, for each size that a graph reads, what it is for either of `BATCHES`."""
+    return {value_key(node): (values[0][node], values[1][node]) for node in graph.nodes if is_size(node)}
+
+
+def value_key(node: fx.Node) -> str:
+    """Say what a value is, in words that are the same in the graphs of both modes."""
+    if "regraft_key" not in node.meta:
+        given = map_arg((node.args, node.kwargs), lambda source: value_key(source))
+        node.meta["regraft_key"] = hashlib.sha256(repr((node.op, str(node.target), given)).encode()).hexdigest()
+    return node.meta["regraft_key"]
+
+
+class _Interpreter(fx.Interpreter):
+    """Gives layers lists that they may change, as their forwards do."""
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return tuple(_mutable(value) for value in args), {name: _mutable(value) for name, value in kwargs.items()}
+
+
+def _mutable(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_mutable(item) for item in value]
+    return {key: _mutable(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,185 @@
+"""Plans: a network as a file that people write, with its source, its weights, its edits and what is frozen.
+
+    source = "resnet18"
+    weights = "resnet18_300.safetensors"
+
+    [[edits]]
+    truncate = { drop = 1 }
+
+    [[edits]]
+    append = { layers = ["Linear(512, 400)", "ReLU()", "Linear(400, 300)"] }
+
+    [freeze]
+    until = "layer3.0"
+
+An edit is one of regraft's functions with its arguments, as in Python; layers are text. The recipe in a checkpoint
+holds the same steps.
+"""
+
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
+from torch import nn
+
+from regraft.card import Recipe, Source, Step, attach, card_of
+from regraft.checkpoint.build import create_model
+from regraft.checkpoint.read import load
+from regraft.errors import ConfigError, EditError
+from regraft.freezing.freeze import freeze
+from regraft.surgery.layerspec import construct
+from regraft.surgery.recipe import apply_step
+
+SUFFIX = ".safetensors"
+
+
+class Freezing(BaseModel):
+    """What a plan freezes: patterns as `select` takes them, and everything up to a layer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layers: tuple[str, ...] = ()
+    until: str | None = None
+
+
+class Plan(BaseModel):
+    """A network to build.
+
+    Attributes:
+        source: A name as `create_model` takes it, a checkpoint file, or layers of torch.nn as text.
+        weights: As `create_model` takes them; of no account where the source is a checkpoint or layers.
+        edits: What is done to it, in this order.
+        freeze: What is frozen at the end.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    weights: str = "default"
+    edits: tuple[Step, ...] = ()
+    freeze: Freezing = Field(default_factory=Freezing)
+
+    @field_validator("edits", mode="before")
+    @classmethod
+    def _read_edits(cls, edits: Any) -> Any:
+        if not isinstance(edits, (list, tuple)):
+            raise ValueError("expected a list of edits, each [[edits]] with one line such as truncate = { drop = 1 }")
+        return [edit if isinstance(edit, Step) else _read_edit(edit) for edit in edits]
+
+    @field_serializer("edits")
+    def _write_edits(self, edits: tuple[Step, ...]) -> list[dict[str, Any]]:
+        return [{edit.operation: edit.arguments} for edit in edits]
+
+    def to_toml(self) -> str:
+        """Write the plan as the text of a TOML file."""
+        import tomli_w
+
+        values = self.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+        edits = "".join(f"\n[[edits]]\n{step.operation} = {_inline(step.arguments)}\n" for step in self.edits)
+        tables = {name: values.pop(name) for name in ("freeze",) if name in values}
+        values.pop("edits", None)
+        return tomli_w.dumps(values) + edits + ("\n" + tomli_w.dumps(tables) if tables else "")
+
+
+def read_plan(path: str | os.PathLike[str]) -> Plan:
+    """Read a plan from a TOML file.
+
+    Raises:
+        ConfigError: The file is missing or malformed; the message names the entry.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"no plan '{file}' (looked from {Path.cwd()}). Give the path of a .toml file.")
+    try:
+        return Plan.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"'{file}' is not TOML: {error}.") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "plan"
+        reason = problem["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"the plan '{file}' is wrong at '{where}': {reason}.") from error
+
+
+def build_plan(plan: Plan, *, trust_code: bool = False) -> nn.Module:
+    """Build the network that a plan describes, new layers with fresh weights.
+
+    Raises:
+        ModelError: The source is unknown.
+        EditError: An edit does not fit; the message says which.
+        SelectionError: A path or pattern names nothing.
+        TrustError: The plan names code of the user's own, and `trust_code` is false.
+    """
+    model = _source(plan, trust_code)
+    for position, step in enumerate(plan.edits, 1):
+        try:
+            model = apply_step(model, step, trust_code=trust_code)
+        except EditError as error:
+            raise EditError(f"edit {position} of {len(plan.edits)}: {error}") from error
+    if plan.freeze.layers or plan.freeze.until is not None:
+        freeze(model, *plan.freeze.layers, until=plan.freeze.until)
+    return model
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """Write down the plan of a network whose recipe is known.
+
+    Raises:
+        EditError: It has no recipe, or is made of several networks, each of which has a plan of its own.
+    """
+    recipe = card_of(model).recipe
+    if recipe is None:
+        raise EditError(
+            f"{type(model).__name__} has no recipe, so how it was made is unknown. Models of create_model that were "
+            "changed with regraft's edits alone have one."
+        )
+    if recipe.source.parts:
+        raise EditError(f"a network made by {recipe.source.name} has several sources, which one plan cannot hold.")
+    source = recipe.source.layers or recipe.source.name
+    freezing = Freezing(layers=tuple(_frozen(model, "")))
+    return Plan(source=source, weights=recipe.source.weights, edits=recipe.steps, freeze=freezing)
+
+
+def _source(plan: Plan, trust_code: bool) -> nn.Module:
+    if plan.source.endswith(SUFFIX):
+        return load(plan.source, trust_code=trust_code).train()
+    if plan.source.endswith(")"):
+        model = construct(plan.source, trust_code=trust_code)
+        return attach(model, recipe=Recipe(source=Source(name="torch.nn", layers=plan.source)))
+    return create_model(plan.source, weights=plan.weights, trust_code=trust_code)
+
+
+def _inline(value: Any) -> str:
+    """Write a value as TOML on one line, which a person reads more easily than a table for each."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{name} = {_inline(item)}" for name, item in value.items()) + " }"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_inline, value)) + "]"
+    return json.dumps(value)  # whose strings, numbers and booleans are TOML's as well
+
+
+def _read_edit(edit: Any) -> Step:
+    if not isinstance(edit, dict) or len(edit) != 1:
+        raise ValueError(f"each edit holds one operation, as in truncate = {{ drop = 1 }}, not {edit!r}")
+    ((operation, arguments),) = edit.items()
+    known = get_args(Step.model_fields["operation"].annotation)
+    if operation not in known:
+        raise ValueError(f"no edit '{operation}', expected one of {', '.join(known)}")
+    if not isinstance(arguments, dict):
+        raise ValueError(f"the edit '{operation}' needs its arguments by name, as in {operation} = {{ path = … }}")
+    return Step(operation=cast(Any, operation), arguments=arguments)
+
+
+def _frozen(layer: nn.Module, path: str) -> list[str]:
+    """List the patterns that select what is frozen: whole layers where possible, single parameters elsewhere."""
+    flags = [parameter.requires_grad for parameter in layer.parameters()]
+    if all(flags):
+        return []
+    if not any(flags):
+        return [path]
+    own = [name for name, parameter in layer.named_parameters(recurse=False) if not parameter.requires_grad]
+    inner = [found for name, child in layer.named_children() for found in _frozen(child, f"{path}.{name}".lstrip("."))]
+    return [*(f"params:{path}.{name}".replace(":.", ":") for name in own), *inner]

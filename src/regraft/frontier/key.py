@@ -1,0 +1,73 @@
+"""What a cached value is called: a digest of everything that it depends on."""
+
+import functools
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regraft.checkpoint.digest import tensor_digest
+from regraft.surgery.rewired import Rewired
+
+VERSION = 1  # of how values are computed and stored
+
+
+def features_key(prefix: nn.Module, files: Sequence[Path], **circumstances: Any) -> str:
+    """Return the name of the values that `prefix` gives for these files.
+
+    Args:
+        prefix: The constant part.
+        files: The photos, in order; their contents count, not their names.
+        **circumstances: JSON data that the values depend on as well, such as the preprocessing.
+    """
+    content = {
+        "version": VERSION,
+        "prefix": network_digest(prefix),
+        "files": file_digests(files),
+        "circumstances": circumstances,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def network_digest(network: nn.Module) -> str:
+    """Return a digest of a network's structure and of every value in it."""
+    found = hashlib.sha256(repr(network).encode())
+    for source in sorted({_source(type(layer)) for layer in network.modules() if not isinstance(layer, Rewired)}):
+        found.update(source.encode())
+    if isinstance(network, Rewired):
+        for program in network.programs:
+            found.update(program.code.encode())
+    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+        found.update(f"{name} {tensor_digest(tensor.detach().cpu())}\n".encode())
+    return found.hexdigest()
+
+
+def file_digests(files: Sequence[Path]) -> list[str]:
+    """Return a digest of the content of each file, in order; empty for a file that cannot be read."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(_file_digest, files))
+
+
+def _file_digest(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+    except OSError:
+        return ""
+
+
+@functools.lru_cache(maxsize=1000)
+def _source(kind: type[nn.Module]) -> str:
+    """Return the code of a class, as far as it can be found; that of torch's own is known by its version."""
+    if kind.__module__.startswith("torch."):
+        return str(torch.__version__)
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return kind.__qualname__

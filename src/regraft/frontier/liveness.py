@@ -1,0 +1,99 @@
+"""What is live: random, trainable, or dependent on something that is.
+
+Everything else is constant: its value for an image is the same in every epoch, so it is computed once.
+"""
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from regraft.anatomy.drift import is_pinned, would_move
+from regraft.anatomy.graph import Flow, is_training_flag
+
+RANDOM = frozenset(
+    {
+        "bernoulli", "bernoulli_", "exponential_", "geometric_", "log_normal_", "multinomial", "normal", "normal_",
+        "poisson", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "random_", "randperm",
+        "rrelu", "rrelu_", "uniform_", "gumbel_softmax", "cauchy_", "fractional_max_pool2d", "fractional_max_pool3d",
+    }
+)  # fmt: skip
+DROPPING = frozenset({"alpha_dropout", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"})
+ATTENTION = "scaled_dot_product_attention"
+
+
+def mixed_layers(model: nn.Module) -> list[str]:
+    """List the layers that are worth looking into: those that are neither live nor constant as a whole.
+
+    Layers of torch.nn are not looked into, but for the containers among them.
+    """
+    return [path for path, layer in model.named_modules() if path and _is_mixed(layer)]
+
+
+def is_live_layer(layer: nn.Module) -> bool:
+    """Say whether what a layer gives may differ from epoch to epoch for the same input, while the model trains."""
+    return any(parameter.requires_grad for parameter in layer.parameters()) or not _is_settled(layer)
+
+
+def live_nodes(flow: Flow, model: nn.Module) -> set[fx.Node]:
+    """Return the values of a graph that are live while `model` trains."""
+    live: set[fx.Node] = set()
+    for node in flow.graph.nodes:
+        if any(source in live for source in node.all_input_nodes) or _begins_to_live(node, model):
+            live.add(node)
+    return live
+
+
+def _begins_to_live(node: fx.Node, model: nn.Module) -> bool:
+    if node.op == "call_module":
+        return is_live_layer(model.get_submodule(str(node.target)))
+    if node.op == "get_attr":
+        return _is_live_attribute(str(node.target), model)
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name in RANDOM:
+        return True
+    if name in DROPPING:
+        return _argument(node, "p", 1, 0.5) != 0 and _argument(node, "training", 2, True) is not False
+    if name == ATTENTION:
+        return _argument(node, "dropout_p", 4, 0.0) != 0
+    if name == "batch_norm":
+        return _argument(node, "training", 5, False) is True
+    return False
+
+
+def _is_live_attribute(path: str, model: nn.Module) -> bool:
+    owner, _, name = path.rpartition(".")
+    layer = model.get_submodule(owner)
+    if is_training_flag(path):
+        return not is_pinned(layer)
+    found = getattr(layer, name, None)
+    return isinstance(found, torch.Tensor) and found.requires_grad
+
+
+def _is_mixed(layer: nn.Module) -> bool:
+    if type(layer).__module__.startswith("torch.nn.modules.") and not isinstance(layer, (nn.Sequential, nn.ModuleList)):
+        return False
+    flags = {parameter.requires_grad for parameter in layer.parameters()}
+    if flags == {True}:
+        return False  # live as a whole, whatever is in it
+    return True in flags or not _is_settled(layer)
+
+
+def _is_settled(layer: nn.Module) -> bool:
+    """Say whether the mode changes nothing of what a layer without trainable parameters gives."""
+    return not any(_may_depend_on_mode(inner) for inner in layer.modules())
+
+
+def _may_depend_on_mode(layer: nn.Module) -> bool:
+    if is_pinned(layer):
+        return False
+    builtin = type(layer).__module__.startswith("torch.nn.modules.")
+    return would_move(layer) is not None or not builtin
+
+
+def _argument(node: fx.Node, name: str, position: int, default: Any) -> Any:
+    if name in node.kwargs:
+        return node.kwargs[name]
+    return node.args[position] if len(node.args) > position else default

@@ -1,0 +1,247 @@
+"""Tensors kept on disk under the digest of what they depend on.
+
+An entry is a folder with one raw file for each tensor and `entry.json`, which holds shapes, types and a checksum for
+each stretch of rows. It is written under another name and renamed when it is complete, so that an interrupted write is
+never taken for an entry; a damaged one is noticed by its checksums and deleted.
+"""
+
+import contextlib
+import json
+import math
+import mmap
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ENTRY = "entry.json"
+LIMIT_BYTES = 20 * 2**30  # of all entries together
+STRETCH_BYTES = 16 * 2**20  # that one checksum covers, at least
+STALE_S = 24 * 3600  # age at which an unfinished write is somebody's crash
+RESIDENT_BYTES = 256 * 2**20  # of a mapped file that may stay in memory between batches
+
+
+class Mapped:
+    """Rows of a tensor in a file that is mapped into memory, and read as they are asked for."""
+
+    def __init__(self, file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        self._read_bytes = 0
+        with file.open("rb") as opened:
+            self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        array = np.frombuffer(self._map, dtype=np.uint8)
+        with contextlib.suppress(ValueError, AttributeError):
+            self._map.madvise(mmap.MADV_RANDOM)
+        self._bytes = array.reshape(shape[0], self._row_bytes)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
+        found = torch.from_numpy(self._bytes[rows.numpy()]).view(self.dtype).view(len(rows), *self.shape[1:])
+        self._read_bytes += len(rows) * max(self._row_bytes, mmap.PAGESIZE)
+        if self._read_bytes > RESIDENT_BYTES:
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._read_bytes = 0
+        return found
+
+
+Rows = torch.Tensor | Mapped
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Complete tensors on disk.
+
+    Attributes:
+        folder: Where they are.
+        shapes: Of each tensor, rows first.
+        dtypes: Of each tensor.
+        note: What was written beside them.
+    """
+
+    folder: Path
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    note: dict[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in zip(self.shapes, self.dtypes, strict=True))
+
+    def tensors(self, *, in_memory: bool) -> tuple[Rows, ...]:
+        """Return the tensors, read as a whole or mapped."""
+        found: list[Rows] = []
+        for position, (shape, dtype) in enumerate(zip(self.shapes, self.dtypes, strict=True)):
+            file = self.folder / f"{position}.bin"
+            if in_memory:
+                found.append(torch.from_numpy(np.fromfile(file, dtype=np.uint8)).view(dtype).view(shape))
+            else:
+                found.append(Mapped(file, shape, dtype))
+        return tuple(found)
+
+
+class Store:
+    """A folder of entries, of which the least recently used are deleted when it grows too large."""
+
+    def __init__(self, folder: Path | None = None, limit_bytes: int = LIMIT_BYTES) -> None:
+        self.folder = folder or default_folder()
+        self.limit_bytes = limit_bytes
+
+    def find(self, key: str) -> Entry | None:
+        """Return the entry of that name, checked byte by byte; a damaged one is deleted."""
+        folder = self.folder / key
+        try:
+            text = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
+            shapes = tuple(tuple(shape) for shape in text["shapes"])
+            dtypes = tuple(getattr(torch, name) for name in text["dtypes"])
+            entry = Entry(folder, shapes, dtypes, text["note"])
+            for position, expected in enumerate(text["checksums"]):
+                if _checksums(folder / f"{position}.bin", text["stretches"][position]) != expected:
+                    raise ValueError("damaged")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(folder / ENTRY)  # used now
+        return entry
+
+    def write(self, key: str, note: dict[str, Any]) -> "Writing":
+        """Begin an entry."""
+        return Writing(self, key, note)
+
+    def entries(self) -> list[tuple[str, int, float]]:
+        """List name, bytes and time of last use of every entry, the least recently used first."""
+        found = []
+        for file in self.folder.glob(f"*/{ENTRY}"):
+            with contextlib.suppress(OSError):
+                size = sum(part.stat().st_size for part in file.parent.iterdir())
+                found.append((file.parent.name, size, file.stat().st_mtime))
+        return sorted(found, key=lambda entry: entry[2])
+
+    def clear(self) -> int:
+        """Delete everything, and return how many bytes that were."""
+        size = sum(entry[1] for entry in self.entries())
+        for child in self.folder.iterdir() if self.folder.is_dir() else ():
+            shutil.rmtree(child, ignore_errors=True)
+        return size
+
+    def make_room(self, size: int) -> None:
+        """Delete the least recently used entries, until `size` more bytes stay under the limit."""
+        for unfinished in self.folder.glob("*.tmp"):
+            with contextlib.suppress(OSError):
+                if time.time() - unfinished.stat().st_mtime > STALE_S:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+        entries = self.entries()
+        total = sum(entry[1] for entry in entries)
+        for key, bytes_, _ in entries:
+            if total + size <= self.limit_bytes:
+                return
+            shutil.rmtree(self.folder / key, ignore_errors=True)
+            total -= bytes_
+
+    def has_room(self, size: int) -> bool:
+        """Say whether that many bytes fit on the disk and under the limit."""
+        folder = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        try:
+            return size < self.limit_bytes and size < 0.9 * shutil.disk_usage(folder).free
+        except OSError:
+            return False
+
+
+class Writing:
+    """An entry that is being written, stretch by stretch of rows."""
+
+    def __init__(self, store: Store, key: str, note: dict[str, Any]) -> None:
+        self._store, self._key, self._note = store, key, note
+        self._folder = store.folder / f"{key}.{os.getpid()}.{time.monotonic_ns()}.tmp"
+        self._folder.mkdir(parents=True)
+        self._files: list[Any] = []
+        self._shapes: list[list[int]] = []
+        self._dtypes: list[str] = []
+        self._checksums: list[list[int]] = []
+        self._stretches: list[list[int]] = []
+
+    def append(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Write more rows of each tensor.
+
+        Raises:
+            OSError: The disk is full, or cannot be written.
+        """
+        for position, tensor in enumerate(tensors):
+            data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            if position == len(self._files):
+                self._files.append((self._folder / f"{position}.bin").open("wb"))
+                self._shapes.append([0, *tensor.shape[1:]])
+                self._dtypes.append(str(tensor.dtype).removeprefix("torch."))
+                self._checksums.append([])
+                self._stretches.append([])
+            self._files[position].write(data)
+            self._shapes[position][0] += len(tensor)
+            if self._stretches[position] and self._stretches[position][-1] + len(data) <= STRETCH_BYTES:
+                self._checksums[position][-1] = zlib.crc32(data, self._checksums[position][-1])
+                self._stretches[position][-1] += len(data)
+            else:
+                self._checksums[position].append(zlib.crc32(data))
+                self._stretches[position].append(len(data))
+
+    def finish(self, **note: Any) -> Entry:
+        """Complete the entry; where another process wrote the same meanwhile, either will do.
+
+        Raises:
+            OSError: The disk is full, or cannot be written.
+        """
+        for file in self._files:
+            file.close()
+        entry = {
+            "shapes": self._shapes,
+            "dtypes": self._dtypes,
+            "checksums": self._checksums,
+            "stretches": self._stretches,
+            "note": {**self._note, **note},
+        }
+        (self._folder / ENTRY).write_text(json.dumps(entry), encoding="utf-8")
+        target = self._store.folder / self._key
+        try:
+            self._folder.rename(target)
+        except OSError:
+            if not (target / ENTRY).exists():
+                raise
+            self.abandon()
+        shapes = tuple(tuple(shape) for shape in self._shapes)
+        return Entry(target, shapes, tuple(getattr(torch, name) for name in self._dtypes), entry["note"])
+
+    def abandon(self) -> None:
+        """Delete what was written."""
+        for file in self._files:
+            with contextlib.suppress(OSError):
+                file.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def default_folder() -> Path:
+    """Return the folder of the user's cache: `REGRAFT_CACHE`, or `regraft` in the system's place for caches."""
+    own = os.environ.get("REGRAFT_CACHE")
+    if own:
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "regraft"
+
+
+def _checksums(file: Path, stretches: Sequence[int]) -> list[int]:
+    with file.open("rb") as opened:
+        found = [zlib.crc32(opened.read(length)) for length in stretches]
+        if opened.read(1):
+            raise ValueError("longer than it was")
+    return found

@@ -1,0 +1,105 @@
+"""What holds before and after every edit: the model can be edited, and the edited one runs."""
+
+import math
+
+import torch
+from torch import nn
+
+from regraft.anatomy.heads import CONVOLUTIONS
+from regraft.anatomy.inputs import Inputs, Shape
+from regraft.anatomy.tracing import Trace, trace
+from regraft.errors import EditError, ForwardError
+
+
+def require_editable(model: nn.Module) -> None:
+    """Refuse what has no Python forward any more.
+
+    Raises:
+        EditError: The model is scripted or compiled.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise EditError(
+            f"{type(model).__name__} is a TorchScript module, whose dataflow can no longer be edited. "
+            "Edit the model before torch.jit.script or torch.jit.trace. Nothing was changed."
+        )
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise EditError(
+            f"{type(model).__name__} is compiled, which an edit would not reach. Edit the model before torch.compile "
+            "(a compiled one keeps it as `_orig_mod`), and compile the result. Nothing was changed."
+        )
+
+
+def prove(edited: nn.Module, original: nn.Module, what: str, inputs: Inputs | None = None) -> Trace | None:
+    """Run an edited network on shapes alone, and return its trace; no weight is touched.
+
+    Args:
+        edited: The network after the edit.
+        original: The network before it.
+        what: The edit in words, as in "append Linear(512, 10)".
+        inputs: What the forward takes, see `trace`.
+
+    Returns:
+        The trace, or None where not even the original runs, so that nothing can be said.
+
+    Raises:
+        EditError: The edited network does not run; the message names the layer, both shapes and a way out.
+    """
+    try:
+        return trace(edited, inputs=inputs)
+    except ForwardError as error:
+        failure = error
+    try:
+        trace(original, inputs=inputs)
+    except ForwardError:
+        if inputs is not None:
+            raise
+        return None
+    raise refusal(edited, what, failure) from failure
+
+
+def refusal(edited: nn.Module, what: str, failure: ForwardError) -> EditError:
+    """Say why an edit cannot be: the layer of the edited network that fails, both shapes and a way out."""
+    if failure.path is None:
+        return EditError(f"cannot {what}: the result does not run: {failure.reason}. Nothing was changed.")
+    layer = edited.get_submodule(failure.path)
+    where = f"'{failure.path}' ({type(layer).__name__})" if failure.path else "its own forward"
+    fed = ", ".join(map(str, failure.given)) or "no tensor"
+    expected = _expectation(layer)
+    return EditError(
+        f"cannot {what}: {where} would be given {fed}"
+        + (f", and expects {expected}. " if expected else f": {failure.reason}. ")
+        + f"{_way_out(layer, failure.given[0] if failure.given else ())} Nothing was changed."
+    )
+
+
+def _expectation(layer: nn.Module) -> str:
+    if isinstance(layer, nn.Linear):
+        return f"(…, {layer.in_features})"
+    if isinstance(layer, CONVOLUTIONS):
+        return f"(N, {layer.in_channels}{', …' * len(layer.kernel_size)})"
+    if isinstance(layer, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
+        return f"(N, {layer.num_features}, …)"
+    if isinstance(layer, nn.GroupNorm):
+        return f"(N, {layer.num_channels}, …)"
+    if isinstance(layer, nn.LayerNorm):
+        return f"(…, {', '.join(map(str, layer.normalized_shape))})"
+    return ""
+
+
+def _way_out(layer: nn.Module, given: Shape) -> str:
+    """Name a change that makes the shapes fit."""
+    if isinstance(layer, nn.Linear) and given:
+        wanted, out = layer.in_features, layer.out_features
+        if len(given) == 4 and given[1] != wanted and given[3] == wanted:
+            return "Move its channels last with a Permute, or pool it first."
+        if len(given) == 4:
+            pooled = "Put nn.AdaptiveAvgPool2d(1) and nn.Flatten() before it"
+            return f"{pooled}." if given[1] == wanted else f"{pooled}, and make it nn.Linear({given[1]}, {out})."
+        if math.prod(given[1:]) == wanted:
+            return "Put nn.Flatten() before it."
+        return f"Make it nn.Linear({given[-1]}, {out}), or put nn.Linear({given[-1]}, {wanted}) before it."
+    if isinstance(layer, CONVOLUTIONS) and len(given) == len(layer.kernel_size) + 2:
+        return f"Put nn.{type(layer).__name__}({given[1]}, {layer.in_channels}, 1) before it."
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm) and len(given) > 1:
+        return f"Make it nn.{type(layer).__name__}({given[1]})."
+    return "Give the layers the widths that stand on either side, or put a layer between them that converts."

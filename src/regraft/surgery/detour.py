@@ -1,0 +1,149 @@
+"""Cut and extend networks whose forward cannot be traced: run it as it is, and stop it on the way.
+
+A detour is a plain picklable object in the place of the instance's `forward`: the class of the network, its state dict
+and `deepcopy` stay as they are. It is slower to read than a graph, and torch.compile does not follow it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from regraft.anatomy.inputs import Inputs
+from regraft.anatomy.paths import is_within
+from regraft.anatomy.tracing import trace
+from regraft.anatomy.twins import shared_copy
+from regraft.errors import EditError, ModelError
+
+
+class _ReachedError(Exception):
+    """Carries the value at which a forward ends out of it."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+
+class Detour:
+    """Takes the place of a network's `forward`.
+
+    Attributes:
+        model: The network.
+        layer: Path of the layer at which its own forward stops; None: it runs to its end.
+        at_input: Whether it stops before that layer, with what the layer was given, or after it.
+        appended: Names of the top-level layers that take over from there.
+    """
+
+    def __init__(self, model: nn.Module, layer: str | None, at_input: bool, appended: tuple[str, ...]) -> None:
+        self.model, self.layer, self.at_input, self.appended = model, layer, at_input, appended
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        value = self._run(*args, **kwargs)
+        for name in self.appended:
+            value = self.model.get_submodule(name)(value)
+        return value
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        forward = type(self.model).forward
+        if self.layer is None:
+            return forward(self.model, *args, **kwargs)
+        layer = self.model.get_submodule(self.layer)
+        if self.at_input:
+            handle = layer.register_forward_pre_hook(_stop_before, prepend=True)
+        else:
+            handle = layer.register_forward_hook(_stop)
+        try:
+            forward(self.model, *args, **kwargs)
+        except _ReachedError as reached:
+            return reached.value
+        finally:
+            handle.remove()
+        raise ModelError(f"the forward of {type(self.model).__name__} ended without calling '{self.layer}'.")
+
+
+def is_detoured(model: nn.Module) -> bool:
+    """Say whether the forward of `model` is a detour."""
+    return isinstance(vars(model).get("forward"), Detour)
+
+
+def detour(model: nn.Module, added: Mapping[str, nn.Module]) -> nn.Module:
+    """Return `model` with layers on top; its structure stays as it is, and its weights are shared."""
+    edited = shared_copy(model)
+    for name, layer in added.items():
+        edited.add_module(name, layer)
+    before = vars(edited).get("forward")
+    if isinstance(before, Detour):
+        edited.__dict__["forward"] = Detour(edited, before.layer, before.at_input, (*before.appended, *added))
+    else:
+        edited.__dict__["forward"] = Detour(edited, None, False, tuple(added))
+    return edited
+
+
+def stop_at(model: nn.Module, *, after: str | None, drop: int | None, inputs: Inputs | None) -> nn.Module:
+    """Return `model` with a forward that ends after a layer, or before its last ones; what is not run is deleted.
+
+    Raises:
+        EditError: The layer is never called, or there are not that many. Nothing was changed.
+        ModelError: The forward cannot even be run.
+    """
+    calls = trace(model, inputs=inputs).calls
+    edited = shared_copy(model)
+    before = vars(edited).get("forward")
+    appended = before.appended if isinstance(before, Detour) else ()
+    limit, at_input = (before.layer, before.at_input) if isinstance(before, Detour) else (None, False)
+    if after in appended:
+        edited.__dict__["forward"] = Detour(edited, limit, at_input, appended[: appended.index(after) + 1])
+    elif after is not None:
+        inside = [call for call in calls if is_within(call.path, after)]
+        if not inside:
+            raise EditError(f"cannot truncate after '{after}': that layer is never called. Nothing was changed.")
+        last = max(inside, key=lambda call: call.ended)
+        edited.__dict__["forward"] = Detour(edited, last.path, False, ())
+    else:
+        names = list(dict.fromkeys(call.path.partition(".")[0] for call in calls if call.path))
+        drop = drop or 0
+        if drop >= len(names):
+            raise EditError(
+                f"cannot drop {drop} layers: {type(model).__name__} calls {len(names)} top-level layers: "
+                f"{', '.join(names)}. Nothing was changed."
+            )
+        first = names[-drop]
+        if first in appended:
+            edited.__dict__["forward"] = Detour(edited, limit, at_input, appended[: appended.index(first)])
+        else:
+            call = next(call for call in calls if is_within(call.path, first))
+            edited.__dict__["forward"] = Detour(edited, call.path, True, ())
+    return _without_the_rest(edited, inputs)
+
+
+def _without_the_rest(edited: nn.Module, inputs: Inputs | None) -> nn.Module:
+    """Delete, in place, the layers with tensors that are never called, and of whose tensors none is used.
+
+    What holds no tensor stays: a forward may read a dropout's rate without ever calling it.
+    """
+    found = trace(edited, inputs=inputs)
+    used = {call.path for call in found.calls} | set(found.first_uses)
+    _delete_unused(edited, "", used)
+    trace(edited, inputs=inputs)
+    return edited
+
+
+def _delete_unused(layer: nn.Module, path: str, used: set[str]) -> None:
+    for name, child in list(layer.named_children()):
+        inner = f"{path}.{name}".lstrip(".")
+        if any(is_within(target, inner) for target in used):
+            _delete_unused(child, inner, used)
+        elif not any(True for _ in (*child.parameters(), *child.buffers())):
+            continue
+        elif isinstance(layer, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            del layer._modules[name]
+        else:
+            layer._modules[name] = None  # rather than no attribute: `if self.pooler is not None` is common
+
+
+def _stop(layer: nn.Module, args: Any, output: Any) -> None:
+    raise _ReachedError(output)
+
+
+def _stop_before(layer: nn.Module, args: Any) -> None:
+    raise _ReachedError(args[0])

@@ -1,0 +1,210 @@
+"""Layer expressions: text that reads like constructor calls, and the plain value that it stands for.
+
+Text is parsed, never evaluated. What is not a call of a named class with literals or further calls as arguments is
+refused, and so is text that is longer or deeper than any network needs.
+"""
+
+import ast
+import math
+import numbers
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from regraft.errors import EditError, nearest
+
+LONGEST = 100_000  # characters
+DEEPEST = 50  # calls, tuples, lists and dicts within each other
+MOST_NODES = 20_000  # calls and literals
+
+EXPECTED = (
+    "Expected constructor calls with numbers, strings, True, False, None, tuples, lists, dicts or further calls as "
+    "arguments, as in Sequential(Linear(512, 400), ReLU()). Nothing was executed."
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A constructor call; its arguments are literals, further calls, and tuples, lists and dicts of them.
+
+    Attributes:
+        name: The class, as in `"Linear"` or `"timm.layers.LayerNorm2d"`; `"py"` for a class of the user's own, which
+            the first argument names.
+        positional: Arguments without a name.
+        keywords: Arguments by name.
+    """
+
+    name: str
+    positional: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        named = (f"{name}={written(value)}" for name, value in self.keywords.items())
+        return f"{self.name}({', '.join([*map(written, self.positional), *named])})"
+
+
+def calls_in(value: Any) -> Iterator[Call]:
+    """List the calls in a value, from the outside inwards and from left to right."""
+    if isinstance(value, Call):
+        yield value
+        value = [*value.positional, *value.keywords.values()]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from calls_in(item)
+
+
+def written(value: Any) -> str:
+    """Write a value as text, which `parsed` reads as the same value.
+
+    Raises:
+        EditError: It is, or holds, something else than literals and calls.
+
+    >>> written(Call("Linear", (8, 4), {"bias": False}))
+    'Linear(8, 4, bias=False)'
+    """
+    if value is None or isinstance(value, (bool, Call)):
+        return str(value)
+    if isinstance(value, str):
+        return repr(str.__str__(value))
+    if isinstance(value, numbers.Integral):
+        return repr(int(value))
+    if isinstance(value, numbers.Real) and not math.isnan(float(value)):
+        number = float(value)
+        return repr(number) if math.isfinite(number) else "1e999" if number > 0 else "-1e999"  # text has no `inf`
+    if isinstance(value, tuple):
+        return f"({', '.join(map(written, value))}{',' if len(value) == 1 else ''})"
+    if isinstance(value, list):
+        return f"[{', '.join(map(written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{written(key)}: {written(item)}' for key, item in value.items())}}}"
+    raise EditError(f"{shortened(repr(value))} is a {type(value).__name__}, which no text stands for")
+
+
+def parsed(text: str) -> Any:
+    """Read text into a value: a call, or a tuple of what stands between commas.
+
+    Raises:
+        EditError: The text is malformed, holds anything but calls and literals, or is too long or too deep.
+
+    >>> parsed("Linear(8, 4, bias=False), ReLU()")[1]
+    Call(name='ReLU', positional=(), keywords={})
+    """
+    if len(text) > LONGEST:
+        raise EditError(f"a layer expression has {len(text):,} characters, and no more than {LONGEST:,} are read.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes and numbers
+            tree = ast.parse(text.strip(), mode="eval")
+    except SyntaxError as error:
+        where = f" at character {error.offset}" if error.offset else ""
+        raise EditError(
+            f"the layer expression '{shortened(text)}' is malformed: {error.msg}{where}. {EXPECTED}"
+        ) from error
+    except (ValueError, MemoryError, RecursionError) as error:
+        raise EditError(f"the layer expression '{shortened(text)}' is too deep or malformed. {EXPECTED}") from error
+    return _Reader(text.strip()).value(tree.body, 1)
+
+
+def shortened(text: str, limit: int = 80) -> str:
+    """Cut a text that is too long for a message."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+class _Reader:
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._nodes = 0
+
+    def value(self, node: ast.expr, depth: int) -> Any:
+        self._nodes += 1
+        if self._nodes > MOST_NODES:
+            raise EditError(f"a layer expression has more than {MOST_NODES:,} parts: '{shortened(self._text)}'.")
+        if depth > DEEPEST:
+            raise EditError(f"a layer expression is nested more than {DEEPEST} deep: '{shortened(self._text)}'.")
+        match node:
+            case ast.Constant(value=None | bool() | int() | float() | str()):
+                return node.value
+            case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=ast.Constant(value=int() | float() as number)):
+                if isinstance(number, bool):
+                    raise self._refused(node, "a sign before a boolean")
+                return -number if isinstance(sign, ast.USub) else number
+            case ast.Tuple():
+                return tuple(self.value(item, depth + 1) for item in node.elts)
+            case ast.List():
+                return [self.value(item, depth + 1) for item in node.elts]
+            case ast.Dict():
+                return self._dict(node, depth)
+            case ast.Call():
+                return self._call(node, depth)
+            case ast.Name():
+                raise self._refused(node, "a name", _hint(node.id))
+        raise self._refused(node, _KINDS.get(type(node), type(node).__name__))
+
+    def _dict(self, node: ast.Dict, depth: int) -> dict[Any, Any]:
+        found = {}
+        for key, item in zip(node.keys, node.values, strict=True):
+            if not (isinstance(key, ast.Constant) and isinstance(key.value, (str, int, float))):
+                raise self._refused(node, "a dict whose keys are no plain literals")
+            if key.value in found:
+                raise self._refused(node, f"a dict with the key {key.value!r} twice")
+            found[key.value] = self.value(item, depth + 1)
+        return found
+
+    def _call(self, node: ast.Call, depth: int) -> Call:
+        name = _dotted(node.func)
+        if name is None:
+            raise self._refused(node.func, f"a call of {_KINDS.get(type(node.func), type(node.func).__name__)}")
+        keywords = {}
+        for keyword in node.keywords:
+            if keyword.arg is None:
+                raise self._refused(keyword.value, "a ** argument")
+            if keyword.arg in keywords:
+                raise self._refused(node, f"the argument '{keyword.arg}' twice")
+            keywords[keyword.arg] = self.value(keyword.value, depth + 1)
+        return Call(name, tuple(self.value(item, depth + 1) for item in node.args), keywords)
+
+    def _refused(self, node: ast.expr, kind: str, hint: str = "") -> EditError:
+        part = shortened(ast.get_source_segment(self._text, node) or self._text)
+        where = "" if part == shortened(self._text) else f" of '{shortened(self._text)}'"
+        return EditError(f"'{part}'{where} is {kind}, which a layer expression may not hold. {hint}{EXPECTED}")
+
+
+_KINDS: dict[type[ast.AST], str] = {
+    ast.Attribute: "an attribute access",
+    ast.Await: "an await",
+    ast.BinOp: "a computation",
+    ast.BoolOp: "a computation",
+    ast.Call: "what a call returns",
+    ast.Compare: "a comparison",
+    ast.Constant: "a literal of another kind",
+    ast.DictComp: "a comprehension",
+    ast.GeneratorExp: "a comprehension",
+    ast.IfExp: "a condition",
+    ast.JoinedStr: "an f-string",
+    ast.Lambda: "a lambda",
+    ast.ListComp: "a comprehension",
+    ast.NamedExpr: "an assignment",
+    ast.Set: "a set",
+    ast.SetComp: "a comprehension",
+    ast.Starred: "a * argument",
+    ast.Subscript: "a subscript",
+    ast.UnaryOp: "a computation",
+}
+
+
+def _dotted(node: ast.expr) -> str | None:
+    """Return `a.b.c` for names and attributes; None for anything else, or for more dots than any class has."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute) and len(parts) < DEEPEST:
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else None
+
+
+def _hint(name: str) -> str:
+    near = nearest(name.capitalize(), ["True", "False", "None"]) if name.islower() else ""
+    return f"{near} " if near else f"For a layer without arguments write {name}(). "

@@ -1,0 +1,109 @@
+"""Make new layers fit the place that they are put in: widths, device, dtype, mode."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from regraft.anatomy.inputs import Inputs, Shape
+from regraft.anatomy.tracing import Trace, trace
+from regraft.errors import EditError
+
+
+def fitted(model: nn.Module, layers: Sequence[nn.Module | int], inputs: Inputs | None = None) -> list[nn.Module]:
+    """Return the layers on the device, in the dtype and in the mode of `model`; a number becomes a classifier.
+
+    Raises:
+        EditError: A layer is neither a module nor a number of classes, or a number comes after other layers.
+    """
+    reference = next((p for p in model.parameters() if p.is_floating_point()), None)
+    made = []
+    for position, layer in enumerate(layers):
+        if isinstance(layer, int) and not isinstance(layer, bool):
+            if position:
+                raise EditError(f"{layer} classes are asked for after other layers. Give a layer, or the number alone.")
+            layer = classifier(output_shape(model, inputs), layer)
+        if isinstance(layer, type):
+            raise EditError(f"{layer.__name__} is a class. Give a layer made from it, as in {layer.__name__}(…).")
+        if not isinstance(layer, nn.Module):
+            raise EditError(
+                f"{layer!r} is a {type(layer).__name__}, expected a torch.nn.Module or a number of classes."
+            )
+        made.append(layer)
+    for layer in made:
+        if reference is not None:
+            layer.to(reference.device, reference.dtype)
+        layer.train(model.training)
+    return made
+
+
+def classifier(shape: Shape, classes: int) -> nn.Module:
+    """Build a linear classifier for outputs of a shape, batch included, pooled to vectors where they are none.
+
+    Raises:
+        EditError: There is no usual way from such a shape to a vector.
+
+    >>> classifier((1, 512, 7, 7), 10)[-1]
+    Linear(in_features=512, out_features=10, bias=True)
+    """
+    if classes < 1:
+        raise EditError(f"a classifier needs at least 1 output, not {classes}. Nothing was changed.")
+    if len(shape) == 2:
+        return nn.Linear(shape[1], classes)
+    if len(shape) == 4 and shape[2] == shape[3]:
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(shape[1], classes))
+    if len(shape) == 3:  # tokens (N, T, D)
+        return nn.Sequential(nn.AdaptiveAvgPool2d((1, shape[2])), nn.Flatten(), nn.Linear(shape[2], classes))
+    if len(shape) == 4 and shape[1] == shape[2]:  # maps with channels last (N, H, W, C)
+        pool = (nn.Flatten(1, 2), nn.AdaptiveAvgPool2d((1, shape[3])), nn.Flatten())
+        return nn.Sequential(*pool, nn.Linear(shape[3], classes))
+    raise EditError(
+        f"the network gives {shape}, expected (N, D), maps (N, C, H, W) or tokens (N, T, D) to put a classifier on. "
+        "Give layers of your own. Nothing was changed."
+    )
+
+
+def output_shape(model: nn.Module, inputs: Inputs | None = None) -> Shape:
+    """Return the shape of the one tensor that `model` gives, batch included.
+
+    Raises:
+        EditError: It gives several, or none.
+        ModelError: Its forward fails.
+    """
+    shapes = next(call.output_shapes for call in trace(model, inputs=inputs).calls if call.path == "")
+    if len(shapes) != 1:
+        raise EditError(
+            f"{type(model).__name__} gives {len(shapes)} tensors, expected one. "
+            "Truncate it after the layer whose output you want first. Nothing was changed."
+        )
+    return shapes[0]
+
+
+def settled(edited: nn.Module, added: Mapping[str, nn.Module], found: Trace | None, what: str) -> None:
+    """Give the lazy layers among the new ones the widths that a run on shapes found, in place.
+
+    Raises:
+        EditError: There are lazy layers, and the network cannot be run on shapes.
+    """
+    lazy = {
+        f"{name}.{path}".rstrip("."): layer
+        for name, layer in added.items()
+        for path, layer in layer.named_modules()
+        if isinstance(layer, LazyModuleMixin) and cast(Any, layer).has_uninitialized_params()
+    }
+    if lazy and found is None:
+        raise EditError(
+            f"cannot {what}: the widths of lazy layers are unknown, as the network cannot be run on shapes. "
+            "Pass inputs=, or layers with widths. Nothing was changed."
+        )
+    calls = {call.path: call for call in reversed(found.calls)} if found else {}
+    for path in lazy:
+        if path not in calls:
+            raise EditError(f"cannot {what}: the lazy layer '{path}' is never called. Nothing was changed.")
+    for path, layer in lazy.items():
+        device = next(cast(nn.Module, layer).parameters()).device
+        stand_ins = tuple(torch.empty(shape, device="meta") for shape in calls[path].input_shapes)
+        cast(Any, layer)._infer_parameters(layer, stand_ins)
+        cast(nn.Module, layer).to(device)

@@ -1,0 +1,54 @@
+"""Carry out the steps of a recipe."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from regraft.card import Step
+from regraft.errors import EditError
+from regraft.surgery.edits import append, insert, truncate
+from regraft.surgery.head import replace_head
+from regraft.surgery.layerspec import construct, construct_all
+from regraft.surgery.stem import replace_stem
+from regraft.surgery.swap import remove, replace
+
+LAYERS = ("new", "layers")  # arguments that hold layers, described as text
+
+
+def apply_step(model: nn.Module, step: Step, *, trust_code: bool = False) -> nn.Module:
+    """Carry out one step of a recipe.
+
+    Raises:
+        EditError: The step does not fit, or lacks what its operation takes.
+        TrustError: It names a class of the user's own, and `trust_code` is false.
+    """
+    arguments = {name: _built(value, trust_code) if name in LAYERS else value for name, value in step.arguments.items()}
+    edit: Callable[..., nn.Module] = {
+        "append": lambda model, layers: append(model, *layers),
+        "insert": insert,
+        "remove": remove,
+        "replace": replace,
+        "replace_head": replace_head,
+        "replace_stem": replace_stem,
+        "truncate": truncate,
+    }[step.operation]
+    try:
+        inspect.signature(edit).bind(model, **arguments)
+    except TypeError as error:
+        raise EditError(
+            f"{step} cannot be carried out: {error}. Its arguments are those of regraft.{step.operation}."
+        ) from error
+    return edit(model, **arguments)
+
+
+def _built(value: Any, trust_code: bool) -> Any:
+    if isinstance(value, list):
+        return [layer for item in value for layer in _all_built(item, trust_code)]
+    return construct(value, trust_code=trust_code) if isinstance(value, str) else value
+
+
+def _all_built(value: Any, trust_code: bool) -> list[Any]:
+    """Build the layers of one text, which may name several."""
+    return construct_all(value, trust_code=trust_code) if isinstance(value, str) else [value]

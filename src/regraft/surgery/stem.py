@@ -1,0 +1,191 @@
+"""Let a network take images with another number of channels."""
+
+import copy
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from regraft.anatomy.graph import ancestors
+from regraft.anatomy.heads import CONVOLUTIONS, first_convolution
+from regraft.anatomy.inputs import Inputs, arguments_for
+from regraft.anatomy.tracing import trace
+from regraft.card import attach
+from regraft.errors import EditError, ForwardError
+from regraft.surgery.checks import refusal, require_editable
+from regraft.surgery.record import finish
+from regraft.surgery.swap import with_layers
+from regraft.zoo import preprocessing_of
+
+COUNTS = ("in_chans", "in_channels", "num_channels")  # attributes in which networks keep the number of their channels
+TIMM_CONFIGS = ("pretrained_cfg", "default_cfg")
+CLOSE = 1e-4  # of the largest output, in float64: room for what a layer adds against division by zero
+
+
+def replace_stem(model: nn.Module, channels: int, *, inputs: Inputs | None = None) -> nn.Module:
+    """Return `model` with a first convolution for another number of channels, which keeps what the filters learned.
+
+    One channel: each filter becomes the sum of itself over the old channels, so that a gray image gives what three
+    equal channels gave, up to rounding. More channels: the old ones keep their filters bit for bit, and the new ones
+    begin with zeros, so that the network answers as before until it has learned to use them (timm repeats the filters
+    over the new channels and scales them down, which answers otherwise from the start). Fewer, but more than one: the
+    first ones stay, times old / new, so that they weigh as much as all did.
+
+    Where several convolutions read the image side by side, all of them change. Bias, stride, padding, dilation and
+    the flags of what is frozen stay. The preprocessing on the card follows: for one channel, mean and standard
+    deviation are averaged; for a number that is neither 1 nor 3 there is none.
+
+    Args:
+        model: A network whose first layer with a width is a convolution.
+        channels: Number of channels C of the new inputs (N, C, …).
+        inputs: One of the new inputs, for the check; guessed where not given, see `summary`.
+
+    Raises:
+        EditError: The network begins otherwise, its first convolution has groups (other than for 1 channel) or
+            computes its filters from other weights, or what follows needs the old channels. Nothing was changed.
+
+    >>> gray = replace_stem(nn.Sequential(nn.Conv2d(3, 8, 3)), 1)
+    >>> gray[0].in_channels
+    1
+    """
+    require_editable(model)
+    if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
+        raise EditError(f"a network takes at least 1 channel, not {channels!r}. Nothing was changed.")
+    first = first_convolution(model)
+    count = int(model.get_submodule(first).in_channels)  # type: ignore[arg-type]
+    edited = with_layers(model, {})
+    changed: list[str] = []
+    found: str | None = first
+    while found is not None:  # one more for each convolution that reads the image beside the first
+        _widen(edited.get_submodule(found), found, channels)
+        changed.append(found)
+        _tell_channels(edited, changed, count, channels)
+        found = _still_old(edited, model, channels, count, changed, inputs)
+    if isinstance(edited.get_submodule(first), nn.Conv2d):
+        attach(edited, preprocessing=_preprocessing(preprocessing_of(model), count, channels))
+    return finish(edited, "replace_stem", new_outputs=False, channels=channels)
+
+
+def _still_old(
+    edited: nn.Module, model: nn.Module, channels: int, count: int, changed: Collection[str], inputs: Inputs | None
+) -> str | None:
+    """Run the edited network on shapes; return a convolution that is fed the new channels, and expects the old ones.
+
+    Raises:
+        EditError: It does not run for any other reason, although the original does.
+    """
+    try:
+        trace(edited, inputs=inputs if inputs is not None else _with_channels(model, count, channels))
+        return None
+    except ForwardError as error:
+        failure = error
+    layer = edited.get_submodule(failure.path) if failure.path else edited
+    is_old = isinstance(layer, CONVOLUTIONS) and layer.in_channels == count and failure.path not in changed
+    if is_old and any(shape[1:2] == (channels,) for shape in failure.given):
+        return failure.path
+    if inputs is None:
+        try:
+            trace(model)
+        except ForwardError:  # nothing can be said
+            return None
+    raise refusal(edited, f"give {', '.join(map(repr, changed))} {channels} channels", failure) from failure
+
+
+def _with_channels(model: nn.Module, count: int, channels: int) -> Inputs:
+    """Return what the network is guessed to take, without values, with the new number of channels."""
+
+    def changed(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.ndim < 2 or leaf.shape[1] != count:
+            return leaf
+        return torch.empty(leaf.shape[0], channels, *leaf.shape[2:], dtype=leaf.dtype, device="meta")
+
+    guessed = arguments_for(model)
+    args, kwargs = tree_map(changed, (guessed.args, guessed.kwargs))
+    return args or kwargs
+
+
+def _widen(layer: nn.Module, path: str, channels: int) -> None:
+    """Give a convolution another number of input channels, in place.
+
+    Raises:
+        EditError: What it learned cannot be kept.
+    """
+    assert isinstance(layer, CONVOLUTIONS)
+    count = layer.in_channels
+    if count == channels:
+        return
+    advice = f"Use replace(model, '{path}', …) with a layer of your own. Nothing was changed."
+    if layer.groups != 1 and channels != 1:
+        raise EditError(
+            f"the first convolution '{path}' has {layer.groups} groups, each with channels of its own, so what it "
+            f"learned can be kept for 1 channel, not for {channels}. {advice}"
+        )
+    computed = f"the first convolution '{path}' ({type(layer).__name__}) computes its filters from other weights, "
+    if "weight" not in layer._parameters:
+        raise EditError(f"{computed}which has to be removed before. {advice}")
+    old = copy.deepcopy(layer)
+    weight = layer.weight.detach()  # (out, in / groups, …)
+    if channels == 1:
+        made = weight.sum(1, keepdim=True)
+    elif channels > count:
+        zeros = weight.new_zeros(len(weight), channels - count, *weight.shape[2:])
+        made = torch.cat([weight, zeros], 1)
+    else:
+        made = weight[:, :channels] * (count / channels)
+    layer.in_channels, layer.groups = channels, 1
+    layer.weight = nn.Parameter(made.contiguous(), requires_grad=layer.weight.requires_grad)
+    if not weight.is_meta and not _agree(old, layer):
+        raise EditError(f"{computed}as with weight standardization, so what it gives would change. {advice}")
+
+
+@torch.no_grad()
+def _agree(old: Any, new: Any) -> bool:
+    """Say whether a changed convolution gives what the old one gave, on random numbers."""
+    old, new = copy.deepcopy(old).cpu().double(), copy.deepcopy(new).cpu().double()
+    sides = [step * (size - 1) + 3 for size, step in zip(old.kernel_size, old.dilation, strict=True)]
+    draw = torch.rand(1, new.in_channels, *sides, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    if new.in_channels == 1:
+        shown = draw.expand(-1, old.in_channels, *sides)
+    elif new.in_channels > old.in_channels:
+        shown = draw[:, : old.in_channels]
+    else:
+        missing = draw.new_zeros(1, old.in_channels - new.in_channels, *sides)
+        shown = torch.cat([draw * (old.in_channels / new.in_channels), missing], 1)
+    ours, theirs = new(draw), old(shown)
+    return bool((ours - theirs).abs().max() <= CLOSE * theirs.abs().max().clamp(min=1e-12))
+
+
+def _tell_channels(model: nn.Module, paths: Collection[str], count: int, channels: int) -> None:
+    """Set what a network keeps of its channels beside the layers, in place."""
+    for owner in ["", *dict.fromkeys(outer for path in paths for outer in ancestors(path))]:
+        attributes = vars(model.get_submodule(owner))
+        for name in COUNTS:
+            if attributes.get(name) == count:
+                attributes[name] = channels
+    config = getattr(model, "config", None)  # Hugging Face's
+    for part in (config, getattr(config, "vision_config", None)):
+        if getattr(part, "num_channels", None) == count:
+            part.num_channels = channels  # type: ignore[union-attr]
+    for name in TIMM_CONFIGS:  # which also name the first convolution; it keeps its name
+        known = vars(model).get(name)
+        if isinstance(known, dict) and "input_size" in known:
+            size = (channels, *known["input_size"][1:])
+            vars(model)[name] = {**known, "input_size": size, **_averaged(known, channels)}
+
+
+def _preprocessing(known: Any, count: int, channels: int) -> Any:
+    if channels == known.channels:
+        return known
+    if channels == 1 and known.channels == count:
+        return known.model_copy(update=_averaged({"mean": known.mean, "std": known.std}, 1))
+    is_from_gray = channels == 3 and known.channels == 1
+    return known.model_copy(update={"mean": known.mean * 3, "std": known.std * 3}) if is_from_gray else None
+
+
+def _averaged(values: dict[str, Any], channels: int) -> dict[str, Any]:
+    """Return the normalization for gray images that stands for that of colours."""
+    if channels != 1:
+        return {}
+    return {name: (sum(values[name]) / len(values[name]),) for name in ("mean", "std") if values.get(name)}

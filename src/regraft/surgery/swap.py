@@ -1,0 +1,164 @@
+"""Put another module in the place of a layer, or none. No trace is needed, so this works on every network."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from regraft.anatomy.inputs import Inputs
+from regraft.anatomy.paths import is_within, layer_at, parent_and_name
+from regraft.anatomy.tracing import trace
+from regraft.anatomy.twins import shared_copy
+from regraft.errors import EditError, ForwardError
+from regraft.freezing.patterns import select
+from regraft.surgery.checks import prove, require_editable
+from regraft.surgery.fitting import fitted, settled
+from regraft.surgery.record import finish
+
+
+class Bypass(nn.Module):
+    """Gives back the first of its inputs, whatever else it is called with."""
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        return x
+
+
+def replace(
+    model: nn.Module,
+    path: str,
+    new: nn.Module | Callable[[nn.Module], nn.Module],
+    *,
+    keep_weights: bool = True,
+    inputs: Inputs | None = None,
+) -> nn.Module:
+    """Return `model` with another module in the place of a layer, or of every layer that a pattern selects.
+
+    Args:
+        model: Any module.
+        path: Path of a layer, or a pattern as `select` takes it, such as `"type:BatchNorm2d"`; of layers that lie
+            within one another, the outermost is replaced.
+        new: The module, of which each place after the first gets a copy of its own; or a function from the old layer
+            to the new one, such as `lambda old: nn.GroupNorm(8, old.num_features)`.
+        keep_weights: Whether the result of a function takes over the old layer's tensors of the same name and shape.
+        inputs: What the forward takes, for the check; guessed where not given, see `summary`.
+
+    Raises:
+        SelectionError: The path or pattern selects nothing.
+        EditError: The network does not run with the new layer. Nothing was changed.
+
+    >>> model = replace(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "type:ReLU", nn.Tanh())
+    >>> model[1]
+    Tanh()
+    """
+    require_editable(model)
+    layers = dict(model.named_modules(remove_duplicate=False))
+    found = select(model, path)
+    paths = [one for one in found if not any(other != one and is_within(one, other) for other in found)]
+    if "" in paths:
+        raise EditError("the model itself cannot be replaced in itself. Name one of its layers. Nothing was changed.")
+    made: dict[int, nn.Module] = {}
+    for one in paths:
+        if id(layers[one]) not in made:
+            made[id(layers[one])] = _made(model, layers[one], one, new, is_first=not made, keep_weights=keep_weights)
+    put = {one: made[id(layers[one])] for one in paths}
+    edited = with_layers(model, put)
+    what = f"replace {_listed(paths)}"
+    settled(edited, put, prove(edited, model, what, inputs), what)
+    steps = {path: new} if isinstance(new, nn.Module) else put
+    for where, layer in steps.items():
+        finish(edited, "replace", new_outputs=False, path=where, new=layer)
+    return edited
+
+
+def remove(model: nn.Module, path: str, *, inputs: Inputs | None = None) -> nn.Module:
+    """Return `model` without a layer: what went into it goes on to what came after it. Its weights are gone.
+
+    An `nn.Identity` keeps the place, so that no other layer changes its name.
+
+    Args:
+        model: Any module.
+        path: Path of a layer that gives one tensor of the shape of its first input.
+        inputs: What the forward takes, for the check; guessed where not given, see `summary`.
+
+    Raises:
+        SelectionError: No layer has that path.
+        EditError: The layer's output differs in shape from its input, or it is never called. Nothing was changed.
+
+    >>> remove(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "1")[1]
+    Identity()
+    """
+    require_editable(model)
+    layer = layer_at(model, path)
+    if not path:
+        raise EditError("the model itself cannot be removed. Name one of its layers. Nothing was changed.")
+    try:
+        calls = [call for call in trace(model, inputs=inputs).calls if call.path == path]
+    except ForwardError as error:
+        raise EditError(f"cannot remove '{path}': whether its shapes agree is unknown, as {error}") from error
+    if not calls:
+        raise EditError(f"cannot remove '{path}': it is never called, so it has no place. Nothing was changed.")
+    for call in calls:
+        if len(call.output_shapes) != 1 or call.input_shapes[:1] != call.output_shapes:
+            raise EditError(
+                f"cannot remove '{path}' ({type(layer).__name__}): it takes {_shapes(call.input_shapes[:1])} and gives "
+                f"{_shapes(call.output_shapes)}, so what follows would not fit. Use replace(model, '{path}', …) with a "
+                "layer that makes the same change of shape. Nothing was changed."
+            )
+    is_plain = all(len(call.input_shapes) == 1 for call in calls)
+    edited = with_layers(model, {path: nn.Identity() if is_plain else Bypass()})
+    prove(edited, model, f"remove '{path}'", inputs)
+    return finish(edited, "remove", new_outputs=False, path=path)
+
+
+def with_layers(model: nn.Module, put: dict[str, nn.Module]) -> nn.Module:
+    """Return `model` with other modules at these paths; its structure stays as it is, and all weights are shared."""
+    edited = shared_copy(model)
+    for path, layer in put.items():
+        parent, name = parent_and_name(path)
+        setattr(edited.get_submodule(parent), name, layer)
+    return edited
+
+
+def _made(model: nn.Module, old: nn.Module, path: str, new: Any, *, is_first: bool, keep_weights: bool) -> nn.Module:
+    if isinstance(new, nn.Module):
+        (layer,) = fitted(model, [new if is_first else copy.deepcopy(new)])
+        return layer
+    try:
+        layer = new(old)
+    except Exception as error:  # anybody's code
+        raise EditError(
+            f"cannot replace '{path}' ({type(old).__name__}): the function that makes the new layer raised "
+            f"{type(error).__name__}: {error}. Nothing was changed."
+        ) from error
+    if layer is old:
+        return old
+    if isinstance(layer, int):
+        raise EditError(f"the function that makes the layer for '{path}' gave {layer}, expected a torch.nn.Module.")
+    (layer,) = fitted(model, [layer])
+    layer.train(old.training)
+    if keep_weights:
+        _take_over(layer, old)
+    return layer
+
+
+@torch.no_grad()
+def _take_over(layer: nn.Module, old: nn.Module) -> None:
+    """Copy the tensors of the same name and shape."""
+    theirs = old.state_dict()
+    for name, tensor in layer.state_dict().items():
+        if name in theirs and not nn.parameter.is_lazy(tensor) and theirs[name].shape == tensor.shape:
+            tensor.copy_(theirs[name])
+    flags = {name: parameter.requires_grad for name, parameter in old.named_parameters()}
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(flags.get(name, True))
+
+
+def _shapes(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return ", ".join(map(str, shapes)) or "no tensor"
+
+
+def _listed(paths: list[str]) -> str:
+    shown = ", ".join(map(repr, paths[:3]))
+    return shown if len(paths) <= 3 else f"{shown} and {len(paths) - 3} more"

@@ -1,0 +1,149 @@
+"""Text is read into plain values, and whatever is no call of a name with literals is refused, unexecuted."""
+
+import builtins
+import math
+from typing import Any
+
+import pytest
+import timm.layers  # noqa: F401 (so that no test has to)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regraft.errors import EditError
+from regraft.surgery.expressions import DEEPEST, LONGEST, MOST_NODES, Call, parsed, written
+from regraft.surgery.layerspec import construct, construct_all
+
+ATTACKS = {
+    "__import__('os').system('touch hacked')": "a call of an attribute access|is no layer",
+    "__import__('os')": "'__import__' is no layer of torch.nn",
+    "eval('1')": "'eval' is no layer of torch.nn",
+    "open('hacked', 'w')": "'open' is no layer of torch.nn",
+    "os.system('touch hacked')": "'os' may not be called",
+    "torch.load('x')": "'torch' may not be called",
+    "nn.init.ones_(1)": "'init' may not be called",
+    "torch.nn.functional.relu(1)": "'functional' may not be called",
+    "timm.layers.create_conv2d(1, 1, 1)": "'timm.layers.create_conv2d' is no layer of timm.layers",
+    "timm.layers.create_act.nn.Linear(1, 1)": "may not be called",
+    "timm.models.resnet18()": "'timm.models' may not be called",
+    "Linear.__init__(1)": "'Linear' may not be called",
+    "Linear(1, 1).__class__": "is an attribute access",
+    "Linear(1, 1).forward()": "a call of an attribute access",
+    "Linear(1, 1)(1)": "a call of what a call returns",
+    "(lambda: 1)()": "a call of a lambda",
+    "lambda: Linear(1, 1)": "is a lambda",
+    "Linear(lambda: 1, 1)": "'lambda: 1' of 'Linear(lambda: 1, 1)' is a lambda",
+    "[Linear(1, 1) for _ in range(9)]": "is a comprehension",
+    "{Linear(1, 1) for _ in range(9)}": "is a comprehension",
+    "{1: Linear(1, 1) for _ in range(9)}": "is a comprehension",
+    "(Linear(1, 1) for _ in range(9))": "is a comprehension",
+    "Softmax(f'{1}')": "is an f-string",
+    "Linear((x := 1), 1)": "is an assignment",
+    "Linear(*(1, 1))": "is a * argument",
+    "(*Linear(1, 1), ReLU())": "is a * argument",
+    "*Linear(1, 1), ReLU()": "is malformed",
+    "Linear(**{'in_features': 1})": "is a ** argument",
+    "ModuleDict({**{}})": "a dict whose keys",
+    "ModuleDict({ReLU(): ReLU()})": "a dict whose keys",
+    "ModuleDict({'a': ReLU(), 'a': Tanh()})": "the key 'a' twice",
+    "Linear(1, in_features=1, in_features=2)": "the argument 'in_features' twice",
+    "Linear(10**12, 10**12)": "'10**12' of 'Linear(10**12, 10**12)' is a computation",
+    "Linear('a' * 1000000000, 1)": "is a computation",
+    "Linear(1 if 1 else 2, 1)": "is a condition",
+    "Linear(1 and 2, 1)": "is a computation",
+    "Linear(not 1, 1)": "is a computation",
+    "Linear(1 < 2, 1)": "is a comparison",
+    "Linear(~1, 1)": "is a computation",
+    "Linear(-True, 1)": "a sign before a boolean",
+    "Linear((1, 2)[0], 1)": "is a subscript",
+    "Linear({1}, 1)": "is a set",
+    "Linear(b'1', 1)": "a literal of another kind",
+    "Linear(1j, 1)": "a literal of another kind",
+    "Linear(..., 1)": "a literal of another kind",
+    "Linear(x, 1)": "'x' of 'Linear(x, 1)' is a name",
+    "TransformerEncoderLayer(8, 2, activation=ReLU)": "write ReLU()",
+    "Linear(1, 1, bias=false)": "Nearest: 'False'",
+    "import os": "is malformed",
+    "Linear(1, 1); ReLU()": "is malformed",
+    "x = Linear(1, 1)": "is malformed",
+    "Linear(1,\x00 1)": "malformed",
+    "Linear(512,": "'(' was never closed",
+    "Linear(" + "9" * 5000 + ", 1)": "malformed",
+    "": "is malformed",
+    "()": "which is no layer",
+    "3": "holds 3, which is no layer",
+    "Linear(1, 1), 3": "holds 3, which is no layer",
+    "await Linear(1, 1)": "is malformed|is an await",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), ATTACKS.items(), ids=[text[:40] for text in ATTACKS])
+def test_anything_else_is_refused_and_nothing_is_executed(
+    text: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(builtins, "eval", lambda *_: pytest.fail("eval was called"))
+    monkeypatch.setattr(builtins, "exec", lambda *_: pytest.fail("exec was called"))
+    with pytest.raises(EditError) as caught:
+        construct_all(text)
+    assert any(part in str(caught.value) for part in message.split("|"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("-" * 90_000 + "1", "(" * 5000, "[" * 150 + "]" * 150, "a" + ".b" * 40_000, "not " * 20_000 + "1"),
+        *("a" + "()" * 40_000, "1+" * 40_000 + "1", "-" * 2000 + "1", "f(" * 150 + ")" * 150, "a and " * 10_000 + "a"),
+    ],
+    ids=lambda text: text[:6],
+)
+def test_deep_text_is_refused(text: str) -> None:
+    with pytest.raises(EditError, match=r"is too deep|nested more than 50 deep|malformed|computation|call"):
+        construct(text)
+
+
+def test_the_limits_are_named() -> None:
+    with pytest.raises(EditError, match=f"has 100,001 characters, and no more than {LONGEST:,} are read"):
+        parsed("ReLU()" + " " * (LONGEST - 5))
+    with pytest.raises(EditError, match=f"has more than {MOST_NODES:,} parts"):
+        parsed("f(" + "1," * MOST_NODES + ")")
+    with pytest.raises(EditError, match=f"nested more than {DEEPEST} deep"):
+        parsed("f(" * (DEEPEST + 1) + ")" * (DEEPEST + 1))
+    assert str(parsed("f(" * DEEPEST + ")" * DEEPEST)) == "f(" * DEEPEST + ")" * DEEPEST
+
+
+def test_odd_text_gives_no_warning() -> None:
+    assert parsed(r"f('\d')") == Call("f", (r"\d",))
+
+
+names = st.from_regex(r"[a-z_]{1,8}", fullmatch=True).map(lambda name: f"{name}_")
+literals = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(alphabet=st.characters(codec="utf-8"))
+)
+values = st.recursive(
+    literals,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+        | st.builds(Call, names, st.lists(inner, max_size=3).map(tuple), st.dictionaries(names, inner, max_size=3))
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.builds(Call, names, st.lists(values, max_size=3).map(tuple), st.dictionaries(names, values, max_size=3)))
+def test_what_is_written_is_read_back(call: Call) -> None:
+    assert parsed(written(call)) == call
+    assert written(parsed(written(call))) == written(call)  # which tells True from 1, and -0.0 from 0
+
+
+def test_what_no_text_stands_for_is_not_written() -> None:
+    assert written((math.inf, -math.inf)) == "(1e999, -1e999)"
+    for value in (math.nan, object(), b"", {1: math.nan}):
+        with pytest.raises(EditError, match="which no text stands for"):
+            written(value)
