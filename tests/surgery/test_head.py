@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -11,7 +13,7 @@ from torchvision import models
 
 import tiny
 from oracles import identical, same, snapshot
-from regraft import create_model, replace_head, save
+from regraft import create_model, load, replace_head, save
 from regraft.anatomy.heads import find_heads
 from regraft.card import attach, card_of
 from regraft.errors import EditError, ModelError, SelectionError
@@ -255,3 +257,93 @@ def test_names_that_do_not_exist_are_refused_before_anything_is_built() -> None:
 
 def test_save_follows_an_edit(tmp_path: object) -> None:
     assert save(replace_head(tiny.sequential(), NEW), tmp_path / "edited.safetensors").exists()
+
+
+KEPT = {0: 2, 3: 0, 4: 6}
+
+
+@pytest.mark.parametrize("name", [*NETS, *tiny.ALL])
+def test_the_rows_of_kept_classes_are_bit_identical_and_their_scores_equal(name: str) -> None:
+    make, side, heads = NETS[name] if name in NETS else (lambda: tiny.build(name), 0, ())
+    model = make().eval()
+    torch.manual_seed(5)  # not that of the old head
+    before = snapshot(model)
+    edited = replace_head(model, NEW, keep=KEPT)
+    assert same(before, snapshot(model))
+    old, new = list(KEPT), list(KEPT.values())
+    for head in heads or find_heads(model):
+        ours, theirs = edited.get_submodule(head), model.get_submodule(head)
+        assert identical(ours.weight[new], theirs.weight[old])
+        assert identical(ours.bias[new], theirs.bias[old])
+        assert not any(identical(ours.weight[row], other) for row in {*range(NEW)} - {*new} for other in theirs.weight)
+    inputs = torch.randn(2, 3, side, side) if side else tiny.batch(name)
+    with torch.no_grad():
+        a, b = edited(inputs)[:, new], model(inputs)[:, old]
+    assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
+def test_a_class_that_joins_leaves_a_trained_network_as_good_as_it_was() -> None:
+    model = tiny.build("plain").eval()
+    inputs = tiny.batch("plain", 64)
+    scores = replace_head(model, tiny.CLASSES + 1, keep={k: k for k in range(tiny.CLASSES)}).eval()(inputs)
+    assert torch.equal(scores[:, : tiny.CLASSES].argmax(1), model(inputs).argmax(1))
+
+
+def test_classes_can_be_kept_by_their_names() -> None:
+    model = attach(tiny.build("plain"), classes=("ant", "bee", "cat", "dog", "elk"))
+    edited = replace_head(model, 2, keep={"dog": 0, "bee": 1})
+    assert identical(edited.fc.weight, model.fc.weight[[3, 1]])
+    with pytest.raises(EditError, match="keep names the old class 'bees', which is unknown: Nearest: 'bee'"):
+        replace_head(model, 2, keep={"bees": 0})
+    with pytest.raises(EditError, match="gives the old class 1 twice"):
+        replace_head(model, 2, keep={"bee": 0, 1: 1})
+
+
+def test_kept_classes_are_no_part_of_the_recipe_as_the_weights_come_from_the_file(tmp_path: Path) -> None:
+    model = create_model("squeezenet1_1", weights="none", num_classes=4)
+    edited = replace_head(model, 3, keep={0: 0, 2: 1})
+    recipe = card_of(edited).recipe
+    assert recipe is not None
+    assert recipe.steps[-1].arguments == {"path": "classifier.1", "new": 3}
+    again = load(save(edited, tmp_path / "kept.safetensors"))
+    assert identical(again.classifier[1].weight[:2], model.classifier[1].weight[[0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({5: 0}, "keep names the old class 5, expected a number from 0 to 4 ('fc' has 5 classes, its successor 3)"),
+        ({-1: 0}, "keep names the old class -1"),
+        ({0: 3}, "keep names the new class 3, expected a number from 0 to 2"),
+        ({0: 1, 2: 1}, "keep gives two old classes the same new one, 1"),
+        ({True: 1}, "keep names the old class True"),
+        ({0.0: 1}, "keep names the old class 0.0"),
+        ({"ant": 1}, "keep names the old class 'ant', which is unknown: the model's card has no names of classes"),
+    ],
+)
+def test_classes_that_cannot_be_kept_are_named(keep: Any, message: str) -> None:
+    model = tiny.build("plain")
+    before = snapshot(model)
+    with pytest.raises(EditError) as caught:
+        replace_head(model, 3, keep=keep)
+    assert message in str(caught.value)
+    assert str(caught.value).endswith("Nothing was changed.")
+    assert same(before, snapshot(model))
+
+
+def test_a_module_keeps_rows_where_they_fit_and_stays_as_it_was_where_they_do_not() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5))
+    edited = replace_head(model, nn.LazyLinear(3), keep={4: 2})
+    assert identical(edited[1].weight[2], model[1].weight[4])
+    head = nn.Linear(6, 3, bias=False)
+    weight = head.weight.clone()
+    for other in (head, nn.Sequential(nn.Linear(6, 3))):
+        with pytest.raises(EditError, match="no classes of '1' can be kept: it is a Linear, and another"):
+            replace_head(model, other, keep={4: 2})
+    assert identical(head.weight, weight)
+
+
+@pytest.mark.parametrize("new", [True, "7", 2.0, nn.Linear])
+def test_what_is_no_head_is_refused(new: Any) -> None:
+    with pytest.raises(EditError, match=r"a head is a number of classes or a torch\.nn\.Module, not"):
+        replace_head(tiny.build("plain"), new)

@@ -64,21 +64,27 @@ def first_convolution(model: nn.Module) -> str:
     """Return the path of the first layer of `model` that has a width, which takes its images.
 
     Raises:
-        EditError: That layer is no convolution.
+        EditError: That layer is no convolution, or takes something that was made of the images.
     """
     layers = dict(model.named_modules())
     try:
-        order = [call.path for call in trace(model).calls]
+        calls = trace(model).calls
+        order, given = [call.path for call in calls], {call.path: call.input_shapes for call in reversed(calls)}
     except ModelError:
-        order = list(layers)
+        order, given = list(layers), {}
     first = next((path for path in order if isinstance(layers[path], WIDE)), None)
-    if first is None or not isinstance(layers[first], CONVOLUTIONS):
-        kind = f"'{first}' ({type(layers[first]).__name__})" if first is not None else "no layer with a width"
-        raise EditError(
-            f"{type(model).__name__} begins with {kind}, expected a convolution, so it has no channels to change. "
-            "Use replace(model, PATH, …). Nothing was changed."
-        )
-    return first
+    layer = layers[first] if first is not None else None
+    if isinstance(layer, CONVOLUTIONS) and first is not None:
+        fed = {shape[1:2] for shape in given.get("", ())}
+        if not fed or (layer.in_channels,) in fed:
+            return first
+    kind = f"'{first}' ({type(layer).__name__})" if layer is not None else "no layer with a width"
+    if isinstance(layer, CONVOLUTIONS):
+        kind += f", which takes {layer.in_channels} channels that are made of the image"
+    raise EditError(
+        f"{type(model).__name__} begins with {kind}, expected a convolution of the image, so it has no channels to "
+        "change. Use replace(model, PATH, …). Nothing was changed."
+    )
 
 
 def width_of(layer: nn.Module) -> int | None:

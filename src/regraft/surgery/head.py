@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -93,12 +93,15 @@ def _with_its_own_classifier(model: nn.Module, classes: int, inputs: Inputs | No
         return None
     edited = shared_copy(model)
     known = {id(layer) for layer in edited.modules()}
-    before = {id(parameter) for parameter in edited.parameters()}
+    flags = {parameter: parameter.requires_grad for parameter in edited.parameters()}
     try:
-        edited.get_submodule("").reset_classifier(classes)  # type: ignore[operator]
+        cast(Any, edited).reset_classifier(classes)
     except Exception:  # anybody's code: the head is then found as in other networks
         return None
-    if {id(parameter) for parameter in edited.parameters()} <= before:
+    finally:
+        for parameter, flag in flags.items():  # which `model` shares
+            parameter.requires_grad_(flag)
+    if all(parameter in flags for parameter in edited.parameters()):
         return None
     reference = next((p for p in model.parameters() if p.is_floating_point()), None)
     for layer in [layer for layer in edited.modules() if id(layer) not in known]:
@@ -133,7 +136,7 @@ def _tell_width(model: nn.Module, heads: Sequence[str], before: int | None, clas
 def _pairs(model: nn.Module, keep: Mapping[int, int] | Mapping[str, int]) -> dict[int, int]:
     """Return which old class becomes which new one, both as numbers."""
     names = card_of(model).classes
-    pairs: dict[int, int] = {}
+    pairs: dict[Any, int] = {}
     for old, new in keep.items():
         if isinstance(old, str) and (names is None or old not in names):
             known = "the model's card has no names of classes; give numbers" if names is None else ""
@@ -143,7 +146,7 @@ def _pairs(model: nn.Module, keep: Mapping[int, int] | Mapping[str, int]) -> dic
         if index in pairs or new in pairs.values():
             which = f"the old class {old!r} twice" if index in pairs else f"two old classes the same new one, {new!r}"
             raise EditError(f"keep gives {which}: {dict(keep)}. Nothing was changed.")
-        pairs[index] = new  # type: ignore[index]
+        pairs[index] = new
     return pairs
 
 

@@ -90,8 +90,10 @@ def rewire(
         flows = [capture(model, opened, heed_pins=heed_pins)]
     except ForwardError:
         wide = [path for path in containers(model) if closed is None or not is_within(path, closed)]
-        flow, opened = capture_widely(model, {*opened, *wide}, heed_pins=heed_pins)
-        flows = [flow]
+        flow, widely = capture_widely(model, {*opened, *wide}, heed_pins=heed_pins)
+        if not set(opened) <= set(widely):
+            raise  # what has to be looked into is what cannot be traced
+        flows, opened = [flow], widely
     if flows[0].decider is not None:
         flows.append(capture(model, opened, training=True, heed_pins=heed_pins))
     return rewire_flows(model, flows, change, added)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -54,7 +54,7 @@ def replace_stem(model: nn.Module, channels: int, *, inputs: Inputs | None = Non
     if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
         raise EditError(f"a network takes at least 1 channel, not {channels!r}. Nothing was changed.")
     first = first_convolution(model)
-    count = int(model.get_submodule(first).in_channels)  # type: ignore[arg-type]
+    count = cast(nn.Conv2d, model.get_submodule(first)).in_channels
     edited = with_layers(model, {})
     changed: list[str] = []
     found: str | None = first
@@ -164,10 +164,10 @@ def _tell_channels(model: nn.Module, paths: Collection[str], count: int, channel
         for name in COUNTS:
             if attributes.get(name) == count:
                 attributes[name] = channels
-    config = getattr(model, "config", None)  # Hugging Face's
+    config: Any = getattr(model, "config", None)  # Hugging Face's
     for part in (config, getattr(config, "vision_config", None)):
-        if getattr(part, "num_channels", None) == count:
-            part.num_channels = channels  # type: ignore[union-attr]
+        if part is not None and getattr(part, "num_channels", None) == count:
+            part.num_channels = channels
     for name in TIMM_CONFIGS:  # which also name the first convolution; it keeps its name
         known = vars(model).get(name)
         if isinstance(known, dict) and "input_size" in known:

@@ -1,0 +1,195 @@
+"""The two parts of a network give what the whole gives, bit for bit, and the first part is really constant."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+import regraft
+import tiny
+from oracles import identical, same, snapshot
+from regraft.anatomy.depths import parameter_depths
+from regraft.anatomy.heads import find_heads
+from regraft.errors import EditError, ModelError
+from regraft.frontier import partition
+
+
+def middle(model: nn.Module) -> str:
+    depths = parameter_depths(model)
+    order = sorted(set(depths.values()))
+    half = order[(len(order) - 1) // 2]
+    return [name for name, _ in model.named_parameters() if depths.get(name) == half][-1].rpartition(".")[0]
+
+
+def head_alone(model: nn.Module) -> None:
+    regraft.freeze(model)
+    regraft.unfreeze(model, *find_heads(model))
+
+
+def head_and_a_late_norm(model: nn.Module) -> None:
+    head_alone(model)
+    norms = [
+        path for path, layer in model.named_modules() if "Norm" in type(layer).__name__ and list(layer.parameters())
+    ]
+    regraft.unfreeze(model, norms[-2])
+
+
+def late_biases(model: nn.Module) -> None:
+    head_alone(model)
+    biases = [name for name, _ in model.named_parameters() if name.endswith("bias")]
+    for name in biases[-6:]:
+        regraft.unfreeze(model, f"params:{name}")
+
+
+PATTERNS: dict[str, Callable[[nn.Module], object]] = {
+    "head": head_alone,
+    "half": lambda model: regraft.freeze(model, until=middle(model)),
+    "norm": head_and_a_late_norm,
+    "biases": late_biases,
+}
+NETS = {
+    "resnet18": 64,
+    "densenet121": 64,
+    "mobilenet_v2": 64,
+    "mobilenet_v3_small": 64,
+    "shufflenet_v2_x0_5": 64,
+    "googlenet": 64,
+    "convnext_tiny": 64,
+    "swin_t": 64,
+    "efficientnet_b0": 64,
+    "regnet_y_400mf": 64,
+    "mnasnet0_5": 64,
+    "vit_b_32": 224,
+}
+
+
+def run(model: Callable[..., Any], *inputs: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(4)
+    output = model(*inputs)
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("resnet18", "swin_t") else pytest.mark.slow) for n in NETS]
+)
+def test_two_parts_are_the_whole_in_either_mode(name: str, pattern: str) -> None:
+    options = {"init_weights": False} if name == "googlenet" else {}
+    model = models.get_model(name, weights=None, **options)
+    PATTERNS[pattern](model)
+    inputs = torch.randn(3, 3, NETS[name], NETS[name])
+    before = snapshot(model)
+    parts = partition(model, inputs[:1])
+    assert same(before, snapshot(model))
+    with torch.no_grad():
+        assert identical(run(parts.suffix.eval(), *parts.prefix(inputs)), run(model.eval(), inputs))
+    reference = copy.deepcopy(model).train()
+    assert identical(run(parts.suffix.train(), *parts.prefix(inputs)), run(reference, inputs))
+    prove_constant(model, parts.prefix, inputs)
+    mine = {id(parameter) for parameter in model.parameters()}
+    assert {id(p) for p in (*parts.prefix.parameters(), *parts.suffix.parameters())} <= mine
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trainable <= {id(p) for p in parts.suffix.parameters()}
+
+
+def prove_constant(model: nn.Module, prefix: nn.Module, inputs: torch.Tensor) -> None:
+    """Move everything that is trainable, train with batch statistics, and see that the prefix gives the same."""
+    with torch.no_grad():
+        before = [tensor.clone() for tensor in prefix(inputs)]
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+        model.train()(torch.randn_like(inputs))
+        assert all(identical(a, b) for a, b in zip(before, prefix(inputs), strict=True))
+
+
+def test_the_frontier_of_a_resnet_is_the_last_frozen_block() -> None:
+    model = models.resnet18()
+    regraft.freeze(model, until="layer3.0")
+    parts = partition(model, torch.zeros(1, 3, 224, 224))
+    assert [(cut.layer, cut.shape) for cut in parts.frontier] == [("layer3.0", (256, 14, 14))]
+    assert parts.bytes == 256 * 14 * 14 * 4
+    assert sum(parts.multiply_adds) == pytest.approx(1_814_073_344)
+
+
+def test_dropout_that_nothing_pins_is_live() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    for layer in (model[0], model[2]):
+        layer.requires_grad_(False)  # by hand: nothing is pinned
+    assert [cut.layer for cut in partition(model, torch.zeros(1, 4)).frontier] == ["0"]
+    regraft.freeze(model, "0", "1", "2")
+    assert [cut.layer for cut in partition(model, torch.zeros(1, 4)).frontier] == ["3"]
+
+
+def test_batch_norm_that_nothing_pins_is_live() -> None:
+    model = models.resnet18()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.fc.requires_grad_(True)
+    assert [cut.layer for cut in partition(model, torch.zeros(1, 3, 64, 64)).frontier] == ["conv1"]
+    regraft.freeze(model)
+    regraft.unfreeze(model, "fc")
+    assert [cut.shape for cut in partition(model, torch.zeros(1, 3, 64, 64)).frontier] == [(512,)]
+
+
+def test_functional_dropout_follows_its_block() -> None:
+    model = tiny.build("functional-dropout")
+    regraft.freeze(model, "block1")
+    assert [cut.layer for cut in partition(model, torch.zeros(1, 12)).frontier] == ["block1"]
+    model = tiny.build("functional-dropout")
+    model.get_submodule("block1").requires_grad_(False)
+    assert [cut.layer for cut in partition(model, torch.zeros(1, 12)).frontier] == ["block1"]
+    parts = partition(model, torch.zeros(1, 12))
+    assert parts.frontier[0].shape == (12,)
+    assert not identical(
+        parts.suffix.train()(*parts.prefix(torch.ones(1, 12))), parts.suffix(*parts.prefix(torch.ones(1, 12)))
+    )
+
+
+def test_a_smaller_tensor_before_the_frontier_is_taken() -> None:
+    model = nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 4096), nn.ReLU(), nn.Linear(4096, 2))
+    regraft.freeze(model, "0", "1")
+    parts = partition(model, torch.zeros(1, 8))
+    assert [cut.layer for cut in parts.frontier] == ["0"]
+    assert "cut earlier, after '0'" in str(parts.note)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [(regraft.freeze, "nothing of this network is live"), (regraft.unfreeze, "nothing of this network is constant")],
+)
+def test_there_have_to_be_two_parts(prepare: Callable[[nn.Module], object], message: str) -> None:
+    model = tiny.build("plain")
+    prepare(model)
+    with pytest.raises(EditError, match=message):
+        partition(model, tiny.batch("plain"))
+
+
+def test_a_forward_that_looks_at_values_says_so() -> None:
+    class Branching(nn.Sequential):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input) if input.sum() > 0 else input
+
+    model = Branching(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    with pytest.raises(ModelError, match="cannot be traced: its own forward"):
+        partition(model, torch.zeros(1, 4))
+
+
+def test_images_that_are_mixed_are_not_kept_apart() -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.first(x).mean(0, keepdim=True))
+
+    model = Mixing()
+    model.first.requires_grad_(False)
+    found = partition(model, torch.zeros(1, 4))
+    assert [cut.layer for cut in found.frontier] == ["first"]

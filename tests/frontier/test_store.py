@@ -1,0 +1,144 @@
+"""What is kept is whole, or it is not there."""
+
+import os
+import shutil
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+import regraft
+from oracles import identical
+from regraft.frontier import partition
+from regraft.frontier.key import features_key
+from regraft.frontier.speed import faster
+from regraft.frontier.store import ENTRY, Store
+
+KEY = "0" * 64
+
+
+def write(store: Store, key: str = KEY, rows: int = 10) -> list[torch.Tensor]:
+    tensors = [torch.arange(rows * 6.0).view(rows, 2, 3), torch.arange(rows).to(torch.bfloat16).view(rows, 1)]
+    writing = store.write(key, {"frontier": ["layer3"]})
+    writing.append([tensor[:4] for tensor in tensors])
+    writing.append([tensor[4:] for tensor in tensors])
+    writing.finish(unreadable={})
+    return tensors
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_what_is_written_is_found(tmp_path: Path, in_memory: bool) -> None:
+    store = Store(tmp_path)
+    tensors = write(store)
+    entry = store.find(KEY)
+    assert entry is not None
+    assert entry.note == {"frontier": ["layer3"], "unreadable": {}}
+    assert entry.bytes == sum(tensor.nbytes for tensor in tensors)
+    rows = torch.tensor([7, 0, 0, 9])
+    found = entry.tensors(in_memory=in_memory)
+    assert all(identical(kept[rows], tensor[rows]) for kept, tensor in zip(found, tensors, strict=True))
+
+
+def test_an_interrupted_write_is_no_entry(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    writing = store.write(KEY, {})
+    writing.append([torch.zeros(3, 2)])
+    assert store.find(KEY) is None
+    writing.abandon()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file", ["0.bin", "1.bin", ENTRY])
+def test_a_damaged_entry_is_noticed_and_deleted(tmp_path: Path, file: str) -> None:
+    store = Store(tmp_path)
+    write(store)
+    path = tmp_path / KEY / file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data) if file != ENTRY else data[: len(data) // 2])
+    assert store.find(KEY) is None
+    assert not (tmp_path / KEY).exists()
+
+
+def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for number in range(3):
+        write(store, str(number))
+        os.utime(tmp_path / str(number) / ENTRY, (number, number))
+    store.limit_bytes = sum(size for _, size, _ in store.entries())
+    assert store.find("0") is not None  # used now
+    store.make_room(1)
+    assert store.find("1") is None
+    assert store.find("0") is not None
+    assert store.clear() > 0
+    assert store.entries() == []
+
+
+def test_a_write_that_nobody_finished_is_cleared_away_after_a_day(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    unfinished = tmp_path / f"{KEY}.1.2.tmp"
+    unfinished.mkdir()
+    store.make_room(0)
+    assert unfinished.exists()
+    os.utime(unfinished, (time.time() - 1e6,) * 2)
+    store.make_room(0)
+    assert not unfinished.exists()
+
+
+def test_two_processes_may_write_the_same(tmp_path: Path) -> None:
+    context = get_context("fork")
+    processes = [context.Process(target=write, args=(Store(tmp_path), KEY, 5000)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert Store(tmp_path).find(KEY) is not None
+    assert [path.name for path in tmp_path.iterdir()] == [KEY]
+
+
+def test_no_room_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    assert not Store(tmp_path, limit_bytes=10).has_room(100)
+    assert not Store(tmp_path).has_room(shutil.disk_usage(tmp_path).free)
+
+
+def test_a_key_depends_on_weights_files_and_circumstances(tmp_path: Path) -> None:
+    file = tmp_path / "photo.jpg"
+    file.write_bytes(b"one")
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    first = features_key(model, [file], size=3)
+    assert features_key(model, [file], size=3) == first
+    others = [features_key(model, [file], size=4), features_key(nn.Sequential(model[0], nn.ReLU()), [file], size=3)]
+    file.write_bytes(b"two")
+    others.append(features_key(model, [file], size=3))
+    file.write_bytes(b"one")
+    with torch.no_grad():
+        model[1].running_mean[0] += 1e-6
+    others.append(features_key(model, [file], size=3))
+    assert len({first, *others}) == 5
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "densenet121", "swin_t"])
+def test_the_faster_copy_gives_the_same_and_leaves_the_original(name: str) -> None:
+    model = models.get_model(name, weights=None)
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+    regraft.freeze(model)
+    regraft.unfreeze(model, *regraft.anatomy.heads.find_heads(model))
+    inputs = torch.randn(2, 3, 64, 64)
+    prefix = partition(model, inputs).prefix
+    before = {key: (tensor.clone(), tensor.stride()) for key, tensor in prefix.state_dict().items()}
+    quick = faster(prefix)
+    with torch.inference_mode():
+        for ours, theirs in zip(quick(inputs), prefix(inputs), strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+    now = prefix.state_dict()
+    assert all(identical(now[key], tensor) and now[key].stride() == stride for key, (tensor, stride) in before.items())
+    if name == "resnet18":
+        assert not any(isinstance(layer, nn.BatchNorm2d) for layer in quick.modules())
