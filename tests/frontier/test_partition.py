@@ -67,6 +67,11 @@ NETS = {
 }
 
 
+def make(name: str) -> nn.Module:
+    options = {"init_weights": False} if name == "googlenet" else {}  # which takes a minute
+    return models.get_model(name, weights=None, **options)
+
+
 def run(model: Callable[..., Any], *inputs: torch.Tensor) -> torch.Tensor:
     torch.manual_seed(4)
     output = model(*inputs)
@@ -78,8 +83,7 @@ def run(model: Callable[..., Any], *inputs: torch.Tensor) -> torch.Tensor:
     "name", [pytest.param(n, marks=[] if n in ("resnet18", "swin_t") else pytest.mark.slow) for n in NETS]
 )
 def test_two_parts_are_the_whole_in_either_mode(name: str, pattern: str) -> None:
-    options = {"init_weights": False} if name == "googlenet" else {}
-    model = models.get_model(name, weights=None, **options)
+    model = make(name)
     PATTERNS[pattern](model)
     inputs = torch.randn(3, 3, NETS[name], NETS[name])
     before = snapshot(model)

@@ -138,6 +138,7 @@ def loader(photos: Photos, batch_size: int, *, shuffle_seed: int | None = None, 
         drop_last=lonely,
         collate_fn=functools.partial(_collate, preprocessing=photos.preprocessing),
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(0),  # of its workers; torch's own stays as it is
     )
 
 

@@ -31,6 +31,8 @@ RESIDENT_BYTES = 256 * 2**20  # of a mapped file that may stay in memory between
 class Mapped:
     """Rows of a tensor in a file that is mapped into memory, and read as they are asked for."""
 
+    device = torch.device("cpu")
+
     def __init__(self, file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype
         self._row_bytes = math.prod(shape[1:]) * dtype.itemsize

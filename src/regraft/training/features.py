@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from regraft.anatomy.modes import evaluation_mode
 from regraft.data.decode import Unreadable
 from regraft.data.folders import Sample
 from regraft.data.photos import Photos, SeededShuffle, free_memory_bytes, leaves_one, read_photos
@@ -18,14 +19,14 @@ from regraft.frontier.key import features_key
 from regraft.frontier.partition import Partition, partition
 from regraft.frontier.speed import faster
 from regraft.frontier.store import Entry, Rows, Store, Writing
-from regraft.progress import Progress
-from regraft.training.loop import Engine
+from regraft.progress import SILENT, Progress
+from regraft.training.loop import Engine, main_output
 from regraft.zoo import preprocessing_of
 
 BATCH = {"cpu": 32, "cuda": 256}  # photos that go through the constant part at a time
 MEMORY_BYTES = 512 * 2**20  # of features; larger ones are mapped from the disk
 MEMORY_SHARE = 0.25  # of what is free, for features that the disk has no room for
-CHECKED = 4  # photos that are computed again, to see that they are what is kept
+CHECKED = 2  # photos that are computed again, to see that they are what is kept
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest value
 
 
@@ -47,6 +48,10 @@ class Features:
     was_found: bool
     place: str
 
+    def pick(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return some rows of each tensor, on its device."""
+        return tuple(tensor[rows.to(tensor.device)] for tensor in self.tensors)
+
 
 class Extractor:
     """Computes features with the constant part of a model.
@@ -57,17 +62,29 @@ class Extractor:
         fast: Whether the constant part may be replaced by a faster copy, equal up to rounding (see `faster`).
         keep_pixels: Whether decoded photos stay in memory, as the network will be split again.
         store: Where features are kept between runs; None keeps nothing.
+        progress: Is told what happens.
 
     Raises:
         ModelError: The model cannot be split.
         EditError: Nothing is constant.
     """
 
-    def __init__(self, model: nn.Module, engine: Engine, *, fast: bool, keep_pixels: bool, store: Store | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: Engine,
+        *,
+        fast: bool,
+        keep_pixels: bool,
+        store: Store | None,
+        progress: Progress = SILENT,
+    ) -> None:
         self.preprocessing = preprocessing_of(model)
         self.parts: Partition = partition(model, torch.empty(self.preprocessing.input_size))
         self.engine = engine
+        self._model, self._is_proven = model, False
         self.store = store
+        self.progress = progress
         self._fast, self._keep_pixels = fast, keep_pixels
         self._prefix = faster(self.parts.prefix) if fast else self.parts.prefix
 
@@ -78,7 +95,6 @@ class Extractor:
         classes: tuple[str, ...] | None,
         *,
         description: str,
-        progress: Progress,
     ) -> tuple[Features, Photos, tuple[Unreadable, ...]]:
         """Return the features of photo files, decoding none of them where an earlier run kept what is needed.
 
@@ -87,7 +103,6 @@ class Extractor:
             versions: What the network may see of each; a known number.
             classes: Class names; None for regression.
             description: What is said of it while it goes on.
-            progress: Is told what happens.
 
         Raises:
             DataError: No photo can be read.
@@ -109,7 +124,7 @@ class Extractor:
                 self.preprocessing,
                 classes=classes,
                 description=description,
-                progress=progress,
+                progress=self.progress,
                 on_photo=lambda _, pixels: extraction.add(pixels),
                 keep=self._keep_pixels,
             )
@@ -175,10 +190,13 @@ class Extractor:
 
     def run(self, pixels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Compute the frontier of a few photos, each (C, size, size) of uint8, on the model's device."""
-        batch = normalize(torch.stack(list(pixels)), self.preprocessing)
-        batch = batch.to(self.engine.device).contiguous(memory_format=torch.channels_last)
         with torch.inference_mode(), self.engine.autocast():
-            return [tensor.contiguous() for tensor in self._prefix(batch)]
+            return [tensor.contiguous() for tensor in self._prefix(self._batch(pixels))]
+
+    def _batch(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
+        batch = normalize(torch.stack(list(pixels)), self.preprocessing)
+        layout = torch.channels_last if self.engine.has_channels_last else torch.contiguous_format
+        return batch.to(self.engine.device, memory_format=layout)
 
     def _opened(self, entry: Entry) -> tuple[Rows, ...]:
         return entry.tensors(in_memory=entry.bytes < MEMORY_BYTES)
@@ -194,27 +212,29 @@ class Extractor:
         return Features(rows, photos.versions.count, time.perf_counter() - began, was_found, place)
 
     def _check(self, features: Features, photos: Photos) -> None:
-        """Compute a few photos again, each alone, and compare them with what is kept.
+        """Compute a few photos again, with the constant part and, once, with the whole network.
 
         Raises:
-            ModelError: They differ: something draws at random, or mixes the images of a batch, and nothing declares it.
+            ModelError: What is kept differs from either: something draws at random, or mixes the images of a batch,
+                and nothing declares it.
         """
-        for index in {0, len(photos) // 3, 2 * len(photos) // 3, len(photos) - 1}:
-            pixels = photos.versions.of(index, photos.decoded(index), 0)
-            row = torch.tensor([index * features.views])
-            for kept, again in zip(features.tensors, self.run([pixels]), strict=True):
-                expected, found = (
-                    kept[row.to(again.device) if isinstance(kept, torch.Tensor) and kept.is_cuda else row],
-                    again,
+        indices = torch.arange(CHECKED) * (len(photos) - 1) // max(1, CHECKED - 1)
+        batch = self._batch([photos.versions.of(index, photos.decoded(index), 0) for index in indices.tolist()])
+        kept = tuple(tensor.to(batch.device) for tensor in features.pick(indices * features.views))
+        suffix = self.parts.suffix
+        with evaluation_mode(self._model), evaluation_mode(suffix), torch.no_grad(), self.engine.autocast():
+            pairs = list(zip(kept, self._prefix(batch), strict=True))
+            if not self._is_proven:
+                whole = torch.cat([main_output(self._model(photo)) for photo in batch.split(1)])
+                pairs.append((main_output(suffix(*kept)), whole))
+        for ours, theirs in pairs:
+            distance = (ours.float() - theirs.float()).abs().max()
+            if not distance <= TOLERANCE.get(theirs.dtype, 1e-3) * theirs.float().abs().max().clamp(min=1e-6):
+                raise ModelError(
+                    "the network does not give the same values for the same photo twice (they differ by "
+                    f"{distance:.2g}), although nothing in it is declared to be random"
                 )
-                distance = (expected.to(found.device).float() - found.float()).abs().max()
-                limit = TOLERANCE.get(found.dtype, 1e-3) * found.float().abs().max().clamp(min=1e-6)
-                if not distance <= limit:
-                    raise ModelError(
-                        f"the frozen part of the network does not give the same values twice (photo "
-                        f"'{photos.samples[index].path.name}' differs by {distance:.2g}), although nothing in it is "
-                        "declared to be random"
-                    )
+        self._is_proven = True
 
 
 class _Extraction:
@@ -272,6 +292,7 @@ class _Extraction:
         self.close()
         if self._kept is None:
             raise ModelError(f"what is computed once cannot be written: {error}") from error
+        self._extractor.progress.say(f"frontier   what is computed once is not kept for the next run: {error}")
 
 
 class FeatureBatches:
@@ -306,5 +327,5 @@ class FeatureBatches:
 
     def pick(self, indices: torch.Tensor, draws: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """Return features and targets of some photos, in the versions that the numbers in `draws` stand for."""
-        rows = (indices * self.features.views + draws % self.features.views).to(self.targets.device)
-        return tuple(tensor[rows] for tensor in self.features.tensors), self.targets[indices.to(self.targets.device)]
+        rows = indices * self.features.views + draws % self.features.views
+        return self.features.pick(rows), self.targets[indices.to(self.targets.device)]

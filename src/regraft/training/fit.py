@@ -103,7 +103,7 @@ def _read(
     model: nn.Module, data: Any, listing: Listing | None, config: TrainConfig, engine: Engine, progress: Progress
 ) -> Material:
     """Read the data, and compute what is constant once where that can be done."""
-    extractor, reason = make_extractor(model, data, config, engine)
+    extractor, reason = make_extractor(model, data, config, engine, progress)
     preprocessing = preprocessing_of(model)
     try:
         material = read_material(data, listing, preprocessing, config, progress, extractor)
@@ -124,7 +124,7 @@ def _thaw(job: Job, config: TrainConfig, epoch: int, progress: Progress) -> Job:
     progress.say(f"unfreezing {thawed}")
     if job.material.frontier is None:
         return job
-    extractor, _ = make_extractor(job.model, job.material.photos, config, job.engine)
+    extractor, _ = make_extractor(job.model, job.material.photos, config, job.engine, progress)
     material = again(job.material, config, extractor)
     live = material.frontier.parts.suffix if material.frontier is not None else job.model
     return replace(job, material=material, live=live)

@@ -100,9 +100,7 @@ def read_material(
         (listing.validation, versions[1], "reading validation photos"),
     ):
         if extractor is not None:
-            found, part, failed = extractor.of_samples(
-                samples, seen, listing.classes, description=description, progress=progress
-            )
+            found, part, failed = extractor.of_samples(samples, seen, listing.classes, description=description)
             features.append(found)
         else:
             part, failed = read_photos(

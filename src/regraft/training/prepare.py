@@ -24,6 +24,7 @@ from regraft.freezing.groups import build_optimizer, optimizer_class
 from regraft.freezing.schedule import Schedule
 from regraft.freezing.state import FreezeState
 from regraft.frontier.store import Store
+from regraft.progress import Progress
 from regraft.training.config import FINE_TUNE_LR, HEAD_LR, SCRATCH_LR, TrainConfig
 from regraft.training.features import Extractor, FeatureBatches
 from regraft.training.loop import Engine, Inputs, choose_engine, main_output, run
@@ -222,16 +223,12 @@ def _try_one_batch(model: nn.Module, material: Material, criterion: Loss, engine
         check_loss(criterion(output, targets))
 
 
-def _extractor(model: nn.Module, config: TrainConfig, engine: Engine) -> Extractor:
-    return Extractor(model, engine, fast=config.fast, keep_pixels=config.unfreeze is not None, store=Store())
-
-
 def _shapes(inputs: Inputs) -> str:
     return ", ".join(str(tuple(one.shape)) for one in ([inputs] if isinstance(inputs, torch.Tensor) else inputs))
 
 
 def make_extractor(
-    model: nn.Module, data: Any, config: TrainConfig, engine: Engine
+    model: nn.Module, data: Any, config: TrainConfig, engine: Engine, progress: Progress
 ) -> tuple[Extractor | None, str | None]:
     """Prepare to compute what is constant once, where the data and the network allow it.
 
@@ -246,7 +243,8 @@ def make_extractor(
     if is_random(config.augment) and config.views is None:
         return None, f"augment {config.augment} draws each photo anew in every epoch. A number of --views can be kept"
     try:
-        return _extractor(model, config, engine), None
+        keep_pixels = config.unfreeze is not None
+        return Extractor(model, engine, fast=config.fast, keep_pixels=keep_pixels, store=Store(), progress=progress), None
     except (ModelError, EditError) as error:
         return None, str(error)
 

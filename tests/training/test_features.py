@@ -1,0 +1,228 @@
+"""Training on what was computed once gives what training the whole network gives; and what can go wrong with a cache."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import regraft
+import tiny
+from frontier.test_partition import NETS, PATTERNS, make
+from oracles import identical
+from regraft.frontier.store import Store, Writing
+from regraft.progress import Progress
+from regraft.training import features
+
+EXACT: dict[str, Any] = {"augment": "none", "fast": False, "optimizer": "sgd", "lr": 0.01, "batch_size": 6}
+CLOSE = 1e-5
+
+
+class Lines(Progress):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def __contains__(self, part: str) -> bool:
+        return any(part in line for line in self.lines)
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("noise"))
+
+
+@pytest.fixture
+def own_photos(tmp_path: Path) -> Path:
+    return write_photos(tmp_path / "photos")
+
+
+def write_photos(root: Path, count: int = 12) -> Path:
+    drawn = np.random.default_rng(3)
+    for part in ("train", "val"):
+        for label in ("dark", "light"):
+            folder = root / part / label
+            folder.mkdir(parents=True)
+            for number in range(count // 2):
+                base = 80 if label == "dark" else 160
+                pixels = np.clip(base + drawn.normal(0, 40, (70, 80, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+def half_frozen() -> nn.Module:
+    model = tiny.PlainCnn(num_classes=2)
+    regraft.freeze(model, "conv1", "bn1")
+    return model
+
+
+def run(photos: Path, model: nn.Module | None = None, **options: Any) -> tuple[regraft.FitResult, Lines]:
+    torch.manual_seed(0)
+    lines = Lines()
+    options = {**EXACT, "epochs": 2, "image_size": tiny.SIDE, **options}
+    return regraft.fit(model or half_frozen(), photos, progress=lines, **options), lines
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("resnet18", "googlenet") else pytest.mark.slow) for n in NETS]
+)
+@pytest.mark.filterwarnings("ignore")  # of constructors
+def test_cached_training_equals_uncached(name: str, pattern: str, noise: Path) -> None:
+    found = []
+    for cache in (True, False):
+        model = regraft.replace_head(make(name), 2)
+        PATTERNS[pattern](model)
+        result, lines = run(noise, model, image_size=NETS[name], cache=cache)
+        assert ("computed once" in lines) == cache
+        found.append(result)
+    cached, uncached = found
+    for ours, theirs in zip(cached.history, uncached.history, strict=True):
+        assert abs(ours.train_loss - theirs.train_loss) <= CLOSE
+        assert abs(ours.validation.loss - theirs.validation.loss) <= CLOSE
+    for (path, ours), theirs in zip(
+        cached.model.state_dict().items(), uncached.model.state_dict().values(), strict=True
+    ):
+        distance = (ours.float() - theirs.float()).abs().max().item() if ours.numel() else 0.0
+        assert distance <= CLOSE * max(1.0, theirs.float().abs().max().item()), path
+
+
+def test_the_frozen_part_runs_once_for_each_photo(noise: Path) -> None:
+    model, seen = half_frozen(), [0]
+    model.conv1.register_forward_hook(lambda *given: seen.__setitem__(0, seen[0] + len(given[1][0])))
+    run(noise, model, epochs=1)
+    once = seen[0]
+    assert 24 <= once < 24 + 24  # each photo, a few to check that they come out alike, and shapes
+    seen[0] = 0
+    run(noise, model, epochs=5)
+    assert seen[0] < once  # found, and only checked
+
+
+def test_a_second_run_finds_what_the_first_computed(noise: Path) -> None:
+    first, _ = run(noise)
+    again, lines = run(noise)
+    assert "found in the cache" in lines
+    assert all(
+        identical(a, b) for a, b in zip(first.model.state_dict().values(), again.model.state_dict().values(), strict=True)
+    )
+    _, other = run(noise, lr=0.1, epochs=1)
+    assert "found in the cache" in other
+    _, wider = run(noise, augment="flip")
+    assert "found in the cache" not in wider
+
+
+def test_photos_that_changed_are_computed_anew(own_photos: Path) -> None:
+    run(own_photos)
+    photo = own_photos / "train/dark/0.png"
+    before = photo.stat()
+    Image.fromarray(np.full((70, 80, 3), 9, np.uint8)).save(photo)
+    os.utime(photo, (before.st_atime, before.st_mtime))  # contents count, not dates
+    changed, lines = run(own_photos)
+    assert "computed once" in lines
+    fresh, _ = run(own_photos, cache=False)
+    assert abs(changed.history[-1].train_loss - fresh.history[-1].train_loss) <= CLOSE
+
+
+def test_renamed_photos_are_still_known(own_photos: Path, tmp_path: Path) -> None:
+    run(own_photos)
+    shutil.copytree(own_photos, tmp_path / "elsewhere")
+    _, lines = run(tmp_path / "elsewhere")
+    assert "found in the cache" in lines
+
+
+def test_an_entry_that_was_damaged_is_computed_anew(noise: Path) -> None:
+    first, _ = run(noise)
+    for file in Store().folder.glob("*/0.bin"):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    again, lines = run(noise)
+    assert "computed once" in lines
+    assert again.history[-1].train_loss == first.history[-1].train_loss
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_full_disk_costs_the_cache_alone(noise: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    calls = [0]
+    append = Writing.append
+
+    def fail(self: Writing, tensors: Any) -> None:
+        calls[0] += 1
+        if calls[0] > after:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, tensors)
+
+    monkeypatch.setattr(Writing, "append", fail)
+    monkeypatch.setattr(features, "BATCH", {"cpu": 4})
+    result, lines = run(noise)
+    assert "computed once" in lines
+    assert "No space left" in lines
+    assert not list(Store().folder.iterdir())
+    monkeypatch.undo()
+    plain, _ = run(noise, cache=False)
+    assert abs(result.history[-1].train_loss - plain.history[-1].train_loss) <= CLOSE
+
+
+def test_a_full_disk_with_too_little_memory_falls_back_to_plain_training(
+    noise: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "MEMORY_BYTES", 0)
+    monkeypatch.setattr(Writing, "append", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    result, lines = run(noise)
+    assert "every epoch runs the whole network" in lines
+    assert "No space left" in lines
+    assert len(result.history) == 2
+    assert not list(Store().folder.iterdir())
+
+
+def test_features_on_the_disk_are_learned_from_as_those_in_memory(
+    noise: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_memory, _ = run(noise)
+    monkeypatch.setattr(features, "MEMORY_BYTES", 0)
+    on_disk, lines = run(noise)
+    assert "kept in disk" in lines
+    assert on_disk.history[-1].train_loss == in_memory.history[-1].train_loss
+
+
+class DrawsWithNumpy(nn.Module):
+    """Multiplies by a number that torch knows nothing of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = np.random.default_rng(0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * float(self.generator.random())
+
+
+@pytest.mark.parametrize("kind", ["a number that is drawn", "a hook that draws"])
+def test_a_part_that_gives_other_values_each_time_is_not_kept(noise: Path, kind: str) -> None:
+    secret = DrawsWithNumpy() if kind == "a number that is drawn" else nn.Identity()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), secret, nn.Flatten(), nn.LazyLinear(2))
+    model(torch.zeros(1, 3, 8, 8))
+    if kind == "a hook that draws":
+        model[0].register_forward_hook(lambda *given: given[2] * torch.rand(1))
+    regraft.freeze(model, "0", "1")
+    result, lines = run(noise, model)
+    assert "every epoch runs the whole network: the network does not give the same values" in lines
+    assert len(result.history) == 2
+
+
+def test_weights_changed_by_hand_are_noticed(noise: Path) -> None:
+    model = half_frozen()
+    run(noise, model)
+    with torch.no_grad():
+        model.conv1.weight.mul_(2)
+    _, lines = run(noise, model)
+    assert "computed once" in lines
