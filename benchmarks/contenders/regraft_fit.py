@@ -7,6 +7,7 @@ from pathlib import Path
 import task
 
 import regraft
+from regraft import fit
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["REGRAFT_CACHE"] = options.cache or folder
         watch = task.Stopwatch()
-        result = regraft.fit(
+        result = fit(
             network,
             Path(options.data),
             epochs=options.epochs,

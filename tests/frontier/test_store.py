@@ -14,7 +14,7 @@ from torchvision import models
 import regraft
 from oracles import identical
 from regraft.frontier import partition
-from regraft.frontier.key import features_key
+from regraft.frontier.key import features_key, network_digest
 from regraft.frontier.speed import faster
 from regraft.frontier.store import ENTRY, Store
 
@@ -110,15 +110,15 @@ def test_a_key_depends_on_weights_files_and_circumstances(tmp_path: Path) -> Non
     file = tmp_path / "photo.jpg"
     file.write_bytes(b"one")
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    first = features_key(model, [file], size=3)
-    assert features_key(model, [file], size=3) == first
-    others = [features_key(model, [file], size=4), features_key(nn.Sequential(model[0], nn.ReLU()), [file], size=3)]
+    first = features_key(network_digest(model), [file], size=3)
+    assert features_key(network_digest(model), [file], size=3) == first
+    others = [features_key(network_digest(model), [file], size=4), features_key(network_digest(nn.Sequential(model[0], nn.ReLU())), [file], size=3)]
     file.write_bytes(b"two")
-    others.append(features_key(model, [file], size=3))
+    others.append(features_key(network_digest(model), [file], size=3))
     file.write_bytes(b"one")
     with torch.no_grad():
         model[1].running_mean[0] += 1e-6
-    others.append(features_key(model, [file], size=3))
+    others.append(features_key(network_digest(model), [file], size=3))
     assert len({first, *others}) == 5
 
 

@@ -20,7 +20,8 @@ from regraft.frontier.store import Store, Writing
 from regraft.progress import Progress
 from regraft.training import features
 
-EXACT: dict[str, Any] = {"augment": "none", "fast": False, "optimizer": "sgd", "lr": 0.01, "batch_size": 6}
+# at ten times the rate, a change of one weight by 1e-7 moves the loss of some of these untrained networks by 0.03
+EXACT: dict[str, Any] = {"augment": "none", "fast": False, "optimizer": "sgd", "lr": 0.001, "batch_size": 6}
 CLOSE = 1e-5
 
 

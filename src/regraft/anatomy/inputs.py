@@ -44,8 +44,8 @@ class Arguments:
         return shapes_of((self.args, self.kwargs))
 
     def without_values(self) -> "Arguments":
-        """Put an empty tensor on the CPU in the place of each; inside a fake mode these are fake tensors."""
-        return self._mapped(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
+        """Put an empty tensor in the place of each; with a twin of shapes alone, these are such as well."""
+        return self._mapped(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
 
     def with_values(self, device: torch.device) -> "Arguments":
         """Copy the given values to `device`, and draw those that were not given; whole numbers are 0."""

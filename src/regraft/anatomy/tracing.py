@@ -1,7 +1,7 @@
 """Run a network on shapes alone, and record which layer ran when, on what, and at what cost.
 
-The run happens on a structural twin of the model whose tensors are fake (`torch._subclasses.FakeTensor`): no weight is
-read or copied, no arithmetic is done, and nothing of the model itself is touched. A model whose forward depends on
+The run happens on a structural twin of the model whose tensors have no values (on the meta device, or fake): no weight
+is read or copied, no arithmetic is done, and nothing of the model itself is touched. A model whose forward depends on
 values, not on shapes alone, is run for real instead, once and on a twin as well.
 """
 
@@ -10,14 +10,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regraft.anatomy.inputs import Arguments, Inputs, InputSize, arguments_for
 from regraft.anatomy.inputs import Shape as Shape
 from regraft.anatomy.modes import preserved_randomness, silenced
 from regraft.anatomy.recording import Call as Call
 from regraft.anatomy.recording import Recorder, Trace
-from regraft.anatomy.twins import fake_twin, real_twin
+from regraft.anatomy.twins import GHOSTS, real_twin
 from regraft.errors import ForwardError
 
 FAKES = "torch._subclasses.fake_tensor"  # its logger prints a traceback for what is raised as an error anyway
@@ -60,16 +59,17 @@ class _StoppedError(Exception):
 
 
 def _on_shapes(model: nn.Module, arguments: Arguments) -> Trace:
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    recorder = None
-    try:
-        with preserved_randomness(), _unfused_attention(), silenced(FAKES):
-            recorder = Recorder(fake_twin(model, fake_mode))
-            with fake_mode:
+    recorder, problem = None, None
+    for ghosts in GHOSTS:
+        recorder = None
+        try:
+            with preserved_randomness(), _unfused_attention(), silenced(FAKES), ghosts(model) as twin:
+                recorder = Recorder(twin)
                 recorder.run(arguments.without_values())
-    except Exception as error:
-        raise _StoppedError(recorder) from error
-    return recorder.result()
+                return recorder.result()
+        except Exception as error:
+            problem = error
+    raise _StoppedError(recorder) from problem
 
 
 def _for_real(model: nn.Module, arguments: Arguments, reason: str) -> Trace:

@@ -1,5 +1,6 @@
 """Twins: copies of a network's structure that can be run and hooked while the network itself is left alone."""
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -14,17 +15,35 @@ from torch.utils._pytree import tree_leaves, tree_map
 OWN_HOOKS = "torch.nn.utils."  # weight norm, spectral norm and pruning compute weights in hooks: part of the forward
 
 
-def fake_twin(model: nn.Module, fake_mode: FakeTensorMode) -> nn.Module:
-    """Copy the structure of `model` with a fake tensor in the place of each tensor, without hooks, for evaluation.
+@contextlib.contextmanager
+def meta_twin(model: nn.Module) -> Iterator[nn.Module]:
+    """Copy the structure of `model` with an empty tensor on the meta device in the place of each tensor.
 
-    The fakes are on the CPU wherever the model is, so that one on a GPU, or on the meta device, is traced alike. Lazy
-    parameters get their shapes while the twin runs.
+    Inside the block, tensors that are made without a device are such as well. The twin is without hooks, in evaluation
+    mode; lazy parameters get their shapes while it runs. A forward that needs a tensor on a CPU fails on it.
     """
+    with torch.device("meta"):
+        twin = _copied(model, _shape_only)
+        for layer in _lazy_layers(twin):
+            layer.register_forward_pre_hook(_settle, with_kwargs=True)
+        yield twin.eval()
+
+
+@contextlib.contextmanager
+def fake_twin(model: nn.Module) -> Iterator[nn.Module]:
+    """Do as `meta_twin` with fake tensors, which say that they are on the CPU and may meet real ones there.
+
+    They come second, as making the first of them imports all of torch's compiler, which takes a second.
+    """
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     with fake_mode:
         twin = _copied(model, lambda tensor: _fake(tensor, fake_mode))
-    for layer in _lazy_layers(twin):
-        layer.register_forward_pre_hook(_settle_fakes, with_kwargs=True)
-    return twin.eval()
+        for layer in _lazy_layers(twin):
+            layer.register_forward_pre_hook(_settle_fakes, with_kwargs=True)
+        yield twin.eval()
+
+
+GHOSTS = (meta_twin, fake_twin)  # ways to run a network on shapes alone, the cheapest first
 
 
 def real_twin(model: nn.Module) -> nn.Module:
@@ -65,6 +84,16 @@ def _deepcopied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     except Exception:  # an attribute that cannot be copied, such as a lock: the copy shares it
         memo = memo | {id(value): value for value in _uncopyable(model, memo)}
         return copy.deepcopy(model, memo)
+
+
+def _shape_only(tensor: torch.Tensor) -> torch.Tensor:
+    if is_lazy(tensor):
+        return _uninitialized(tensor, "meta")
+    if tensor.layout != torch.strided or type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
+        empty = torch.empty_like(tensor, device="meta")
+    else:
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _fake(tensor: torch.Tensor, fake_mode: FakeTensorMode) -> torch.Tensor:

@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 
 from regraft.anatomy.graph import Flow, is_size
 from regraft.anatomy.modes import preserved_randomness, silenced
 from regraft.anatomy.tracing import FAKES
-from regraft.anatomy.twins import fake_twin
+from regraft.anatomy.twins import GHOSTS
 
 Values = dict[fx.Node, Any]
 Sizes = dict[str, tuple[Any, Any]]
@@ -21,15 +20,19 @@ BATCHES = (2, 3)  # numbers of images that tell what follows the batch from what
 
 def compute_values(model: nn.Module, flow: Flow, inputs: tuple[Any, ...], count: int) -> Values:
     """Compute every value of a graph on shapes alone, for a batch of `count` images shaped as those in `inputs`."""
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with preserved_randomness(), silenced(FAKES):
-        twin = fake_twin(model, fake_mode)
-        for name, tensor in flow.constants.items():
-            setattr(twin, name, tensor)
-        runner = _Interpreter(twin, garbage_collect_values=False, graph=flow.graph)
-        with fake_mode, torch.no_grad():
-            runner.run(*(torch.empty((count, *x.shape[1:]), dtype=x.dtype) for x in inputs))
-    return runner.env
+    problem: Exception | None = None
+    for ghosts in GHOSTS:
+        try:
+            with preserved_randomness(), silenced(FAKES), ghosts(model) as twin, torch.no_grad():
+                for name, tensor in flow.constants.items():
+                    setattr(twin, name, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype))
+                runner = _Interpreter(twin, garbage_collect_values=False, graph=flow.graph)
+                runner.run(*(torch.empty((count, *x.shape[1:]), dtype=x.dtype) for x in inputs))
+                return runner.env
+        except Exception as error:
+            problem = error
+    assert problem is not None
+    raise problem
 
 
 def sizes_of(graph: fx.Graph, values: list[Values]) -> Sizes:

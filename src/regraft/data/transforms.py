@@ -100,4 +100,4 @@ def normalize(pixels: torch.Tensor, preprocessing: Preprocessing) -> torch.Tenso
     """Scale a batch of pixels (N, C, H, W) of uint8 to [0, 1] and normalize it per channel; float32."""
     mean = torch.tensor(preprocessing.mean).view(-1, 1, 1)
     std = torch.tensor(preprocessing.std).view(-1, 1, 1)
-    return (pixels.float() / 255 - mean) / std
+    return pixels.float().div_(255).sub_(mean).div_(std)

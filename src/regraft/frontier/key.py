@@ -19,17 +19,17 @@ from regraft.surgery.rewired import Rewired
 VERSION = 1  # of how values are computed and stored
 
 
-def features_key(prefix: nn.Module, files: Sequence[Path], **circumstances: Any) -> str:
-    """Return the name of the values that `prefix` gives for these files.
+def features_key(prefix_digest: str, files: Sequence[Path], **circumstances: Any) -> str:
+    """Return the name of the values that a constant part gives for these files.
 
     Args:
-        prefix: The constant part.
+        prefix_digest: `network_digest` of the constant part.
         files: The photos, in order; their contents count, not their names.
         **circumstances: JSON data that the values depend on as well, such as the preprocessing.
     """
     content = {
         "version": VERSION,
-        "prefix": network_digest(prefix),
+        "prefix": prefix_digest,
         "files": file_digests(files),
         "circumstances": circumstances,
     }

@@ -107,9 +107,8 @@ def partition(model: nn.Module, example: Any) -> Partition:
         raise EditError("nothing of this network is constant: its first layers are trained or random.")
     values = [compute_values(model, view.flow, inputs, count) for count in BATCHES]
     total = _multiply_adds(model, inputs)
-    chosen, prefix, note = _cheapest(model, view, frontier, values, inputs)
+    chosen, prefix, spent, note = _cheapest(model, view, frontier, values, inputs)
     suffix = _suffix(model, view, chosen, values)
-    spent = _multiply_adds(prefix, inputs)
     cuts = tuple(_cut(node, values) for node in chosen)
     return Partition(prefix.eval(), suffix, cuts, (spent, max(0, total - spent)), note)
 
@@ -152,7 +151,7 @@ def _frontier(view: View, model: nn.Module) -> list[fx.Node]:
 
 def _cheapest(
     model: nn.Module, view: View, frontier: list[fx.Node], values: list[Values], inputs: tuple[Any, ...]
-) -> tuple[list[fx.Node], Rewired, str | None]:
+) -> tuple[list[fx.Node], Rewired, int, str | None]:
     """Choose between the frontier and single tensors before it, by seconds for reading and for computing again."""
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
     read, compute = READ_BYTES_PER_S.get(device, 2e9), MULTIPLY_ADDS_PER_S.get(device, 2e10)
@@ -160,17 +159,18 @@ def _cheapest(
     here = _prefix(model, view, frontier) if is_usable else None
     size = sum(_cut(node, values).bytes for node in frontier) if is_usable else math.inf
     best, best_seconds, note = frontier, size / read, None
-    spent = _multiply_adds(here, inputs) if here is not None else 0
+    spent = full = _multiply_adds(here, inputs) if here is not None else 0
     least = size
     for node in _gates(view.flow.graph, frontier):
         if not _is_batched(node, values) or _cut(node, values).bytes >= 0.9 * least:
             continue
         least = _cut(node, values).bytes
         earlier = _prefix(model, view, [node])
-        again = max(0, spent - _multiply_adds(earlier, inputs))
+        kept = _multiply_adds(earlier, inputs)
+        again = max(0, full - kept)
         seconds = least / read + again / compute
         if seconds < best_seconds or here is None:
-            best, here, best_seconds = [node], earlier, seconds
+            best, here, spent, best_seconds = [node], earlier, kept, seconds
             note = (
                 f"cut earlier, after '{_layer(node)}': {least / 1024:.1f} instead of {size / 1024:.1f} KiB an image, "
                 f"for {again:,} multiply-adds computed again"
@@ -179,7 +179,7 @@ def _cheapest(
             )
     if here is None:
         raise ModelError("its forward mixes the images of a batch with one another, so none can be kept apart.")
-    return best, here, note
+    return best, here, spent, note
 
 
 def _gates(graph: fx.Graph, frontier: list[fx.Node]) -> list[fx.Node]:

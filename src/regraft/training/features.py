@@ -15,7 +15,7 @@ from regraft.data.folders import Sample
 from regraft.data.photos import Photos, SeededShuffle, free_memory_bytes, leaves_one, read_photos
 from regraft.data.transforms import Versions, normalize
 from regraft.errors import ModelError
-from regraft.frontier.key import features_key
+from regraft.frontier.key import features_key, network_digest
 from regraft.frontier.partition import Partition, partition
 from regraft.frontier.speed import faster
 from regraft.frontier.store import Entry, Rows, Store, Writing
@@ -86,6 +86,7 @@ class Extractor:
         self.store = store
         self.progress = progress
         self._fast, self._keep_pixels = fast, keep_pixels
+        self._digest = network_digest(self.parts.prefix) if store is not None else ""
         self._prefix = faster(self.parts.prefix) if fast else self.parts.prefix
 
     def of_samples(
@@ -157,7 +158,7 @@ class Extractor:
 
     def _key(self, files: Sequence[Path], versions: Versions) -> str:
         return features_key(
-            self.parts.prefix,
+            self._digest,
             files,
             preprocessing=self.preprocessing.model_dump(),
             views=versions.name,

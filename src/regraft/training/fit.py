@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # all of the compiler, which optimizers import at their first use: here, as an import
 from torch import nn
 
 from regraft.anatomy.modes import preserved_randomness

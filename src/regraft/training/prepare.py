@@ -137,9 +137,10 @@ def prepare_job(
     live = material.frontier.parts.suffix if material.frontier is not None else model
     if isinstance(criterion, nn.Module):
         criterion.to(engine.device)
-    rates = _rates(model, config)
+    is_head_alone = config.lr is None and _is_head_alone_trained(model)
+    rates = _rates(model, config, is_head_alone=is_head_alone)
     sweep = None
-    if config.lr is None and isinstance(material.train, FeatureBatches) and _is_sweepable(model, config):
+    if config.lr is None and is_head_alone and isinstance(material.train, FeatureBatches) and _is_sweepable(config):
         options = {"epochs": config.epochs, "weight_decay": config.weight_decay, "seed": config.seed}
         sweep = sweep_rates(live, material.train, criterion, engine, **options)
         rates = rates if sweep is None else {**rates, "lr": sweep.best}
@@ -185,9 +186,9 @@ def _names_layers(config: TrainConfig) -> bool:
     return bool(config.freeze or config.unfreeze_all or config.freeze_until is not None or config.unfreeze is not None)
 
 
-def _rates(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
+def _rates(model: nn.Module, config: TrainConfig, *, is_head_alone: bool) -> dict[str, Any]:
     """Work out the arguments of `param_groups`."""
-    lr = config.lr if config.lr is not None else _default_lr(model)
+    lr = config.lr if config.lr is not None else _default_lr(model, is_head_alone=is_head_alone)
     backbone_lr = config.backbone_lr
     if backbone_lr is None and config.layer_decay is None and config.unfreeze is not None:
         backbone_lr = lr * FINE_TUNE_LR / HEAD_LR
@@ -249,18 +250,20 @@ def make_extractor(
         return None, str(error)
 
 
-def _is_sweepable(model: nn.Module, config: TrainConfig) -> bool:
-    return config.optimizer.lower() == "adamw" and config.unfreeze is None and _is_head_alone_trained(model)
+def _is_sweepable(config: TrainConfig) -> bool:
+    return config.optimizer.lower() == "adamw" and config.unfreeze is None
 
 
-def _default_lr(model: nn.Module) -> float:
+def _default_lr(model: nn.Module, *, is_head_alone: bool) -> float:
     if all(parameter.requires_grad for parameter in model.parameters()):
         recipe = card_of(model).recipe
         return SCRATCH_LR if recipe is None or recipe.source.weights == "none" else FINE_TUNE_LR
-    return HEAD_LR if _is_head_alone_trained(model) else FINE_TUNE_LR
+    return HEAD_LR if is_head_alone else FINE_TUNE_LR
 
 
 def _is_head_alone_trained(model: nn.Module) -> bool:
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return False
     heads = [model.get_submodule(path) for path in find_heads(model)]
     in_heads = {id(parameter) for head in heads for parameter in head.parameters()}
     return {id(parameter) for parameter in model.parameters() if parameter.requires_grad} <= in_heads
