@@ -117,7 +117,9 @@ def measure(scenario: Scenario, repeats: int) -> dict[str, Any]:
                     found["process"] = found["outside"] + found["seconds"]
                 runs[contender.name].append(found)
                 accuracy = "" if found["accuracy"] is None else f"accuracy {found['accuracy']:.4f}"
-                print(f"{contender.name:45} {found['seconds']:8.2f} s of {found['process']:8.2f} s {accuracy}", flush=True)
+                print(
+                    f"{contender.name:45} {found['seconds']:8.2f} s of {found['process']:8.2f} s {accuracy}", flush=True
+                )
     return {"title": scenario.title, "epochs": scenario.epochs, "machine": machine.describe(), "runs": runs}
 
 
@@ -128,8 +130,7 @@ def run(contender: Contender, options: list[str]) -> dict[str, Any]:
     began = time.perf_counter()
     finished = subprocess.run(
         [sys.executable, str(HERE / "contenders" / program), *options, *own],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         env=environment,
     )

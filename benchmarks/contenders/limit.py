@@ -12,7 +12,9 @@ def main() -> None:
     watch = task.Stopwatch()
     steps = [transforms.Resize(task.RESIZE), transforms.CenterCrop(task.SIZE), transforms.ToTensor()]
     change = transforms.Compose([*steps, transforms.Normalize(task.MEAN, task.STD)])
-    photos = torch.utils.data.ConcatDataset([datasets.ImageFolder(options.data / part, change) for part in ("train", "val")])
+    photos = torch.utils.data.ConcatDataset(
+        [datasets.ImageFolder(options.data / part, change) for part in ("train", "val")]
+    )
     batches = list(torch.utils.data.DataLoader(photos, options.batch_size, num_workers=options.workers))
     watch.lap()
     with torch.inference_mode():

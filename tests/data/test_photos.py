@@ -28,7 +28,7 @@ def samples(tmp_path: Path) -> list[Sample]:
 
 @pytest.fixture(params=["in memory", "on disk"])
 def photos(request: pytest.FixtureRequest, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> Photos:
-    monkeypatch.setattr("regraft.data.photos._fits_memory", lambda *_: request.param == "in memory")
+    monkeypatch.setattr("regraft.data.photos.fit_memory", lambda *_: request.param == "in memory")
     found, unreadable = read_photos(samples, PREPROCESSING, classes=("a", "b"))
     assert unreadable == ()
     assert (found.pixels is not None) == (request.param == "in memory")

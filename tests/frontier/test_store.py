@@ -112,7 +112,10 @@ def test_a_key_depends_on_weights_files_and_circumstances(tmp_path: Path) -> Non
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     first = features_key(network_digest(model), [file], size=3)
     assert features_key(network_digest(model), [file], size=3) == first
-    others = [features_key(network_digest(model), [file], size=4), features_key(network_digest(nn.Sequential(model[0], nn.ReLU())), [file], size=3)]
+    others = [
+        features_key(network_digest(model), [file], size=4),
+        features_key(network_digest(nn.Sequential(model[0], nn.ReLU())), [file], size=3),
+    ]
     file.write_bytes(b"two")
     others.append(features_key(network_digest(model), [file], size=3))
     file.write_bytes(b"one")

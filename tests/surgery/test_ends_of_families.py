@@ -47,7 +47,9 @@ def test_the_new_head_is_that_of_the_library_and_nothing_else_changes(name: str)
     assert list(shapes.items()) == [(key, tensor.shape) for key, tensor in theirs.state_dict().items()]
     own = model.state_dict(keep_vars=True)
     changed = {
-        key.rpartition(".")[0] for key, tensor in edited.state_dict(keep_vars=True).items() if tensor is not own.get(key)
+        key.rpartition(".")[0]
+        for key, tensor in edited.state_dict(keep_vars=True).items()
+        if tensor is not own.get(key)
     }
     assert changed == set(heads) or not heads  # an encoder, whose head is an Identity until it gets one
     heads = list(changed)

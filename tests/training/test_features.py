@@ -1,4 +1,4 @@
-"""Training on what was computed once gives what training the whole network gives; and what can go wrong with a cache."""
+"""Training on what was computed once is training the whole network; and what can go wrong with a cache."""
 
 import errno
 import os
@@ -114,7 +114,8 @@ def test_a_second_run_finds_what_the_first_computed(noise: Path) -> None:
     again, lines = run(noise)
     assert "found in the cache" in lines
     assert all(
-        identical(a, b) for a, b in zip(first.model.state_dict().values(), again.model.state_dict().values(), strict=True)
+        identical(a, b)
+        for a, b in zip(first.model.state_dict().values(), again.model.state_dict().values(), strict=True)
     )
     _, other = run(noise, lr=0.1, epochs=1)
     assert "found in the cache" in other
@@ -186,9 +187,7 @@ def test_a_full_disk_with_too_little_memory_falls_back_to_plain_training(
     assert not list(Store().folder.iterdir())
 
 
-def test_features_on_the_disk_are_learned_from_as_those_in_memory(
-    noise: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_features_on_the_disk_are_learned_from_as_those_in_memory(noise: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_memory, _ = run(noise)
     monkeypatch.setattr(features, "MEMORY_BYTES", 0)
     on_disk, lines = run(noise)

@@ -32,14 +32,14 @@ class Photos(Dataset[tuple[torch.Tensor, int | float]]):
         preprocessing: Their size.
         versions: What a network may see of them.
         classes: Class names; None for regression.
-        pixels: All photos, decoded and resized; None where they do not fit into memory and are decoded when needed.
+        pixels: All photos, decoded and resized, in memory or in a file; None where they are decoded when needed.
     """
 
     samples: tuple[Sample, ...]
     preprocessing: Preprocessing
     versions: Versions
     classes: tuple[str, ...] | None = None
-    pixels: tuple[torch.Tensor, ...] | None = None
+    pixels: Sequence[torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -75,7 +75,7 @@ def read_photos(
     on_photo: Callable[[Sample, torch.Tensor], None] | None = None,
     keep: bool = True,
 ) -> tuple[Photos, tuple[Unreadable, ...]]:
-    """Decode photos, and keep them in memory where they need less than a quarter of what is free.
+    """Decode photos, and keep them in memory where they fit (see `fit_memory`).
 
     Args:
         samples: Files and what they show.
@@ -92,7 +92,7 @@ def read_photos(
     Raises:
         DataError: No photo can be read.
     """
-    keep = keep and _fits_memory(len(samples), preprocessing)
+    keep = keep and fit_memory(len(samples), preprocessing)
     decoded = decode_all([sample.path for sample in samples], preprocessing)
     kept, readable, unreadable = [], [], []
     for sample, found in zip(samples, progress.track(decoded, description, len(samples)), strict=True):
@@ -183,6 +183,11 @@ def free_memory_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _fits_memory(count: int, preprocessing: Preprocessing) -> bool:
-    estimate_bytes = count * preprocessing.channels * preprocessing.resize**2 * 1.5  # photos are wider than high
-    return estimate_bytes < free_memory_bytes() / 4
+def fit_memory(count: int, preprocessing: Preprocessing) -> bool:
+    """Say whether that many decoded photos need less than a quarter of the memory that is free."""
+    return estimate_bytes(count, preprocessing) < free_memory_bytes() / 4
+
+
+def estimate_bytes(count: int, preprocessing: Preprocessing) -> int:
+    """Estimate the bytes of that many decoded photos, which are wider than high."""
+    return round(count * preprocessing.channels * preprocessing.resize**2 * 1.5)

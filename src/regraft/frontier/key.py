@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from regraft.checkpoint.digest import tensor_digest
+from regraft.frontier.replay import Recording
 from regraft.surgery.rewired import Rewired
 
 VERSION = 1  # of how values are computed and stored
@@ -39,7 +40,10 @@ def features_key(prefix_digest: str, files: Sequence[Path], **circumstances: Any
 def network_digest(network: nn.Module) -> str:
     """Return a digest of a network's structure and of every value in it."""
     found = hashlib.sha256(repr(network).encode())
-    for source in sorted({_source(type(layer)) for layer in network.modules() if not isinstance(layer, Rewired)}):
+    kinds = {type(layer) for layer in network.modules() if not isinstance(layer, (Rewired, Recording))}
+    if isinstance(network, Recording):
+        kinds.add(network.kind)
+    for source in sorted(map(_source, kinds)):
         found.update(source.encode())
     if isinstance(network, Rewired):
         for program in network.programs:

@@ -12,6 +12,7 @@ from regraft.anatomy.tracing import trace
 from regraft.anatomy.values import BATCHES, Values, compute_values, sizes_of, value_key
 from regraft.errors import EditError, ModelError
 from regraft.frontier.liveness import live_nodes, mixed_layers
+from regraft.frontier.replay import record_and_replay
 from regraft.surgery.checks import require_editable
 from regraft.surgery.middle import begin_at
 from regraft.surgery.rewired import Rewired, prune, rewire, rewire_flows
@@ -83,12 +84,15 @@ def partition(model: nn.Module, example: Any) -> Partition:
     flags is followed through skip connections and branches. Where an earlier tensor is so much smaller than the
     frontier that reading it and computing the rest again costs less, the cut is made there.
 
+    A forward that cannot be traced is recorded up to its first live top-level layer and replayed from there, where it
+    takes nothing else from before.
+
     Args:
-        model: A module that can be traced; see `capture`.
+        model: Any module.
         example: One input (N, …), or a tuple of inputs. Only shapes and dtypes count; the cut holds for this shape.
 
     Raises:
-        ModelError: The forward cannot be traced, or mixes images of a batch with one another.
+        ModelError: The forward can neither be traced nor replayed, or mixes images of a batch with one another.
         EditError: Nothing is constant, or nothing is live. Nothing was changed.
 
     >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -99,7 +103,10 @@ def partition(model: nn.Module, example: Any) -> Partition:
     """
     require_editable(model)
     inputs = example if isinstance(example, tuple) else (example,)
-    view = view_of(model)
+    try:
+        view = view_of(model)
+    except ModelError as error:
+        return _untraced(model, inputs, error)
     frontier = _frontier(view, model)
     if not frontier:
         raise EditError("nothing of this network is live, so there is nothing to train. Thaw a layer.")
@@ -111,6 +118,23 @@ def partition(model: nn.Module, example: Any) -> Partition:
     suffix = _suffix(model, view, chosen, values)
     cuts = tuple(_cut(node, values) for node in chosen)
     return Partition(prefix.eval(), suffix, cuts, (spent, max(0, total - spent)), note)
+
+
+def _untraced(model: nn.Module, inputs: tuple[Any, ...], error: ModelError) -> Partition:
+    """Split a network whose forward cannot be traced, before its first live top-level layer."""
+    try:
+        prefix, suffix, boundary = record_and_replay(model, inputs)
+    except ModelError as second:
+        raise ModelError(f"{str(error).rstrip('.')}. Nor can it be recorded and replayed: {second}") from error
+    cuts = tuple(
+        Cut(f"given_{position}", boundary.layer, shape, dtype)
+        for position, (shape, dtype) in enumerate(zip(boundary.shapes, boundary.dtypes, strict=True))
+    )
+    calls = trace(model, inputs=tuple(x[:1] for x in inputs)).calls
+    total = next(call.multiply_adds for call in calls if call.path == "")
+    spent = sum(call.multiply_adds for call in calls if call.path in boundary.asleep)
+    note = f"what '{boundary.layer}' is given is recorded, as the forward cannot be traced"
+    return Partition(prefix, suffix, cuts, (spent, max(0, total - spent)), note)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from regraft.anatomy.graph import Flow, capture_widely, containers
 from regraft.errors import ModelError
+from regraft.frontier.replay import Recording
 from regraft.surgery.swap import with_layers
 
 
@@ -15,10 +16,13 @@ def faster(prefix: nn.Module) -> nn.Module:
     """Return a copy of `prefix` for evaluation with batch norms folded into convolutions, and channels last in memory.
 
     What it gives differs from what `prefix` gives by rounding (about 1e-6 of the values' size in float32). `prefix`
-    stays as it is, and shares the weights of all layers but the convolutions.
+    stays as it is, and shares the weights of all layers but the convolutions. One that is recorded, as its forward
+    cannot be traced, comes back as it is.
 
     Source: folding as in torch.nn.utils.fusion.
     """
+    if isinstance(prefix, Recording):
+        return prefix
     layers = dict(prefix.named_modules())
     put: dict[str, nn.Module] = {}
     for conv, norm in _pairs(prefix):

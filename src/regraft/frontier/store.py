@@ -47,13 +47,15 @@ class Mapped:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
-        found = torch.from_numpy(self._bytes[rows.numpy()]).view(self.dtype).view(len(rows), *self.shape[1:])
-        self._read_bytes += len(rows) * max(self._row_bytes, mmap.PAGESIZE)
+    def __getitem__(self, rows: torch.Tensor | slice) -> torch.Tensor:
+        """Read rows by their numbers (N,), or a stretch of them; what comes back is a copy."""
+        found = self._bytes[rows].copy() if isinstance(rows, slice) else self._bytes[rows.numpy()]
+        pages = 1 if isinstance(rows, slice) else len(found)  # that are touched at least
+        self._read_bytes += max(found.nbytes, pages * mmap.PAGESIZE)
         if self._read_bytes > RESIDENT_BYTES:
             self._map.madvise(mmap.MADV_DONTNEED)
             self._read_bytes = 0
-        return found
+        return torch.from_numpy(found).view(self.dtype).view(len(found), *self.shape[1:])
 
 
 Rows = torch.Tensor | Mapped

@@ -11,14 +11,16 @@ from torch.utils.data import DataLoader, Dataset
 from regraft.card import Preprocessing
 from regraft.data.decode import Unreadable
 from regraft.data.folders import Listing, Task, list_data
-from regraft.data.photos import Photos, SeededShuffle, loader, read_photos
+from regraft.data.photos import Photos, SeededShuffle, loader
 from regraft.data.transforms import augmentation
 from regraft.errors import DataError
 from regraft.frontier.partition import Partition
+from regraft.frontier.store import Store
 from regraft.progress import Progress
 from regraft.training.config import TrainConfig
 from regraft.training.features import Extractor, FeatureBatches, Features
 from regraft.training.loop import Inputs
+from regraft.training.pixels import read_or_find_photos
 
 MEASURED_AT_A_TIME = 256
 
@@ -93,6 +95,7 @@ def read_material(
     """
     if listing is None:
         return _given_material(data, config, extractor)
+    store = Store() if config.cache else None
     versions = (augmentation(config.augment, preprocessing, config.views), augmentation("none", preprocessing))
     photos, unreadable, features = [], [], []
     for samples, seen, description in (
@@ -103,8 +106,8 @@ def read_material(
             found, part, failed = extractor.of_samples(samples, seen, listing.classes, description=description)
             features.append(found)
         else:
-            part, failed = read_photos(
-                samples, preprocessing, classes=listing.classes, description=description, progress=progress
+            part, failed = read_or_find_photos(
+                samples, preprocessing, listing.classes, store, description=description, progress=progress
             )
         photos.append(part.augmented(seen))
         unreadable += failed

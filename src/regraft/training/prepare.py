@@ -245,7 +245,9 @@ def make_extractor(
         return None, f"augment {config.augment} draws each photo anew in every epoch. A number of --views can be kept"
     try:
         keep_pixels = config.unfreeze is not None
-        return Extractor(model, engine, fast=config.fast, keep_pixels=keep_pixels, store=Store(), progress=progress), None
+        return Extractor(
+            model, engine, fast=config.fast, keep_pixels=keep_pixels, store=Store(), progress=progress
+        ), None
     except (ModelError, EditError) as error:
         return None, str(error)
 

@@ -1,0 +1,125 @@
+"""Decoded photos in a file, where they are seen anew in each epoch and do not fit into memory."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from regraft.card import Preprocessing
+from regraft.data.decode import Unreadable
+from regraft.data.folders import Sample
+from regraft.data.photos import Photos, estimate_bytes, fit_memory, read_photos
+from regraft.data.transforms import augmentation
+from regraft.frontier.key import features_key
+from regraft.frontier.store import Entry, Store, Writing
+from regraft.progress import Progress
+
+
+class StoredPixels(Sequence[torch.Tensor]):
+    """Photos (C, H, W) of uint8 of several sizes, one after the other in an entry of the store."""
+
+    def __init__(self, entry: Entry) -> None:
+        (self._bytes,) = entry.tensors(in_memory=False)[:1]
+        (sizes,) = entry.tensors(in_memory=True)[1:]
+        assert isinstance(sizes, torch.Tensor)
+        self._sizes = sizes  # (N, 3)
+        self._ends = sizes.prod(1).cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __getitem__(self, index: int) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        end, size = int(self._ends[index]), self._sizes[index].tolist()
+        return self._bytes[slice(end - int(self._sizes[index].prod()), end)].view(size)
+
+
+def read_or_find_photos(
+    samples: Sequence[Sample],
+    preprocessing: Preprocessing,
+    classes: tuple[str, ...] | None,
+    store: Store | None,
+    *,
+    description: str,
+    progress: Progress,
+) -> tuple[Photos, tuple[Unreadable, ...]]:
+    """Decode photos once, into memory or else into the store; where neither has room they are decoded when needed.
+
+    Args:
+        samples: Files and what they show.
+        preprocessing: Their size.
+        classes: Class names; None for regression.
+        store: Where they may be kept; None: nowhere.
+        description: What is said of it while it goes on.
+        progress: Is told what happens.
+
+    Raises:
+        DataError: No photo can be read.
+    """
+    size = estimate_bytes(len(samples), preprocessing)
+    if store is None or fit_memory(len(samples), preprocessing) or not store.has_room(size):
+        return read_photos(samples, preprocessing, classes=classes, description=description, progress=progress)
+    key = features_key("pixels", [sample.path for sample in samples], preprocessing=preprocessing.model_dump())
+    entry = store.find(key)
+    if entry is not None:
+        lost = {int(index): reason for index, reason in entry.note["unreadable"].items()}
+        readable = tuple(sample for index, sample in enumerate(samples) if index not in lost)
+        seen = augmentation("none", preprocessing)
+        photos = Photos(readable, preprocessing, seen, classes, StoredPixels(entry))
+        return photos, tuple(Unreadable(samples[index].path, reason) for index, reason in lost.items())
+    store.make_room(size)
+    writer = _Writer(store, key, progress)
+    try:
+        photos, unreadable = read_photos(
+            samples,
+            preprocessing,
+            classes=classes,
+            description=description,
+            progress=progress,
+            on_photo=lambda _, pixels: writer.add(pixels),
+            keep=False,
+        )
+        places = {sample.path: index for index, sample in enumerate(samples)}
+        entry = writer.finish({places[found.path]: found.reason for found in unreadable})
+    finally:
+        writer.close()
+    return (replace(photos, pixels=StoredPixels(entry)) if entry is not None else photos), unreadable
+
+
+class _Writer:
+    """Writes photos until the disk is full, and says so."""
+
+    def __init__(self, store: Store, key: str, progress: Progress) -> None:
+        self._progress = progress
+        self._writing: Writing | None = None
+        try:
+            self._writing = store.write(key, {})
+        except OSError as error:
+            self._give_up(error)
+
+    def add(self, pixels: torch.Tensor) -> None:
+        if self._writing is not None:
+            try:
+                self._writing.append([pixels.reshape(-1), torch.tensor([pixels.shape])])
+            except OSError as error:
+                self._give_up(error)
+
+    def finish(self, unreadable: dict[int, str]) -> Entry | None:
+        if self._writing is None:
+            return None
+        try:
+            entry, self._writing = self._writing.finish(unreadable=unreadable), None
+        except OSError as error:
+            self._give_up(error)
+            return None
+        return entry
+
+    def close(self) -> None:
+        if self._writing is not None:
+            self._writing.abandon()
+            self._writing = None
+
+    def _give_up(self, error: OSError) -> None:
+        self.close()
+        self._progress.say(f"photos     are decoded in every epoch, as they cannot be kept: {error}")
