@@ -23,10 +23,10 @@ KEY = "0" * 64
 
 def write(store: Store, key: str = KEY, rows: int = 10) -> list[torch.Tensor]:
     tensors = [torch.arange(rows * 6.0).view(rows, 2, 3), torch.arange(rows).to(torch.bfloat16).view(rows, 1)]
-    writing = store.write(key, {"frontier": ["layer3"]})
+    writing = store.write(key)
     writing.append([tensor[:4] for tensor in tensors])
     writing.append([tensor[4:] for tensor in tensors])
-    writing.finish(unreadable={})
+    writing.finish({"unreadable": {}})
     return tensors
 
 
@@ -36,7 +36,7 @@ def test_what_is_written_is_found(tmp_path: Path, in_memory: bool) -> None:
     tensors = write(store)
     entry = store.find(KEY)
     assert entry is not None
-    assert entry.note == {"frontier": ["layer3"], "unreadable": {}}
+    assert entry.note == {"unreadable": {}}
     assert entry.bytes == sum(tensor.nbytes for tensor in tensors)
     rows = torch.tensor([7, 0, 0, 9])
     found = entry.tensors(in_memory=in_memory)
@@ -45,7 +45,7 @@ def test_what_is_written_is_found(tmp_path: Path, in_memory: bool) -> None:
 
 def test_an_interrupted_write_is_no_entry(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    writing = store.write(KEY, {})
+    writing = store.write(KEY)
     writing.append([torch.zeros(3, 2)])
     assert store.find(KEY) is None
     writing.abandon()

@@ -18,7 +18,7 @@ from frontier.test_partition import NETS, PATTERNS, make
 from oracles import identical
 from regraft.frontier.store import Store, Writing
 from regraft.progress import Progress
-from regraft.training import features
+from regraft.training import extract
 
 # at ten times the rate, a change of one weight by 1e-7 moves the loss of some of these untrained networks by 0.03
 EXACT: dict[str, Any] = {"augment": "none", "fast": False, "optimizer": "sgd", "lr": 0.001, "batch_size": 6}
@@ -165,7 +165,7 @@ def test_a_full_disk_costs_the_cache_alone(noise: Path, monkeypatch: pytest.Monk
         append(self, tensors)
 
     monkeypatch.setattr(Writing, "append", fail)
-    monkeypatch.setattr(features, "BATCH", {"cpu": 4})
+    monkeypatch.setattr(extract, "BATCH", {"cpu": 4})
     result, lines = run(noise)
     assert "computed once" in lines
     assert "No space left" in lines
@@ -178,7 +178,7 @@ def test_a_full_disk_costs_the_cache_alone(noise: Path, monkeypatch: pytest.Monk
 def test_a_full_disk_with_too_little_memory_falls_back_to_plain_training(
     noise: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "MEMORY_BYTES", 0)
+    monkeypatch.setattr(extract, "MEMORY_BYTES", 0)
     monkeypatch.setattr(Writing, "append", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
     result, lines = run(noise)
     assert "every epoch runs the whole network" in lines
@@ -189,7 +189,7 @@ def test_a_full_disk_with_too_little_memory_falls_back_to_plain_training(
 
 def test_features_on_the_disk_are_learned_from_as_those_in_memory(noise: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_memory, _ = run(noise)
-    monkeypatch.setattr(features, "MEMORY_BYTES", 0)
+    monkeypatch.setattr(extract, "MEMORY_BYTES", 0)
     on_disk, lines = run(noise)
     assert "kept in disk" in lines
     assert on_disk.history[-1].train_loss == in_memory.history[-1].train_loss
@@ -217,6 +217,38 @@ def test_a_part_that_gives_other_values_each_time_is_not_kept(noise: Path, kind:
     result, lines = run(noise, model)
     assert "every epoch runs the whole network: the network does not give the same values" in lines
     assert len(result.history) == 2
+
+
+@pytest.mark.parametrize("by", ["an operation", "its memory"])
+def test_weights_changed_by_hand_between_epochs_are_noticed(noise: Path, by: str) -> None:
+    class Meddling(Lines):
+        def say(self, line: str) -> None:
+            super().say(line)
+            if line.startswith("epoch 1/"):
+                weight = models[-1].get_parameter("conv1.weight")
+                (weight.data if by == "its memory" else weight.detach()).mul_(1.5)
+
+    models, found = [], []
+    for cache in (True, False):
+        torch.manual_seed(0)
+        models.append(half_frozen())
+        lines = Meddling()
+        options = {**EXACT, "epochs": 3, "image_size": tiny.SIDE, "cache": cache}
+        found.append(regraft.fit(models[-1], noise, progress=lines, **options))
+        assert ("frozen weights were changed from outside" in lines) == cache
+    for ours, theirs in zip(*(result.history for result in found), strict=True):
+        assert abs(ours.train_loss - theirs.train_loss) <= CLOSE
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "int8"])
+def test_features_may_be_kept_in_fewer_bits(noise: Path, precision: str) -> None:
+    exact, _ = run(noise)
+    found, lines = run(noise, cache_precision=precision)
+    assert f"as {precision} (wrong by" in lines
+    assert abs(found.history[-1].train_loss - exact.history[-1].train_loss) < 0.02
+    again, lines = run(noise, cache_precision=precision)
+    assert "found in the cache" in lines
+    assert again.history[-1].train_loss == found.history[-1].train_loss
 
 
 def test_weights_changed_by_hand_are_noticed(noise: Path) -> None:

@@ -44,6 +44,9 @@ def train(
     cache: Annotated[
         bool | None, Option("--cache/--no-cache", help="Compute what is frozen once. [default: on]")
     ] = None,
+    cache_precision: Annotated[
+        str | None, Option(help="How precisely that is kept: full, bf16, fp16 or int8. [default: full]")
+    ] = None,
     fast: Annotated[bool | None, Option("--fast/--exact", help="Allow other rounding. [default: fast]")] = None,
     precision: Annotated[str | None, Option(help="auto, fp32, bf16 or fp16. [default: auto]")] = None,
     device: Annotated[str | None, Option(help="auto, cpu, cuda, cuda:1, … [default: auto]")] = None,

@@ -121,9 +121,13 @@ class Store:
             os.utime(folder / ENTRY)  # used now
         return entry
 
-    def write(self, key: str, note: dict[str, Any]) -> "Writing":
-        """Begin an entry."""
-        return Writing(self, key, note)
+    def write(self, key: str) -> "Writing":
+        """Begin an entry.
+
+        Raises:
+            OSError: The disk is full, or cannot be written.
+        """
+        return Writing(self, key)
 
     def entries(self) -> list[tuple[str, int, float]]:
         """List name, bytes and time of last use of every entry, the least recently used first."""
@@ -167,8 +171,8 @@ class Store:
 class Writing:
     """An entry that is being written, stretch by stretch of rows."""
 
-    def __init__(self, store: Store, key: str, note: dict[str, Any]) -> None:
-        self._store, self._key, self._note = store, key, note
+    def __init__(self, store: Store, key: str) -> None:
+        self._store, self._key = store, key
         self._folder = store.folder / f"{key}.{os.getpid()}.{time.monotonic_ns()}.tmp"
         self._folder.mkdir(parents=True)
         self._files: list[Any] = []
@@ -200,8 +204,8 @@ class Writing:
                 self._checksums[position].append(zlib.crc32(data))
                 self._stretches[position].append(len(data))
 
-    def finish(self, **note: Any) -> Entry:
-        """Complete the entry; where another process wrote the same meanwhile, either will do.
+    def finish(self, note: dict[str, Any]) -> Entry:
+        """Complete the entry, with JSON data beside it; where another process wrote the same meanwhile, either will do.
 
         Raises:
             OSError: The disk is full, or cannot be written.
@@ -213,7 +217,7 @@ class Writing:
             "dtypes": self._dtypes,
             "checksums": self._checksums,
             "stretches": self._stretches,
-            "note": {**self._note, **note},
+            "note": note,
         }
         (self._folder / ENTRY).write_text(json.dumps(entry), encoding="utf-8")
         target = self._store.folder / self._key

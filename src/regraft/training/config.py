@@ -8,8 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from regraft.data.transforms import Augmentation
 from regraft.errors import ConfigError, nearest
+from regraft.frontier.precision import Precision
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+ComputePrecision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "constant"]
 
 HEAD_LR = 1e-2
@@ -45,6 +46,7 @@ class TrainConfig(BaseModel):
         views: With `standard` and `trivial`: how many random versions of each photo there are; None: a new one in each
             epoch. What is frozen is computed once for each version, so that only a number can be kept.
         cache: Whether what is frozen is computed once, see `partition`.
+        cache_precision: How precisely that is kept: `full`, `bf16`, `fp16` or `int8`, see `packed`.
         fast: Whether convolutions may run in the order that is fastest, and what is computed once with batch norms
             folded into them; equal up to rounding.
         loss: `cross-entropy`, `focal`; for numbers `mse`, `l1`, `huber`; None: the first of the task; or `py:…`.
@@ -79,10 +81,11 @@ class TrainConfig(BaseModel):
     augment: Augmentation = "flip"
     views: int | None = Field(default=None, ge=1, lt=1000)
     cache: bool = True
+    cache_precision: Precision = "full"
     fast: bool = True
     loss: str | None = None
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    precision: Precision = "auto"
+    precision: ComputePrecision = "auto"
     device: str = "auto"
     workers: int | None = Field(default=None, ge=0)
     seed: int = Field(default=0, ge=0, lt=2**32)

@@ -116,14 +116,18 @@ def _read(
     return material
 
 
-def _thaw(job: Job, config: TrainConfig, epoch: int, progress: Progress) -> Job:
-    """Make layers trainable where it is time, and split the network anew."""
-    assert job.unfreezing is not None
-    thawed = job.unfreezing.advance(epoch, job.model, job.optimizer, scheduler=job.schedule, **job.rates)
-    if thawed is None:
-        return job
-    progress.say(f"unfreezing {thawed}")
+def _renew(job: Job, config: TrainConfig, epoch: int, progress: Progress) -> Job:
+    """Make layers trainable where it is time, and split the network anew where that, or a frozen weight, changed."""
+    thawed = None
+    if job.unfreezing is not None:
+        thawed = job.unfreezing.advance(epoch, job.model, job.optimizer, scheduler=job.schedule, **job.rates)
+    if thawed is not None:
+        progress.say(f"unfreezing {thawed}")
     if job.material.frontier is None:
+        return job
+    if not job.material.frontier.is_valid():
+        progress.say("frontier   frozen weights were changed from outside: what they give is computed anew")
+    elif thawed is None:
         return job
     extractor, _ = make_extractor(job.model, job.material.photos, config, job.engine, progress)
     material = again(job.material, config, extractor)
@@ -138,9 +142,8 @@ def _train(job: Job, config: TrainConfig, folder: RunFolder | None, clock: "_Clo
     try:
         for epoch in range(1, config.epochs + 1):
             began = time.perf_counter()
-            if job.unfreezing is not None:
-                with clock.phase("reading"):
-                    job = _thaw(job, config, epoch, progress)
+            with clock.phase("reading"):
+                job = _renew(job, config, epoch, progress)
             sampler: Any = getattr(job.material.train, "sampler", None)
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)

@@ -1,6 +1,6 @@
 """What is learned from and measured on: folders, tables, datasets and loaders → batches."""
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from regraft.data.folders import Listing, Task, list_data
 from regraft.data.photos import Photos, SeededShuffle, loader
 from regraft.data.transforms import augmentation
 from regraft.errors import DataError
+from regraft.frontier.key import checksum
 from regraft.frontier.partition import Partition
 from regraft.frontier.store import Store
 from regraft.progress import Progress
 from regraft.training.config import TrainConfig
-from regraft.training.features import Extractor, FeatureBatches, Features
+from regraft.training.extract import Extractor
+from regraft.training.features import FeatureBatches, Features
 from regraft.training.loop import Inputs
 from regraft.training.pixels import read_or_find_photos
 
@@ -33,18 +35,33 @@ class Frontier:
         parts: The two parts of the network.
         train: Features to learn from.
         validation: Features to measure on.
+        sum: `checksum` of the constant part.
     """
 
     parts: Partition
     train: Features
     validation: Features
+    sum: int
+
+    @classmethod
+    def of(cls, extractor: Extractor, features: Sequence[Features]) -> "Frontier":
+        """Put together what an extractor computed for the photos to learn from and for those to measure on."""
+        return cls(extractor.parts, *features, checksum(extractor.parts.prefix))
+
+    def is_valid(self) -> bool:
+        """Say whether the constant part is what it was when the features were computed."""
+        return checksum(self.parts.prefix) == self.sum
 
     def lines(self) -> list[str]:
         """Say what was saved, a line each."""
         seconds = self.train.seconds + self.validation.seconds
         how = "found in the cache" if self.train.was_found and self.validation.was_found else "computed once"
         views = f", {self.train.views} versions of each photo" if self.train.views > 1 else ""
-        return [f"frontier   {self.parts}", f"           {how} in {seconds:.1f} s{views}, kept in {self.train.place}"]
+        kept = f"kept in {self.train.place}"
+        if self.train.precision != "full":
+            error = max(self.train.error, self.validation.error)
+            kept += f" as {self.train.precision} (wrong by {error:.2%} of the largest value at most)"
+        return [f"frontier   {self.parts}", f"           {how} in {seconds:.1f} s{views}, {kept}"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +129,7 @@ def read_material(
         photos.append(part.augmented(seen))
         unreadable += failed
     _require_readable(unreadable, len(listing.train) + len(listing.validation), config.max_unreadable)
-    frontier = Frontier(extractor.parts, *features) if extractor is not None else None
+    frontier = Frontier.of(extractor, features) if extractor is not None else None
     material = _photo_material(photos[0], photos[1], config, frontier)
     _require_all_classes(material.classes, photos[0])
     return replace(material, task=listing.task, classes=listing.classes, listing=listing, unreadable=tuple(unreadable))
@@ -122,7 +139,7 @@ def again(material: Material, config: TrainConfig, extractor: Extractor | None) 
     """Return the same photos for a network whose flags have changed."""
     assert material.photos is not None
     features = [extractor.of_photos(part) for part in material.photos] if extractor is not None else None
-    frontier = Frontier(extractor.parts, *features) if extractor is not None and features is not None else None
+    frontier = Frontier.of(extractor, features) if extractor is not None and features is not None else None
     fresh = _photo_material(*material.photos, config, frontier)
     return replace(material, train=fresh.train, validation=fresh.validation, frontier=frontier)
 
@@ -137,7 +154,7 @@ def _given_material(data: Any, config: TrainConfig, extractor: Extractor | None)
     if isinstance(train, Photos) and isinstance(validation, Photos):
         train = train.augmented(augmentation(config.augment, train.preprocessing, config.views))
         features = [extractor.of_photos(part) for part in (train, validation)] if extractor is not None else []
-        frontier = Frontier(extractor.parts, *features) if extractor is not None else None
+        frontier = Frontier.of(extractor, features) if extractor is not None else None
         return _photo_material(train, validation, config, frontier)
     batches, measured = _batches(train, config, shuffle=True), _batches(validation, config, shuffle=False)
     for part, found in (("training", batches), ("validation", measured)):

@@ -10,20 +10,19 @@ from regraft.data.decode import Unreadable
 from regraft.data.folders import Sample
 from regraft.data.photos import Photos, estimate_bytes, fit_memory, read_photos
 from regraft.data.transforms import augmentation
+from regraft.frontier.keeping import Keeping
 from regraft.frontier.key import features_key
-from regraft.frontier.store import Entry, Store, Writing
+from regraft.frontier.store import Rows, Store
 from regraft.progress import Progress
 
 
 class StoredPixels(Sequence[torch.Tensor]):
     """Photos (C, H, W) of uint8 of several sizes, one after the other in an entry of the store."""
 
-    def __init__(self, entry: Entry) -> None:
-        (self._bytes,) = entry.tensors(in_memory=False)[:1]
-        (sizes,) = entry.tensors(in_memory=True)[1:]
-        assert isinstance(sizes, torch.Tensor)
-        self._sizes = sizes  # (N, 3)
-        self._ends = sizes.prod(1).cumsum(0)
+    def __init__(self, rows: tuple[Rows, ...]) -> None:
+        self._bytes, sizes = rows
+        self._sizes = sizes[torch.arange(len(sizes))]  # (N, 3)
+        self._ends = self._sizes.prod(1).cumsum(0)
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -66,60 +65,18 @@ def read_or_find_photos(
         lost = {int(index): reason for index, reason in entry.note["unreadable"].items()}
         readable = tuple(sample for index, sample in enumerate(samples) if index not in lost)
         seen = augmentation("none", preprocessing)
-        photos = Photos(readable, preprocessing, seen, classes, StoredPixels(entry))
+        photos = Photos(readable, preprocessing, seen, classes, StoredPixels(entry.tensors(in_memory=False)))
         return photos, tuple(Unreadable(samples[index].path, reason) for index, reason in lost.items())
-    store.make_room(size)
-    writer = _Writer(store, key, progress)
-    try:
+    with Keeping(store, key, size, in_memory=False, progress=progress) as keeping:
         photos, unreadable = read_photos(
             samples,
             preprocessing,
             classes=classes,
             description=description,
             progress=progress,
-            on_photo=lambda _, pixels: writer.add(pixels),
+            on_photo=lambda _, pixels: keeping.append([pixels.reshape(-1), torch.tensor([pixels.shape])]),
             keep=False,
         )
         places = {sample.path: index for index, sample in enumerate(samples)}
-        entry = writer.finish({places[found.path]: found.reason for found in unreadable})
-    finally:
-        writer.close()
-    return (replace(photos, pixels=StoredPixels(entry)) if entry is not None else photos), unreadable
-
-
-class _Writer:
-    """Writes photos until the disk is full, and says so."""
-
-    def __init__(self, store: Store, key: str, progress: Progress) -> None:
-        self._progress = progress
-        self._writing: Writing | None = None
-        try:
-            self._writing = store.write(key, {})
-        except OSError as error:
-            self._give_up(error)
-
-    def add(self, pixels: torch.Tensor) -> None:
-        if self._writing is not None:
-            try:
-                self._writing.append([pixels.reshape(-1), torch.tensor([pixels.shape])])
-            except OSError as error:
-                self._give_up(error)
-
-    def finish(self, unreadable: dict[int, str]) -> Entry | None:
-        if self._writing is None:
-            return None
-        try:
-            entry, self._writing = self._writing.finish(unreadable=unreadable), None
-        except OSError as error:
-            self._give_up(error)
-            return None
-        return entry
-
-    def close(self) -> None:
-        if self._writing is not None:
-            self._writing.abandon()
-            self._writing = None
-
-    def _give_up(self, error: OSError) -> None:
-        self.close()
-        self._progress.say(f"photos     are decoded in every epoch, as they cannot be kept: {error}")
+        rows = keeping.finish({"unreadable": {places[found.path]: found.reason for found in unreadable}})
+    return (replace(photos, pixels=StoredPixels(rows)) if rows is not None else photos), unreadable

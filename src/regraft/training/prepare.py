@@ -26,7 +26,8 @@ from regraft.freezing.state import FreezeState
 from regraft.frontier.store import Store
 from regraft.progress import Progress
 from regraft.training.config import FINE_TUNE_LR, HEAD_LR, SCRATCH_LR, TrainConfig
-from regraft.training.features import Extractor, FeatureBatches
+from regraft.training.extract import Extractor
+from regraft.training.features import FeatureBatches
 from regraft.training.loop import Engine, Inputs, choose_engine, main_output, run
 from regraft.training.losses import Loss, build_loss, check_loss
 from regraft.training.material import Material, first_batch
@@ -244,12 +245,18 @@ def make_extractor(
     if is_random(config.augment) and config.views is None:
         return None, f"augment {config.augment} draws each photo anew in every epoch. A number of --views can be kept"
     try:
-        keep_pixels = config.unfreeze is not None
-        return Extractor(
-            model, engine, fast=config.fast, keep_pixels=keep_pixels, store=Store(), progress=progress
-        ), None
+        extractor = Extractor(
+            model,
+            engine,
+            fast=config.fast,
+            precision=config.cache_precision,
+            keep_pixels=config.unfreeze is not None,
+            store=Store(),
+            progress=progress,
+        )
     except (ModelError, EditError) as error:
         return None, str(error)
+    return extractor, None
 
 
 def _is_sweepable(config: TrainConfig) -> bool:

@@ -1,0 +1,262 @@
+"""Compute the frontier's tensors for every photo once, or find what an earlier run computed."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regraft.anatomy.modes import evaluation_mode
+from regraft.data.decode import Unreadable
+from regraft.data.folders import Sample
+from regraft.data.photos import Photos, free_memory_bytes, read_photos
+from regraft.data.transforms import Versions, normalize
+from regraft.errors import ModelError
+from regraft.frontier.keeping import Keeping
+from regraft.frontier.key import features_key, network_digest
+from regraft.frontier.partition import Partition, partition
+from regraft.frontier.precision import TOLERANCES, Precision, packed, packed_bytes, unpacked
+from regraft.frontier.speed import faster
+from regraft.frontier.store import Rows, Store
+from regraft.progress import SILENT, Progress
+from regraft.training.features import Features
+from regraft.training.loop import Engine, main_output
+from regraft.zoo import preprocessing_of
+
+BATCH = {"cpu": 32, "cuda": 256}  # photos that go through the constant part at a time
+MEMORY_BYTES = 512 * 2**20  # of features; larger ones are mapped from the disk
+MEMORY_SHARE = 0.25  # of what is free, for features that the disk has no room for
+CHECKED = 2  # photos that are computed again, to see that they are what is kept
+
+
+class Extractor:
+    """Computes features with the constant part of a model.
+
+    Args:
+        model: The model, on its device, with its flags as they will be while it trains.
+        engine: Where and in which precision it runs.
+        fast: Whether the constant part may be replaced by a faster copy, equal up to rounding (see `faster`).
+        precision: How precisely features are kept.
+        keep_pixels: Whether decoded photos stay in memory, as the network will be split again.
+        store: Where features are kept between runs; None keeps nothing.
+        progress: Is told what happens.
+
+    Raises:
+        ModelError: The model cannot be split.
+        EditError: Nothing is constant.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: Engine,
+        *,
+        fast: bool = False,
+        precision: Precision = "full",
+        keep_pixels: bool = False,
+        store: Store | None = None,
+        progress: Progress = SILENT,
+    ) -> None:
+        self.preprocessing = preprocessing_of(model)
+        self.parts: Partition = partition(model, torch.empty(self.preprocessing.input_size))
+        self.engine, self.precision, self.store, self.progress = engine, precision, store, progress
+        self._model, self._is_proven = model, False
+        self._fast, self._keep_pixels = fast, keep_pixels
+        self._digest = network_digest(self.parts.prefix) if store is not None else ""
+        self._prefix = faster(self.parts.prefix) if fast else self.parts.prefix
+
+    def of_samples(
+        self, samples: Sequence[Sample], versions: Versions, classes: tuple[str, ...] | None, *, description: str
+    ) -> tuple[Features, Photos, tuple[Unreadable, ...]]:
+        """Return the features of photo files, decoding none of them where an earlier run kept what is needed.
+
+        Args:
+            samples: Files and what they show.
+            versions: What the network may see of each; a known number.
+            classes: Class names; None for regression.
+            description: What is said of it while it goes on.
+
+        Raises:
+            DataError: No photo can be read.
+            ModelError: The network does not give the same values twice, or there is no room for them.
+        """
+        began = time.perf_counter()
+        key = self._key([sample.path for sample in samples], versions)
+        if (found := self._found(key)) is not None:
+            rows, note = found
+            lost = {int(index): reason for index, reason in note["unreadable"].items()}
+            readable = tuple(sample for index, sample in enumerate(samples) if index not in lost)
+            photos = Photos(readable, self.preprocessing, versions, classes)
+            unreadable = tuple(Unreadable(samples[index].path, reason) for index, reason in lost.items())
+            return self._features(rows, note, photos, began, was_found=True), photos, unreadable
+        with self._keeping(key, len(samples), versions) as keeping:
+            extraction = _Extraction(self, versions, keeping)
+            photos, unreadable = read_photos(
+                samples,
+                self.preprocessing,
+                classes=classes,
+                description=description,
+                progress=self.progress,
+                on_photo=lambda _, pixels: extraction.add(pixels),
+                keep=self._keep_pixels,
+            )
+            places = {sample.path: index for index, sample in enumerate(samples)}
+            rows, note = extraction.finish({places[found.path]: found.reason for found in unreadable})
+        photos = photos.augmented(versions)
+        return self._features(rows, note, photos, began, was_found=False), photos, unreadable
+
+    def of_photos(self, photos: Photos) -> Features:
+        """Return the features of photos that were read before.
+
+        Raises:
+            ModelError: The network does not give the same values twice, or there is no room for them.
+        """
+        began = time.perf_counter()
+        key = self._key([sample.path for sample in photos.samples], photos.versions)
+        if (found := self._found(key)) is not None:
+            return self._features(*found, photos, began, was_found=True)
+        with self._keeping(key, len(photos), photos.versions) as keeping:
+            extraction = _Extraction(self, photos.versions, keeping)
+            for index in range(len(photos)):
+                extraction.add(photos.decoded(index))
+            rows, note = extraction.finish({})
+        return self._features(rows, note, photos, began, was_found=False)
+
+    def run(self, pixels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Compute the frontier of a few photos, each (C, size, size) of uint8, on the model's device."""
+        with torch.inference_mode(), self.engine.autocast():
+            return [tensor.contiguous() for tensor in self._prefix(self._batch(pixels))]
+
+    def _batch(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
+        batch = normalize(torch.stack(list(pixels)), self.preprocessing)
+        layout = torch.channels_last if self.engine.has_channels_last else torch.contiguous_format
+        return batch.to(self.engine.device, memory_format=layout)
+
+    def _key(self, files: Sequence[Path], versions: Versions) -> str:
+        if self.store is None:
+            return ""
+        return features_key(
+            self._digest,
+            files,
+            preprocessing=self.preprocessing.model_dump(),
+            views=versions.name,
+            precision=f"{self.engine.autocast_dtype} {self.precision}",
+            device=self.engine.device.type,
+            fast=self._fast,
+        )
+
+    def _found(self, key: str) -> tuple[tuple[Rows, ...], dict[str, Any]] | None:
+        entry = self.store.find(key) if self.store is not None else None
+        return (entry.tensors(in_memory=entry.bytes < MEMORY_BYTES), entry.note) if entry is not None else None
+
+    def _keeping(self, key: str, count: int, versions: Versions) -> Keeping:
+        assert versions.count is not None
+        rows = count * versions.count
+        size = sum(packed_bytes(rows, cut.shape, cut.dtype, self.precision) for cut in self.parts.frontier)
+        keeping = Keeping(self.store, key, size, in_memory=size < MEMORY_BYTES, progress=self.progress)
+        if keeping.has_place:
+            return keeping
+        if size < MEMORY_SHARE * free_memory_bytes():
+            return Keeping(None, key, size, in_memory=True, progress=self.progress)
+        raise ModelError(
+            f"{size / 2**30:.1f} GiB for what is computed once fit neither into memory nor on the disk "
+            "(REGRAFT_CACHE names another folder)"
+        )
+
+    def _features(
+        self, rows: tuple[Rows, ...], note: dict[str, Any], photos: Photos, began: float, *, was_found: bool
+    ) -> Features:
+        place = "memory" if all(isinstance(tensor, torch.Tensor) for tensor in rows) else "disk"
+        if self.engine.device.type == "cuda" and place == "memory":
+            free, _ = torch.cuda.mem_get_info(self.engine.device)
+            tensors = [tensor for tensor in rows if isinstance(tensor, torch.Tensor)]
+            if sum(tensor.nbytes for tensor in tensors) < MEMORY_SHARE * free:
+                rows, place = tuple(tensor.to(self.engine.device) for tensor in tensors), str(self.engine.device)
+        assert photos.versions.count is not None
+        features = Features(
+            rows,
+            tuple(getattr(torch, name) for name in note["dtypes"]),
+            self.precision,
+            note["error"],
+            photos.versions.count,
+            time.perf_counter() - began,
+            was_found,
+            place,
+        )
+        self._check(features, photos)
+        return features
+
+    def _check(self, features: Features, photos: Photos) -> None:
+        """Compute a few photos again, with the constant part and, once, with the whole network.
+
+        Raises:
+            ModelError: What is kept differs from either: something draws at random, or mixes the images of a batch,
+                and nothing declares it.
+        """
+        indices = torch.arange(CHECKED) * (len(photos) - 1) // max(1, CHECKED - 1)
+        batch = self._batch([photos.versions.of(index, photos.decoded(index), 0) for index in indices.tolist()])
+        kept = tuple(tensor.to(batch.device) for tensor in features.pick(indices * features.views))
+        suffix = self.parts.suffix
+        with evaluation_mode(self._model), evaluation_mode(suffix), torch.no_grad(), self.engine.autocast():
+            pairs = list(zip(kept, self._prefix(batch), strict=True))
+            if not self._is_proven:
+                whole = torch.cat([main_output(self._model(photo)) for photo in batch.split(1)])
+                pairs.append((main_output(suffix(*kept)), whole))
+        is_low = self.engine.autocast_dtype is not None
+        tolerance = max(TOLERANCES[self.precision], TOLERANCES["bf16"] if is_low else 0.0)
+        for ours, theirs in pairs:
+            distance = (ours.float() - theirs.float()).abs().max()
+            if not distance <= tolerance * theirs.float().abs().max().clamp(min=1e-6):
+                raise ModelError(
+                    "the network does not give the same values for the same photo twice (they differ by "
+                    f"{distance:.2g}), although nothing in it is declared to be random"
+                )
+        self._is_proven = True
+
+
+class _Extraction:
+    """Gathers photos into batches, and keeps their features."""
+
+    def __init__(self, extractor: Extractor, versions: Versions, keeping: Keeping) -> None:
+        assert versions.count is not None
+        self._extractor, self._versions, self._views, self._keeping = extractor, versions, versions.count, keeping
+        self._batch = BATCH.get(extractor.engine.device.type, 32)
+        self._waiting: list[torch.Tensor] = []
+        self._dtypes: list[str] = []
+        self._count, self._error = 0, 0.0
+
+    def add(self, pixels: torch.Tensor) -> None:
+        """Take the next photo (C, H, W)."""
+        self._waiting += [self._versions.of(self._count, pixels, view) for view in range(self._views)]
+        self._count += 1
+        while len(self._waiting) >= self._batch:
+            self._flush()
+
+    def finish(self, unreadable: dict[int, str]) -> tuple[tuple[Rows, ...], dict[str, Any]]:
+        """Return the rows of all photos that were taken, and what is noted beside them."""
+        while self._waiting:
+            self._flush()
+        note = {"unreadable": unreadable, "dtypes": self._dtypes, "error": self._error}
+        rows = self._keeping.finish(note)
+        if rows is None:
+            raise ModelError("what is computed once has no room in memory, and cannot be written")
+        return rows, note
+
+    def _flush(self) -> None:
+        now, self._waiting = self._waiting[: self._batch], self._waiting[self._batch :]
+        found = self._extractor.run(now)
+        precision = self._extractor.precision
+        kept = packed(found, precision)
+        self._dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in found]
+        if precision != "full":
+            again = unpacked(kept, [tensor.dtype for tensor in found], precision)
+            self._error = max(self._error, *(_distance(a, b) for a, b in zip(again, found, strict=True)))
+        self._keeping.append([tensor.cpu() for tensor in kept])
+
+
+def _distance(kept: torch.Tensor, value: torch.Tensor) -> float:
+    """Return the largest difference of two tensors as a share of the largest value."""
+    largest = value.float().abs().max().clamp(min=1e-30)
+    return float((kept.float() - value.float()).abs().max() / largest)
