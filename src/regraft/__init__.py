@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from regraft.freezing import param_groups as param_groups
     from regraft.freezing import select as select
     from regraft.freezing import unfreeze as unfreeze
+    from regraft.frontier import Partition as Partition
+    from regraft.frontier import partition as partition
     from regraft.report import write_report as write_report
     from regraft.surgery import append as append
     from regraft.surgery import graft as graft
@@ -65,6 +67,7 @@ _HOMES = {
     "LoadReport": "checkpoint",
     "Metrics": "training",
     "ModelSummary": "anatomy",
+    "Partition": "frontier",
     "Prediction": "training",
     "Preprocessing": "card",
     "RegraftError": "errors",
@@ -86,6 +89,7 @@ _HOMES = {
     "load": "checkpoint",
     "load_weights": "checkpoint",
     "param_groups": "freezing",
+    "partition": "frontier",
     "predict": "training",
     "remove": "surgery",
     "replace": "surgery",

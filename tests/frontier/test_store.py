@@ -69,7 +69,7 @@ def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
     for number in range(3):
         write(store, str(number))
         os.utime(tmp_path / str(number) / ENTRY, (number, number))
-    store.limit_bytes = sum(size for _, size, _ in store.entries())
+    store.limit_bytes = sum(entry.bytes for entry in store.entries())
     assert store.find("0") is not None  # used now
     store.make_room(1)
     assert store.find("1") is None

@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+from regraft.cli.cache import cache
 from regraft.cli.demo import demo
 from regraft.cli.diff import diff
 from regraft.cli.evaluate import evaluate
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 for command in (train, evaluate, predict, inspect, surgery, diff, models, demo):
     app.command()(command)
+app.add_typer(cache, name="cache")
 
 
 def _show_version(wanted: bool) -> None:

@@ -17,7 +17,7 @@ from regraft.checkpoint.digest import tensor_digest
 from regraft.frontier.replay import Recording
 from regraft.surgery.rewired import Rewired
 
-VERSION = 1  # of how values are computed and stored
+VERSION = 1  # of how values are computed and stored, notes included
 
 
 def features_key(prefix_digest: str, files: Sequence[Path], **circumstances: Any) -> str:
@@ -55,12 +55,13 @@ def network_digest(network: nn.Module) -> str:
 
 def checksum(network: nn.Module) -> int:
     """Add up the bits of every value in a network: enough to notice a change by hand, and as fast as reading them."""
-    total = 0
-    for tensor in (*network.parameters(), *network.buffers()):
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        whole = len(flat) // 4 * 4
-        total += int(flat[:whole].view(torch.int32).sum(dtype=torch.int64)) + int(flat[whole:].sum(dtype=torch.int64))
-    return total
+    sums = [_sum_of_bits(tensor.detach()) for tensor in (*network.parameters(), *network.buffers())]
+    return int(torch.stack(sums).sum()) if sums else 0
+
+
+def _sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
+    words = torch.int32 if tensor.dtype.itemsize == 4 else torch.uint8
+    return tensor.reshape(-1).view(words).sum(dtype=torch.int64)
 
 
 def file_digests(files: Sequence[Path]) -> list[str]:

@@ -15,6 +15,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,16 @@ class Entry:
         return tuple(found)
 
 
+@dataclass(frozen=True)
+class Listed:
+    """What is known of an entry without reading it: its name, bytes, time of last use, and what it holds in words."""
+
+    key: str
+    bytes: int
+    used_at: datetime
+    holds: str
+
+
 class Store:
     """A folder of entries, of which the least recently used are deleted when it grows too large."""
 
@@ -129,20 +140,28 @@ class Store:
         """
         return Writing(self, key)
 
-    def entries(self) -> list[tuple[str, int, float]]:
-        """List name, bytes and time of last use of every entry, the least recently used first."""
+    def entries(self) -> list[Listed]:
+        """List what is kept, the least recently used first."""
         found = []
         for file in self.folder.glob(f"*/{ENTRY}"):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
                 size = sum(part.stat().st_size for part in file.parent.iterdir())
-                found.append((file.parent.name, size, file.stat().st_mtime))
-        return sorted(found, key=lambda entry: entry[2])
+                used_at = datetime.fromtimestamp(file.stat().st_mtime)
+                note = json.loads(file.read_text(encoding="utf-8")).get("note", {})
+                found.append(Listed(file.parent.name, size, used_at, str(note.get("holds", ""))))
+        return sorted(found, key=lambda entry: entry.used_at)
 
     def clear(self) -> int:
-        """Delete everything, and return how many bytes that were."""
-        size = sum(entry[1] for entry in self.entries())
+        """Delete all entries and unfinished writes, and return how many bytes that were.
+
+        Raises:
+            OSError: Something cannot be deleted.
+        """
+        size = 0
         for child in self.folder.iterdir() if self.folder.is_dir() else ():
-            shutil.rmtree(child, ignore_errors=True)
+            if child.is_dir() and (child.suffix == ".tmp" or (child / ENTRY).exists()):  # and nothing of anybody else's
+                size += sum(part.stat().st_size for part in child.iterdir())
+                shutil.rmtree(child)
         return size
 
     def make_room(self, size: int) -> None:
@@ -152,12 +171,12 @@ class Store:
                 if time.time() - unfinished.stat().st_mtime > STALE_S:
                     shutil.rmtree(unfinished, ignore_errors=True)
         entries = self.entries()
-        total = sum(entry[1] for entry in entries)
-        for key, bytes_, _ in entries:
+        total = sum(entry.bytes for entry in entries)
+        for entry in entries:
             if total + size <= self.limit_bytes:
                 return
-            shutil.rmtree(self.folder / key, ignore_errors=True)
-            total -= bytes_
+            shutil.rmtree(self.folder / entry.key, ignore_errors=True)
+            total -= entry.bytes
 
     def has_room(self, size: int) -> bool:
         """Say whether that many bytes fit on the disk and under the limit."""

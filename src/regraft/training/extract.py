@@ -61,7 +61,8 @@ class Extractor:
     ) -> None:
         self.preprocessing = preprocessing_of(model)
         self.parts: Partition = partition(model, torch.empty(self.preprocessing.input_size))
-        self.engine, self.precision, self.store, self.progress = engine, precision, store, progress
+        self.engine, self.store, self.progress = engine, store, progress
+        self.precision: Precision = precision
         self._model, self._is_proven = model, False
         self._fast, self._keep_pixels = fast, keep_pixels
         self._digest = network_digest(self.parts.prefix) if store is not None else ""
@@ -182,6 +183,7 @@ class Extractor:
             note["error"],
             photos.versions.count,
             time.perf_counter() - began,
+            note["seconds"],
             was_found,
             place,
         )
@@ -225,7 +227,7 @@ class _Extraction:
         self._batch = BATCH.get(extractor.engine.device.type, 32)
         self._waiting: list[torch.Tensor] = []
         self._dtypes: list[str] = []
-        self._count, self._error = 0, 0.0
+        self._count, self._error, self._began = 0, 0.0, time.perf_counter()
 
     def add(self, pixels: torch.Tensor) -> None:
         """Take the next photo (C, H, W)."""
@@ -238,7 +240,15 @@ class _Extraction:
         """Return the rows of all photos that were taken, and what is noted beside them."""
         while self._waiting:
             self._flush()
-        note = {"unreadable": unreadable, "dtypes": self._dtypes, "error": self._error}
+        parts = self._extractor.parts
+        holds = f"{self._count} photos × {self._views} at {', '.join(repr(cut.layer) for cut in parts.frontier)}"
+        note = {
+            "unreadable": unreadable,
+            "dtypes": self._dtypes,
+            "error": self._error,
+            "seconds": time.perf_counter() - self._began,
+            "holds": holds,
+        }
         rows = self._keeping.finish(note)
         if rows is None:
             raise ModelError("what is computed once has no room in memory, and cannot be written")

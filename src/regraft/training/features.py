@@ -1,5 +1,6 @@
 """The frontier's tensors for every photo, and batches of them for the live part."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ class Features:
         error: Largest difference between a value and what is kept of it, as a share of the largest value of its tensor.
         views: Number of versions V of each photo.
         seconds: What it took to compute or find them.
+        cost_s: What it took to compute them, be it in an earlier run.
         was_found: Whether an earlier run had computed them.
         place: `memory`, `disk`, or the name of a device.
     """
@@ -31,8 +33,14 @@ class Features:
     error: float
     views: int
     seconds: float
+    cost_s: float
     was_found: bool
     place: str
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.tensors)
 
     def pick(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return some rows of each tensor of the frontier, on the device where they are kept."""

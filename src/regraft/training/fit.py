@@ -111,9 +111,10 @@ def _read(
     except ModelError as error:  # of the extractor alone: nothing else runs the model here
         extractor, reason = None, str(error)
         material = read_material(data, listing, preprocessing, config, progress)
-    if extractor is None and reason is not None:
-        progress.say(f"frontier   every epoch runs the whole network: {reason}")
-    return material
+    if extractor is not None or reason is None:
+        return material
+    progress.say(f"frontier   every epoch runs the whole network: {reason}")
+    return replace(material, not_once_because=reason)
 
 
 def _renew(job: Job, config: TrainConfig, epoch: int, progress: Progress) -> Job:
@@ -138,6 +139,7 @@ def _renew(job: Job, config: TrainConfig, epoch: int, progress: Progress) -> Job
 def _train(job: Job, config: TrainConfig, folder: RunFolder | None, clock: "_Clock", progress: Progress) -> FitResult:
     best: _Best | None = None
     history: list[EpochRecord] = []
+    first = job.material
     scaler = job.engine.scaler()
     try:
         for epoch in range(1, config.epochs + 1):
@@ -180,7 +182,7 @@ def _train(job: Job, config: TrainConfig, folder: RunFolder | None, clock: "_Clo
     return FitResult(
         model=job.model.eval(),
         plan=job.plan,
-        config=config.updated(lr=job.plan.lr),
+        config=config.updated(lr=job.plan.lr, weight_decay=job.rates["weight_decay"]),
         history=tuple(history),
         best_epoch=best.epoch,
         validation=best.metrics,
@@ -190,6 +192,8 @@ def _train(job: Job, config: TrainConfig, folder: RunFolder | None, clock: "_Clo
         seconds=dict(clock.seconds),
         out=folder.path if folder else None,
         checkpoint=folder.checkpoint if folder else None,
+        computed_once=first.frontier.summary(config.epochs) if first.frontier is not None else None,
+        not_once_because=first.not_once_because,
     )
 
 

@@ -23,6 +23,7 @@ from regraft.training.extract import Extractor
 from regraft.training.features import FeatureBatches, Features
 from regraft.training.loop import Inputs
 from regraft.training.pixels import read_or_find_photos
+from regraft.training.result import ComputedOnce
 
 MEASURED_AT_A_TIME = 256
 
@@ -46,14 +47,33 @@ class Frontier:
     @classmethod
     def of(cls, extractor: Extractor, features: Sequence[Features]) -> "Frontier":
         """Put together what an extractor computed for the photos to learn from and for those to measure on."""
-        return cls(extractor.parts, *features, checksum(extractor.parts.prefix))
+        train, validation = features
+        return cls(extractor.parts, train, validation, checksum(extractor.parts.prefix))
 
     def is_valid(self) -> bool:
         """Say whether the constant part is what it was when the features were computed."""
         return checksum(self.parts.prefix) == self.sum
 
+    def summary(self, epochs: int) -> ComputedOnce:
+        """Say what was computed once for so many epochs, and what that saved."""
+        parts, both = self.parts, (self.train, self.validation)
+        constant, live = parts.multiply_adds
+        an_epoch_s = sum(part.cost_s / part.views for part in both)
+        seconds = sum(part.seconds for part in both)
+        return ComputedOnce(
+            frontier=tuple((cut.layer, cut.shape) for cut in parts.frontier),
+            share=constant / max(constant + live, 1),
+            views=self.train.views,
+            bytes=sum(part.bytes for part in both),
+            place=self.train.place,
+            was_found=all(part.was_found for part in both),
+            seconds=seconds,
+            saved_s=max(0.0, epochs * an_epoch_s - seconds),
+            note=parts.note,
+        )
+
     def lines(self) -> list[str]:
-        """Say what was saved, a line each."""
+        """Say what was computed once, a line each."""
         seconds = self.train.seconds + self.validation.seconds
         how = "found in the cache" if self.train.was_found and self.validation.was_found else "computed once"
         views = f", {self.train.views} versions of each photo" if self.train.views > 1 else ""
@@ -78,6 +98,7 @@ class Material:
         unreadable: Files that are skipped.
         photos: The photos to learn from and those to measure on, where the data is photos.
         frontier: What was computed once for all epochs; None where the whole network runs in each.
+        not_once_because: Why it does; None where there is nothing to say.
     """
 
     train: Iterable[Any]
@@ -89,6 +110,7 @@ class Material:
     unreadable: tuple[Unreadable, ...] = ()
     photos: tuple[Photos, Photos] | None = None
     frontier: Frontier | None = None
+    not_once_because: str | None = None
 
 
 def list_if_folder(data: Any, config: TrainConfig) -> Listing | None:

@@ -78,5 +78,6 @@ def read_or_find_photos(
             keep=False,
         )
         places = {sample.path: index for index, sample in enumerate(samples)}
-        rows = keeping.finish({"unreadable": {places[found.path]: found.reason for found in unreadable}})
+        lost = {places[found.path]: found.reason for found in unreadable}
+        rows = keeping.finish({"unreadable": lost, "holds": f"{len(photos)} photos, decoded"})
     return (replace(photos, pixels=StoredPixels(rows)) if rows is not None else photos), unreadable

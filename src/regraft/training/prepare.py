@@ -32,7 +32,7 @@ from regraft.training.loop import Engine, Inputs, choose_engine, main_output, ru
 from regraft.training.losses import Loss, build_loss, check_loss
 from regraft.training.material import Material, first_batch
 from regraft.training.result import Plan
-from regraft.training.sweep import Sweep, sweep_rates
+from regraft.training.sweep import DECAYS, Sweep, sweep_heads
 from regraft.zoo import preprocessing_of
 
 WARM_UP_SHARE = 0.05
@@ -142,9 +142,12 @@ def prepare_job(
     rates = _rates(model, config, is_head_alone=is_head_alone)
     sweep = None
     if config.lr is None and is_head_alone and isinstance(material.train, FeatureBatches) and _is_sweepable(config):
-        options = {"epochs": config.epochs, "weight_decay": config.weight_decay, "seed": config.seed}
-        sweep = sweep_rates(live, material.train, criterion, engine, **options)
-        rates = rates if sweep is None else {**rates, "lr": sweep.best}
+        decays = (config.weight_decay,) if "weight_decay" in config.model_fields_set else DECAYS
+        sweep = sweep_heads(
+            live, material.train, criterion, engine, epochs=config.epochs, decays=decays, seed=config.seed
+        )
+        if sweep is not None:
+            rates = {**rates, "lr": sweep.best[0], "weight_decay": sweep.best[1]}
     optimizer = build_optimizer(config.optimizer, model, **rates)
     if findings := audit(model, optimizer):
         raise ModelError(f"{type(model).__name__} cannot be trained as it is: {findings[0]}")

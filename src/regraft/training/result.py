@@ -1,7 +1,7 @@
 """What a training run found out, as one value that a report can be written from."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,33 @@ class EpochRecord:
             f"validation_{name}": measured[name] for name in ("loss", "accuracy", "mae", "r2") if name in measured
         }
         return {"epoch": self.epoch, "train_loss": self.train_loss, **figures, "lr": self.lr, "seconds": self.seconds}
+
+
+@dataclass(frozen=True)
+class ComputedOnce:
+    """What was the same in every epoch, and therefore computed once.
+
+    Attributes:
+        frontier: Layer and shape (without the batch) of each tensor at which an epoch began.
+        share: Of the network's multiply-adds that lie before it.
+        views: Versions of each photo.
+        bytes: What all of it needs.
+        place: `memory`, `disk`, or the name of a device.
+        was_found: Whether an earlier run had computed it.
+        seconds: For computing or finding it.
+        saved_s: Estimate of what decoding and computing it in every epoch would have taken more.
+        note: Why the frontier lies elsewhere than where the constant part ends; None where it does not.
+    """
+
+    frontier: tuple[tuple[str, tuple[int, ...]], ...]
+    share: float
+    views: int
+    bytes: int
+    place: str
+    was_found: bool
+    seconds: float
+    saved_s: float
+    note: str | None
 
 
 @dataclass(frozen=True)
@@ -111,6 +138,8 @@ class FitResult:
         seconds: Time of each phase.
         out: Folder of the results; None where nothing was written.
         checkpoint: The saved model; None where nothing was written.
+        computed_once: What was computed once for all epochs; None where every epoch ran the whole network.
+        not_once_because: Why it did; None where something was computed once, or where nothing is frozen.
     """
 
     model: nn.Module
@@ -125,6 +154,8 @@ class FitResult:
     seconds: dict[str, float] = field(default_factory=dict)
     out: Path | None = None
     checkpoint: Path | None = None
+    computed_once: ComputedOnce | None = None
+    not_once_because: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON data, without weights and scores."""
@@ -135,6 +166,8 @@ class FitResult:
             "best_epoch": self.best_epoch,
             "epochs": [record.to_row() for record in self.history],
             "seconds": self.seconds,
+            "computed_once": asdict(self.computed_once) if self.computed_once else None,
+            "not_once_because": self.not_once_because,
             "parameters": self.plan.parameters,
             "trainable": self.plan.trainable,
             "classes": self.plan.classes,

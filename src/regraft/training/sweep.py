@@ -1,10 +1,12 @@
-"""Choose the learning rate of a head by training many of them together on the same features.
+"""Choose learning rate and weight decay of a head by training many of them together on the same features.
 
-All heads start from the same weights and see the same batches; one call trains them all (`torch.func.vmap`), which
-costs little more than training one, as a head is so small that calling it takes longer than computing it. The best is
-chosen on photos that are kept back from those to learn from; the validation photos are not touched.
+Cross-validation: the photos to learn from are dealt into folds, and each pair of values trains a head on all folds but
+one, measures it on that one, and does so for every fold. One call trains all of these heads (`torch.func.vmap`), which
+costs little more than training one, as a head is so small that calling it takes longer than computing it. The
+validation photos are not touched.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,48 +16,57 @@ import torch
 from torch import nn
 from torch.func import functional_call, vmap
 
+from regraft.anatomy.modes import preserved_randomness
 from regraft.freezing.groups import undecayed_names
 from regraft.training.features import FeatureBatches
 from regraft.training.loop import Engine, main_output
 from regraft.training.losses import Loss
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-KEPT_BACK = 0.2  # share of the photos that choose
-MOST_PARAMETERS = 2_000_000  # of all heads together
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+DECAYS = (0.05, 1.0)
+FOLDS = 5
+MOST_PARAMETERS = 4_000_000  # of all heads together
 FEWEST_PHOTOS = 40
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's, https://arxiv.org/abs/1711.05101
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What each learning rate came to.
+    """What each learning rate and weight decay came to.
 
     Attributes:
-        rates: The learning rates.
-        losses: Mean loss on the photos kept back, for each.
-        best: The rate with the least.
+        tried: Pairs (learning rate, weight decay).
+        losses: Mean loss on the photos that a head did not learn from, for each.
+        best: The pair with the least.
     """
 
-    rates: tuple[float, ...]
+    tried: tuple[tuple[float, float], ...]
     losses: tuple[float, ...]
-    best: float
+    best: tuple[float, float]
 
     def __str__(self) -> str:
-        tried = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in zip(self.rates, self.losses, strict=True))
-        return f"learning rate {self.best:g}, of {len(self.rates)} heads trained together (loss on kept back: {tried})"
+        least: dict[float, float] = {}
+        for (rate, _), loss in zip(self.tried, self.losses, strict=True):
+            least[rate] = min(loss, least.get(rate, math.inf))
+        by_rate = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in least.items())
+        rate, decay = self.best
+        return (
+            f"learning rate {rate:g} and weight decay {decay:g}, of {len(self.tried) * FOLDS} heads trained together "
+            f"(loss on photos not learned from, by rate: {by_rate})"
+        )
 
 
-def sweep_rates(
+def sweep_heads(
     live: nn.Module,
     batches: FeatureBatches,
     criterion: Loss,
     engine: Engine,
     *,
     epochs: int,
-    weight_decay: float,
+    decays: tuple[float, ...],
     seed: int,
 ) -> Sweep | None:
-    """Train a head with each of several learning rates, and say which did best; `live` itself is not trained.
+    """Train heads with several learning rates and weight decays, and say which pair did best; `live` stays as it is.
 
     Args:
         live: The part of a network that takes the features.
@@ -63,55 +74,88 @@ def sweep_rates(
         criterion: The loss.
         engine: Where and in which precision.
         epochs: Passes over the features, as in the run itself.
-        weight_decay: Of weight matrices.
-        seed: Decides which photos are kept back, and the order of the others.
+        decays: Weight decays to try, of weight matrices.
+        seed: Decides the folds, the order of the photos, and the first weights.
 
     Returns:
         None where it cannot be done: too few photos, too large a head, or layers that cannot be trained side by side.
     """
-    start = {name: parameter.detach() for name, parameter in live.named_parameters() if parameter.requires_grad}
+    tried = tuple((rate, decay) for decay in decays for rate in RATES)
+    size = sum(parameter.numel() for parameter in live.parameters() if parameter.requires_grad)
     count = len(batches.dataset)
-    if sum(tensor.numel() for tensor in start.values()) * len(RATES) > MOST_PARAMETERS or count < FEWEST_PHOTOS:
+    if size * len(tried) * FOLDS > MOST_PARAMETERS or count < FEWEST_PHOTOS:
         return None
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(count, generator=generator)
-    kept, learned = order[: round(count * KEPT_BACK)], order[round(count * KEPT_BACK) :]
-    heads = {name: tensor.repeat(len(RATES), *[1] * tensor.ndim).requires_grad_() for name, tensor in start.items()}
-    undecayed = undecayed_names(live, ("bias", "norm"))
-    optimizer = _AdamW(heads, torch.tensor(RATES), {n: 0.0 if n in undecayed else weight_decay for n in heads})
+    kept = torch.randperm(count, generator=generator)[: count // FOLDS * FOLDS].view(FOLDS, -1)  # (F, n)
+    learned = torch.stack([_others(fold, count) for fold in kept])  # (F, count - n)
+    with preserved_randomness(seed):
+        starts = [_first_weights(live, number) for number in range(FOLDS)]
+    heads = {  # (F, P, …) for F folds and P pairs
+        name: torch.stack([start[name].expand(len(tried), *start[name].shape) for start in starts]).requires_grad_()
+        for name in starts[0]
+    }
+    rates, weights = (torch.tensor(values).expand(FOLDS, -1) for values in zip(*tried, strict=True))
+    optimizer = _AdamW(heads, rates, weights, undecayed_names(live, ("bias", "norm")))
 
     def losses_of(rows: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        tensors, targets = batches.pick(rows, draws)
+        tensors, targets = batches.pick(rows.flatten(), draws.flatten())
+        by_fold = tuple(tensor.unflatten(0, rows.shape) for tensor in tensors)
 
-        def loss_of(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        def loss_of(parameters: Any, tensors: tuple[torch.Tensor, ...], targets: torch.Tensor) -> torch.Tensor:
             with engine.autocast():
                 return criterion(main_output(functional_call(live, parameters, tensors)), targets)
 
-        return vmap(loss_of, randomness="different")(heads)
+        of_pairs = vmap(loss_of, in_dims=(0, None, None), randomness="different")
+        return vmap(of_pairs, randomness="different")(heads, by_fold, targets.view(rows.shape))
 
     try:
-        live.train()
-        steps = list(_steps(learned, batches.batch_size, epochs, generator))
-        for step, rows in enumerate(steps):
-            draws = torch.randint(2**62, (len(rows),), generator=generator)
-            losses_of(rows, draws).sum().backward()
-            optimizer.step(0.5 * (1 + math.cos(math.pi * step / len(steps))))
-        live.eval()
-        with torch.no_grad():
-            losses = losses_of(kept, torch.zeros_like(kept)).tolist()
+        with preserved_randomness(seed):
+            live.train()
+            steps = list(_steps(learned, batches.batch_size, epochs, generator))
+            for step, rows in enumerate(steps):
+                draws = torch.randint(2**62, rows.shape, generator=generator)
+                losses_of(rows, draws).sum().backward()
+                optimizer.step(0.5 * (1 + math.cos(math.pi * step / len(steps))))
+            live.eval()
+            with torch.no_grad():
+                found = losses_of(kept, torch.zeros_like(kept))  # (F, P)
     except (RuntimeError, ValueError):  # batch norm in the head, a loss that branches, …
         return None
     finally:
         live.train()
-    finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
-    return Sweep(RATES, tuple(losses), RATES[finite.index(min(finite))])
+    losses = found.mean(0).nan_to_num(math.inf).tolist()
+    return Sweep(tried, tuple(losses), tried[losses.index(min(losses))])
+
+
+def _others(fold: torch.Tensor, count: int) -> torch.Tensor:
+    """List the photos that are not in a fold."""
+    is_other = torch.ones(count, dtype=torch.bool)
+    is_other[fold] = False
+    return is_other.nonzero().flatten()
+
+
+def _first_weights(live: nn.Module, number: int) -> dict[str, torch.Tensor]:
+    """Return the trainable parameters as they are (number 0), or drawn anew where their layers can do that."""
+    trainable = {name for name, parameter in live.named_parameters() if parameter.requires_grad}
+    if number == 0:
+        return {name: parameter.detach() for name, parameter in live.named_parameters() if name in trainable}
+    found = {}
+    for path in {name.rpartition(".")[0] for name in trainable}:
+        layer: Any = copy.deepcopy(live.get_submodule(path))
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+        found |= {f"{path}.{name}".lstrip("."): value.detach() for name, value in layer.named_parameters(recurse=False)}
+    return {name: found[name] for name, _ in live.named_parameters() if name in trainable}
 
 
 class _AdamW:
-    """AdamW for parameters with a leading dimension of heads, each of which has a learning rate of its own."""
+    """AdamW for parameters with leading dimensions of heads, each with a learning rate and decay of its own."""
 
-    def __init__(self, heads: dict[str, torch.Tensor], rates: torch.Tensor, decays: dict[str, float]) -> None:
-        self._heads, self._rates, self._decays, self._count = heads, rates, decays, 0
+    def __init__(
+        self, heads: dict[str, torch.Tensor], rates: torch.Tensor, decays: torch.Tensor, undecayed: set[str]
+    ) -> None:
+        self._heads, self._rates, self._count = heads, rates, 0
+        self._decays = {name: torch.zeros_like(decays) if name in undecayed else decays for name in heads}
         self._moments: dict[str, Any] = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in heads.items()}
 
     @torch.no_grad()
@@ -124,13 +168,20 @@ class _AdamW:
             first, second = self._moments[name]
             first.lerp_(gradient, 1 - BETAS[0])
             second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-            rate = (self._rates * factor).to(parameter.device, parameter.dtype).view(-1, *[1] * (parameter.ndim - 1))
+            rate, decay = (_beside(values, parameter) for values in (self._rates * factor, self._decays[name]))
             deviation = (second / (1 - BETAS[1] ** self._count)).sqrt_().add_(EPSILON)
-            parameter.mul_(1 - rate * self._decays[name])
+            parameter.mul_(1 - rate * decay)
             parameter.sub_(rate * (first / (1 - BETAS[0] ** self._count)) / deviation)
             parameter.grad = None
 
 
+def _beside(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Give one value for each head the form that it multiplies a parameter of all heads in."""
+    return values.to(parameter.device, parameter.dtype).reshape(*values.shape, *[1] * (parameter.ndim - values.ndim))
+
+
 def _steps(rows: torch.Tensor, batch_size: int, epochs: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Yield batches (F, N) of the photos (F, …) of each fold, shuffled anew in each epoch."""
     for _ in range(epochs):
-        yield from rows[torch.randperm(len(rows), generator=generator)].split(batch_size)
+        order = torch.stack([torch.randperm(rows.shape[1], generator=generator) for _ in rows])
+        yield from rows.gather(1, order).split(batch_size, dim=1)

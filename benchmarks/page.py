@@ -1,0 +1,164 @@
+"""Write docs/benchmarks.md and its plot from what the benchmarks left in `benchmarks/results/`.
+
+python benchmarks/page.py
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs"
+INTRODUCTION = """# Benchmarks
+
+`make bench` measures all of this anew and writes this page. Each contender is a program in `benchmarks/contenders/`,
+run as a process of its own; they take turns, and the figures are medians of {repeats} runs with different seeds
+(accuracy: mean, least and most). All of them train on the hymenoptera photos of PyTorch's transfer learning tutorial
+(245 to learn from, 153 for validation), from the same first weights, for {epochs} epochs with validation in each, in
+batches of 32, with two loading processes where they have any.
+
+Machine: {machine}.
+
+*Seconds* count from the first look into the data folder to the final weights, without imports and the building of the
+network; for regraft that includes splitting the network and choosing the learning rate among heads trained side by
+side. *Process* counts everything, imports included. A *view* is a version of a photo that is computed once; the
+contenders draw a new random part of each photo in every epoch.
+"""
+LIMIT_NOTE = """
+The *limit* is what nobody can do without: decode every photo once (two processes), and run the network on it once,
+plainly. regraft comes below it where the frozen part runs faster than plainly: with batch norms folded into
+convolutions, and channels last in memory.
+
+Accuracy is that of the last epoch on {count} photos, of which one is {one:.2%}: differences of one or two photos are
+chance. The kept weights of regraft and of the tutorial are those of the best epoch.
+"""
+
+
+def main() -> None:
+    """Write the page."""
+    found = {file.stem: json.loads(file.read_text()) for file in sorted((HERE / "results").glob("*.json"))}
+    head = found["head"]
+    repeats = len(next(iter(head["runs"].values())))
+    parts = [INTRODUCTION.format(repeats=repeats, epochs=head["epochs"], machine=head["machine"])]
+    parts += [f"## {head['title']}\n", table(head), LIMIT_NOTE.format(count=153, one=1 / 153)]
+    parts.append("![Seconds of each contender](images/benchmarks.png)\n")
+    draw(head)
+    if "resnet18" in found:
+        parts += [f"## {found['resnet18']['title']}\n", table(found["resnet18"])]
+    if "everything" in found:
+        parts += [f"## {found['everything']['title']}\n", epochs_table(found["everything"])]
+    if "live_part" in found:
+        parts += ["## resnet18, frozen up to `layer3.0`\n", live_table(found["live_part"])]
+    if "views" in found:
+        parts += ["## How many views\n", views_table(found["views"])]
+    if "memory" in found:
+        parts += ["## Memory\n", memory_table(found["memory"])]
+    (DOCS / "benchmarks.md").write_text("\n".join(parts))
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the table of a scenario."""
+    runs = found["runs"]
+    seconds = {name: statistics.median(run["seconds"] for run in of) for name, of in runs.items()}
+    process = {name: statistics.median(run["process"] for run in of) for name, of in runs.items()}
+    tutorial = next(name for name in runs if name.startswith("tutorial"))
+    limit = next(name for name in runs if name.startswith("limit"))
+    rows = ["| | seconds | × faster than the tutorial | of the limit | process | × faster | accuracy | peak memory |"]
+    rows.append("|---|---|---|---|---|---|---|---|")
+    for name, of in runs.items():
+        is_limit = name == limit
+        faster = "" if is_limit else f"{seconds[tutorial] / seconds[name]:.1f}"
+        whole = "" if is_limit else f"{process[tutorial] / process[name]:.1f}"
+        memory = statistics.median(run["peak_mib"] for run in of)
+        cells = (
+            name,
+            f"{seconds[name]:.2f}",
+            faster,
+            f"{seconds[name] / seconds[limit]:.2f}",
+            f"{process[name]:.2f}",
+            whole,
+            accuracy(of),
+            f"{memory:,.0f} MiB",
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def accuracy(runs: list[dict[str, Any]]) -> str:
+    """Return the mean, the least and the most of the last epoch's."""
+    found = [run["accuracy"] for run in runs if run["accuracy"] is not None]
+    return f"{statistics.mean(found):.3f} ({min(found):.3f}-{max(found):.3f})" if found else ""
+
+
+def epochs_table(found: dict[str, Any]) -> str:
+    """Return the table of seconds of an epoch from the second on."""
+    rows = ["| | seconds of an epoch from the second on | photos per second | × |", "|---|---|---|---|"]
+    later = {name: statistics.median(s for run in of for s in run["epochs"][1:]) for name, of in found["runs"].items()}
+    slowest = max(later.values())
+    for name, seconds in later.items():
+        rows.append(f"| {name} | {seconds:.2f} | {398 / seconds:.0f} | {slowest / seconds:.2f} |")
+    return "\n".join(rows) + "\n"
+
+
+def live_table(found: dict[str, Any]) -> str:
+    """Return the table of an epoch once the constant part is computed."""
+    medians = found["medians"]
+    rows = [
+        "Seconds of the training phase of an epoch (245 photos).\n",
+        "| | seconds | of the live part by hand |",
+        "|---|---|---|",
+    ]
+    by_hand = medians["live part by hand"]
+    rows += [f"| {name} | {seconds:.2f} | {seconds / by_hand:.2f} |" for name, seconds in medians.items()]
+    return "\n".join(rows) + "\n"
+
+
+def views_table(found: dict[str, Any]) -> str:
+    """Return the table of accuracy and seconds by the number of views."""
+    rows = [found["title"] + "\n", "| views | seconds | last epoch | kept epoch |", "|---|---|---|---|"]
+    rows += [
+        f"| {name} | {row['seconds']:.2f} | {row['last']} | {row['kept']} |" for name, row in found["rows"].items()
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def memory_table(found: dict[str, Any]) -> str:
+    """Return the table of peak memory by the number of photos."""
+    rows = [
+        "Photos of 16 × 16 pixels, features of 16 KiB each in a memory-mapped file, two epochs.\n",
+        "| photos | peak memory | features on the disk | estimated before | seconds |",
+        "|---|---|---|---|---|",
+    ]
+    for run in found["runs"]:
+        rows.append(
+            f"| {run['photos']:,} | {run['peak_mib']:,.0f} MiB | {run['disk_bytes'] / 2**20:,.1f} MiB | "
+            f"{run['estimated_bytes'] / 2**20:,.1f} MiB | {run['seconds']:.0f} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def draw(found: dict[str, Any]) -> None:
+    """Draw the seconds of each contender."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    seconds = {name: statistics.median(run["seconds"] for run in of) for name, of in found["runs"].items()}
+    names = sorted(seconds, key=lambda name: -seconds[name])
+    colours = [
+        "#1f6f8b" if n.startswith("regraft") else "#b0b7bf" if not n.startswith("limit") else "#d9a441" for n in names
+    ]
+    figure, axes = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
+    bars = axes.barh(names, [seconds[name] for name in names], color=colours)
+    axes.bar_label(bars, [f" {seconds[name]:.1f} s" for name in names], fontsize=9)
+    axes.set_xscale("log")
+    axes.set_xlim(right=max(seconds.values()) * 2)
+    axes.set_xlabel("seconds (logarithmic), from the first file to the final weights")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(DOCS / "images/benchmarks.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
