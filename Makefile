@@ -36,11 +36,17 @@ check: install
 families: install
 	REGRAFT_WRITE_FAMILIES=1 $(BIN)/python -m pytest -o addopts= -q tests/freezing/test_families.py tests/surgery/test_surgery_families.py
 
-bench: install
-	$(BIN)/python benchmarks/few_images.py
+bench: .venv-bench/.installed
+	cd benchmarks && for part in speed live_part memory views page; do ../.venv-bench/bin/python $$part.py || exit 1; done
+
+.venv-bench/.installed: $(INSTALLED)
+	@test -x .venv-bench/bin/python || $(BIN)/python -m venv .venv-bench
+	@if command -v uv >/dev/null; then uv=uv; else uv=$(BIN)/uv; fi; \
+	$$uv pip install --quiet --python .venv-bench/bin/python --constraint constraints.txt --editable '.[bench]'
+	@touch $@
 
 docs: install
 	$(BIN)/python -m pytest -o addopts= -q tests/test_docs.py
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache regraft-demo
+	rm -rf .venv .venv-bench .pytest_cache .ruff_cache regraft-demo

@@ -15,8 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import regraft
 from regraft import fit
 
@@ -63,7 +61,7 @@ def main() -> None:
             flush=True,
         )
     (HERE / "results").mkdir(exist_ok=True)
-    title = f"MobileNetV1 × 0.25, head only, hymenoptera, 25 epochs, {seeds} seeds (3 for the last row); torch {torch.__version__}."
+    title = f"MobileNetV1 × 0.25, head only, hymenoptera, 25 epochs, {seeds} seeds (3 for the last row)."
     (HERE / "results/views.json").write_text(json.dumps({"title": title, "rows": rows}, indent=1))
 
 

@@ -240,6 +240,25 @@ def test_weights_changed_by_hand_between_epochs_are_noticed(noise: Path, by: str
         assert abs(ours.train_loss - theirs.train_loss) <= CLOSE
 
 
+def test_batches_become_smaller_where_memory_is_short(noise: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, _ = run(noise, cache=False)
+    sizes: list[int] = []
+    original = extract.Extractor.run
+
+    def limited(self: extract.Extractor, pixels: Any) -> list[torch.Tensor]:
+        sizes.append(len(pixels))
+        if len(pixels) > 3:
+            raise torch.OutOfMemoryError("not that many")
+        return original(self, pixels)
+
+    monkeypatch.setattr(extract.Extractor, "run", limited)
+    found, lines = run(noise)
+    assert "computed once" in lines
+    assert {size for size in sizes if size <= 3} <= {1, 2, 3}
+    assert max(sizes) > 3
+    assert abs(found.history[-1].train_loss - before.history[-1].train_loss) <= CLOSE
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "int8"])
 def test_features_may_be_kept_in_fewer_bits(noise: Path, precision: str) -> None:
     exact, _ = run(noise)

@@ -123,3 +123,26 @@ def test_mixed_precision_is_torchs_autocast() -> None:
 def test_a_device_that_does_not_exist_is_an_error(device: str) -> None:
     with pytest.raises(ModelError, match=f"the device '{device}' cannot be used: .*Try --device cpu"):
         choose_engine(device, "auto")
+
+
+def test_mixup_is_what_its_paper_says() -> None:
+    torch.manual_seed(0)
+    model, inputs, targets = nn.Linear(6, 3), torch.randn(8, 6), torch.arange(8) % 3
+    by_hand = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    engine = choose_engine("cpu", "fp32")
+    torch.manual_seed(5)
+    found = train_epoch(
+        model, [(inputs, targets)], F.cross_entropy, optimizer, schedule, engine.scaler(), engine, mixup=0.4
+    )
+    torch.manual_seed(5)
+    share = torch.distributions.Beta(0.4, 0.4).sample()
+    order = torch.randperm(8)
+    scores = by_hand(share * inputs + (1 - share) * inputs[order])
+    loss = share * F.cross_entropy(scores, targets) + (1 - share) * F.cross_entropy(scores, targets[order])
+    loss.backward()
+    assert found == pytest.approx(loss.item(), rel=1e-5)
+    assert by_hand.weight.grad is not None
+    expected = by_hand.weight - 0.1 * by_hand.weight.grad
+    assert torch.allclose(model.weight, expected, atol=1e-6)

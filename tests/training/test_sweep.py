@@ -4,8 +4,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import RidgeCV
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,10 +16,12 @@ from regraft.card import Preprocessing
 from regraft.data.folders import Sample
 from regraft.data.photos import Photos
 from regraft.data.transforms import augmentation
+from regraft.errors import ConfigError
 from regraft.training import sweep
+from regraft.training.closed_form import PENALTIES, ridge
 from regraft.training.features import FeatureBatches, Features
 from regraft.training.loop import Engine
-from regraft.training.sweep import sweep_heads
+from regraft.training.sweep import ridge_start, sweep_heads
 from training.test_features import Lines, half_frozen, run, write_photos
 
 ENGINE = Engine(torch.device("cpu"))
@@ -37,7 +41,7 @@ def batches(noise: float = 0.5) -> FeatureBatches:
 
 
 def options(**changed: Any) -> dict[str, Any]:
-    return {"epochs": 4, "decays": (0.05, 1.0), "seed": 3, **changed}
+    return {"epochs": 4, "decays": (0.05, 1.0), "may_start_from_ridge": False, "seed": 3, **changed}
 
 
 def test_each_head_is_what_torchs_own_optimizer_makes_of_it() -> None:
@@ -53,10 +57,13 @@ def test_each_head_is_what_torchs_own_optimizer_makes_of_it() -> None:
     expected = torch.zeros(len(found.tried))
     for position, fold in enumerate(folds):
         steps = [rows for epoch in orders for rows in torch.tensor(others[position])[epoch[position]].split(16)]
-        for pair, (rate, decay) in enumerate(found.tried):
+        for pair, choice in enumerate(found.tried):
             alone = copy.deepcopy(starts[position])
-            groups = [{"params": [alone.weight], "weight_decay": decay}, {"params": [alone.bias], "weight_decay": 0.0}]
-            optimizer = torch.optim.AdamW(groups, lr=rate)
+            groups = [
+                {"params": [alone.weight], "weight_decay": choice.weight_decay},
+                {"params": [alone.bias], "weight_decay": 0.0},
+            ]
+            optimizer = torch.optim.AdamW(groups, lr=choice.lr)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(steps))
             for rows in steps:
                 (inputs,), targets = data.pick(rows, torch.zeros_like(rows))
@@ -89,6 +96,65 @@ def test_what_cannot_be_trained_side_by_side_is_left_alone(monkeypatch: pytest.M
     assert sweep_heads(nn.Linear(WIDTH, 3), batches(), F.cross_entropy, ENGINE, **options()) is None
 
 
+def test_ridge_is_scikit_learns_at_the_penalty_that_leaving_one_out_chooses() -> None:
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(40, 7, generator=generator, dtype=torch.float64)
+    targets = features @ torch.randn(7, generator=generator, dtype=torch.float64)
+    targets += torch.randn(40, generator=generator, dtype=torch.float64)
+    found = ridge(features, targets, 1)
+    assert found is not None
+    weight, bias = found
+    squares = torch.linalg.svdvals(features - features.mean(0)).square().mean()
+    oracle = RidgeCV(alphas=(PENALTIES * squares).numpy()).fit(features.numpy(), targets.numpy())
+    assert np.allclose(weight[0].numpy(), oracle.coef_)
+    assert np.allclose(bias.item(), oracle.intercept_)
+
+
+def test_ridge_tells_classes_apart_and_is_no_surer_than_it_should_be() -> None:
+    data = batches()
+    (rows,), targets = data.pick(torch.arange(COUNT), torch.zeros(COUNT, dtype=torch.int64))
+    found = ridge(rows, targets, 3)
+    assert found is not None
+    scores = F.linear(rows, *found)
+    assert (scores.argmax(1) == targets).float().mean() > 0.85
+    losses = {factor: float(F.cross_entropy(factor * scores, targets)) for factor in (0.3, 1.0)}
+    assert losses[1.0] < losses[0.3]
+    assert ridge(rows[:1], targets[:1], 3) is None
+
+
+@pytest.mark.parametrize(
+    ("live", "is_linear"),
+    [
+        (nn.Linear(WIDTH, 3), True),
+        (nn.Sequential(nn.Dropout(0.5), nn.Linear(WIDTH, 3)), True),
+        (nn.Sequential(nn.Linear(WIDTH, 3), nn.Softmax(1)), False),
+        (nn.Sequential(nn.Linear(WIDTH, 3), nn.Linear(3, 3)), False),
+        (nn.Linear(WIDTH, 3, bias=False), False),
+    ],
+)
+def test_ridge_is_for_one_linear_layer(live: nn.Module, is_linear: bool) -> None:
+    start = ridge_start(live, batches(), torch.arange(COUNT))
+    assert (start is not None) == is_linear
+    if start is not None:
+        assert set(start) == {name for name, _ in live.named_parameters()}
+    found = sweep_heads(live, batches(), F.cross_entropy, ENGINE, **options(may_start_from_ridge=True))
+    assert found is not None
+    assert any(choice.starts_from_ridge for choice in found.tried) == is_linear
+
+
+def test_a_start_from_ridge_may_be_asked_for(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path, 48)
+    model = half_frozen()
+    regraft.freeze(model)
+    regraft.unfreeze(model, "fc")
+    result, _ = run(photos, model, head_start="ridge", epochs=1, lr=1e-6)
+    assert result.validation.accuracy is not None
+    assert result.validation.accuracy > 0.9
+    assert result.config.head_start == "ridge"
+    with pytest.raises(ConfigError, match="--head-start ridge needs a linear head"):
+        run(photos, half_frozen(), head_start="ridge", cache=False)
+
+
 def test_fit_chooses_both_unless_they_are_given(tmp_path: Path) -> None:
     photos = write_photos(tmp_path, 48)
 
@@ -103,7 +169,9 @@ def test_fit_chooses_both_unless_they_are_given(tmp_path: Path) -> None:
     assert "chosen     learning rate" in lines
     assert result.config.lr in sweep.RATES
     assert result.config.weight_decay in sweep.DECAYS
-    again, lines = chosen(lr=result.config.lr, weight_decay=result.config.weight_decay)
+    values = {name: getattr(result.config, name) for name in ("lr", "weight_decay", "head_start")}
+    assert values["head_start"] in ("given", "ridge")
+    again, lines = chosen(**values)
     assert "chosen" not in lines
     assert [record.train_loss for record in again.history] == [record.train_loss for record in result.history]
     result, _ = chosen(weight_decay=0.3)

@@ -29,11 +29,15 @@ def train(
     batch_size: Annotated[int | None, Option(help="Photos per step. [default: 32]")] = None,
     optimizer: Annotated[str | None, Option(help="A class of torch.optim. [default: adamw]")] = None,
     lr: Annotated[float | None, Option(help="Highest learning rate. [default: by what is trained]")] = None,
+    head_start: Annotated[
+        str | None, Option(help="First weights of a linear head: auto, given or ridge. [default: auto]")
+    ] = None,
     backbone_lr: Annotated[float | None, Option(help="Of everything but the head. [default: as --lr]")] = None,
     layer_decay: Annotated[float | None, Option(help="Factor from each block's rate to the one before it.")] = None,
     weight_decay: Annotated[float | None, Option(help="Of weights, not of biases and norms. [default: 0.05]")] = None,
     schedule: Annotated[str | None, Option(help="cosine (with warm-up) or constant. [default: cosine]")] = None,
     augment: Annotated[str | None, Option(help="none, flip, standard or trivial. [default: flip]")] = None,
+    mixup: Annotated[float | None, Option(help="Mix photos or their features: 0.2 a little. [default: 0]")] = None,
     loss: Annotated[
         str | None, Option(help="cross-entropy, focal; numbers: mse, l1, huber; or py:FILE:name. [default: by data]")
     ] = None,

@@ -12,6 +12,7 @@ from regraft.frontier.precision import Precision
 
 ComputePrecision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "constant"]
+HeadStart = Literal["auto", "given", "ridge"]
 
 HEAD_LR = 1e-2
 FINE_TUNE_LR = 5e-4
@@ -34,8 +35,11 @@ class TrainConfig(BaseModel):
         epochs: Passes over the photos.
         batch_size: Photos per step.
         optimizer: Name of a class of torch.optim.
-        lr: Highest learning rate; None: 1e-2 for a head alone, 5e-4 for more of a pretrained network, 2e-3 from
-            scratch.
+        lr: Highest learning rate; None: for a head alone on features that are computed once, cross-validated together
+            with the weight decay (see `sweep_heads`); else 1e-2 for a head, 5e-4 for more of a pretrained network,
+            2e-3 from scratch.
+        head_start: First weights of a linear head on features that are computed once: `given`, `ridge` (in closed
+            form), or `auto`: what does better where `lr` is chosen, else `given`.
         backbone_lr: Highest learning rate of everything but the head; None: that of the head, or with `unfreeze` a
             twentieth of it.
         layer_decay: Factor from each block's learning rate to that of the one before it, see `param_groups`.
@@ -43,6 +47,8 @@ class TrainConfig(BaseModel):
         schedule: `cosine`: linear warm-up over the first 5 % of the steps, then down to zero along a cosine;
             `constant`: no change.
         augment: Random changes of the photos that are learned from: `none`, `flip`, `standard` or `trivial`.
+        mixup: How much of another photo is mixed into each that is learned from (0: nothing; 0.2: a little; 1: any
+            share): into the features where those are computed once, else into the images.
         views: With `standard` and `trivial`: how many random versions of each photo there are; None: a new one in each
             epoch. What is frozen is computed once for each version, so that only a number can be kept.
         cache: Whether what is frozen is computed once, see `partition`.
@@ -74,11 +80,13 @@ class TrainConfig(BaseModel):
     batch_size: int = Field(default=32, ge=1)
     optimizer: str = "adamw"
     lr: float | None = Field(default=None, gt=0)
+    head_start: HeadStart = "auto"
     backbone_lr: float | None = Field(default=None, gt=0)
     layer_decay: float | None = Field(default=None, gt=0, le=1)
     weight_decay: float = Field(default=0.05, ge=0)
     schedule: Schedule = "cosine"
     augment: Augmentation = "flip"
+    mixup: float = Field(default=0.0, ge=0)
     views: int | None = Field(default=None, ge=1, lt=1000)
     cache: bool = True
     cache_precision: Precision = "full"

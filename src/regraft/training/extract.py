@@ -254,9 +254,21 @@ class _Extraction:
             raise ModelError("what is computed once has no room in memory, and cannot be written")
         return rows, note
 
+    def _run(self) -> list[torch.Tensor]:
+        """Run the constant part on the next batch, or on half of it for as long as memory is short."""
+        while True:
+            try:
+                found = self._extractor.run(self._waiting[: self._batch])
+            except torch.OutOfMemoryError:
+                if self._batch == 1:
+                    raise
+                self._batch = self._batch // 2
+            else:
+                self._waiting = self._waiting[self._batch :]
+                return found
+
     def _flush(self) -> None:
-        now, self._waiting = self._waiting[: self._batch], self._waiting[self._batch :]
-        found = self._extractor.run(now)
+        found = self._run()
         precision = self._extractor.precision
         kept = packed(found, precision)
         self._dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in found]

@@ -152,7 +152,14 @@ def _train(job: Job, config: TrainConfig, folder: RunFolder | None, clock: "_Clo
             batches = progress.track(job.material.train, f"epoch {epoch}/{config.epochs}", _length(job.material.train))
             with clock.phase("training"):
                 train_loss = train_epoch(
-                    job.live, batches, job.criterion, job.optimizer, job.schedule, scaler, job.engine
+                    job.live,
+                    batches,
+                    job.criterion,
+                    job.optimizer,
+                    job.schedule,
+                    scaler,
+                    job.engine,
+                    mixup=config.mixup,
                 )
             with clock.phase("validation"):
                 outputs, targets = score(job.live, job.material.validation, job.engine)
@@ -182,7 +189,7 @@ def _train(job: Job, config: TrainConfig, folder: RunFolder | None, clock: "_Clo
     return FitResult(
         model=job.model.eval(),
         plan=job.plan,
-        config=config.updated(lr=job.plan.lr, weight_decay=job.rates["weight_decay"]),
+        config=config.updated(lr=job.plan.lr, weight_decay=job.rates["weight_decay"], head_start=job.head_start),
         history=tuple(history),
         best_epoch=best.epoch,
         validation=best.metrics,

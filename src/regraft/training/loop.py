@@ -50,8 +50,22 @@ def train_epoch(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler,
     engine: Engine,
+    *,
+    mixup: float = 0.0,
 ) -> float:
     """Pass over the batches once, one optimizer step each, and return the mean loss per photo.
+
+    Args:
+        model: What is trained.
+        batches: Pairs (inputs, targets).
+        criterion: The loss.
+        optimizer: Changes the weights.
+        schedule: Changes the learning rate after each step.
+        scaler: Scales gradients where the precision is float16.
+        engine: Where and in which precision.
+        mixup: Shape of the beta distribution that says how much of another example is mixed into each, be they
+            images or features; 0: none is. Source: https://arxiv.org/abs/1710.09412, and for features
+            https://arxiv.org/abs/1806.05236.
 
     Raises:
         LossError: The loss is not one number, or not finite; the message says at which step.
@@ -60,8 +74,12 @@ def train_epoch(
     total, count = 0.0, 0
     for step, (inputs, targets) in enumerate(batches, start=1):
         targets = targets.to(engine.device)
+        inputs, others, share = _mixed(inputs, targets, mixup)
         with engine.autocast():
-            loss = check_loss(criterion(main_output(run(model, inputs, engine)), targets))
+            output = main_output(run(model, inputs, engine))
+            loss = check_loss(criterion(output, targets))
+            if share < 1:
+                loss = share * loss + (1 - share) * criterion(output, others)
         if not torch.isfinite(loss):
             raise LossError(
                 f"the loss is {loss.item()} at step {step} of this epoch (learning rate "
@@ -75,6 +93,17 @@ def train_epoch(
         schedule.step()
         total, count = total + loss.item() * len(targets), count + len(targets)
     return total / max(count, 1)
+
+
+def _mixed(inputs: Inputs, targets: torch.Tensor, mixup: float) -> tuple[Inputs, torch.Tensor, float]:
+    """Mix another example of the batch into each: the inputs, the others' targets, and the share of the first."""
+    if mixup == 0:
+        return inputs, targets, 1.0
+    share = float(torch.distributions.Beta(mixup, mixup).sample())
+    order = torch.randperm(len(targets))
+    given = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
+    mixed = tuple(torch.lerp(x[order.to(x.device)], x, share) if x.is_floating_point() else x for x in given)
+    return (mixed[0] if isinstance(inputs, torch.Tensor) else mixed), targets[order.to(targets.device)], share
 
 
 def score(

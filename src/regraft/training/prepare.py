@@ -25,14 +25,14 @@ from regraft.freezing.schedule import Schedule
 from regraft.freezing.state import FreezeState
 from regraft.frontier.store import Store
 from regraft.progress import Progress
-from regraft.training.config import FINE_TUNE_LR, HEAD_LR, SCRATCH_LR, TrainConfig
+from regraft.training.config import FINE_TUNE_LR, HEAD_LR, SCRATCH_LR, HeadStart, TrainConfig
 from regraft.training.extract import Extractor
 from regraft.training.features import FeatureBatches
 from regraft.training.loop import Engine, Inputs, choose_engine, main_output, run
 from regraft.training.losses import Loss, build_loss, check_loss
 from regraft.training.material import Material, first_batch
 from regraft.training.result import Plan
-from regraft.training.sweep import DECAYS, Sweep, sweep_heads
+from regraft.training.sweep import DECAYS, Sweep, ridge_start, sweep_heads
 from regraft.zoo import preprocessing_of
 
 WARM_UP_SHARE = 0.05
@@ -48,7 +48,8 @@ class Job:
         live: What runs in every epoch: the network, or the part of it that takes the features of `material`.
         rates: The arguments of `param_groups`, for layers that join later.
         unfreezing: Which layers join when; None: none do.
-        sweep: What several learning rates came to; None where one was given, or tried is not worth it.
+        sweep: What several ways to train a head came to; None where a learning rate was given, or it is no head.
+        head_start: `given` or `ridge`.
     """
 
     model: nn.Module
@@ -62,6 +63,7 @@ class Job:
     rates: dict[str, Any]
     unfreezing: Schedule | None
     sweep: Sweep | None
+    head_start: HeadStart
 
 
 def check_options(config: TrainConfig, task: Task | None, *, trust_code: bool) -> None:
@@ -142,16 +144,27 @@ def prepare_job(
     rates = _rates(model, config, is_head_alone=is_head_alone)
     sweep = None
     if config.lr is None and is_head_alone and isinstance(material.train, FeatureBatches) and _is_sweepable(config):
-        decays = (config.weight_decay,) if "weight_decay" in config.model_fields_set else DECAYS
         sweep = sweep_heads(
-            live, material.train, criterion, engine, epochs=config.epochs, decays=decays, seed=config.seed
+            live,
+            material.train,
+            criterion,
+            engine,
+            epochs=config.epochs,
+            decays=(config.weight_decay,) if "weight_decay" in config.model_fields_set else DECAYS,
+            may_start_from_ridge=config.head_start == "auto",
+            seed=config.seed,
         )
         if sweep is not None:
-            rates = {**rates, "lr": sweep.best[0], "weight_decay": sweep.best[1]}
+            rates = {**rates, "lr": sweep.best.lr, "weight_decay": sweep.best.weight_decay}
+    head_start: HeadStart = "given"
+    if config.head_start == "ridge" or (sweep is not None and sweep.best.starts_from_ridge):
+        head_start = "ridge"
     optimizer = build_optimizer(config.optimizer, model, **rates)
     if findings := audit(model, optimizer):
         raise ModelError(f"{type(model).__name__} cannot be trained as it is: {findings[0]}")
     _try_one_batch(live, material, criterion, engine)
+    if head_start == "ridge":
+        _start_from_ridge(live, material)
     attach(model, classes=material.classes, task=material.task, preprocessing=preprocessing_of(model))
     return Job(
         model=model,
@@ -165,6 +178,7 @@ def prepare_job(
         rates=rates,
         unfreezing=Schedule.parse(config.unfreeze) if config.unfreeze is not None else None,
         sweep=sweep,
+        head_start=head_start,
     )
 
 
@@ -260,6 +274,26 @@ def make_extractor(
     except (ModelError, EditError) as error:
         return None, str(error)
     return extractor, None
+
+
+def _start_from_ridge(live: nn.Module, material: Material) -> None:
+    """Give a linear head the weights that ridge regression on all photos to learn from gives.
+
+    Raises:
+        ConfigError: What is trained is no linear layer on features that are computed once.
+    """
+    batches = material.train
+    found = None
+    if isinstance(batches, FeatureBatches):
+        found = ridge_start(live, batches, torch.arange(len(batches.dataset)))
+    if found is None:
+        raise ConfigError(
+            "--head-start ridge needs a linear head on features that are computed once, and few enough of them. "
+            "Freeze everything but the last layer, or leave the option out."
+        )
+    with torch.no_grad():
+        for name, value in found.items():
+            live.get_parameter(name).copy_(value)
 
 
 def _is_sweepable(config: TrainConfig) -> bool:

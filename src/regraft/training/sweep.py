@@ -1,7 +1,8 @@
-"""Choose learning rate and weight decay of a head by training many of them together on the same features.
+"""Choose learning rate, weight decay and first weights of a head by training many of them side by side.
 
-Cross-validation: the photos to learn from are dealt into folds, and each pair of values trains a head on all folds but
-one, measures it on that one, and does so for every fold. One call trains all of these heads (`torch.func.vmap`), which
+Cross-validation: the photos to learn from are dealt into folds, and each choice trains a head on all folds but one,
+measures it on that one, and does so for every fold. A linear head starts from its own weights, or from those that ridge
+regression gives. One call trains all of these heads (`torch.func.vmap`), which
 costs little more than training one, as a head is so small that calling it takes longer than computing it. The
 validation photos are not touched.
 """
@@ -18,6 +19,7 @@ from torch.func import functional_call, vmap
 
 from regraft.anatomy.modes import preserved_randomness
 from regraft.freezing.groups import undecayed_names
+from regraft.training.closed_form import MOST_NUMBERS, linear_head, ridge
 from regraft.training.features import FeatureBatches
 from regraft.training.loop import Engine, main_output
 from regraft.training.losses import Loss
@@ -25,33 +27,47 @@ from regraft.training.losses import Loss
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 DECAYS = (0.05, 1.0)
 FOLDS = 5
+MOST_EPOCHS = 8  # enough to tell choices apart; a head that is trained longer changes little
 MOST_PARAMETERS = 4_000_000  # of all heads together
 FEWEST_PHOTOS = 40
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's, https://arxiv.org/abs/1711.05101
 
 
 @dataclass(frozen=True)
+class Choice:
+    """How a head is trained: learning rate, weight decay, and whether it starts from `ridge`."""
+
+    lr: float
+    weight_decay: float
+    starts_from_ridge: bool
+
+
+@dataclass(frozen=True)
 class Sweep:
-    """What each learning rate and weight decay came to.
+    """What each choice came to.
 
     Attributes:
-        tried: Pairs (learning rate, weight decay).
+        tried: The choices.
         losses: Mean loss on the photos that a head did not learn from, for each.
-        best: The pair with the least.
+        best: The choice with the least.
+        folds: Number of heads that were trained for each.
     """
 
-    tried: tuple[tuple[float, float], ...]
+    tried: tuple[Choice, ...]
     losses: tuple[float, ...]
-    best: tuple[float, float]
+    best: Choice
+    folds: int = FOLDS
 
     def __str__(self) -> str:
         least: dict[float, float] = {}
-        for (rate, _), loss in zip(self.tried, self.losses, strict=True):
-            least[rate] = min(loss, least.get(rate, math.inf))
+        for choice, loss in zip(self.tried, self.losses, strict=True):
+            least[choice.lr] = min(loss, least.get(choice.lr, math.inf))
         by_rate = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in least.items())
-        rate, decay = self.best
+        best = self.best
+        start = ", starting from ridge regression" if best.starts_from_ridge else ""
         return (
-            f"learning rate {rate:g} and weight decay {decay:g}, of {len(self.tried) * FOLDS} heads trained together "
+            f"learning rate {best.lr:g}, weight decay {best.weight_decay:g}{start}, of {len(self.tried) * self.folds} "
+            f"heads trained together "
             f"(loss on photos not learned from, by rate: {by_rate})"
         )
 
@@ -64,37 +80,45 @@ def sweep_heads(
     *,
     epochs: int,
     decays: tuple[float, ...],
+    may_start_from_ridge: bool,
     seed: int,
 ) -> Sweep | None:
-    """Train heads with several learning rates and weight decays, and say which pair did best; `live` stays as it is.
+    """Train heads in several ways, and say which did best; `live` stays as it is.
 
     Args:
         live: The part of a network that takes the features.
         batches: Features and targets to learn from.
         criterion: The loss.
         engine: Where and in which precision.
-        epochs: Passes over the features, as in the run itself.
+        epochs: Passes over the features in the run itself; more than `MOST_EPOCHS` are not tried.
         decays: Weight decays to try, of weight matrices.
+        may_start_from_ridge: Whether that start is tried as well, where `live` is one linear layer.
         seed: Decides the folds, the order of the photos, and the first weights.
 
     Returns:
         None where it cannot be done: too few photos, too large a head, or layers that cannot be trained side by side.
     """
-    tried = tuple((rate, decay) for decay in decays for rate in RATES)
+    pairs = [(rate, decay) for decay in decays for rate in RATES]
     size = sum(parameter.numel() for parameter in live.parameters() if parameter.requires_grad)
     count = len(batches.dataset)
-    if size * len(tried) * FOLDS > MOST_PARAMETERS or count < FEWEST_PHOTOS:
+    if 2 * size * len(pairs) * FOLDS > MOST_PARAMETERS or count < FEWEST_PHOTOS:
         return None
     generator = torch.Generator().manual_seed(seed)
     kept = torch.randperm(count, generator=generator)[: count // FOLDS * FOLDS].view(FOLDS, -1)  # (F, n)
     learned = torch.stack([_others(fold, count) for fold in kept])  # (F, count - n)
     with preserved_randomness(seed):
         starts = [_first_weights(live, number) for number in range(FOLDS)]
-    heads = {  # (F, P, …) for F folds and P pairs
-        name: torch.stack([start[name].expand(len(tried), *start[name].shape) for start in starts]).requires_grad_()
+    solved = [ridge_start(live, batches, rows) for rows in learned] if may_start_from_ridge else [None]
+    ways = [starts] if any(start is None for start in solved) else [starts, solved]
+    tried = tuple(Choice(*pair, start is not starts) for start in ways for pair in pairs)
+    heads = {  # (F, P, …) for F folds and P choices
+        name: torch.stack(
+            [torch.stack([way[fold][name] for way in ways for _ in pairs]) for fold in range(FOLDS)]  # pyright: ignore
+        ).requires_grad_()
         for name in starts[0]
     }
-    rates, weights = (torch.tensor(values).expand(FOLDS, -1) for values in zip(*tried, strict=True))
+    rates = torch.tensor([choice.lr for choice in tried]).expand(FOLDS, -1)
+    weights = torch.tensor([choice.weight_decay for choice in tried]).expand(FOLDS, -1)
     optimizer = _AdamW(heads, rates, weights, undecayed_names(live, ("bias", "norm")))
 
     def losses_of(rows: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
@@ -105,13 +129,13 @@ def sweep_heads(
             with engine.autocast():
                 return criterion(main_output(functional_call(live, parameters, tensors)), targets)
 
-        of_pairs = vmap(loss_of, in_dims=(0, None, None), randomness="different")
-        return vmap(of_pairs, randomness="different")(heads, by_fold, targets.view(rows.shape))
+        of_choices = vmap(loss_of, in_dims=(0, None, None), randomness="different")
+        return vmap(of_choices, randomness="different")(heads, by_fold, targets.view(rows.shape))
 
     try:
         with preserved_randomness(seed):
             live.train()
-            steps = list(_steps(learned, batches.batch_size, epochs, generator))
+            steps = list(_steps(learned, batches.batch_size, min(epochs, MOST_EPOCHS), generator))
             for step, rows in enumerate(steps):
                 draws = torch.randint(2**62, rows.shape, generator=generator)
                 losses_of(rows, draws).sum().backward()
@@ -125,6 +149,18 @@ def sweep_heads(
         live.train()
     losses = found.mean(0).nan_to_num(math.inf).tolist()
     return Sweep(tried, tuple(losses), tried[losses.index(min(losses))])
+
+
+def ridge_start(live: nn.Module, batches: FeatureBatches, rows: torch.Tensor) -> dict[str, torch.Tensor] | None:
+    """Return first weights by `ridge` on some photos in all of their versions; None where `live` is no linear layer."""
+    head = linear_head(live, batches.pick(rows[:2], torch.zeros_like(rows[:2]))[0])
+    if head is None or len(rows) * batches.features.views * head[1].in_features > MOST_NUMBERS:
+        return None
+    views = torch.arange(batches.features.views)
+    (features,), targets = batches.pick(rows.repeat_interleave(len(views)), views.repeat(len(rows)))
+    path, layer = head
+    found = ridge(features, targets, layer.out_features)
+    return None if found is None else {f"{path}.weight".lstrip("."): found[0], f"{path}.bias".lstrip("."): found[1]}
 
 
 def _others(fold: torch.Tensor, count: int) -> torch.Tensor:
