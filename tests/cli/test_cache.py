@@ -22,7 +22,7 @@ def test_what_is_kept_is_listed_and_cleared(tmp_path: Path) -> None:
     run(write_photos(tmp_path))
     folder = Store().folder
     listed = call("list")
-    assert listed.count("12 photos × 1 at '") == 2
+    assert listed.count("12 photos × 1 at 'relu' in its forward") == 2
     assert f"in {folder}" in listed
     found = json.loads(call("list", "--json"))
     assert found["bytes"] == sum(entry["bytes"] for entry in found["entries"]) > 0

@@ -22,7 +22,7 @@ from regraft.report.html import render, write_page
 from regraft.report.run_page import wilson_interval
 from regraft.training.config import TrainConfig
 from regraft.training.metrics import measure
-from regraft.training.result import EpochRecord, FitResult, Plan
+from regraft.training.result import ComputedOnce, EpochRecord, FitResult, Plan
 
 HOSTILE = "<script>alert('1')</script>\" onload=\"x\n&amp; ${x} {{ 7*7 }} $a^"
 
@@ -399,3 +399,25 @@ def test_drawing_is_repeatable_and_leaves_the_settings_alone() -> None:
         matplotlib.rcParams["font.size"] = matplotlib.rcParamsDefault["font.size"]
     assert first == second
     assert plots.learning_curves(series, 2, "accuracy") == first
+
+
+def test_what_was_computed_once_is_said_with_what_it_saved(tmp_path: Path) -> None:
+    once = ComputedOnce(
+        frontier=(("'layer3.0'", (256, 14, 14)), ("'layer3.1'", (9,))),
+        share=0.625,
+        views=2,
+        bytes=5 * 2**20,
+        place="memory",
+        was_found=False,
+        seconds=4.0,
+        saved_s=96.0,
+        note="cut earlier",
+    )
+    text = written(classified(("ant", "bee"), computed_once=once), tmp_path).text
+    for part in ("62.5 %", "4.00 s", "5.0 MiB", "≈ 1 min 36 s", "in each of 3 epochs", "2 versions of each photo"):
+        assert part in text, part
+    assert "'layer3.0' (256 × 14 × 14), 'layer3.1' (9)" in text
+    assert "cut earlier" in text
+    text = written(classified(("ant", "bee"), not_once_because="nothing of it is constant"), tmp_path).text
+    assert "Nothing: every epoch ran the whole network, as nothing of it is constant." in text
+    assert "computed once" not in written(classified(("ant", "bee")), tmp_path).text

@@ -175,6 +175,35 @@ def test_a_full_disk_costs_the_cache_alone(noise: Path, monkeypatch: pytest.Monk
     assert abs(result.history[-1].train_loss - plain.history[-1].train_loss) <= CLOSE
 
 
+def test_a_cache_that_cannot_be_written_is_said_and_done_without(
+    noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, _ = run(noise)
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "file"))
+    result, lines = run(noise)
+    assert "cache      what is computed once is not written" in lines
+    assert "computed once" in lines
+    assert result.history[-1].train_loss == before.history[-1].train_loss
+    assert (tmp_path / "file").read_text() == "no folder"
+
+
+def test_an_interruption_while_it_is_computed_leaves_nothing_behind(
+    noise: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extract, "BATCH", {"cpu": 4})
+    appended = Writing.append
+
+    def interrupt(self: Writing, tensors: Any) -> None:
+        appended(self, tensors)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Writing, "append", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(noise)
+    assert not list(Store().folder.iterdir())
+
+
 def test_a_full_disk_with_too_little_memory_falls_back_to_plain_training(
     noise: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

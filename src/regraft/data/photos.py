@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,6 +115,19 @@ def read_photos(
         pixels=tuple(kept) if keep else None,
     )
     return photos, tuple(unreadable)
+
+
+def positions(samples: Sequence[Sample], unreadable: Sequence[Unreadable]) -> dict[int, str]:
+    """Write down which of the samples cannot be read, and why, by their numbers; `without` reads it."""
+    places = {sample.path: index for index, sample in enumerate(samples)}
+    return {places[found.path]: found.reason for found in unreadable}
+
+
+def without(samples: Sequence[Sample], lost: Mapping[Any, str]) -> tuple[tuple[Sample, ...], tuple[Unreadable, ...]]:
+    """Return the samples that can be read, and the others; `lost` has the numbers of those, be it as text."""
+    reasons = {int(index): reason for index, reason in lost.items()}
+    readable = tuple(sample for index, sample in enumerate(samples) if index not in reasons)
+    return readable, tuple(Unreadable(samples[index].path, reason) for index, reason in reasons.items())
 
 
 def loader(photos: Photos, batch_size: int, *, shuffle_seed: int | None = None, workers: int | None = None) -> Any:

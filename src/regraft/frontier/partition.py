@@ -27,7 +27,7 @@ class Cut:
 
     Attributes:
         name: Its name in the graph.
-        layer: Path of the layer that gives it, or in whose forward it is computed.
+        layer: Path of the layer that gives it, or in whose forward it is computed; empty for the network's own.
         shape: Its shape for one image, without the batch.
         dtype: Its type.
     """
@@ -36,6 +36,11 @@ class Cut:
     layer: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def place(self) -> str:
+        """Where it is computed, in words."""
+        return f"'{self.layer}'" if self.layer else f"'{self.name}' in its forward"
 
     @property
     def bytes(self) -> int:
@@ -68,7 +73,7 @@ class Partition:
 
     def __str__(self) -> str:
         constant, live = self.multiply_adds
-        tensors = ", ".join(f"'{cut.layer}' {cut.shape}" for cut in self.frontier)
+        tensors = ", ".join(f"{cut.place} {cut.shape}" for cut in self.frontier)
         line = (
             f"{constant / max(constant + live, 1):.1%} of the multiply-adds are constant; the frontier is {tensors}, "
             f"{self.bytes / 1024:.1f} KiB an image"

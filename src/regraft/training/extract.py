@@ -11,7 +11,7 @@ from torch import nn
 from regraft.anatomy.modes import evaluation_mode
 from regraft.data.decode import Unreadable
 from regraft.data.folders import Sample
-from regraft.data.photos import Photos, free_memory_bytes, read_photos
+from regraft.data.photos import Photos, free_memory_bytes, positions, read_photos, without
 from regraft.data.transforms import Versions, normalize
 from regraft.errors import ModelError
 from regraft.frontier.keeping import Keeping
@@ -87,10 +87,8 @@ class Extractor:
         key = self._key([sample.path for sample in samples], versions)
         if (found := self._found(key)) is not None:
             rows, note = found
-            lost = {int(index): reason for index, reason in note["unreadable"].items()}
-            readable = tuple(sample for index, sample in enumerate(samples) if index not in lost)
+            readable, unreadable = without(samples, note["unreadable"])
             photos = Photos(readable, self.preprocessing, versions, classes)
-            unreadable = tuple(Unreadable(samples[index].path, reason) for index, reason in lost.items())
             return self._features(rows, note, photos, began, was_found=True), photos, unreadable
         with self._keeping(key, len(samples), versions) as keeping:
             extraction = _Extraction(self, versions, keeping)
@@ -103,8 +101,7 @@ class Extractor:
                 on_photo=lambda _, pixels: extraction.add(pixels),
                 keep=self._keep_pixels,
             )
-            places = {sample.path: index for index, sample in enumerate(samples)}
-            rows, note = extraction.finish({places[found.path]: found.reason for found in unreadable})
+            rows, note = extraction.finish(positions(samples, unreadable))
         photos = photos.augmented(versions)
         return self._features(rows, note, photos, began, was_found=False), photos, unreadable
 
@@ -241,7 +238,7 @@ class _Extraction:
         while self._waiting:
             self._flush()
         parts = self._extractor.parts
-        holds = f"{self._count} photos × {self._views} at {', '.join(repr(cut.layer) for cut in parts.frontier)}"
+        holds = f"{self._count} photos × {self._views} at {', '.join(cut.place for cut in parts.frontier)}"
         note = {
             "unreadable": unreadable,
             "dtypes": self._dtypes,

@@ -61,7 +61,7 @@ class Frontier:
         an_epoch_s = sum(part.cost_s / part.views for part in both)
         seconds = sum(part.seconds for part in both)
         return ComputedOnce(
-            frontier=tuple((cut.layer, cut.shape) for cut in parts.frontier),
+            frontier=tuple((cut.place, cut.shape) for cut in parts.frontier),
             share=constant / max(constant + live, 1),
             views=self.train.views,
             bytes=sum(part.bytes for part in both),

@@ -8,7 +8,7 @@ import torch
 from regraft.card import Preprocessing
 from regraft.data.decode import Unreadable
 from regraft.data.folders import Sample
-from regraft.data.photos import Photos, estimate_bytes, fit_memory, read_photos
+from regraft.data.photos import Photos, estimate_bytes, fit_memory, positions, read_photos, without
 from regraft.data.transforms import augmentation
 from regraft.frontier.keeping import Keeping
 from regraft.frontier.key import features_key
@@ -56,17 +56,15 @@ def read_or_find_photos(
     Raises:
         DataError: No photo can be read.
     """
-    size = estimate_bytes(len(samples), preprocessing)
-    if store is None or fit_memory(len(samples), preprocessing) or not store.has_room(size):
+    if store is None or fit_memory(len(samples), preprocessing):
         return read_photos(samples, preprocessing, classes=classes, description=description, progress=progress)
     key = features_key("pixels", [sample.path for sample in samples], preprocessing=preprocessing.model_dump())
     entry = store.find(key)
     if entry is not None:
-        lost = {int(index): reason for index, reason in entry.note["unreadable"].items()}
-        readable = tuple(sample for index, sample in enumerate(samples) if index not in lost)
-        seen = augmentation("none", preprocessing)
-        photos = Photos(readable, preprocessing, seen, classes, StoredPixels(entry.tensors(in_memory=False)))
-        return photos, tuple(Unreadable(samples[index].path, reason) for index, reason in lost.items())
+        readable, unreadable = without(samples, entry.note["unreadable"])
+        pixels = StoredPixels(entry.tensors(in_memory=False))
+        return Photos(readable, preprocessing, augmentation("none", preprocessing), classes, pixels), unreadable
+    size = estimate_bytes(len(samples), preprocessing)
     with Keeping(store, key, size, in_memory=False, progress=progress) as keeping:
         photos, unreadable = read_photos(
             samples,
@@ -77,7 +75,6 @@ def read_or_find_photos(
             on_photo=lambda _, pixels: keeping.append([pixels.reshape(-1), torch.tensor([pixels.shape])]),
             keep=False,
         )
-        places = {sample.path: index for index, sample in enumerate(samples)}
-        lost = {places[found.path]: found.reason for found in unreadable}
-        rows = keeping.finish({"unreadable": lost, "holds": f"{len(photos)} photos, decoded"})
+        note = {"unreadable": positions(samples, unreadable), "holds": f"{len(photos)} photos, decoded"}
+        rows = keeping.finish(note)
     return (replace(photos, pixels=StoredPixels(rows)) if rows is not None else photos), unreadable

@@ -38,7 +38,7 @@ class ComputedOnce:
     """What was the same in every epoch, and therefore computed once.
 
     Attributes:
-        frontier: Layer and shape (without the batch) of each tensor at which an epoch began.
+        frontier: Place and shape (without the batch) of each tensor at which an epoch began.
         share: Of the network's multiply-adds that lie before it.
         views: Versions of each photo.
         bytes: What all of it needs.

@@ -9,7 +9,7 @@ validation photos are not touched.
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,8 @@ DECAYS = (0.05, 1.0)
 FOLDS = 5
 MOST_EPOCHS = 8  # enough to tell choices apart; a head that is trained longer changes little
 MOST_PARAMETERS = 4_000_000  # of all heads together
-FEWEST_PHOTOS = 40
+FEWEST_PHOTOS, MOST_PHOTOS = 40, 4_000
+MOST_BYTES = 2**30  # of the features that are tried
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's, https://arxiv.org/abs/1711.05101
 
 
@@ -98,28 +99,18 @@ def sweep_heads(
     Returns:
         None where it cannot be done: too few photos, too large a head, or layers that cannot be trained side by side.
     """
-    pairs = [(rate, decay) for decay in decays for rate in RATES]
     size = sum(parameter.numel() for parameter in live.parameters() if parameter.requires_grad)
-    count = len(batches.dataset)
-    if 2 * size * len(pairs) * FOLDS > MOST_PARAMETERS or count < FEWEST_PHOTOS:
+    photos = min(len(batches.dataset), MOST_PHOTOS)
+    row_bytes = batches.features.bytes / max(1, len(batches.dataset) * batches.features.views)
+    is_large = 2 * size * len(decays) * len(RATES) * FOLDS > MOST_PARAMETERS or photos * row_bytes > MOST_BYTES
+    if is_large or photos < FEWEST_PHOTOS:
         return None
     generator = torch.Generator().manual_seed(seed)
-    kept = torch.randperm(count, generator=generator)[: count // FOLDS * FOLDS].view(FOLDS, -1)  # (F, n)
-    learned = torch.stack([_others(fold, count) for fold in kept])  # (F, count - n)
+    folds = torch.randperm(len(batches.dataset), generator=generator)[: photos // FOLDS * FOLDS].view(FOLDS, -1)
+    learned = torch.stack([torch.cat([*folds[:fold], *folds[fold + 1 :]]) for fold in range(FOLDS)])
     with preserved_randomness(seed):
-        starts = [_first_weights(live, number) for number in range(FOLDS)]
-    solved = [ridge_start(live, batches, rows) for rows in learned] if may_start_from_ridge else [None]
-    ways = [starts] if any(start is None for start in solved) else [starts, solved]
-    tried = tuple(Choice(*pair, start is not starts) for start in ways for pair in pairs)
-    heads = {  # (F, P, …) for F folds and P choices
-        name: torch.stack(
-            [torch.stack([way[fold][name] for way in ways for _ in pairs]) for fold in range(FOLDS)]  # pyright: ignore
-        ).requires_grad_()
-        for name in starts[0]
-    }
-    rates = torch.tensor([choice.lr for choice in tried]).expand(FOLDS, -1)
-    weights = torch.tensor([choice.weight_decay for choice in tried]).expand(FOLDS, -1)
-    optimizer = _AdamW(heads, rates, weights, undecayed_names(live, ("bias", "norm")))
+        tried, heads = _first_heads(live, batches, learned, decays, may_start_from_ridge=may_start_from_ridge)
+    optimizer = _AdamW(heads, tried, undecayed_names(live, ("bias", "norm")))
 
     def losses_of(rows: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         tensors, targets = batches.pick(rows.flatten(), draws.flatten())
@@ -142,13 +133,36 @@ def sweep_heads(
                 optimizer.step(0.5 * (1 + math.cos(math.pi * step / len(steps))))
             live.eval()
             with torch.no_grad():
-                found = losses_of(kept, torch.zeros_like(kept))  # (F, P)
+                found = losses_of(folds, torch.zeros_like(folds))  # (F, P)
     except (RuntimeError, ValueError):  # batch norm in the head, a loss that branches, …
         return None
     finally:
         live.train()
     losses = found.mean(0).nan_to_num(math.inf).tolist()
     return Sweep(tried, tuple(losses), tried[losses.index(min(losses))])
+
+
+def _first_heads(
+    live: nn.Module,
+    batches: FeatureBatches,
+    learned: torch.Tensor,
+    decays: tuple[float, ...],
+    *,
+    may_start_from_ridge: bool,
+) -> tuple[tuple[Choice, ...], dict[str, torch.Tensor]]:
+    """Return the choices, and the parameters (F, P, …) of a head for each of F folds and P choices."""
+    drawn = [_first_weights(live, fold) for fold in range(FOLDS)]
+    solved = [ridge_start(live, batches, rows) for rows in learned] if may_start_from_ridge else []
+    by_fold = [[weights] for weights in drawn]
+    for starts, weights in zip(by_fold, solved, strict=False):
+        starts += [weights] if weights is not None else []
+    pairs = [(rate, decay) for decay in decays for rate in RATES]
+    tried = tuple(Choice(*pair, bool(start)) for start in range(len(by_fold[0])) for pair in pairs)
+    heads = {
+        name: torch.stack([torch.stack([start[name] for start in starts for _ in pairs]) for starts in by_fold])
+        for name in drawn[0]
+    }
+    return tried, {name: tensor.requires_grad_() for name, tensor in heads.items()}
 
 
 def ridge_start(live: nn.Module, batches: FeatureBatches, rows: torch.Tensor) -> dict[str, torch.Tensor] | None:
@@ -161,13 +175,6 @@ def ridge_start(live: nn.Module, batches: FeatureBatches, rows: torch.Tensor) ->
     path, layer = head
     found = ridge(features, targets, layer.out_features)
     return None if found is None else {f"{path}.weight".lstrip("."): found[0], f"{path}.bias".lstrip("."): found[1]}
-
-
-def _others(fold: torch.Tensor, count: int) -> torch.Tensor:
-    """List the photos that are not in a fold."""
-    is_other = torch.ones(count, dtype=torch.bool)
-    is_other[fold] = False
-    return is_other.nonzero().flatten()
 
 
 def _first_weights(live: nn.Module, number: int) -> dict[str, torch.Tensor]:
@@ -187,10 +194,10 @@ def _first_weights(live: nn.Module, number: int) -> dict[str, torch.Tensor]:
 class _AdamW:
     """AdamW for parameters with leading dimensions of heads, each with a learning rate and decay of its own."""
 
-    def __init__(
-        self, heads: dict[str, torch.Tensor], rates: torch.Tensor, decays: torch.Tensor, undecayed: set[str]
-    ) -> None:
-        self._heads, self._rates, self._count = heads, rates, 0
+    def __init__(self, heads: dict[str, torch.Tensor], tried: Sequence[Choice], undecayed: set[str]) -> None:
+        self._heads, self._count = heads, 0
+        self._rates = torch.tensor([choice.lr for choice in tried]).expand(FOLDS, -1)
+        decays = torch.tensor([choice.weight_decay for choice in tried]).expand(FOLDS, -1)
         self._decays = {name: torch.zeros_like(decays) if name in undecayed else decays for name in heads}
         self._moments: dict[str, Any] = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in heads.items()}
 
