@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     from regraft.training import Prediction as Prediction
     from regraft.training import TrainConfig as TrainConfig
     from regraft.training import evaluate as evaluate
-    from regraft.training import fit as fit
     from regraft.training import predict as predict
+    from regraft.training.fit import fit as fit
     from regraft.zoo import list_models as list_models
 
 _HOMES = {
@@ -79,7 +79,7 @@ _HOMES = {
     "create_model": "checkpoint",
     "diff": "checkpoint",
     "evaluate": "training",
-    "fit": "training",
+    "fit": "training.fit",
     "follow": "freezing",
     "freeze": "freezing",
     "freeze_state": "freezing",

@@ -1,8 +1,10 @@
-"""Train, measure, predict."""
+"""Train, measure, predict.
+
+`fit` is imported from `regraft.training.fit`: it brings torch's compiler along, which who only predicts does not need.
+"""
 
 from regraft.training.config import TrainConfig
 from regraft.training.evaluate import Prediction, evaluate, predict
-from regraft.training.fit import fit
 from regraft.training.metrics import ClassMetrics, Metrics
 from regraft.training.result import EpochRecord, FitResult, Plan
 
@@ -15,6 +17,5 @@ __all__ = [
     "Prediction",
     "TrainConfig",
     "evaluate",
-    "fit",
     "predict",
 ]
