@@ -1,6 +1,7 @@
 """Files → pixels, against numpy and against upright or opaque references, for every odd kind of file."""
 
 import io
+import math
 import os
 import time
 import warnings
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 
 from regraft.card import Preprocessing
 from regraft.data.decode import Unreadable, decode, decode_all
@@ -339,6 +341,34 @@ def test_any_file_name_is_read(name: bytes, tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(name)
     Image.fromarray(pixels).save(path)
     assert np.array_equal(as_array(decode(path, AS_IS)), pixels)
+
+
+@pytest.mark.parametrize(
+    ("side", "factor"), [(SIDE * 2 - 1, 1), (SIDE * 3, 1), (SIDE * 4, 2), (SIDE * 9, 4), (SIDE * 40, 8)]
+)
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_that_is_much_too_large_is_decoded_at_a_reduced_size(
+    tmp_path: Path, side: int, factor: int, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, columns = np.mgrid[0:side, 0 : round(side * 1.2)] / side
+    smooth = np.stack([rows, columns / 1.2, (rows + columns) / 2.2], 2)
+    image = Image.fromarray((255 * smooth).astype(np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    sizes: list[tuple[int, int]] = []
+    load = JpegImageFile.load
+
+    def noting(self: JpegImageFile, *args: object) -> object:
+        sizes.append(self.size)
+        return load(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(JpegImageFile, "load", noting)
+    found = decode(tmp_path / "a.jpg", AS_IS)
+    assert sizes[0][1] == math.ceil(side / factor)
+    with Image.open(tmp_path / "a.jpg") as opened:
+        whole = ImageOps.exif_transpose(opened).resize((found.shape[2], found.shape[1]), Image.Resampling.BILINEAR)
+    assert np.abs(as_array(found).astype(float) - np.asarray(whole)).mean() < 3
 
 
 def test_many_files_come_out_in_order_with_the_unreadable_in_their_places(tmp_path: Path) -> None:

@@ -299,6 +299,19 @@ def test_features_may_be_kept_in_fewer_bits(noise: Path, precision: str) -> None
     assert again.history[-1].train_loss == found.history[-1].train_loss
 
 
+def test_gradual_unfreezing_splits_the_network_anew_and_trains_as_without(noise: Path) -> None:
+    found = []
+    for cache in (True, False):
+        torch.manual_seed(0)
+        model = tiny.PlainCnn(num_classes=2)
+        result, lines = run(noise, model, unfreeze="head:2,conv2:1,all:1", cache=cache)
+        assert sum("unfreezing" in line for line in lines.lines) >= 3
+        found.append(result)
+    for ours, theirs in zip(*(result.history for result in found), strict=True):
+        assert abs(ours.train_loss - theirs.train_loss) <= CLOSE
+        assert abs(ours.validation.loss - theirs.validation.loss) <= CLOSE
+
+
 def test_weights_changed_by_hand_are_noticed(noise: Path) -> None:
     model = half_frozen()
     run(noise, model)
