@@ -407,7 +407,7 @@ def test_what_was_computed_once_is_said_with_what_it_saved(tmp_path: Path) -> No
         share=0.625,
         views=2,
         bytes=5 * 2**20,
-        place="memory",
+        where="in memory",
         was_found=False,
         seconds=4.0,
         saved_s=96.0,

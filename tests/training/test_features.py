@@ -15,6 +15,7 @@ from torch import nn
 import regraft
 import tiny
 from frontier.test_partition import NETS, PATTERNS, make
+from frontier.test_replay import Scaled
 from oracles import identical
 from regraft.frontier.store import Store, Writing
 from regraft.progress import Progress
@@ -96,6 +97,20 @@ def test_cached_training_equals_uncached(name: str, pattern: str, noise: Path) -
     ):
         distance = (ours.float() - theirs.float()).abs().max().item() if ours.numel() else 0.0
         assert distance <= CLOSE * max(1.0, theirs.float().abs().max().item()), path
+
+
+def test_a_network_that_cannot_be_traced_is_trained_on_what_was_recorded(noise: Path) -> None:
+    found = []
+    for cache in (True, False):
+        torch.manual_seed(0)
+        model = Scaled()
+        regraft.freeze(model, "first", "second")
+        result, lines = run(noise, model, cache=cache)
+        assert ("is recorded, as the forward cannot be traced" in lines) == cache
+        found.append(result)
+    for ours, theirs in zip(*(result.history for result in found), strict=True):
+        assert abs(ours.train_loss - theirs.train_loss) <= CLOSE
+        assert abs(ours.validation.loss - theirs.validation.loss) <= CLOSE
 
 
 def test_the_frozen_part_runs_once_for_each_photo(noise: Path) -> None:
@@ -220,7 +235,7 @@ def test_features_on_the_disk_are_learned_from_as_those_in_memory(noise: Path, m
     in_memory, _ = run(noise)
     monkeypatch.setattr(extract, "MEMORY_BYTES", 0)
     on_disk, lines = run(noise)
-    assert "kept in disk" in lines
+    assert "kept in a mapped file" in lines
     assert on_disk.history[-1].train_loss == in_memory.history[-1].train_loss
 
 

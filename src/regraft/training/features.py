@@ -38,6 +38,11 @@ class Features:
     place: str
 
     @property
+    def where(self) -> str:
+        """Where they are kept, in words."""
+        return {"memory": "in memory", "disk": "in a mapped file"}.get(self.place, f"on {self.place}")
+
+    @property
     def bytes(self) -> int:
         """Bytes of all rows."""
         return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.tensors)

@@ -65,7 +65,7 @@ class Frontier:
             share=constant / max(constant + live, 1),
             views=self.train.views,
             bytes=sum(part.bytes for part in both),
-            place=self.train.place,
+            where=self.train.where,
             was_found=all(part.was_found for part in both),
             seconds=seconds,
             saved_s=max(0.0, epochs * an_epoch_s - seconds),
@@ -77,7 +77,7 @@ class Frontier:
         seconds = self.train.seconds + self.validation.seconds
         how = "found in the cache" if self.train.was_found and self.validation.was_found else "computed once"
         views = f", {self.train.views} versions of each photo" if self.train.views > 1 else ""
-        kept = f"kept in {self.train.place}"
+        kept = f"kept {self.train.where}"
         if self.train.precision != "full":
             error = max(self.train.error, self.validation.error)
             kept += f" as {self.train.precision} (wrong by {error:.2%} of the largest value at most)"

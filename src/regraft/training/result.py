@@ -42,7 +42,7 @@ class ComputedOnce:
         share: Of the network's multiply-adds that lie before it.
         views: Versions of each photo.
         bytes: What all of it needs.
-        place: `memory`, `disk`, or the name of a device.
+        where: Where it was kept: `in memory`, `in a mapped file`, or on which device.
         was_found: Whether an earlier run had computed it.
         seconds: For computing or finding it.
         saved_s: Estimate of what decoding and computing it in every epoch would have taken more.
@@ -53,7 +53,7 @@ class ComputedOnce:
     share: float
     views: int
     bytes: int
-    place: str
+    where: str
     was_found: bool
     seconds: float
     saved_s: float
