@@ -21,31 +21,13 @@ from regraft.surgery.stitch import rebuild_stitched
 from regraft.zoo import PYTHON, build
 
 # What constructors set parameters with: the methods of a tensor, and the functions of torch.nn.init.
-FILLS = [
-    "normal_",
-    "uniform_",
-    "fill_",
-    "zero_",
-    "erfinv_",
-    "mul_",
-    "div_",
-    "add_",
-    "sub_",
-    "clamp_",
-    "copy_",
-    "constant_",
-    "ones_",
-    "zeros_",
-    "eye_",
-    "dirac_",
-    "trunc_normal_",
-    "xavier_uniform_",
-    "xavier_normal_",
-    "kaiming_uniform_",
-    "kaiming_normal_",
-    "orthogonal_",
-    "sparse_",
-]
+# fmt: off
+FILLS = frozenset((
+    "normal_", "uniform_", "fill_", "zero_", "copy_", "erfinv_", "mul_", "div_", "add_", "sub_", "clamp_", "constant_",
+    "ones_", "zeros_", "eye_", "dirac_", "trunc_normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_",
+    "kaiming_normal_", "orthogonal_", "sparse_",
+))
+# fmt: on
 
 
 def create_model(
