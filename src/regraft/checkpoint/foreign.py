@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import reprlib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from regraft.checkpoint.format import is_safetensors, read_header
+from regraft.checkpoint.limits import check_container
+from regraft.checkpoint.pickles import made_plain
 from regraft.errors import CheckpointError
 
 WRAPPERS = (
@@ -134,6 +137,7 @@ def read_tensors(path: Path) -> tuple[Tensors, list[str]]:
     """
     if not path.is_file():
         raise CheckpointError(f"no file '{path}' (looked from {Path.cwd()}). Give the path of a file with weights.")
+    check_container(path)
     if is_safetensors(path):
         return _read_safetensors(path), []
     try:
@@ -151,7 +155,7 @@ def read_tensors(path: Path) -> tuple[Tensors, list[str]]:
             f"'{path}' cannot be read as weights: {type(error).__name__}: {reason.partition(chr(10))[0][:200]}. "
             "Expected a safetensors file or one that torch.save wrote."
         ) from error
-    return _unwrap(content, path)
+    return _unwrap(made_plain(path, content, path.stat().st_size), path)
 
 
 def _read_safetensors(path: Path) -> Tensors:
@@ -183,7 +187,9 @@ def _unwrap(content: Any, path: Path) -> tuple[Tensors, list[str]]:
     tensors = _tensor_dict(content) if isinstance(content, Mapping) else {}
     if not tensors:
         found = (
-            f"a dict with {', '.join(map(repr, list(content)[:8]))}" if isinstance(content, Mapping) else repr(content)
+            f"a dict with {', '.join(map(repr, list(content)[:8]))}"
+            if isinstance(content, Mapping)
+            else reprlib.repr(content)
         )
         raise CheckpointError(f"'{path}' holds no state dict, but {found[:200]}. Expected names with tensors.")
     return tensors, notes
