@@ -123,7 +123,7 @@ def choose_base(base: PathLike) -> Place:
         CheckpointError: It is neither.
     """
     text = os.fspath(base)
-    if isinstance(base, str) and not Path(base).exists():
+    if isinstance(base, str) and not Path(base).is_file():
         name = base if "@" in base else f"{base}@default"
         if REGISTERED.fullmatch(name) and name.partition("@")[0] in list_models():
             return name
@@ -144,7 +144,7 @@ def read_base(place: Place) -> Contents:
     """
     if isinstance(place, Path):
         header = _header_of(place)
-        if header is not None or is_safetensors(place):
+        if header is not None or is_index(place) or is_safetensors(place):
             return read_contents(place, header)
         tensors = {name: tensor.contiguous() for name, tensor in read_tensors(place)[0].items()}
         return Contents(tensors, digests_of(tensors))
