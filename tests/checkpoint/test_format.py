@@ -23,6 +23,7 @@ from oracles import identical
 from regraft import create_model, freeze, load, save
 from regraft.card import Card, Preprocessing, Recipe, Source, Step, attach
 from regraft.checkpoint import Header, read_header
+from regraft.checkpoint.contents import read_contents
 from regraft.checkpoint.layout import DTYPES, read_layout
 from regraft.cli.app import app
 from regraft.errors import CheckpointError, RegraftError
@@ -194,6 +195,23 @@ def test_a_header_that_nobody_would_read_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"at most 32,000,000 are read.*Nothing was written"):
         save(tiny.build("sequential"), tmp_path / "model.safetensors", metadata={"log": "x" * 32_000_001})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_metadata_that_is_no_json_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is no JSON data: .*Nothing was written"):
+        save(tiny.build("sequential"), tmp_path / "model.safetensors", metadata={"model": nn.ReLU()})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hole_that_is_larger_than_any_memory_takes_no_memory(tmp_path: Path) -> None:
+    path = written(tmp_path, {"a": entry(shape=[2**50], offsets=[0, 2**52])})
+    try:
+        os.truncate(path, path.stat().st_size + 2**52)
+    except OSError as error:
+        pytest.skip(f"no such files here: {error}")
+    header = Header(digests={"a": "0" * 64})
+    with pytest.raises(CheckpointError, match="for which there is no memory"):
+        read_contents(path, header)
 
 
 def written(tmp_path: Path, content: object, data: bytes = b"") -> Path:

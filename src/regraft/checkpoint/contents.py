@@ -80,10 +80,16 @@ def read_contents(path: Path, header: Header | None) -> Contents:
     untied = next((alias for alias, name in shared if name not in entries or alias in entries), None)
     if untied is not None:
         raise CheckpointError(f"'{path}' is damaged: '{untied}' is not where it says. Get or make it again.")
-    pieces = [
-        _Piece(name, file, entry, torch.empty(entry.shape, dtype=entry.dtype))
-        for name, (file, entry) in entries.items()
-    ]
+    try:
+        pieces = [
+            _Piece(name, file, entry, torch.empty(entry.shape, dtype=entry.dtype))
+            for name, (file, entry) in entries.items()
+        ]
+    except (RuntimeError, OverflowError) as error:  # a file that is mostly a hole may declare anything
+        size = sum(entry.size for _, entry in entries.values())
+        raise CheckpointError(
+            f"'{path}' declares {size:,} bytes of tensors, for which there is no memory. Check where it comes from."
+        ) from error
     digests = _read_all(path, pieces)
     for name, digest in expected.items():
         if digests[name] != digest:

@@ -63,7 +63,7 @@ def merge(path: PathLike, out: PathLike, *, base: PathLike | None = None, shard_
         raise CheckpointError(f"'{source}' is no delta: it holds all of its tensors, or was not made by regraft.")
     whole = resolve(source, base)
     unbased = {"base": None, "removed": (), "whole": None, "versions": current_versions()}
-    full = header.model_copy(update={**unbased, "digests": whole.digests})
+    full = header.model_copy(update={**unbased, "digests": dict(sorted(whole.digests.items()))})
     return write_checkpoint(Path(out), whole.tensors, full, shard_bytes)
 
 
@@ -123,7 +123,7 @@ def choose_base(base: PathLike) -> Place:
         CheckpointError: It is neither.
     """
     text = os.fspath(base)
-    if isinstance(base, str) and not Path(base).exists():
+    if isinstance(base, str) and not Path(base).is_file():
         name = base if "@" in base else f"{base}@default"
         if REGISTERED.fullmatch(name) and name.partition("@")[0] in list_models():
             return name
@@ -144,7 +144,7 @@ def read_base(place: Place) -> Contents:
     """
     if isinstance(place, Path):
         header = _header_of(place)
-        if header is not None or is_safetensors(place):
+        if header is not None or is_index(place) or is_safetensors(place):
             return read_contents(place, header)
         tensors = {name: tensor.contiguous() for name, tensor in read_tensors(place)[0].items()}
         return Contents(tensors, digests_of(tensors))
@@ -239,6 +239,11 @@ def _place_of(delta: Path, base: Base, given: PathLike | None) -> Place:
     folder = delta.parent if given is None else Path(given)
     place = folder / base.name
     if place.is_file():
+        if place.resolve().parent not in (folder.resolve(), delta.resolve().parent):
+            raise CheckpointError(
+                f"'{place}', the base of '{delta}', is a link to another folder. Say that it may be read: base=FILE "
+                "(--base FILE)."
+            )
         return place
     raise CheckpointError(
         f"'{delta}' is a delta over {base}, which is not in '{folder}'. Put it there, or say where it is: base=FILE "

@@ -37,11 +37,11 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Return the digest of each tensor, worked out side by side."""
+    """Return the digest of each tensor, worked out side by side, sorted by name."""
     groups = balanced(list(tensors.items()), lambda item: item[1].nbytes)
     found = side_by_side(lambda group: [(name, tensor_digest(tensor)) for name, tensor in group], groups)
     by_name = {name: digest for group in found for name, digest in group}
-    return {name: by_name[name] for name in tensors}
+    return {name: by_name[name] for name in sorted(by_name)}
 
 
 def balanced(items: Sequence[Item], size: Callable[[Item], int]) -> list[list[Item]]:

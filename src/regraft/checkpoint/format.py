@@ -98,9 +98,15 @@ class Header(BaseModel):
         """Return the JSON document that stands in a file.
 
         Raises:
-            CheckpointError: It is longer than a reader would read.
+            CheckpointError: It is longer than a reader would read, or holds what is no JSON data.
         """
-        text = self.model_dump_json()
+        try:
+            text = self.model_dump_json()
+        except ValueError as error:
+            raise CheckpointError(
+                f"what the header would hold is no JSON data: {error}. Give metadata and metrics as text, numbers, "
+                "lists and dicts. Nothing was written."
+            ) from error
         if len(text.encode()) > DOCUMENT_LIMIT_BYTES:
             raise CheckpointError(
                 f"what the header would hold takes {len(text):,} bytes, at most {DOCUMENT_LIMIT_BYTES:,} are read. "

@@ -54,7 +54,7 @@ def save(
     target = Path(path)
     card = _described_card(model)
     tensors, shared = unshared(model)
-    header = Header.model_construct(
+    header = Header(
         **card.carried,
         card=card,
         shared=shared,

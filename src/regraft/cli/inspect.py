@@ -87,7 +87,8 @@ def _inspect_checkpoint(
 
 def _is_checkpoint(model: str) -> bool:
     path = Path(model)
-    return path.exists() or model.endswith((".safetensors", ".index.json"))
+    has_index = path.is_dir() and any(path.glob("*.safetensors.index.json"))
+    return path.is_file() or has_index or model.endswith((".safetensors", ".index.json"))
 
 
 def _plan(model: str, *, trust_code: bool) -> str:
