@@ -9,6 +9,7 @@ import fnmatch
 import hashlib
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from regraft.errors import InputError, ModelError, TrustError, nearest
 
 TIMM = "timm/"
 PYTHON = "py:"
+PLAIN_NAME = re.compile(r"[\w.-]+")  # of timm's networks, which might else be taken for a path or a repository
 NETWORK_LIBRARIES = ("http", "huggingface_hub", "httpx", "httpx2", "httpcore2")
 
 
@@ -168,7 +170,7 @@ def _build_timm(name: str, weights: str) -> tuple[nn.Module, Preprocessing, str]
     import timm
 
     bare = name.removeprefix(TIMM)
-    if bare.split(".")[0] not in timm.list_models():
+    if bare.split(".")[0] not in timm.list_models() or not PLAIN_NAME.fullmatch(bare):
         raise ModelError(_unknown_model(name))
     pretrained = weights != "none"
     if weights not in ("none", "default"):
@@ -176,7 +178,7 @@ def _build_timm(name: str, weights: str) -> tuple[nn.Module, Preprocessing, str]
     try:
         with _downloads(name):
             model = timm.create_model(bare, pretrained=pretrained)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ModelError(f"timm cannot build '{bare}': {error}") from error
     config = cast("dict[str, Any]", model.pretrained_cfg)
     return model, _timm_preprocessing(config), (config.get("tag") or "default") if pretrained else "none"

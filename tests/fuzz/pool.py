@@ -77,4 +77,5 @@ def kept(folder: Path, originals: Path, label: str, original: str, content: byte
     path = folder / f"{number}{Path(original).suffix}.case"
     path.write_bytes(content)
     reasons = "\n  ".join(wrong)
+    path.with_suffix(".txt").write_text(f"{label} of {original}:\n{reasons}\n")
     return f"{label} of {original}:\n  {reasons}\nagain: {sys.executable} {WORKER} {originals} {path} {original}"

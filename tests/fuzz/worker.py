@@ -15,6 +15,7 @@ import resource
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ class Judge:
             "diff": lambda: regraft.diff(path, like) and None,
             "diff with itself": lambda: regraft.diff(path, path) and None,
         }
-        if name in OWN:
+        if (name in OWN and zlib.crc32(path.read_bytes()) % 3 == 0) or path.read_bytes() == like.read_bytes():
             ways["inspect"] = lambda: self._inspect(path)
         return ways
 

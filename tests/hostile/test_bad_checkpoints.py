@@ -251,6 +251,14 @@ PICKLES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 }
 
 
+def test_one_number_with_an_endless_stride_is_read(workplace: Path) -> None:
+    torch.save({"weight": torch.ones(1).as_strided((1, 1), (2**40, 2**40))}, "strided.pt")
+    assert regraft.diff("strided.pt", "strided.pt").identical
+    model = nn.Linear(1, 1, bias=False)
+    regraft.load_weights(model, "strided.pt")
+    assert model.weight.item() == 1
+
+
 @pytest.mark.parametrize("case", PICKLES)
 def test_a_hostile_pickle_is_refused(case: str, workplace: Path) -> None:
     change, message = PICKLES[case]

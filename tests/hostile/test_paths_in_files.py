@@ -77,6 +77,7 @@ def names(outside: Path) -> list[str]:
         f"file://{absolute}.pt",
         f"http://127.0.0.1:9/{SECRET}.pt",
         f"timm/../{SECRET}.pt",
+        f"timm/resnet18.../../{SECRET}.pt",
         f"timm/local-dir:{outside}",
         f"timm/hf_hub:evil/{SECRET}",
         f"py:../{SECRET}_net.py:Net",
@@ -94,7 +95,7 @@ def with_source(small: Path, target: Path, **source: Any) -> Path:
     return target
 
 
-@pytest.mark.parametrize("index", range(11))
+@pytest.mark.parametrize("index", range(12))
 def test_the_name_of_a_source_opens_nothing(index: int, small: Path, outside: Path) -> None:
     path = with_source(small, Path("named.safetensors"), name=names(outside)[index])
     with nothing_written(outside), listening() as opened, pytest.raises(InputError):
@@ -102,7 +103,7 @@ def test_the_name_of_a_source_opens_nothing(index: int, small: Path, outside: Pa
     assert not [name for name in opened if SECRET in name or "127.0.0.1" in name]
 
 
-@pytest.mark.parametrize("index", range(11))
+@pytest.mark.parametrize("index", range(12))
 def test_the_name_of_weights_is_for_information(index: int, small: Path, outside: Path) -> None:
     path = with_source(
         small, Path("named.safetensors"), weights=names(outside)[index], layers="Sequential(Linear(4, 3))"

@@ -141,7 +141,8 @@ def _tensor(path: Path, tensor: torch.Tensor) -> torch.Tensor:
         raise _refused(
             path, f"a tensor of the shape {tuple(plain.shape)} takes {taken:,} bytes, and {there:,} are stored"
         )
-    return plain
+    # One element may have any stride, and is contiguous to torch all the same; until it is viewed as bytes.
+    return plain.clone(memory_format=torch.contiguous_format) if taken <= plain.itemsize else plain
 
 
 class _Reader:
