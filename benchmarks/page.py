@@ -35,6 +35,15 @@ chance. The kept weights of regraft and of the tutorial are those of the best ep
 """
 
 
+NOT_MEASURED = """## What was not measured
+
+Nothing on this page ran on a GPU. There, features that need less than a quarter of the free memory stay on the device
+and whole batches are gathered there, photos come from pinned memory, and the forward pass runs in bfloat16; how fast
+that is, `python benchmarks/speed.py` says on such a machine. CUDA graphs and a stream of their own for copies are not
+used.
+"""
+
+
 def main() -> None:
     """Write the page."""
     found = {file.stem: json.loads(file.read_text()) for file in sorted((HERE / "results").glob("*.json"))}
@@ -54,6 +63,9 @@ def main() -> None:
         parts += ["## How many views\n", views_table(found["views"])]
     if "memory" in found:
         parts += ["## Memory\n", memory_table(found["memory"])]
+    if "compiled" in found:
+        parts += ["## `torch.compile`\n", compiled_table(found["compiled"])]
+    parts.append(NOT_MEASURED)
     (DOCS / "benchmarks.md").write_text("\n".join(parts))
 
 
@@ -135,6 +147,20 @@ def memory_table(found: dict[str, Any]) -> str:
             f"| {run['photos']:,} | {run['peak_mib']:,.0f} MiB | {run['disk_bytes'] / 2**20:,.1f} MiB | "
             f"{run['estimated_bytes'] / 2**20:,.1f} MiB | {run['seconds']:.0f} |"
         )
+    return "\n".join(rows) + "\n"
+
+
+def compiled_table(found: dict[str, Any]) -> str:
+    """Return the table of what compiling the constant part costs and saves."""
+    rows = [
+        "The constant part as `fit` runs it, beside the same compiled. It pays only with so many photos that `fit` does "
+        "not compile.\n",
+        "| network | seconds to compile | ms a photo | compiled | pays from |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in found["rows"].items():
+        after = f"{row['pays_from']:,.0f} photos" if row["pays_from"] is not None else "never"
+        rows.append(f"| {name} | {row['compile_s']:.1f} | {row['eager_ms']:.2f} | {row['compiled_ms']:.2f} | {after} |")
     return "\n".join(rows) + "\n"
 
 
