@@ -37,10 +37,9 @@ chance. The kept weights of regraft and of the tutorial are those of the best ep
 
 NOT_MEASURED = """## What was not measured
 
-Nothing on this page ran on a GPU. There, features that need less than a quarter of the free memory stay on the device
-and whole batches are gathered there, photos come from pinned memory, and the forward pass runs in bfloat16; how fast
-that is, `python benchmarks/speed.py` says on such a machine. CUDA graphs and a stream of their own for copies are not
-used.
+Nothing on this page ran on a GPU, and the contenders know none. There, features that need less than a quarter of the
+free memory stay on the device and whole batches are gathered there, photos come from pinned memory, and the forward
+pass runs in bfloat16. CUDA graphs and a stream of their own for copies are not used.
 """
 
 
@@ -153,8 +152,8 @@ def memory_table(found: dict[str, Any]) -> str:
 def compiled_table(found: dict[str, Any]) -> str:
     """Return the table of what compiling the constant part costs and saves."""
     rows = [
-        "The constant part as `fit` runs it, beside the same compiled. It pays only with so many photos that `fit` does "
-        "not compile.\n",
+        "The constant part as `fit` runs it, beside the same compiled. It pays from so many photos on that `fit` does not "
+        "compile.\n",
         "| network | seconds to compile | ms a photo | compiled | pays from |",
         "|---|---|---|---|---|",
     ]
