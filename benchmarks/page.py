@@ -152,8 +152,8 @@ def memory_table(found: dict[str, Any]) -> str:
 def compiled_table(found: dict[str, Any]) -> str:
     """Return the table of what compiling the constant part costs and saves."""
     rows = [
-        "The constant part as `fit` runs it, beside the same compiled. It pays from so many photos on that `fit` does not "
-        "compile.\n",
+        "The constant part as `fit` runs it, beside the same compiled. It pays from so many photos on that `fit` does "
+        "not compile.\n",
         "| network | seconds to compile | ms a photo | compiled | pays from |",
         "|---|---|---|---|---|",
     ]
