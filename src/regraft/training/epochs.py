@@ -11,7 +11,7 @@ import torch
 
 from regraft.anatomy.modes import preserved_randomness
 from regraft.card import attach
-from regraft.errors import Interrupted, LossError, RunError
+from regraft.errors import DataError, Interrupted, LossError, RunError
 from regraft.progress import Progress
 from regraft.training.config import TrainConfig
 from regraft.training.faults import Faults
@@ -62,6 +62,7 @@ def train(run: Run, found: Found | None) -> FitResult:
         Interrupted: Ctrl-C or SIGTERM; the state is written.
         LossError: The loss is not finite.
         RunError: Results cannot be written.
+        DataError: Too many photos can no longer be read.
     """
     first, config = run.job.material, run.config
     if found is not None:
@@ -85,9 +86,11 @@ def train(run: Run, found: Found | None) -> FitResult:
             raise _interrupted(run, keeper, interruption) from interruption
         except LossError as error:
             raise LossError(f"epoch {run.standing.epoch}: {error} {_what_was_kept(run)}") from error
-        except RunError as error:
-            onward = f" {_how_to_go_on(run)}" if keeper.has_more_than_the_beginning else ""
-            raise RunError(f"{error}{onward}") from error
+        except (RunError, DataError) as error:  # a disk, which may be repaired
+            keeper.wait()
+            if not (keeper.has_any and keeper.has_more_than_the_beginning):
+                raise
+            raise type(error)(f"{error} {_how_to_go_on(run)}") from error
     job, best = run.job, run.standing.best
     assert best is not None
     best.put_back(job.model)

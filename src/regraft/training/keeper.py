@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from regraft.checkpoint.tree import Tree, read_tree, write_tree
-from regraft.errors import CheckpointError, ConfigError, InputError, RunError
+from regraft.errors import CheckpointError, ConfigError, LossError, RunError
 from regraft.progress import SILENT, Progress
 
 PATTERN = "state-*.safetensors"
@@ -19,8 +19,9 @@ SHARE = 20  # times as long as a state takes are spent on training before the ne
 class Keeper:
     """Writes states in the background, one at a time.
 
-    As a context: where the block ends well, the states are deleted, as they are where what was given is wrong: the run
-    would only fail again. Where it ends otherwise they stay, if there is more than the beginning in them.
+    As a context: where the block ends well, the states are deleted, as they are where a loss is wrong: the run would
+    only fail again. Where it fails otherwise they stay, if there is more than the beginning in them, and always where
+    it is interrupted.
 
     Args:
         folder: Where to; None: nowhere.
@@ -54,7 +55,7 @@ class Keeper:
         self.wait()
         self._pool.shutdown()
         is_failure = isinstance(error, Exception) and not self.has_more_than_the_beginning
-        if kind is None or isinstance(error, InputError) or is_failure:
+        if kind is None or isinstance(error, LossError) or is_failure:
             self._delete(keep=[])
 
     @property

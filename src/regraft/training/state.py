@@ -49,15 +49,15 @@ class Origin:
 
     @classmethod
     def of(cls, job: Job, config: TrainConfig, *, is_named: bool) -> "Origin":
-        """Work it out for a run that is about to begin."""
+        """Work it out for a run that is about to begin; what is compared later, only where states will be written."""
         changing = changing_tensors(job)
         rest = [tensor for name, tensor in job.model.state_dict(keep_vars=True).items() if name not in changing]
         return cls(
             config=json.loads(config.model_dump_json(exclude_unset=True)),
             chosen={"lr": job.plan.lr, "weight_decay": job.rates["weight_decay"], "head_start": job.head_start},
             is_named=is_named,
-            data=_data_digest(job.material),
-            frozen=sum_of_bits(rest),
+            data=_data_digest(job.material) if config.out is not None else "",
+            frozen=sum_of_bits(rest) if config.out is not None else 0,
             device=job.plan.device,
         )
 
