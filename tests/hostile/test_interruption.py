@@ -161,10 +161,10 @@ def slow(outputs, targets):
 
 @pytest.mark.parametrize(("number", "name", "code"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)])
 def test_a_real_signal_keeps_everything_and_the_command_it_prints_goes_on(
-    number: signal.Signals, name: str, code: int, train_words: list[object], workplace: Path
+    number: signal.Signals, name: str, code: int, cli: Cli, train_words: list[object]
 ) -> None:
     Path("slow.py").write_text(SLOW_LOSS)
-    words = [*train_words, "--epochs", 60, "--loss", "py:slow.py:slow", "--out", "my run"]
+    words = [*train_words, "--epochs", 40, "--loss", "py:slow.py:slow", "--out", "my run"]
     process = subprocess.Popen(
         [sys.executable, "-m", "regraft", *map(str, words)],
         stdout=subprocess.PIPE,
@@ -188,11 +188,9 @@ def test_a_real_signal_keeps_everything_and_the_command_it_prints_goes_on(
     assert regraft.evaluate(regraft.load("my run/model.safetensors", trust_code=True), "photos").count == 12
     command = shlex.split(last.partition("To continue: ")[2])
     assert command == ["regraft", "train", "--resume", "my run", "--trust-code"]
-    found = subprocess.run(
-        [sys.executable, "-m", *command, "--json"], capture_output=True, text=True, check=False, timeout=60
-    )
-    assert found.returncode == 0, found.stderr
-    assert len(only_json(found.stdout)["epochs"]) == 60
+    found = cli(*command[1:], "--json")
+    assert found.exit_code == 0, found.stderr
+    assert len(only_json(found.stdout)["epochs"]) == 40
     assert {*listing(Path("my run"))} == {"model.safetensors", "metrics.csv", "config.toml", "report.html"}
 
 
