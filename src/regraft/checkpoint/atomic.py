@@ -7,10 +7,15 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def whole_or_nothing(target: Path) -> Iterator[Path]:
-    """Let the block write a file beside `target`; afterwards it is flushed to the disk and takes `target`'s place.
+def whole_or_nothing(target: Path, *, flush: bool = True) -> Iterator[Path]:
+    """Let the block write a file beside `target`, which then takes its place.
 
     Where anything fails, `target` stays as it was, and nothing is left beside it.
+
+    Args:
+        target: The file.
+        flush: Whether it is on the disk before it takes that place, so that a power cut does no harm either. That takes
+            milliseconds, too long for a table that is written anew after each short epoch.
 
     Raises:
         OSError: The disk is full, or cannot be written.
@@ -18,10 +23,12 @@ def whole_or_nothing(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        if flush:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         temporary.replace(target)
-        _flush_folder(target.parent)
+        if flush:
+            _flush_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -163,7 +163,7 @@ def write_config(config: TrainConfig, path: Path) -> None:
     """Write a configuration as TOML; options without a value are left out."""
     import tomli_w
 
-    with whole_or_nothing(path) as temporary:
+    with whole_or_nothing(path, flush=False) as temporary:
         temporary.write_text(tomli_w.dumps(config.model_dump(exclude_none=True, mode="json")), encoding="utf-8")
 
 

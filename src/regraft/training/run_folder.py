@@ -97,7 +97,7 @@ class RunFolder:
         rows = [record.to_row() for record in history]
         with (
             self._writing(),
-            whole_or_nothing(self.path / METRICS) as temporary,
+            whole_or_nothing(self.path / METRICS, flush=False) as temporary,
             temporary.open("w", newline="", encoding="utf-8") as file,
         ):
             writer = csv.DictWriter(file, list(rows[0]))
