@@ -58,6 +58,7 @@ class Job:
     criterion: Loss
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
     engine: Engine
     plan: Plan
     rates: dict[str, Any]
@@ -173,6 +174,7 @@ def prepare_job(
         criterion=criterion,
         optimizer=optimizer,
         schedule=_schedule(optimizer, config, material),
+        scaler=engine.scaler(),
         engine=engine,
         plan=_plan(model, name, material, rates["lr"], engine),
         rates=rates,
