@@ -159,10 +159,7 @@ def slow(outputs, targets):
 """
 
 
-@pytest.mark.parametrize(("number", "name", "code"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)])
-def test_a_real_signal_keeps_everything_and_the_command_it_prints_goes_on(
-    number: signal.Signals, name: str, code: int, cli: Cli, train_words: list[object]
-) -> None:
+def test_a_real_signal_keeps_everything_and_the_command_it_prints_goes_on(cli: Cli, train_words: list[object]) -> None:
     Path("slow.py").write_text(SLOW_LOSS)
     words = [*train_words, "--epochs", 40, "--loss", "py:slow.py:slow", "--out", "my run"]
     process = subprocess.Popen(
@@ -176,13 +173,13 @@ def test_a_real_signal_keeps_everything_and_the_command_it_prints_goes_on(
     try:
         while not process.stderr.readline().startswith("epoch "):
             assert process.poll() is None
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert (process.returncode, stdout) == (code, "")
+    assert (process.returncode, stdout) == (130, "")
     last = stderr.splitlines()[-1]
-    assert last.startswith(f"stopped by {name}. The best so far (epoch ")
+    assert last.startswith("stopped by Ctrl-C. The best so far (epoch ")
     assert "is kept in 'my run/model.safetensors'. To continue: " in last
     assert "Traceback" not in stderr
     assert regraft.evaluate(regraft.load("my run/model.safetensors", trust_code=True), "photos").count == 12
@@ -192,6 +189,45 @@ def test_a_real_signal_keeps_everything_and_the_command_it_prints_goes_on(
     assert found.exit_code == 0, found.stderr
     assert len(only_json(found.stdout)["epochs"]) == 40
     assert {*listing(Path("my run"))} == {"model.safetensors", "metrics.csv", "config.toml", "report.html"}
+
+
+TERMINATED = """
+import signal
+import torch
+
+calls = []
+
+def loss(outputs, targets):
+    calls.append(1)
+    if len(calls) == 6:
+        signal.raise_signal(signal.SIGTERM)
+    return torch.nn.functional.cross_entropy(outputs, targets)
+"""
+
+
+def test_sigterm_does_the_same_and_exits_with_143(cli: Cli, train_words: list[object]) -> None:
+    Path("term.py").write_text(TERMINATED)
+    result = cli(*train_words, "--epochs", 3, "--loss", "py:term.py:loss", "--out", "run")
+    assert (result.exit_code, result.stdout) == (143, "")
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("stopped by SIGTERM. The best so far (epoch 1, ")
+    assert last.endswith("To continue: regraft train --resume run --trust-code")
+    assert results() == {"model.safetensors", "metrics.csv", "config.toml"}
+    result = cli("train", "--resume", "run", "--trust-code", "--json")
+    assert len(only_json(result.stdout)["epochs"]) == 3
+    assert {*listing(Path("run"))} == {"model.safetensors", "metrics.csv", "config.toml", "report.html"}
+
+
+def test_sigterm_before_training_leaves_nothing(
+    cli: Cli, train_words: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("regraft.training.prepare.create_model", stop)
+    with nothing_written():
+        result = cli(*train_words, "--out", "run")
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (143, "stopped by SIGTERM. Nothing was written.")
 
 
 def test_what_cannot_be_continued_is_said(cli: Cli, fit: Fit, train_words: list[object]) -> None:
