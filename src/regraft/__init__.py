@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from regraft.checkpoint import diff as diff
     from regraft.checkpoint import load as load
     from regraft.checkpoint import load_weights as load_weights
+    from regraft.checkpoint import merge as merge
     from regraft.checkpoint import plan_of as plan_of
     from regraft.checkpoint import read_plan as read_plan
     from regraft.checkpoint import save as save
@@ -88,6 +89,7 @@ _HOMES = {
     "list_models": "zoo",
     "load": "checkpoint",
     "load_weights": "checkpoint",
+    "merge": "checkpoint",
     "param_groups": "freezing",
     "partition": "frontier",
     "predict": "training",

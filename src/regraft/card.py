@@ -14,7 +14,7 @@ ATTRIBUTE = "regraft_card"
 
 
 class _Plain(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="allow")  # what a newer version writes outlives this one
 
 
 class Source(_Plain):
@@ -104,13 +104,23 @@ class Preprocessing(_Plain):
 
 
 class Card(_Plain):
-    """Everything that a model knows about itself beside its weights; each field may be unknown (None)."""
+    """Everything that a model knows about itself beside its weights; each field may be unknown (None).
+
+    Attributes:
+        recipe: What rebuilds its architecture.
+        preprocessing: What its images go through.
+        task: What it was trained for.
+        classes: Names of its outputs, in their order.
+        metrics: What it was measured to do, as JSON data.
+        carried: What the header of its file says that this version does not know; saved with it again.
+    """
 
     recipe: Recipe | None = None
     preprocessing: Preprocessing | None = None
     task: Literal["classification", "regression"] | None = None
     classes: tuple[str, ...] | None = None
     metrics: dict[str, Any] = Field(default_factory=dict)
+    carried: dict[str, Any] = Field(default_factory=dict, exclude=True)
 
 
 def card_of(model: nn.Module) -> Card:

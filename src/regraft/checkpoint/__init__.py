@@ -1,14 +1,16 @@
 """Keep a model, and get it back."""
 
 from regraft.checkpoint.build import create_model
+from regraft.checkpoint.delta import merge
 from regraft.checkpoint.diff import Diff, TensorDiff, diff
 from regraft.checkpoint.foreign import LoadReport, load_weights
-from regraft.checkpoint.format import Header, current_versions, read_header
+from regraft.checkpoint.format import Base, Header, current_versions, read_header
 from regraft.checkpoint.plan import Plan, build_plan, plan_of, read_plan
-from regraft.checkpoint.read import load
+from regraft.checkpoint.read import load, load_outline
 from regraft.checkpoint.write import save
 
 __all__ = [
+    "Base",
     "Diff",
     "Header",
     "LoadReport",
@@ -19,7 +21,9 @@ __all__ = [
     "current_versions",
     "diff",
     "load",
+    "load_outline",
     "load_weights",
+    "merge",
     "plan_of",
     "read_header",
     "read_plan",

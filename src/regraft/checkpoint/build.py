@@ -1,8 +1,11 @@
 """Names, recipes and weights → modules."""
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from regraft.anatomy.heads import find_heads
 from regraft.anatomy.modes import preserved_randomness
@@ -15,7 +18,16 @@ from regraft.surgery.head import replace_head
 from regraft.surgery.layerspec import construct
 from regraft.surgery.recipe import apply_step
 from regraft.surgery.stitch import rebuild_stitched
-from regraft.zoo import build
+from regraft.zoo import PYTHON, build
+
+# What constructors set parameters with: the methods of a tensor, and the functions of torch.nn.init.
+# fmt: off
+FILLS = frozenset((
+    "normal_", "uniform_", "fill_", "zero_", "copy_", "erfinv_", "mul_", "div_", "add_", "sub_", "clamp_", "constant_",
+    "ones_", "zeros_", "eye_", "dirac_", "trunc_normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_",
+    "kaiming_normal_", "orthogonal_", "sparse_",
+))
+# fmt: on
 
 
 def create_model(
@@ -45,16 +57,25 @@ def create_model(
     return model
 
 
-def rebuild(recipe: Recipe, *, trust_code: bool = False) -> nn.Module:
+def rebuild(recipe: Recipe, *, trust_code: bool = False, unset: bool = False) -> nn.Module:
     """Build the architecture that a recipe describes, with fresh weights; the random state stays as it is.
+
+    Args:
+        recipe: A source and edits.
+        trust_code: Whether code of the user's own may be imported.
+        unset: Whether parameters may hold anything, as the caller sets all of them or reads none. That saves most of
+            the time. Buffers are as their constructors made them in any case, as some are in no file.
 
     Raises:
         ModelError: The source is unknown here.
         TrustError: The source is code of the user's own and `trust_code` is false.
         EditError: A step does not fit.
     """
+    is_plain = not recipe.source.layers and not recipe.source.parts and not recipe.source.name.startswith(PYTHON)
+    is_blind = is_plain and all(step.operation == "replace_head" for step in recipe.steps)  # others look at weights
     with preserved_randomness():
-        model = _from_source(recipe.source, trust_code)
+        with _Unset() if unset and is_blind else contextlib.nullcontext():
+            model = _from_source(recipe.source, trust_code)
         for step in recipe.steps:
             model = apply_step(model, step, trust_code=trust_code)
     return attach(model, recipe=recipe)
@@ -71,6 +92,20 @@ def _from_source(source: Source, trust_code: bool) -> nn.Module:
     if source.name == "graft":
         return rebuild_grafted(parts, source.arguments, trust_code=trust_code)
     raise ModelError(f"a recipe puts networks together by '{source.name}', expected stitch or graft.")
+
+
+class _Unset(TorchFunctionMode):
+    """Leaves parameters unset while a network of torchvision or timm is built.
+
+    Drawing weights takes most of the time of that, and memory that nobody writes to is not even taken from the system.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        target = args[0] if args else kwargs.get("tensor")
+        if isinstance(target, nn.Parameter) and getattr(func, "__name__", "") in FILLS:
+            return target
+        return func(*args, **kwargs)
 
 
 def _looks_like_file(path: Path) -> bool:

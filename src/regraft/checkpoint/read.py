@@ -1,26 +1,38 @@
 """Read a checkpoint back: the architecture from its recipe, then the weights."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from regraft.anatomy.paths import parent_and_name
-from regraft.card import ATTRIBUTE
+from regraft.card import ATTRIBUTE, Recipe
 from regraft.checkpoint.build import rebuild
-from regraft.checkpoint.digest import tensor_digest
-from regraft.checkpoint.foreign import read_tensors
-from regraft.checkpoint.format import Header, read_header
+from regraft.checkpoint.contents import find_entries
+from regraft.checkpoint.delta import resolve
+from regraft.checkpoint.format import Header, is_index, locate, read_header
+from regraft.checkpoint.layout import Entry
+from regraft.checkpoint.shards import shard_of
 from regraft.errors import CheckpointError
 from regraft.freezing.pins import sync_pins
 
 
-def load(path: str | os.PathLike[str], *, device: str = "cpu", trust_code: bool = False) -> nn.Module:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
+    trust_code: bool = False,
+) -> nn.Module:
     """Load a checkpoint that `save` wrote: architecture, weights, class names, preprocessing and what was frozen.
 
     Args:
-        path: The file.
+        path: The file; or the index of a checkpoint in several files, or a folder with one index.
+        base: Of a delta, where its base is: a file, a folder with it, or the name of registered weights. None looks
+            beside the delta, or takes the registered weights that it names. Any other base than the one that the
+            delta was made from is refused.
         device: Where the model goes, as in `"cpu"` or `"cuda"`.
         trust_code: Whether a class of your own that the recipe names (`py:…`) may be imported. The file never says so
             itself.
@@ -29,34 +41,66 @@ def load(path: str | os.PathLike[str], *, device: str = "cpu", trust_code: bool 
         The model in evaluation mode; each tensor is bit-identical to the one that was saved.
 
     Raises:
-        CheckpointError: The file cannot be read, has no recipe, does not match it, or is damaged.
+        CheckpointError: The file cannot be read, has no recipe, does not match it, or is damaged; or the base of a
+            delta is not there, or is another one.
         TrustError: The recipe names a class of your own and `trust_code` is false.
     """
-    source = Path(path)
-    header = read_header(source)
-    if header is None or header.card.recipe is None:
-        raise CheckpointError(
-            f"'{source}' has tensors but no recipe, so its architecture is unknown. "
-            "Use load_weights(model, path) with a model of your own."
-        )
-    model = rebuild(header.card.recipe, trust_code=trust_code)
-    tensors, _ = read_tensors(source)
-    _verify(source, header, tensors)
+    source = locate(Path(path))
+    header, recipe = _header_with_recipe(source)
+    model = rebuild(recipe, trust_code=trust_code, unset=True)
+    tensors = resolve(source, base).expanded()
     _tie(model, header.shared)
     slots = model.state_dict(keep_vars=True)
     for name in [*slots, *tensors]:
-        if name not in tensors or name not in slots or tensors[name].shape != slots[name].shape:
-            raise CheckpointError(
-                f"'{source}' does not match its own recipe at '{name}': {_shape(tensors, name)} in the file, "
-                f"{_shape(slots, name)} in the model. Was the class changed since, or another library version used?"
-            )
+        _check_fit(source, name, tensors, slots)
     for name, slot in slots.items():
-        slot.data = tensors[name].clone()  # out of the mapped file: aligned, and safe from whoever changes the file
+        slot.data = tensors[name]
+    return _finish(model, header).eval().to(device)
+
+
+def load_outline(path: str | os.PathLike[str], *, trust_code: bool = False) -> nn.Module:
+    """Build the network in a checkpoint from its header alone: its layers, dtypes and flags are as saved.
+
+    Its weights are fresh ones, as no byte of a tensor is read: it is there to be looked at.
+
+    Raises:
+        CheckpointError: The file cannot be read, has no recipe, does not match it, or is cut off.
+        TrustError: The recipe names a class of your own and `trust_code` is false.
+    """
+    source = locate(Path(path))
+    header, recipe = _header_with_recipe(source)
+    entries = {name: entry for name, (_, entry) in find_entries(source).items()}
+    model = rebuild(recipe, trust_code=trust_code)
+    _tie(model, header.shared)
+    slots = model.state_dict(keep_vars=True)
+    known = {**entries, **{alias: entries[name] for alias, name in header.shared.items() if name in entries}}
+    for name in known if header.base else [*slots, *known]:
+        _check_fit(source, name, known, slots)
+    for name, entry in known.items():
+        if entry.dtype != slots[name].dtype:
+            slots[name].data = slots[name].data.to(entry.dtype)
+    return _finish(model, header).eval()
+
+
+def _header_with_recipe(source: Path) -> tuple[Header, Recipe]:
+    header = read_header(source)
+    if header is not None and header.card.recipe is not None:
+        return header, header.card.recipe
+    if not is_index(source) and (index := shard_of(source)) is not None:
+        raise CheckpointError(f"'{source}' is one of several files of a checkpoint. Load its index, '{index}'.")
+    raise CheckpointError(
+        f"'{source}' has tensors but no recipe, so its architecture is unknown. "
+        "Use load_weights(model, path) with a model of your own."
+    )
+
+
+def _finish(model: nn.Module, header: Header) -> nn.Module:
+    """Set flags, pins and card as the header says."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in header.frozen)
-    setattr(model, ATTRIBUTE, header.card)
+    setattr(model, ATTRIBUTE, header.card.model_copy(update={"carried": dict(header.model_extra or {})}))
     sync_pins(model)
-    return model.eval().to(device)
+    return model
 
 
 def _tie(model: nn.Module, shared: dict[str, str]) -> None:
@@ -68,11 +112,16 @@ def _tie(model: nn.Module, shared: dict[str, str]) -> None:
             setattr(model.get_submodule(parent), attribute, slots[name])
 
 
-def _verify(path: Path, header: Header, tensors: dict[str, torch.Tensor]) -> None:
-    for name, digest in header.digests.items():
-        if name not in tensors or tensor_digest(tensors[name]) != digest:
-            raise CheckpointError(f"'{path}' is damaged: '{name}' is not what was saved. Get or make it again.")
+Shaped = Mapping[str, torch.Tensor] | Mapping[str, Entry]
 
 
-def _shape(tensors: dict[str, torch.Tensor], name: str) -> str:
+def _check_fit(source: Path, name: str, tensors: Shaped, slots: Mapping[str, torch.Tensor]) -> None:
+    if name not in tensors or name not in slots or tuple(tensors[name].shape) != tuple(slots[name].shape):
+        raise CheckpointError(
+            f"'{source}' does not match its own recipe at '{name}': {_shape(tensors, name)} in the file, "
+            f"{_shape(slots, name)} in the model. Was the class changed since, or another library version used?"
+        )
+
+
+def _shape(tensors: Shaped, name: str) -> str:
     return str(tuple(tensors[name].shape)) if name in tensors else "nothing"

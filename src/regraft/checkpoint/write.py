@@ -6,18 +6,26 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from regraft.card import Recipe, Source, card_of
+from regraft.card import Card, Recipe, Source, card_of
 from regraft.checkpoint.build import rebuild
-from regraft.checkpoint.digest import tensor_digest
-from regraft.checkpoint.format import KEY, Header, current_versions
-from regraft.errors import EditError, RegraftError, RunError
+from regraft.checkpoint.delta import SHARD_BYTES, choose_base, differing, pin_base, unshared
+from regraft.checkpoint.digest import digests_of
+from regraft.checkpoint.format import Header, current_versions, digest_of, index_of
+from regraft.checkpoint.shards import write_checkpoint
+from regraft.errors import CheckpointError, EditError, RegraftError
 from regraft.surgery.layerspec import describe
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, Any] | None = None) -> Path:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    metadata: dict[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
     """Save `model` as one self-describing safetensors file, and return its path.
 
     The file holds every tensor of the state dict, and in its header the recipe that rebuilds the architecture, a digest
@@ -32,33 +40,60 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, 
     Args:
         model: Any module.
         path: Where to; its folder must exist.
+        base: Registered weights as in `"resnet18@IMAGENET1K_V1"` or `"timm/NAME@TAG"`, or a file: only what differs
+            from it, bit by bit, is written. The file pins its base by digest; a base that is a file is looked for
+            beside it.
         metadata: JSON data of your own, kept in the header.
+        shard_bytes: Above this size of all tensors it is written as several files and an index,
+            `NAME-00001-of-00003.safetensors` and `NAME.safetensors.index.json`; the index is returned.
 
     Raises:
+        CheckpointError: The base cannot be read, or the header would be too long; nothing was written.
         RunError: The file cannot be written; nothing of it is left, and a previous file is as it was.
     """
     target = Path(path)
-    card = card_of(model)
-    if card.recipe is None:
-        card = card.model_copy(update={"recipe": _described(model)})
-    elif (difference := _difference(model, card.recipe)) is not None:
-        warnings.warn(
-            f"the model no longer matches its recipe ({difference}), so it is saved without one: load it with "
-            "load_weights into a model of your own. Edits made with regraft keep the recipe.",
-            stacklevel=2,
-        )
-        card = card.model_copy(update={"recipe": None})
-    tensors, shared = _unshared(model)
+    card = _described_card(model)
+    tensors, shared = unshared(model)
     header = Header(
+        **card.carried,
         card=card,
-        digests={name: tensor_digest(tensor) for name, tensor in tensors.items()},
         shared=shared,
         frozen=tuple(name for name, parameter in model.named_parameters() if not parameter.requires_grad),
         versions=current_versions(),
         metadata=metadata or {},
     )
-    _write_atomically(target, tensors, {KEY: header.model_dump_json()})
-    return target
+    if base is None:
+        header = header.model_copy(update={"digests": digests_of(tensors)})
+        return write_checkpoint(target, tensors, header, shard_bytes)
+    place = choose_base(base)
+    if isinstance(place, Path) and place.resolve() in (target.resolve(), index_of(target).resolve()):
+        raise CheckpointError(f"'{target}' cannot be its own base. Give the delta another name. Nothing was written.")
+    pinned, theirs = pin_base(place)
+    held = differing(tensors, theirs)
+    digests, known = digests_of(held), theirs.all_digests()
+    differences = {
+        "digests": digests,
+        "base": pinned,
+        "removed": tuple(name for name in theirs.expanded() if name not in tensors and name not in shared),
+        "whole": digest_of({name: digests.get(name) or known[name] for name in tensors}),
+    }
+    return write_checkpoint(target, held, header.model_copy(update=differences), shard_bytes)
+
+
+def _described_card(model: nn.Module) -> Card:
+    """Return the card of `model`, with a recipe where one rebuilds it."""
+    card = card_of(model)
+    if card.recipe is None:
+        return card.model_copy(update={"recipe": _described(model)})
+    difference = _difference(model, card.recipe)
+    if difference is None:
+        return card
+    warnings.warn(
+        f"the model no longer matches its recipe ({difference}), so it is saved without one: load it with "
+        "load_weights into a model of your own. Edits made with regraft keep the recipe.",
+        stacklevel=3,
+    )
+    return card.model_copy(update={"recipe": None})
 
 
 def _described(model: nn.Module) -> Recipe | None:
@@ -68,19 +103,6 @@ def _described(model: nn.Module) -> Recipe | None:
     except EditError:
         return None
     return recipe if _difference(model, recipe) is None else None
-
-
-def _unshared(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return each tensor of the state dict once, and the names of those that are the same as another."""
-    tensors, shared, first_names = {}, {}, {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        first = first_names.setdefault(id(tensor), name)
-        if first == name:
-            plain = tensor.detach().cpu().contiguous()
-            tensors[name] = plain.clone() if plain.untyped_storage().nbytes() != plain.nbytes else plain
-        else:
-            shared[name] = first
-    return tensors, shared
 
 
 def _difference(model: nn.Module, recipe: Recipe) -> str | None:
@@ -96,7 +118,7 @@ def _difference(model: nn.Module, recipe: Recipe) -> str | None:
 @functools.lru_cache(maxsize=4)
 def _expected_structure(recipe_json: str) -> dict[str, object]:
     # A class of the user's own is running already, as the model exists: importing it again trusts nothing new.
-    return _structure(rebuild(Recipe.model_validate_json(recipe_json), trust_code=True))
+    return _structure(rebuild(Recipe.model_validate_json(recipe_json), trust_code=True, unset=True))
 
 
 def _structure(model: nn.Module) -> dict[str, object]:
@@ -108,20 +130,3 @@ def _structure(model: nn.Module) -> dict[str, object]:
         if type(layer).__module__ in ("torch.nn.modules.conv", "torch.nn.modules.pooling")
     }
     return {**kinds, **geometry, **{name: tensor.shape for name, tensor in model.state_dict().items()}}
-
-
-def _write_atomically(target: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, metadata)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except Exception as error:
-        raise RunError(
-            f"cannot write '{target}': {error}. Nothing of it was kept; free some space and retry."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

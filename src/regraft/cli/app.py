@@ -10,6 +10,7 @@ from regraft.cli.demo import demo
 from regraft.cli.diff import diff
 from regraft.cli.evaluate import evaluate
 from regraft.cli.inspect import inspect
+from regraft.cli.merge import merge
 from regraft.cli.models import models
 from regraft.cli.output import say
 from regraft.cli.predict import predict
@@ -24,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (train, evaluate, predict, inspect, surgery, diff, models, demo):
+for command in (train, evaluate, predict, inspect, surgery, diff, merge, models, demo):
     app.command()(command)
 app.add_typer(cache, name="cache")
 

@@ -21,6 +21,9 @@ def inspect(
     ] = None,
     plan: Annotated[bool, Option("--plan", help="Print it as a plan: source, edits and freezing as TOML.")] = False,
     source: Annotated[bool, Option("--source", help="Print it as PyTorch source that runs without regraft.")] = False,
+    verify: Annotated[
+        bool, Option("--verify", help="Read a checkpoint's tensors too, and its base's, and check their digests.")
+    ] = False,
     trust_code: Annotated[bool, Option("--trust-code", help="Import a class of your own (py:…).")] = False,
     as_json: Annotated[bool, Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -36,13 +39,16 @@ def inspect(
         say_lines(_plan(model, trust_code=trust_code))
         return
     if source:
+        from regraft.checkpoint import load
         from regraft.surgery import to_source
 
-        say_lines(to_source(_network(model, trust_code=trust_code)))
+        maker = load if _is_checkpoint(model) else build  # its constants become part of the source
+        say_lines(to_source(maker(model, trust_code=trust_code)))
         return
-    if Path(model).is_file() or model.endswith(".safetensors"):
-        _inspect_checkpoint(Path(model), size, depth, trust_code=trust_code, as_json=as_json)
+    if _is_checkpoint(model):
+        _inspect_checkpoint(Path(model), size, depth, verify=verify, trust_code=trust_code, as_json=as_json)
         return
+    require(not verify, f"'{model}' is no checkpoint, so there is nothing to verify.")
     found = summary(build(model, trust_code=trust_code), size, depth)
     if as_json:
         say_json(found.to_dict())
@@ -51,17 +57,20 @@ def inspect(
 
 
 def _inspect_checkpoint(
-    path: Path, size: "InputSize | None", depth: int | None, *, trust_code: bool, as_json: bool
+    path: Path, size: "InputSize | None", depth: int | None, *, verify: bool, trust_code: bool, as_json: bool
 ) -> None:
     from regraft.anatomy import summary
-    from regraft.checkpoint import load, read_header
+    from regraft.checkpoint import load_outline, read_header
+    from regraft.checkpoint.delta import resolve
     from regraft.errors import CheckpointError, TrustError
 
     header = read_header(path)
     if header is None:
         raise CheckpointError(f"'{path}' has tensors but no recipe, so its architecture is unknown.")
+    if verify:
+        resolve(path)
     try:
-        found, problem = summary(load(path, trust_code=trust_code), size, depth), None
+        found, problem = summary(load_outline(path, trust_code=trust_code), size, depth), None
     except TrustError as error:  # everything but the layers can be shown without running anybody's code
         found, problem = None, str(error)
     if as_json:
@@ -70,22 +79,25 @@ def _inspect_checkpoint(
         return
     for line in _describe(header):
         say(line)
+    if verify:
+        say("verified   every tensor is what was saved")
     say()
     say_lines(str(found) if found else f"layers     not shown: {problem}")
 
 
+def _is_checkpoint(model: str) -> bool:
+    path = Path(model)
+    has_index = path.is_dir() and any(path.glob("*.safetensors.index.json"))
+    return path.is_file() or has_index or model.endswith((".safetensors", ".index.json"))
+
+
 def _plan(model: str, *, trust_code: bool) -> str:
+    from regraft.checkpoint import load_outline
     from regraft.checkpoint.plan import plan_of
-
-    return plan_of(_network(model, trust_code=trust_code)).to_toml()
-
-
-def _network(model: str, *, trust_code: bool) -> Any:
-    from regraft.checkpoint import load
     from regraft.zoo import build
 
-    is_file = Path(model).is_file() or model.endswith(".safetensors")
-    return load(model, trust_code=trust_code) if is_file else build(model, trust_code=trust_code)
+    maker = load_outline if _is_checkpoint(model) else build
+    return plan_of(maker(model, trust_code=trust_code)).to_toml()
 
 
 def _describe(header: Any) -> list[str]:
@@ -107,6 +119,8 @@ def _describe(header: Any) -> list[str]:
     figures = {name: value for name, value in card.metrics.items() if isinstance(value, float)}
     if figures:
         lines.append("validation " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    if header.base:
+        lines.append(f"base       {header.base.kind} {header.base}; {len(header.digests)} tensors differ")
     lines.append(f"frozen     {len(header.frozen)} tensors")
     lines.append(
         "digests    " + (f"{len(header.digests)} tensors, all of them {header.digest()}" if header.digests else "none")

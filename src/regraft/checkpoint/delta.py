@@ -1,0 +1,273 @@
+"""Deltas: checkpoints that hold what differs from a base, and pin that base by its digest."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from regraft.anatomy.modes import preserved_randomness
+from regraft.card import card_of
+from regraft.checkpoint.contents import Contents, read_contents
+from regraft.checkpoint.digest import digests_of
+from regraft.checkpoint.foreign import read_tensors
+from regraft.checkpoint.format import (
+    REGISTERED,
+    Base,
+    Header,
+    current_versions,
+    digest_of,
+    is_index,
+    is_safetensors,
+    locate,
+    read_header,
+)
+from regraft.checkpoint.shards import write_checkpoint
+from regraft.errors import CheckpointError, ModelError
+from regraft.zoo import build, list_models
+
+DEPTH_LIMIT = 16  # deltas over deltas
+SHARD_BYTES = 5 * 2**30
+
+Place = Path | str  # a file, or the name of registered weights
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One of a chain of checkpoints, each of which is the base of the one before."""
+
+    place: Place
+    header: Header | None = None
+
+
+def merge(path: PathLike, out: PathLike, *, base: PathLike | None = None, shard_bytes: int = SHARD_BYTES) -> Path:
+    """Make a full checkpoint of a delta, and return its path. No code of the network is needed.
+
+    Args:
+        path: The delta.
+        out: Where to; its folder must exist.
+        base: Where its base is: a file, a folder with it, or the name of registered weights; None looks beside the
+            delta, or takes the registered weights that it names.
+        shard_bytes: Above this size, it is written as several files with an index.
+
+    Raises:
+        CheckpointError: The file is no delta, is damaged, or the base that it needs is not there. Nothing was written.
+        RunError: The new file cannot be written.
+    """
+    source = locate(Path(path))
+    header = read_header(source)
+    if header is None or header.base is None:
+        raise CheckpointError(f"'{source}' is no delta: it holds all of its tensors, or was not made by regraft.")
+    whole = resolve(source, base)
+    unbased = {"base": None, "removed": (), "whole": None, "versions": current_versions()}
+    full = header.model_copy(update={**unbased, "digests": dict(sorted(whole.digests.items()))})
+    return write_checkpoint(Path(out), whole.tensors, full, shard_bytes)
+
+
+def resolve(source: Path, base: PathLike | None = None) -> Contents:
+    """Read a checkpoint with all that it is based on, each part of it verified.
+
+    Args:
+        source: A checkpoint, a delta or not.
+        base: As `merge` takes it.
+
+    Raises:
+        CheckpointError: A file is damaged, or a base is missing or is not the one that is needed. Nothing was changed.
+    """
+    chain = chain_of(source, base)
+    last = chain[-1]
+    found = read_base(last.place) if len(chain) > 1 else read_contents(source, last.header)
+    for link in reversed(chain[:-1]):
+        assert isinstance(link.place, Path)
+        assert link.header is not None
+        found = _merged(link.place, link.header, found)
+    return found
+
+
+def chain_of(source: Path, base: PathLike | None = None) -> list[Link]:
+    """List a checkpoint and all that it is based on, from their headers alone.
+
+    Raises:
+        CheckpointError: A base is missing or is not the one that is needed, or there are too many.
+    """
+    place: Place = locate(source)
+    links: list[Link] = []
+    pinned: Base | None = None
+    while True:
+        header = _header_of(place)
+        if pinned is not None and header is not None and header.digest() != pinned.digest:
+            raise _other_base(links[-1].place, pinned, place, header.digest())
+        if any(isinstance(place, Path) and _is_same(place, link.place) for link in links):
+            raise CheckpointError(f"'{source}' is based on itself, by way of '{place}'. Get or make the files again.")
+        links.append(Link(place, header))
+        if header is None or header.base is None:
+            return links
+        if len(links) > DEPTH_LIMIT:
+            raise CheckpointError(
+                f"'{source}' is a delta over more than {DEPTH_LIMIT} others. Make a full file of one of them: "
+                "regraft merge."
+            )
+        assert isinstance(place, Path)
+        pinned = header.base
+        place = _place_of(place, pinned, base)
+        base = base if base is not None and Path(base).is_dir() else None
+
+
+def choose_base(base: PathLike) -> Place:
+    """Say what a caller means by a base: a file, or registered weights by name.
+
+    Raises:
+        CheckpointError: It is neither.
+    """
+    text = os.fspath(base)
+    if isinstance(base, str) and not Path(base).is_file():
+        name = base if "@" in base else f"{base}@default"
+        if REGISTERED.fullmatch(name) and name.partition("@")[0] in list_models():
+            return name
+    path = locate(Path(text))
+    if not path.is_file():
+        raise CheckpointError(
+            f"no base '{text}': it is neither a file (looked from {Path.cwd()}) nor registered weights as in "
+            "resnet18@IMAGENET1K_V1."
+        )
+    return path
+
+
+def read_base(place: Place) -> Contents:
+    """Read all tensors of a base: registered weights, or a file of any kind that `load_weights` reads.
+
+    Raises:
+        CheckpointError: It cannot be read, or the weights cannot be had.
+    """
+    if isinstance(place, Path):
+        header = _header_of(place)
+        if header is not None or is_index(place) or is_safetensors(place):
+            return read_contents(place, header)
+        tensors = {name: tensor.contiguous() for name, tensor in read_tensors(place)[0].items()}
+        return Contents(tensors, digests_of(tensors))
+    tensors, shared = unshared(_registered(place))
+    return Contents(tensors, digests_of(tensors), shared)
+
+
+def pin_base(place: Place) -> tuple[Base, Contents]:
+    """Read a base with all that it is based on, and say how a delta names it.
+
+    Raises:
+        CheckpointError: It cannot be read, or is a chain that is too long already.
+    """
+    if isinstance(place, Path):
+        chain = chain_of(place)
+        if len(chain) > DEPTH_LIMIT:
+            raise CheckpointError(
+                f"'{place}' is a delta over {DEPTH_LIMIT} others already, no more are read. Make a full file of it "
+                "first: regraft merge."
+            )
+        found = read_base(place) if len(chain) == 1 else resolve(place)
+        return Base(kind="file", name=place.name, digest=found.digest()), found
+    model = _registered(place)
+    recipe = card_of(model).recipe
+    assert recipe is not None
+    tensors, shared = unshared(model)
+    found = Contents(tensors, digests_of(tensors), shared)
+    name = f"{recipe.source.name}@{recipe.source.weights}"
+    return Base(kind="registered", name=name, digest=found.digest()), found
+
+
+def unshared(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return each tensor of the state dict once, on the CPU, and the names of those that are the same as another."""
+    tensors, shared, first_names = {}, {}, {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first = first_names.setdefault(id(tensor), name)
+        if first == name:
+            plain = tensor.detach().cpu().contiguous()
+            tensors[name] = plain.clone() if plain.untyped_storage().nbytes() != plain.nbytes else plain
+        else:
+            shared[name] = first
+    return tensors, shared
+
+
+def differing(tensors: Mapping[str, torch.Tensor], base: Contents) -> dict[str, torch.Tensor]:
+    """Return the tensors that the base does not hold bit for bit under the same name."""
+    theirs = base.expanded()
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name not in theirs or not _is_identical(tensor, theirs[name])
+    }
+
+
+def _is_identical(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))
+
+
+def _merged(path: Path, header: Header, base: Contents) -> Contents:
+    """Put the tensors of a delta over those of its base, and verify both."""
+    assert header.base is not None
+    if base.digest() != header.base.digest:
+        raise _other_base(path, header.base, header.base.name, base.digest())
+    held = read_contents(path, header)
+    gone = {*header.removed, *header.shared}
+    kept = [name for name in base.expanded() if name not in gone and name not in held.tensors]
+    theirs, known = base.expanded(), base.all_digests()
+    digests = {**{name: known[name] for name in kept}, **held.digests}
+    if digest_of(digests) != header.whole or not set(header.shared.values()) <= set(digests):
+        raise CheckpointError(
+            f"'{path}' is damaged: with its base '{header.base.name}' it does not make the network that was saved. "
+            "Get or make it again."
+        )
+    return Contents({**{name: theirs[name] for name in kept}, **held.tensors}, digests, header.shared)
+
+
+def _header_of(place: Place) -> Header | None:
+    if isinstance(place, str):
+        return None
+    is_ours = is_index(place) or not place.is_file() or is_safetensors(place)
+    return read_header(place) if is_ours else None
+
+
+def _place_of(delta: Path, base: Base, given: PathLike | None) -> Place:
+    """Say where the base of a delta is: where the caller says, or beside the delta."""
+    if given is not None and not Path(given).is_dir():
+        return choose_base(given)
+    if base.kind == "registered":
+        return base.name
+    folder = delta.parent if given is None else Path(given)
+    place = folder / base.name
+    if place.is_file():
+        if place.resolve().parent not in (folder.resolve(), delta.resolve().parent):
+            raise CheckpointError(
+                f"'{place}', the base of '{delta}', is a link to another folder. Say that it may be read: base=FILE "
+                "(--base FILE)."
+            )
+        return place
+    raise CheckpointError(
+        f"'{delta}' is a delta over {base}, which is not in '{folder}'. Put it there, or say where it is: base=FILE "
+        "(--base FILE)."
+    )
+
+
+def _registered(name: str) -> nn.Module:
+    model, _, weights = name.partition("@")
+    if weights == "none":
+        raise CheckpointError(f"'{name}' is no base: its weights are drawn anew each time. Save it, and use that file.")
+    try:
+        with preserved_randomness():
+            return build(model, weights=weights)
+    except ModelError as error:
+        raise CheckpointError(f"the base '{name}' cannot be had: {error} Or give a file of it: base=FILE.") from error
+
+
+def _other_base(delta: Place, pinned: Base, place: Place, digest: str) -> CheckpointError:
+    return CheckpointError(
+        f"'{delta}' is a delta over {pinned}, and '{place}' is another ({digest[:12]}…). Give the one that it was made "
+        "from: base=FILE (--base FILE)."
+    )
+
+
+def _is_same(a: Path, b: Place) -> bool:
+    return isinstance(b, Path) and a.resolve() == b.resolve()

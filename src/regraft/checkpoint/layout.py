@@ -1,0 +1,150 @@
+"""The layout of a safetensors file: which of its bytes belong to which tensor.
+
+Eight bytes with the length of a JSON text, the JSON text, and the tensors' bytes. Nothing here reads a tensor.
+"""
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regraft.errors import CheckpointError
+
+HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library itself
+ENTRY_LIMIT = 2_000_000  # values in a JSON text: parsed, they take no more than 256 MiB
+DIMENSION_LIMIT = 64
+SIZE_LIMIT = 2**63  # of a dimension, and of a file
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies.
+
+    Attributes:
+        dtype: Of its elements.
+        shape: Of the tensor.
+        start: Of its bytes, from the beginning of the file.
+        size: Number of its bytes.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All of a file but its tensors' bytes.
+
+    Attributes:
+        entries: Where each tensor lies, by its name.
+        metadata: What else the file says of itself.
+    """
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+
+
+def parse_json(text: bytes | str) -> Any:
+    """Parse JSON of others: no more values than fit into a quarter of a gigabyte, whatever their kind.
+
+    Raises:
+        ValueError: It is not JSON in UTF-8, is nested too deep, or holds too many values.
+    """
+    marks = (b"[", b"{", b",", b":") if isinstance(text, bytes) else ("[", "{", ",", ":")
+    if sum(text.count(mark) for mark in marks) > ENTRY_LIMIT:  # pyright: ignore[reportArgumentType]
+        raise ValueError(f"more than {ENTRY_LIMIT:,} values")
+    try:
+        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def read_start(path: Path) -> tuple[dict[str, Any], int]:
+    """Read the JSON text of a safetensors file, and say where the tensors' bytes start; no byte of them is read.
+
+    Raises:
+        CheckpointError: The file does not exist, or is no safetensors file.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no file '{path}' (looked from {Path.cwd()}). Give the path of a checkpoint.")
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > min(size - 8, HEADER_LIMIT_BYTES):
+            raise CheckpointError(
+                f"'{path}' is no safetensors file, or it is cut off ({size:,} bytes). Expected a file written by "
+                "`regraft train` or regraft.save."
+            )
+        raw = file.read(length)
+    try:
+        content = parse_json(raw)
+    except ValueError as error:
+        raise CheckpointError(f"'{path}' is no safetensors file: its header is not JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"'{path}' is no safetensors file: its header is not a JSON object.")
+    return content, 8 + length
+
+
+def read_layout(path: Path) -> Layout:
+    """Read where each tensor of a safetensors file lies; no byte of a tensor is read.
+
+    Raises:
+        CheckpointError: The file does not exist, is no safetensors file, or its tensors overlap, leave gaps, or reach
+            beyond its end.
+    """
+    content, start = read_start(path)
+    metadata = content.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(path, "its metadata are not text")
+    entries = {name: _entry(path, name, described, start) for name, described in content.items()}
+    end = start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
+        if entry.start != end:
+            raise _damaged(path, f"the bytes of '{name}' do not follow those of the tensor before it")
+        end += entry.size
+    size = path.stat().st_size
+    if size != end:
+        raise _damaged(path, f"it has {size:,} bytes, expected {end:,}")
+    return Layout(entries, metadata)
+
+
+def _entry(path: Path, name: str, described: Any, start: int) -> Entry:
+    try:
+        dtype, shape, (first, last) = DTYPES[described["dtype"]], described["shape"], described["data_offsets"]
+        sizes = [*shape, first, last]
+        is_sound = len(shape) <= DIMENSION_LIMIT and all(type(size) is int and 0 <= size < SIZE_LIMIT for size in sizes)
+        if is_sound and last - first == math.prod(shape) * dtype.itemsize:
+            return Entry(dtype, tuple(shape), start + first, last - first)
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise _damaged(path, f"dtype, shape and offsets of '{name[:200]}' do not agree, or are not known")
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"'{path}' is damaged: {reason}. Get or make it again.")
