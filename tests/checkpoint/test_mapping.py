@@ -69,6 +69,18 @@ def test_no_loss_of_names_makes_a_wrong_pair_certain(lost: set[str], order: rand
     assert all(name == source for name, source in certain.items())
 
 
+def test_rows_that_begin_with_other_numbers_are_doubted_where_a_shift_fits() -> None:
+    """Five equal blocks in the file, counted from one, for four in the model, counted from zero."""
+    theirs = {f"blocks.{k}.weight": (4, 4) for k in range(1, 6)}
+    ours = {f"blocks.{k}.weight": (4, 4) for k in range(4)}
+    found = {match.name: match for match in propose(theirs, ours).matches}
+    assert {match.sure for match in found.values()} == {"guess"}
+    assert "numbers begin at 1 in the file and at 0 in the model" in found["blocks.1.weight"].reason
+    theirs |= {"blocks.1.weight": (4, 3)}  # now a shift does not fit, and equal names are what they seem
+    found = {match.name: match for match in propose(theirs, ours).matches}
+    assert found["blocks.2.weight"].sure == "certain"
+
+
 def test_one_tensor_is_never_given_twice() -> None:
     theirs = {f"stage{k}.{name}": (4, 4) for k in range(3) for name in ("a.weight", "b.weight")}
     ours = {f"layer{k}.{name}": (4, 4) for k in range(5) for name in ("a.weight", "b.weight")}
