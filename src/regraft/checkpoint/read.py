@@ -49,7 +49,7 @@ def load(
     header, recipe = _header_with_recipe(source)
     model = rebuild(recipe, trust_code=trust_code, unset=True)
     tensors = resolve(source, base).expanded()
-    _tie(model, header.shared)
+    _tie(source, model, header.shared)
     slots = model.state_dict(keep_vars=True)
     for name in [*slots, *tensors]:
         _check_fit(source, name, tensors, slots)
@@ -71,7 +71,7 @@ def load_outline(path: str | os.PathLike[str], *, trust_code: bool = False) -> n
     header, recipe = _header_with_recipe(source)
     entries = {name: entry for name, (_, entry) in find_entries(source).items()}
     model = rebuild(recipe, trust_code=trust_code)
-    _tie(model, header.shared)
+    _tie(source, model, header.shared)
     slots = model.state_dict(keep_vars=True)
     known = {**entries, **{alias: entries[name] for alias, name in header.shared.items() if name in entries}}
     for name in known if header.base else [*slots, *known]:
@@ -103,11 +103,16 @@ def _finish(model: nn.Module, header: Header) -> nn.Module:
     return model
 
 
-def _tie(model: nn.Module, shared: dict[str, str]) -> None:
+def _tie(source: Path, model: nn.Module, shared: dict[str, str]) -> None:
     """Make one tensor of those that were one when they were saved, where the architecture itself does not."""
     slots = model.state_dict(keep_vars=True)
     for alias, name in shared.items():
         if alias in slots and name in slots and slots[alias] is not slots[name]:
+            if isinstance(slots[alias], nn.Parameter) != isinstance(slots[name], nn.Parameter):
+                raise CheckpointError(
+                    f"'{source}' is damaged: it says that '{alias}' is '{name}', and only one of them is a parameter. "
+                    "Get or make it again."
+                )
             parent, attribute = parent_and_name(alias)
             setattr(model.get_submodule(parent), attribute, slots[name])
 
@@ -120,6 +125,12 @@ def _check_fit(source: Path, name: str, tensors: Shaped, slots: Mapping[str, tor
         raise CheckpointError(
             f"'{source}' does not match its own recipe at '{name}': {_shape(tensors, name)} in the file, "
             f"{_shape(slots, name)} in the model. Was the class changed since, or another library version used?"
+        )
+    ours, theirs = slots[name], tensors[name].dtype
+    if isinstance(ours, nn.Parameter) and ours.requires_grad and not (theirs.is_floating_point or theirs.is_complex):
+        raise CheckpointError(
+            f"'{source}' does not match its own recipe at '{name}': {theirs} in the file, which no parameter that is "
+            "trained can be. Get or make it again."
         )
 
 
