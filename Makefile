@@ -22,7 +22,7 @@ demo: install
 	$(BIN)/regraft demo --out regraft-demo --overwrite
 
 test: install
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -m 'not slow and not gpu and not fuzz'
 
 slow: install
 	$(BIN)/python -m pytest -m slow

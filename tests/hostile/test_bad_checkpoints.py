@@ -1,9 +1,15 @@
 """Files that are no checkpoint, or a damaged one: every reader says so, and none of them runs code."""
 
+import contextlib
+import io
 import json
+import re
 import shutil
 import struct
-from collections.abc import Callable
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +17,16 @@ import pytest
 import torch
 import typer.testing
 from PIL import Image
+from safetensors.torch import save_file
 from scene import assert_refused, nothing_written, only_json
+from torch import nn
 
 import regraft
-from regraft.errors import CheckpointError, DataError, ModelError, TrustError
+from regraft.card import Recipe, Source
+from regraft.checkpoint import Header, read_header
+from regraft.checkpoint.build import rebuild
+from regraft.checkpoint.digest import tensor_digest
+from regraft.errors import CheckpointError, DataError, InputError, ModelError, TrustError
 
 Cli = Callable[..., typer.testing.Result]
 
@@ -74,6 +86,227 @@ def test_a_bad_checkpoint_is_refused(case: str, command: str, saved: Path, photo
         assert_refused(cli(command, "bad.safetensors", *words, "--trust-code"), *parts)
         with pytest.raises(CheckpointError):
             regraft.load("bad.safetensors", trust_code=True)
+
+
+def resident_bytes(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+@contextlib.contextmanager
+def taking_at_most(limit_bytes: int) -> Iterator[None]:
+    """Check how much more memory the block had at any moment than there was before."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the peak of memory is read from /proc")
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_bytes("VmRSS")
+    yield
+    assert resident_bytes("VmHWM") - before < limit_bytes
+
+
+def small(folder: Path, **fields: Any) -> Path:
+    """Write a checkpoint of one layer with another header document."""
+    saved = regraft.save(nn.Sequential(nn.Linear(4, 3)), folder / "small.safetensors")
+    write_with(saved, folder / "hostile.safetensors", document(**fields))
+    return folder / "hostile.safetensors"
+
+
+def of(layers: str | None = None, *, name: str = "torch.nn", steps: Any = (), **source: Any) -> dict[str, Any]:
+    return {"source": {"name": name, "layers": layers, **source}, "steps": list(steps)}
+
+
+def step(operation: str, **arguments: Any) -> dict[str, Any]:
+    return {"operation": operation, "arguments": arguments}
+
+
+LINEAR = "Sequential(Linear(4, 3))"
+RECIPES: dict[str, tuple[dict[str, Any], str]] = {
+    "a layer of gigabytes": (
+        of("Sequential(Linear(40000, 40000))"),
+        "does not match its own recipe at '0.weight': (3, 4) in",
+    ),
+    "a layer of exabytes": (
+        of("Sequential(Linear(1000000000, 1000000000))"),
+        "asks for 1,000,000,001,000,000,000 weights",
+    ),
+    "a network of gigabytes": (
+        of(name="timm/vit_giant_patch14_dinov2"),
+        "does not match its own recipe: it has nothing for '",
+    ),
+    "many steps": (of(LINEAR, steps=[step("append", layers=["ReLU()"])] * 65), "has more than 64 steps or 32 parts"),
+    "many parts": (of(name="graft", parts=[of(LINEAR)] * 40), "has more than 64 steps or 32 parts"),
+    "a wide head": (of(LINEAR, steps=[step("replace_head", new=10**8)]), "does not match its own recipe"),
+    "an endless head": (of(LINEAR, steps=[step("replace_head", new=10**30)]), "cannot be carried out: "),
+    "repeats in repeats": (
+        of(f"Sequential({'TransformerEncoder(' * 3}ReLU(){', 999)' * 3})"),
+        "layers, and 20,000 are the most",
+    ),
+    "endless operations": (
+        of("Sequential(timm.layers.CondConv2d(4, 4, 1, num_experts=1000000))"),
+        "asks for 1,000,000 layers, and 1,000 are the most",
+    ),
+    "a slow pattern": (of(LINEAR, steps=[step("replace", path="re:(a+)+$", new="ReLU()")]), "by a regular expression"),
+    "a path that is none": (of(LINEAR, steps=[step("remove", path=5)]), "cannot be carried out: "),
+    "a graft without heads": (
+        of(name="graft", parts=[of(LINEAR)]),
+        "cannot put its 1 networks together by graft: KeyEr",
+    ),
+    "an unknown join": (of(name="weld", parts=[of(LINEAR)]), "puts networks together by 'weld', expected stitch or gr"),
+}
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_a_hostile_recipe_is_refused(case: str, workplace: Path) -> None:
+    recipe, message = RECIPES[case]
+    path = small(workplace, card={"recipe": recipe})
+    started = time.monotonic()
+    with nothing_written(), taking_at_most(256 * 2**20), pytest.raises(InputError) as caught:
+        regraft.load(path)
+    assert message in str(caught.value)
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"shared": {"0.weight": "0.bias"}}, "'0.weight' is not where it says"),
+        ({"shared": {"x": "y"}}, "'x' is not where it says"),
+        ({"digests": {}}, "it has no digest of '"),
+        ({"metadata": json.loads("[" * 90 + "]" * 90)}, "does not fit the format 1.0"),
+    ],
+)
+def test_a_document_that_lies_is_refused(fields: dict[str, Any], message: str, workplace: Path) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        regraft.load(small(workplace, **fields))
+
+
+def test_weights_of_another_kind_of_number_are_refused(workplace: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    regraft.save(model, "small.safetensors")
+    state = {name: tensor.detach().to(torch.int32) for name, tensor in model.state_dict().items()}
+    card = read_header(Path("small.safetensors")).card
+    digests = {name: tensor_digest(tensor) for name, tensor in state.items()}
+    save_file(state, "cast.safetensors", {"regraft": Header(card=card, digests=digests).model_dump_json()})
+    with pytest.raises(CheckpointError, match=r"at '0\.\w+': torch.int32 in the file, torch.float32 in the model"):
+        regraft.load("cast.safetensors")
+
+
+def test_what_was_cut_off_a_large_network_is_loaded_in_little_memory(workplace: Path) -> None:
+    wide = rebuild(
+        Recipe(source=Source(layers="Sequential(Linear(8, 4), Linear(4, 13000000))", name="torch.nn"))
+    )  # 260 MB
+    cut = regraft.truncate(wide, drop=1)
+    regraft.save(cut, "cut.safetensors")
+    x = torch.randn(2, 8)
+    expected = cut(x)
+    del wide, cut
+    with taking_at_most(200 * 2**20):
+        loaded = regraft.load("cut.safetensors")
+    assert torch.equal(loaded(x), expected)
+    assert not any(parameter.is_meta for parameter in loaded.parameters())
+
+
+def with_pickle(change: Callable[[bytes], bytes]) -> bytes:
+    """Return a file of torch with another pickle in it."""
+    buffer, changed = io.BytesIO(), io.BytesIO()
+    torch.save({"weight": torch.ones(2)}, buffer)
+    with zipfile.ZipFile(buffer) as before, zipfile.ZipFile(changed, "w") as after:
+        for name in before.namelist():
+            raw = before.read(name)
+            after.writestr(name, change(raw) if name.endswith("data.pkl") else raw)
+    return changed.getvalue()
+
+
+def replaced(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
+    def change(raw: bytes) -> bytes:
+        assert raw.count(old) == 1
+        return raw.replace(old, new)
+
+    return change
+
+
+DOUBLED = b"\x80\x02})" + b"q\x00h\x00\x86" * 60 + b"K\x01s."  # {((…, …), (…, …)): 1}, 2⁶⁰ values
+PICKLES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "a storage longer than its bytes": (replaced(b"K\x02tq", b"M\xe8\x03tq"), "claims 1,000 × 4 bytes of 8"),
+    "a view larger than its storage": (replaced(b"K\x02\x85", b"M\xe8\x03\x85"), "cannot be read as weights"),
+    "a number said a billion times": (
+        lambda raw: replaced(b"K\x02\x85", b"J\x00\x00\x00\x40\x85")(replaced(b"K\x01\x85", b"K\x00\x85")(raw)),
+        "takes 4,294,967,296 bytes, and 8 are stored",
+    ),
+    "tuples within tuples": (lambda raw: DOUBLED, "it nests values "),
+    "a tower of tuples": (lambda raw: b"\x80\x02})" + b"\x85" * 100_000 + b"K\x01s.", "it nests values 51 deep"),
+    "bytes that double": (
+        lambda raw: b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00hex\x86R.",
+        "it calls _codecs.encode for another encoding than latin1",
+    ),
+    "a gigabyte of zeros": (
+        lambda raw: b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x40\x85R.",
+        "holds more than tensors (builtins.bytearray)",
+    ),
+    "a dict that holds itself": (
+        lambda raw: b"\x80\x02}q\x63(X\x0a\x00\x00\x00state_dicth\x63u.",
+        "holds no state dict",
+    ),
+    "no pickle": (lambda raw: b"\x80\x02" + b"\xff" * 9, "no pickle that holds tensors"),
+}
+
+
+@pytest.mark.parametrize("case", PICKLES)
+def test_a_hostile_pickle_is_refused(case: str, workplace: Path) -> None:
+    change, message = PICKLES[case]
+    Path("hostile.pt").write_bytes(with_pickle(change))
+    model = nn.Linear(2, 1, bias=False)
+    before = model.weight.clone()
+    with pytest.raises(CheckpointError) as caught:
+        regraft.load_weights(model, "hostile.pt")
+    assert message in str(caught.value)
+    assert torch.equal(model.weight, before)
+
+
+def archive(*entries: tuple[str, bytes], packing: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(buffer, "w", packing) as opened:
+        warnings.simplefilter("ignore")  # of a name that is there twice
+        for name, content in entries:
+            opened.writestr(zipfile.ZipInfo(name), content, packing)
+    return buffer.getvalue()
+
+
+NPY = b"\x93NUMPY\x01\x00\x46\x00{'descr': '%s', 'fortran_order': False, 'shape': (%s,), }"
+ARCHIVES: dict[str, tuple[Callable[[], bytes], str]] = {
+    "a bomb": (
+        lambda: archive(("archive/data.pkl", bytes(10**7)), packing=zipfile.ZIP_DEFLATED),
+        "'archive/data.pkl' is compressed, which torch never does",
+    ),
+    "a bomb of NumPy": (
+        lambda: archive(("a.npy", bytes(21 * 10**7)), packing=zipfile.ZIP_DEFLATED),
+        "takes 210,000,000 bytes unpacked, and ",
+    ),
+    "a name that leads out": (lambda: archive(("../a.npy", b"")), "has an entry '../a.npy', whose name leads out"),
+    "an absolute name": (lambda: archive(("/a/data.pkl", b"")), "has an entry '/a/data.pkl', whose name leads out"),
+    "the same name twice": (
+        lambda: archive(("a/data.pkl", b"1"), ("a/data.pkl", b"2")),
+        "it has the entry 'a/data.pkl' twice",
+    ),
+    "objects": (
+        lambda: archive(("a.npy", (NPY % (b"|O", b"2")).ljust(79) + b"\n")),
+        "holds Python objects in 'a.npy'",
+    ),
+    "an array of terabytes": (
+        lambda: archive(("a.npy", (NPY % (b"<f4", b"9" * 12)).ljust(79) + b"\n")),
+        "'a.npy' has the shape",
+    ),
+    "half a file": (lambda: archive(("a/data.pkl", b"1" * 99))[:150], "it is no whole zip file"),
+}
+
+
+@pytest.mark.parametrize("case", ARCHIVES)
+def test_a_hostile_archive_is_refused(case: str, workplace: Path) -> None:
+    make, message = ARCHIVES[case]
+    Path("hostile.pt").write_bytes(make())
+    with nothing_written(), pytest.raises(CheckpointError) as caught:
+        regraft.load_weights(nn.Linear(2, 1), "hostile.pt")
+    assert message in str(caught.value)
 
 
 def test_a_newer_minor_format_is_read(saved: Path) -> None:

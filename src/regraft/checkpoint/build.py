@@ -13,7 +13,8 @@ from regraft.anatomy.paths import is_within
 from regraft.card import Recipe, Source, attach, card_of
 from regraft.checkpoint.load_report import LoadReport
 from regraft.checkpoint.loading import load_weights
-from regraft.errors import CheckpointError, ModelError
+from regraft.errors import CheckpointError, EditError, ModelError, RegraftError
+from regraft.surgery.expressions import shortened
 from regraft.surgery.graft import rebuild_grafted
 from regraft.surgery.head import replace_head
 from regraft.surgery.layerspec import construct
@@ -21,6 +22,8 @@ from regraft.surgery.recipe import apply_step
 from regraft.surgery.stitch import rebuild_stitched
 from regraft.zoo import PYTHON, build
 
+MOST_STEPS = 64  # in a recipe; each costs a run on shapes
+MOST_PARTS = 32
 # What constructors set parameters with: the methods of a tensor, and the functions of torch.nn.init.
 # fmt: off
 FILLS = frozenset((
@@ -72,6 +75,8 @@ def rebuild(recipe: Recipe, *, trust_code: bool = False, unset: bool = False) ->
         TrustError: The source is code of the user's own and `trust_code` is false.
         EditError: A step does not fit.
     """
+    if not trust_code:
+        _require_sane(recipe)
     is_plain = not recipe.source.layers and not recipe.source.parts and not recipe.source.name.startswith(PYTHON)
     is_blind = is_plain and all(step.operation == "replace_head" for step in recipe.steps)  # others look at weights
     with preserved_randomness():
@@ -87,12 +92,44 @@ def _from_source(source: Source, trust_code: bool) -> nn.Module:
         return construct(source.layers, trust_code=trust_code)
     if not source.parts:
         return build(source.name, trust_code=trust_code)
+    join = {"stitch": rebuild_stitched, "graft": rebuild_grafted}.get(source.name)
+    if join is None:
+        raise ModelError(f"a recipe puts networks together by '{source.name}', expected stitch or graft.")
     parts = tuple(rebuild(part, trust_code=trust_code) for part in source.parts)
-    if source.name == "stitch":
-        return rebuild_stitched(parts, source.arguments, trust_code=trust_code)
-    if source.name == "graft":
-        return rebuild_grafted(parts, source.arguments, trust_code=trust_code)
-    raise ModelError(f"a recipe puts networks together by '{source.name}', expected stitch or graft.")
+    try:
+        return join(parts, source.arguments, trust_code=trust_code)
+    except RegraftError:
+        raise
+    except Exception as error:  # a recipe is data from anywhere
+        raise ModelError(
+            f"a recipe cannot put its {len(parts)} networks together by {source.name}: {type(error).__name__}: "
+            f"{str(error)[:200]}. Get or make the file again."
+        ) from error
+
+
+def _require_sane(recipe: Recipe) -> None:
+    """Refuse a recipe that would keep a machine busy for hours.
+
+    Raises:
+        EditError: It has more steps or parts than any network was made of, or a regular expression, which can take
+            years to say that it does not match.
+    """
+    recipes, steps, waiting = 0, 0, [recipe]
+    while waiting:
+        one = waiting.pop()
+        recipes, steps = recipes + 1, steps + len(one.steps)
+        waiting += one.source.parts
+        slow = next((step for step in one.steps if str(step.arguments.get("path")).startswith("re:")), None)
+        if slow is not None:
+            raise EditError(
+                f"a recipe names layers by a regular expression ('{shortened(str(slow))}'), which it may not. "
+                "Name them one by one."
+            )
+        if recipes > MOST_PARTS or steps > MOST_STEPS:
+            raise EditError(
+                f"a recipe has more than {MOST_STEPS} steps or {MOST_PARTS} parts, which are not carried out. "
+                "Keep the weights alone, and use load_weights with a model of your own."
+            )
 
 
 class _Unset(TorchFunctionMode):

@@ -16,8 +16,9 @@ from regraft.checkpoint.foreign import read_contents, unwrapping
 from regraft.checkpoint.load_report import LoadReport, Match, Sureness, some
 from regraft.checkpoint.loading import LoadPlan, Rules, carry_out, plan_loading, renamed
 from regraft.checkpoint.naming import without_wrappers
+from regraft.checkpoint.shards import write_tensors
 from regraft.checkpoint.write import save
-from regraft.errors import CheckpointError, RunError
+from regraft.errors import CheckpointError
 from regraft.surgery.head import replace_head
 from regraft.zoo import build
 
@@ -69,7 +70,11 @@ def convert(
     if model is None:
         tensors, report = _plain(contents, rename or {}, entry)
         if not dry_run:
-            _write(target, tensors)
+            write_tensors(
+                target,
+                {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()},
+                {"format": "pt"},
+            )
         return replace(report, dry_run=dry_run)
     rules = Rules(rename or {}, match, entry, accept, adapt=())
     return _into_network(model, contents, rules, target, trust_code=trust_code, dry_run=dry_run)
@@ -140,19 +145,3 @@ def _require_whole(report: LoadReport, model: str) -> None:
             f"'{report.path}' does not fill {model}: nothing fits {some(map(repr, lacking))} ({len(lacking)} tensors), "
             f"and a checkpoint needs all. {advice}Nothing was written."
         )
-
-
-def _write(target: Path, tensors: Tensors) -> None:
-    """Write tensors under another name, flush and rename, so that a crash leaves a previous file as it was."""
-    from safetensors.torch import save_file
-
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except Exception as error:
-        raise RunError(f"cannot write '{target}': {error}. Nothing of it was kept.") from error
-    finally:
-        temporary.unlink(missing_ok=True)

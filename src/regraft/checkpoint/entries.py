@@ -1,6 +1,7 @@
 """Find the state dicts in what a file holds, and choose one."""
 
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,9 +117,8 @@ def contents_of(content: Any, path: Path) -> Contents:
     """
     entries = tuple(_find(content, (), set())) if isinstance(content, Mapping) else ()
     if not entries:
-        found = (
-            f"a dict with {', '.join(map(repr, list(content)[:8]))}" if isinstance(content, Mapping) else repr(content)
-        )
+        is_dict = isinstance(content, Mapping)
+        found = f"a dict with {', '.join(map(repr, list(content)[:8]))}" if is_dict else reprlib.repr(content)
         raise CheckpointError(f"'{path}' holds no state dict, but {found[:200]}. Expected names with tensors.")
     tops = {entry.path[0] for entry in entries if entry.path}
     has_own = any(not entry.path for entry in entries)

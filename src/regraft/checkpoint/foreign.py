@@ -13,6 +13,8 @@ import torch
 from regraft.checkpoint.entries import Contents, Entry, Tensors, contents_of, listed
 from regraft.checkpoint.format import is_safetensors, read_header
 from regraft.checkpoint.inert import read_pickled, read_torchscript
+from regraft.checkpoint.limits import check_container
+from regraft.checkpoint.pickles import made_plain
 from regraft.errors import CheckpointError
 
 FOREIGN_NAME = re.compile(r"(?:GLOBAL|function|class|type) <?([\w.]+)")  # in what torch's unpickler complains about
@@ -56,8 +58,13 @@ def read_contents(path: Path, *, tensors_only: bool = False) -> Contents:
     if not path.is_file():
         raise CheckpointError(f"no file '{path}' (looked from {Path.cwd()}). Give the path of a file with weights.")
     kind = kind_of(path)
+    if kind in ("index", "safetensors") and read_header(path) is not None:
+        from regraft.checkpoint.delta import resolve  # which reads files of others as well
+
+        return Contents(path, (Entry((), resolve(path).expanded()),))
     if kind == "index":
         return _read_shards(path)
+    check_container(path)
     if kind == "safetensors":
         return Contents(path, (Entry((), _read_safetensors(path), is_ordered=False),))
     if kind == "npz":
@@ -102,7 +109,7 @@ def _read_torch(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the age of the file's format
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         if isinstance(error, pickle.UnpicklingError) and (foreign := FOREIGN_NAME.search(str(error))):
             raise CheckpointError(
@@ -115,6 +122,7 @@ def _read_torch(path: Path) -> Any:
             f"'{path}' cannot be read as weights: {type(error).__name__}: {reason.partition(chr(10))[0][:200]}. "
             "Expected a safetensors file or one that torch.save wrote."
         ) from error
+    return made_plain(path, content, path.stat().st_size)
 
 
 def _read_safetensors(path: Path) -> Tensors:
@@ -125,11 +133,6 @@ def _read_safetensors(path: Path) -> Tensors:
         tensors = load_file(path)
     except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"'{path}' is damaged: {error}. Get or make it again.") from error
-    header = read_header(path)
-    for alias, name in (header.shared if header else {}).items():
-        if name not in tensors:
-            raise CheckpointError(f"'{path}' is damaged: '{alias}' is stored as '{name}', which it lacks.")
-        tensors[alias] = tensors[name]
     return tensors
 
 
@@ -168,8 +171,11 @@ def _read_shards(path: Path) -> Contents:
     """
     weight_map = _weight_map(path)
     tensors: Tensors = {}
+    homes = (path.parent.resolve(), path.resolve().parent)  # some caches link both into one folder
     for shard in dict.fromkeys(weight_map.values()):
         file = path.parent / shard
+        if file.resolve().parent not in homes:
+            raise CheckpointError(f"'{path}' names the part '{shard}', a link to another folder. Nothing was read.")
         if not file.is_file():
             raise CheckpointError(f"'{path}' names the part '{shard}', which is not beside it. Get the whole set.")
         if kind_of(file) == "index":

@@ -73,15 +73,23 @@ def parse_json(text: bytes | str) -> Any:
     """Parse JSON of others: no more values than fit into a quarter of a gigabyte, whatever their kind.
 
     Raises:
-        ValueError: It is not JSON in UTF-8, is nested too deep, or holds too many values.
+        ValueError: It is not JSON in UTF-8, is nested too deep, holds too many values, or has an entry twice.
     """
     marks = (b"[", b"{", b",", b":") if isinstance(text, bytes) else ("[", "{", ",", ":")
     if sum(text.count(mark) for mark in marks) > ENTRY_LIMIT:  # pyright: ignore[reportArgumentType]
         raise ValueError(f"more than {ENTRY_LIMIT:,} values")
     try:
-        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, object_pairs_hook=_unique)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict; what two readers would read differently is no header."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an entry is there twice")
+    return found
 
 
 def read_start(path: Path) -> tuple[dict[str, Any], int]:

@@ -100,8 +100,7 @@ def match_shapes(theirs: Shapes, ours: Shapes, *, is_ordered: bool = True) -> Pr
         choices = {j: known for j, known in choices.items() if len(known) > 1}
     if choices:
         position = min(choices)
-        known: Sequence[int] = choices[position]
-        names = " or ".join(f"'{left[i].path}'" for i in known[:3]) if len(known) > 1 else f"'{left[known[0]].path}'"
+        names = " or ".join(f"'{left[i].path}'" for i in choices[position][:3])
         others = f", as may {len(choices) - 1} more layers" if len(choices) > 1 else ""
         reason = "" if is_ordered else " The file does not keep the order of layers."
         raise CheckpointError(
@@ -130,8 +129,8 @@ def weakest(matches: Iterable[Match]) -> Sureness:
     >>> weakest([Match("a", "a", "certain", ""), Match("b", "c", "likely", "")])
     'likely'
     """
-    known = {match.sure for match in matches}
-    return next((level for level in reversed(SURENESS) if level in known), "certain")
+    known: set[Sureness] = {match.sure for match in matches}
+    return max(known, key=SURENESS.index, default="certain")
 
 
 def _by_structure(left: Sequence[Unit], right: Sequence[Unit], total: int, *, is_ordered: bool) -> list[Match]:

@@ -9,11 +9,11 @@ from torch import nn
 
 from regraft.anatomy.paths import parent_and_name
 from regraft.card import ATTRIBUTE, Recipe
-from regraft.checkpoint.build import rebuild
 from regraft.checkpoint.contents import find_entries
 from regraft.checkpoint.delta import resolve
 from regraft.checkpoint.format import Header, is_index, locate, read_header
 from regraft.checkpoint.layout import Entry
+from regraft.checkpoint.memory import rebuild_for
 from regraft.checkpoint.shards import shard_of
 from regraft.errors import CheckpointError
 from regraft.freezing.pins import sync_pins
@@ -47,8 +47,10 @@ def load(
     """
     source = locate(Path(path))
     header, recipe = _header_with_recipe(source)
-    model = rebuild(recipe, trust_code=trust_code, unset=True)
     tensors = resolve(source, base).expanded()
+    kept_bytes = sum({id(tensor): tensor.nbytes for tensor in tensors.values()}.values())
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    model = rebuild_for(source, recipe, shapes, kept_bytes=kept_bytes, trust_code=trust_code)
     _tie(source, model, header.shared)
     slots = model.state_dict(keep_vars=True)
     for name in [*slots, *tensors]:
@@ -70,7 +72,8 @@ def load_outline(path: str | os.PathLike[str], *, trust_code: bool = False) -> n
     source = locate(Path(path))
     header, recipe = _header_with_recipe(source)
     entries = {name: entry for name, (_, entry) in find_entries(source).items()}
-    model = rebuild(recipe, trust_code=trust_code)
+    kept_bytes = sum(entry.size for entry in entries.values())
+    model = rebuild_for(source, recipe, None, kept_bytes=kept_bytes, trust_code=trust_code)
     _tie(source, model, header.shared)
     slots = model.state_dict(keep_vars=True)
     known = {**entries, **{alias: entries[name] for alias, name in header.shared.items() if name in entries}}
@@ -108,11 +111,8 @@ def _tie(source: Path, model: nn.Module, shared: dict[str, str]) -> None:
     slots = model.state_dict(keep_vars=True)
     for alias, name in shared.items():
         if alias in slots and name in slots and slots[alias] is not slots[name]:
-            if isinstance(slots[alias], nn.Parameter) != isinstance(slots[name], nn.Parameter):
-                raise CheckpointError(
-                    f"'{source}' is damaged: it says that '{alias}' is '{name}', and only one of them is a parameter. "
-                    "Get or make it again."
-                )
+            if slots[alias].shape != slots[name].shape or type(slots[alias]) is not type(slots[name]):
+                raise CheckpointError(f"'{source}' is damaged: '{alias}' cannot be one with '{name}'. Get it again.")
             parent, attribute = parent_and_name(alias)
             setattr(model.get_submodule(parent), attribute, slots[name])
 
@@ -126,11 +126,11 @@ def _check_fit(source: Path, name: str, tensors: Shaped, slots: Mapping[str, tor
             f"'{source}' does not match its own recipe at '{name}': {_shape(tensors, name)} in the file, "
             f"{_shape(slots, name)} in the model. Was the class changed since, or another library version used?"
         )
-    ours, theirs = slots[name], tensors[name].dtype
-    if isinstance(ours, nn.Parameter) and ours.requires_grad and not (theirs.is_floating_point or theirs.is_complex):
+    stored, expected = tensors[name].dtype, slots[name].dtype
+    if (stored.is_floating_point, stored.is_complex) != (expected.is_floating_point, expected.is_complex):
         raise CheckpointError(
-            f"'{source}' does not match its own recipe at '{name}': {theirs} in the file, which no parameter that is "
-            "trained can be. Get or make it again."
+            f"'{source}' does not match its own recipe at '{name}': {stored} in the file, {expected} in the model. "
+            "Get or make it again."
         )
 
 

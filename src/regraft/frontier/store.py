@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import os
+import re
 import shutil
 import time
 import zlib
@@ -114,11 +115,12 @@ class Store:
 
     def find(self, key: str) -> Entry | None:
         """Return the entry of that name, checked byte by byte; a damaged one is deleted."""
-        folder = self.folder / key
+        folder = self.folder / _plain(key)
         try:
             text = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
             shapes = tuple(tuple(shape) for shape in text["shapes"])
             dtypes = tuple(getattr(torch, name) for name in text["dtypes"])
+            _require_agreement(shapes, dtypes, text)
             entry = Entry(folder, shapes, dtypes, text["note"])
             for position, expected in enumerate(text["checksums"]):
                 if _checksums(folder / f"{position}.bin", text["stretches"][position]) != expected:
@@ -138,7 +140,7 @@ class Store:
         Raises:
             OSError: The disk is full, or cannot be written.
         """
-        return Writing(self, key)
+        return Writing(self, _plain(key))
 
     def entries(self) -> list[Listed]:
         """List what is kept, the least recently used first."""
@@ -159,7 +161,8 @@ class Store:
         """
         size = 0
         for child in self.folder.iterdir() if self.folder.is_dir() else ():
-            if child.is_dir() and (child.suffix == ".tmp" or (child / ENTRY).exists()):  # and nothing of anybody else's
+            is_folder = child.is_dir() and not child.is_symlink()
+            if is_folder and (child.suffix == ".tmp" or (child / ENTRY).exists()):  # and nothing of anybody else's
                 size += sum(part.stat().st_size for part in child.iterdir())
                 shutil.rmtree(child)
         return size
@@ -264,6 +267,24 @@ def default_folder() -> Path:
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "regraft"
+
+
+def _plain(key: str) -> str:
+    """Return a key, which is a digest and never leads out of the folder."""
+    if re.fullmatch(r"[\w-]+", key) is None:
+        raise ValueError(f"an entry is called by a plain name, not {key!r}")
+    return key
+
+
+def _require_agreement(shapes: Sequence[Sequence[Any]], dtypes: Sequence[Any], text: dict[str, Any]) -> None:
+    """Raise a ValueError where an entry does not say the same of its tensors everywhere."""
+    sizes = [sum(stretches) for stretches in text["stretches"]]
+    are_counts = all(type(side) is int and side >= 0 for shape in shapes for side in shape)
+    are_dtypes = all(isinstance(dtype, torch.dtype) for dtype in dtypes)
+    if not are_counts or not are_dtypes or not isinstance(text["note"], dict) or len(text["checksums"]) != len(sizes):
+        raise ValueError("damaged")
+    if sizes != [math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]:
+        raise ValueError("damaged")
 
 
 def _checksums(file: Path, stretches: Sequence[int]) -> list[int]:

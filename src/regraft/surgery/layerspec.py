@@ -14,11 +14,14 @@ import math
 import types
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from regraft.anatomy.modes import preserved_randomness
 from regraft.errors import EditError, InputError, nearest
@@ -28,7 +31,15 @@ from regraft.zoo import PYTHON, import_object
 
 MOST_ELEMENTS = 20_000_000_000  # of all tensors of one text
 MOST_REPEATS = 1000
-REPEATS = ("num_layers", "num_encoder_layers", "num_decoder_layers")  # arguments that copy what they are given
+MOST_LAYERS = 20_000  # by copying
+MOST_OPERATIONS = 200_000  # of torch, to build all of one text
+REPEATS = (
+    "num_layers",
+    "num_encoder_layers",
+    "num_decoder_layers",
+    "num_experts",
+    "filt_size",
+)  # how often, not how wide
 OF_TORCH = ("nn.", "torch.nn.")  # may stand before the name of a layer, and are never written
 PLAIN = (bool, int, float, str, type(None), tuple, list, types.FunctionType, types.BuiltinFunctionType, type)
 
@@ -103,19 +114,51 @@ def construct_all(text: str, *, trust_code: bool = False) -> list[nn.Module]:
     return [_built(call, makers) for call in calls]
 
 
+class TooLargeError(EditError):
+    """A text asks for more weights than may be built."""
+
+
+_most_elements: ContextVar[int] = ContextVar("most_elements", default=MOST_ELEMENTS)
+
+
+@contextlib.contextmanager
+def at_most(elements: int) -> Iterator[None]:
+    """Let no text ask for more than that many elements of all its tensors together, inside of the block."""
+    token = _most_elements.set(min(elements, MOST_ELEMENTS))
+    try:
+        yield
+    finally:
+        _most_elements.reset(token)
+
+
+class _Counted(TorchFunctionMode):
+    """Ends constructors that never would: some do something for each of a number that they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._count += 1
+        if self._count > MOST_OPERATIONS:
+            raise EditError(f"a text asks for more than {MOST_OPERATIONS:,} operations, to be built alone.")
+        return func(*args, **(kwargs or {}))
+
+
 def _dry_run(value: Any, *, trust_code: bool) -> Any:
     """Build everything without memory, and refuse what would ask for too much of it."""
     makers = _makers(value, trust_code=trust_code)
     with warnings.catch_warnings(), preserved_randomness():
         warnings.simplefilter("ignore")  # the true run gives them
-        made = _built(value, makers, dry=True)
+        with _Counted():
+            made = _built(value, makers, dry=True)
     layers = made if isinstance(made, tuple) else (made,)
     text = ", ".join(map(str, value if isinstance(value, tuple) else (value,)))
     elements = sum(math.prod(tensor.shape) for layer in layers for tensor in _tensors(layer).values())
-    if elements > MOST_ELEMENTS:
-        raise EditError(
+    if elements > (most := _most_elements.get()):
+        raise TooLargeError(
             f"'{shortened(text)}' asks for {elements:,} weights, and no more than "
-            f"{MOST_ELEMENTS:,} are built from a text. Nothing was allocated."
+            f"{most:,} are built from {'a text' if most == MOST_ELEMENTS else 'this file'}. Nothing was allocated."
         )
     return made
 
@@ -206,11 +249,13 @@ def _check_arguments(call: Call, maker: type[nn.Module], positional: tuple[Any, 
             f"'{shortened(str(call))}' says where its weights live or of which dtype they are. Leave that out, and "
             "move the layer afterwards, as in layer.to('cuda')."
         )
+    inner = sum(1 for value in given.values() if isinstance(value, nn.Module) for _ in value.modules())
     for name in REPEATS:
-        if isinstance(given.get(name), int) and given[name] > MOST_REPEATS:
-            raise EditError(
-                f"'{shortened(str(call))}' asks for {given[name]:,} layers, and {MOST_REPEATS:,} are the most."
+        if isinstance(given.get(name), int) and (given[name] > MOST_REPEATS or given[name] * inner > MOST_LAYERS):
+            asked, most = (
+                (given[name], MOST_REPEATS) if given[name] > MOST_REPEATS else (given[name] * inner, MOST_LAYERS)
             )
+            raise EditError(f"'{shortened(str(call))}' asks for {asked:,} layers, and {most:,} are the most.")
     try:
         inspect.signature(maker.__init__).bind(None, *positional, **keywords)
     except TypeError as error:

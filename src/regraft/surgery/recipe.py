@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from regraft.card import Step
-from regraft.errors import EditError
+from regraft.errors import EditError, RegraftError
 from regraft.surgery.edits import append, insert, truncate
+from regraft.surgery.expressions import shortened
 from regraft.surgery.head import replace_head
 from regraft.surgery.layerspec import construct, construct_all
 from regraft.surgery.stem import replace_stem
@@ -24,6 +25,7 @@ def apply_step(model: nn.Module, step: Step, *, trust_code: bool = False) -> nn.
         EditError: The step does not fit, or lacks what its operation takes.
         TrustError: It names a class of the user's own, and `trust_code` is false.
     """
+    shown = shortened(str(step), 200)
     arguments = {name: _built(value, trust_code) if name in LAYERS else value for name, value in step.arguments.items()}
     edit: Callable[..., nn.Module] = {
         "append": lambda model, layers: append(model, *layers),
@@ -38,9 +40,17 @@ def apply_step(model: nn.Module, step: Step, *, trust_code: bool = False) -> nn.
         inspect.signature(edit).bind(model, **arguments)
     except TypeError as error:
         raise EditError(
-            f"{step} cannot be carried out: {error}. Its arguments are those of regraft.{step.operation}."
+            f"{shown} cannot be carried out: {error}. Its arguments are those of regraft.{step.operation}."
         ) from error
-    return edit(model, **arguments)
+    try:
+        return edit(model, **arguments)
+    except RegraftError:
+        raise
+    except Exception as error:  # a recipe is data from anywhere
+        raise EditError(
+            f"{shown} cannot be carried out: {type(error).__name__}: {str(error)[:200]}. Its arguments are those of "
+            f"regraft.{step.operation}."
+        ) from error
 
 
 def _built(value: Any, trust_code: bool) -> Any:

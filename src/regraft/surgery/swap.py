@@ -66,7 +66,8 @@ def replace(
     edited = with_layers(model, put)
     what = f"replace {_listed(paths)}"
     settled(edited, put, prove(edited, model, what, inputs), what)
-    steps = {path: new} if isinstance(new, nn.Module) else put
+    # One by one where a regular expression selected them: a recipe in a file of others may hold none.
+    steps = {path: new} if isinstance(new, nn.Module) and not path.startswith("re:") else put
     for where, layer in steps.items():
         finish(edited, "replace", new_outputs=False, path=where, new=layer)
     return edited

@@ -1,0 +1,274 @@
+"""What a file says can lead to no other file than those that the user named, and to no code."""
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer.testing
+from safetensors.torch import save_file
+from scene import assert_refused, listing, nothing_written, only_json
+from test_bad_checkpoints import document, write_with
+from torch import nn
+
+import regraft
+from regraft.checkpoint import Plan, build_plan, read_header, read_plan
+from regraft.errors import ConfigError, InputError, TrustError
+from regraft.frontier.store import Store
+
+Cli = Callable[..., typer.testing.Result]
+
+SECRET = "secret"  # stands in the name of every file that nothing may open
+_opened: list[str] = []
+_listens = False
+
+
+def _heard(event: str, arguments: tuple[Any, ...]) -> None:
+    if _listens and event in ("open", "import", "os.listdir", "os.scandir", "socket.connect", "socket.getaddrinfo"):
+        _opened.append(
+            f"{event} {arguments[0]!r} {arguments[1]!r}" if event.startswith("socket") else str(arguments[0])
+        )
+
+
+sys.addaudithook(_heard)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[list[str]]:
+    """Give the names of whatever is opened, listed, imported or connected to inside of the block."""
+    global _listens
+    _opened.clear()
+    _listens = True
+    try:
+        yield _opened
+    finally:
+        _listens = False
+
+
+@pytest.fixture
+def outside(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make files that a checkpoint might want, and go into a folder below them."""
+    torch.save({"weight": torch.ones(2)}, workplace / f"{SECRET}.pt")
+    save_file({"weight": torch.ones(2)}, workplace / f"{SECRET}.safetensors")
+    (workplace / f"{SECRET}_net.py").write_text("open('ran', 'w').close()\nNet = None\n")
+    inside = workplace / "inside"
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    return workplace
+
+
+@pytest.fixture
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint that `load` reads without leave."""
+    return regraft.save(nn.Sequential(nn.Linear(4, 3)), tmp_path_factory.mktemp("small") / "small.safetensors")
+
+
+def names(outside: Path) -> list[str]:
+    absolute = outside / SECRET
+    return [
+        f"../{SECRET}.safetensors",
+        f"{absolute}.safetensors",
+        f"{absolute}.pt",
+        f"file://{absolute}.pt",
+        f"http://127.0.0.1:9/{SECRET}.pt",
+        f"timm/../{SECRET}.pt",
+        f"timm/local-dir:{outside}",
+        f"timm/hf_hub:evil/{SECRET}",
+        f"py:../{SECRET}_net.py:Net",
+        f"py:{SECRET}_net:Net",
+        f"hf/evil/{SECRET}",
+    ]
+
+
+def with_source(small: Path, target: Path, **source: Any) -> Path:
+    def change(known: dict[str, Any]) -> dict[str, str]:
+        known["card"]["recipe"]["source"] = {"name": "torch.nn", **source}
+        return {"regraft": json.dumps(known)}
+
+    write_with(small, target, change)
+    return target
+
+
+@pytest.mark.parametrize("index", range(11))
+def test_the_name_of_a_source_opens_nothing(index: int, small: Path, outside: Path) -> None:
+    path = with_source(small, Path("named.safetensors"), name=names(outside)[index])
+    with nothing_written(outside), listening() as opened, pytest.raises(InputError):
+        regraft.load(path)
+    assert not [name for name in opened if SECRET in name or "127.0.0.1" in name]
+
+
+@pytest.mark.parametrize("index", range(11))
+def test_the_name_of_weights_is_for_information(index: int, small: Path, outside: Path) -> None:
+    path = with_source(
+        small, Path("named.safetensors"), weights=names(outside)[index], layers="Sequential(Linear(4, 3))"
+    )
+    with nothing_written(outside), listening() as opened:
+        assert torch.equal(regraft.load(path)[0].weight, regraft.load(small)[0].weight)
+    assert not [name for name in opened if SECRET in name or "127.0.0.1" in name]
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/secret.safetensors", "a/../../secret.safetensors", "..", "link.safetensors"]
+)
+def test_an_index_names_files_beside_it_alone(name: str, outside: Path) -> None:
+    Path("link.safetensors").symlink_to(outside / f"{SECRET}.safetensors")
+    index = Path("model.safetensors.index.json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"weight": name}}))
+    for read in (lambda: regraft.load_weights(nn.Linear(2, 1), index), lambda: regraft.diff(index, index)):
+        with nothing_written(outside), listening() as opened, pytest.raises(InputError):
+            read()
+        assert not [name for name in opened if f"{SECRET}.safetensors" in name]
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/secret.safetensors", "..", "a\\b", ""])
+def test_a_delta_names_a_file_beside_it_alone(name: str, small: Path, outside: Path) -> None:
+    base = {"kind": "file", "name": name, "digest": "0" * 64}
+    write_with(small, Path("delta.safetensors"), document(base=base, whole="0" * 64))
+    with nothing_written(outside), listening() as opened, pytest.raises(InputError, match="does not fit the format"):
+        regraft.load("delta.safetensors")
+    assert not [name for name in opened if SECRET in name]
+
+
+@pytest.mark.parametrize("where", ["header", "card", "recipe", "metadata"])
+def test_no_file_gives_leave_to_import(where: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(known: dict[str, Any]) -> dict[str, str]:
+        place = {
+            "header": known,
+            "card": known["card"],
+            "recipe": known["card"]["recipe"],
+            "metadata": known["metadata"],
+        }
+        place[where] |= {"trust_code": True, "trust-code": True}
+        return {"regraft": json.dumps(known)}
+
+    write_with(saved, Path("trusting.safetensors"), change)
+    monkeypatch.setattr("regraft.zoo._import_file", lambda *_: pytest.fail("imported"))
+    with pytest.raises(TrustError):
+        regraft.load("trusting.safetensors")
+
+
+def test_leave_to_import_is_kept_nowhere(train_words: list[object], cli: Cli) -> None:
+    result = cli(*train_words, "--out", "run")
+    assert result.exit_code == 0, result.stderr
+    for name, content in listing(Path("run")).items():
+        assert content is None or b"trust" not in content, name
+    assert "trust" not in read_header(Path("run/model.safetensors")).model_dump_json()
+    with pytest.raises(TrustError):
+        regraft.load("run/model.safetensors")
+
+
+@pytest.mark.parametrize("option", ["trust_code = true", "trust-code = true", "overwrite = true"])
+def test_no_configuration_gives_leave(option: str, train_words: list[object], cli: Cli) -> None:
+    Path("config.toml").write_text(option)
+    with nothing_written():
+        assert_refused(cli(*train_words[:2], "--config", "config.toml"), "no option '")
+
+
+def test_a_configuration_does_not_write_into_what_is_there(
+    train_words: list[object], cli: Cli, workplace: Path
+) -> None:
+    full = workplace / "full"
+    full.mkdir()
+    (full / "letter.txt").write_text("mine")
+    (workplace / "link").symlink_to(full)
+    for out in ("full", "link", "photos/../full", str(full)):
+        Path("config.toml").write_text(f"out = {json.dumps(out)}")
+        with nothing_written(full):
+            assert_refused(cli(*train_words, "--config", "config.toml"), "exists and is not empty", "--overwrite")
+
+
+@pytest.mark.parametrize("line", ["trust_code = true", "[freeze]\ntrust_code = true"])
+def test_no_plan_gives_leave(line: str, tiny_net: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regraft.zoo._import_file", lambda *_: pytest.fail("imported"))
+    Path("plan.toml").write_text(f"source = {json.dumps(tiny_net)}\n{line}\n")
+    with pytest.raises(ConfigError, match="trust_code"):
+        read_plan("plan.toml")
+    with pytest.raises(TrustError):
+        build_plan(Plan(source=tiny_net, weights="none"))
+    with pytest.raises(TrustError):
+        build_plan(Plan(source=f"py('{tiny_net.removeprefix('py:')}')"))
+
+
+@pytest.mark.parametrize("key", ["../victim", "/victim", "a/b", "..", "", "."])
+def test_a_cache_key_is_a_plain_name(key: str, workplace: Path) -> None:
+    store = Store(workplace / "cache")
+    (workplace / "cache").mkdir()
+    (workplace / "victim").mkdir()
+    (workplace / "victim" / "entry.json").write_text("damaged")
+    with nothing_written():
+        for use in (store.find, store.write):
+            with pytest.raises(ValueError, match="plain name"):
+                use(key)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtypes": ["load"]},
+        {"dtypes": ["__builtins__"]},
+        {"shapes": [[2**40, 3]]},
+        {"shapes": [[-1, 3]]},
+        {"shapes": [["2", 3]]},
+        {"stretches": [[2**62]]},
+        {"checksums": []},
+        {"note": 5},
+    ],
+    ids=str,
+)
+def test_an_entry_of_the_cache_that_lies_is_none(change: dict[str, Any], workplace: Path) -> None:
+    store = Store(workplace / "cache")
+    writing = store.write("key")
+    writing.append([torch.ones(2, 3)])
+    writing.finish({})
+    assert store.find("key") is not None
+    file = workplace / "cache" / "key" / "entry.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    assert store.find("key") is None
+
+
+def test_clearing_the_cache_follows_no_link(workplace: Path) -> None:
+    store = Store(workplace / "cache")
+    store.write("key").finish({})
+    victim = workplace / "victim"
+    victim.mkdir()
+    (victim / "entry.json").write_text("{}")
+    (workplace / "cache" / "link").symlink_to(victim)
+    store.clear()
+    assert (victim / "entry.json").exists()
+    assert not (workplace / "cache" / "key").exists()
+
+
+def test_class_names_are_text_and_no_paths(saved: Path, photos: Path, cli: Cli) -> None:
+    hostile = ["../../etc/passwd", "\x1b]0;evil\x07<script>alert(1)</script>"]
+
+    def change(known: dict[str, Any]) -> dict[str, str]:
+        known["card"]["classes"] = hostile
+        return {"regraft": json.dumps(known)}
+
+    write_with(saved, Path("named.safetensors"), change)
+    with nothing_written():
+        words = ("named.safetensors", photos / "cats", "--trust-code")
+        found = only_json(cli("predict", *words, "--json").stdout)
+        assert {one["label"] for one in found} <= set(hostile)
+        shown = cli("predict", *words)
+        described = cli("inspect", "named.safetensors", "--trust-code")
+        for result in (shown, described):
+            assert result.exit_code == 0, result.stderr
+            assert "\x1b" not in result.stdout
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_security_page_names_tests_that_exist() -> None:
+    page = (ROOT / "SECURITY.md").read_text()
+    named = re.findall(r"`(tests/[\w/.]+\.py)(?:::(\w+))?`", page)
+    assert len(named) > 10
+    for file, test in named:
+        assert (ROOT / file).is_file(), file
+        assert f"def {test}(" in (ROOT / file).read_text() if test else True, f"{file}::{test}"
