@@ -80,10 +80,6 @@ def read_contents(path: Path, header: Header | None) -> Contents:
     if absent is not None or surplus is not None:
         problem = f"it lacks '{absent}'" if absent is not None else f"it has no digest of '{surplus}'"
         raise CheckpointError(f"'{path}' is damaged: {problem}. Get or make it again.")
-    shared = header.shared.items() if header and not header.base else ()
-    untied = next((alias for alias, name in shared if name not in entries or alias in entries), None)
-    if untied is not None:
-        raise CheckpointError(f"'{path}' is damaged: '{untied}' is not where it says. Get or make it again.")
     try:
         pieces = [
             _Piece(name, file, entry, torch.empty(entry.shape, dtype=entry.dtype))

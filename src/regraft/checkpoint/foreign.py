@@ -61,7 +61,7 @@ def read_contents(path: Path, *, tensors_only: bool = False) -> Contents:
     if kind in ("index", "safetensors") and read_header(path) is not None:
         from regraft.checkpoint.delta import resolve  # which reads files of others as well
 
-        return Contents(path, (Entry((), resolve(path).expanded()),))
+        return Contents(path, (Entry((), resolve(path).expanded(), is_ordered=False),))
     if kind == "index":
         return _read_shards(path)
     check_container(path)

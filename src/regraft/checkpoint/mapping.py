@@ -129,8 +129,7 @@ def weakest(matches: Iterable[Match]) -> Sureness:
     >>> weakest([Match("a", "a", "certain", ""), Match("b", "c", "likely", "")])
     'likely'
     """
-    known: set[Sureness] = {match.sure for match in matches}
-    return max(known, key=SURENESS.index, default="certain")
+    return SURENESS[max((SURENESS.index(match.sure) for match in matches), default=0)]
 
 
 def _by_structure(left: Sequence[Unit], right: Sequence[Unit], total: int, *, is_ordered: bool) -> list[Match]:
