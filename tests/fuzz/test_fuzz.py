@@ -99,15 +99,17 @@ def test_twenty_thousand_hostile_files(originals: Originals, tmp_path: Path) -> 
     def run(part: int) -> tuple[list[str], Counter[str], int]:
         worker = Worker(folder, tmp_path / str(part))
         failures, outcomes, peak = [], Counter[str](), 0
-        for seed in range(part, LONG, LONG_WORKERS):
-            label, name, content = mutated(Random(seed), files)
-            verdict: dict[str, Any] = worker.judged(content, name)
-            outcomes.update(verdict["outcomes"].values())
-            outcomes["files"] += 1
-            peak = max(peak, verdict["peak_bytes"])
-            if verdict["wrong"]:
-                failures.append(kept(FAILURES, folder, f"{seed}: {label}", name, content, verdict["wrong"]))
-        worker.close()
+        try:
+            for seed in range(part, LONG, LONG_WORKERS):
+                label, name, content = mutated(Random(seed), files)
+                verdict: dict[str, Any] = worker.judged(content, name)
+                outcomes.update(verdict["outcomes"].values())
+                outcomes["files"] += 1
+                peak = max(peak, verdict["peak_bytes"])
+                if verdict["wrong"]:
+                    failures.append(kept(FAILURES, folder, f"{seed}: {label}", name, content, verdict["wrong"]))
+        finally:
+            worker.close()
         return failures, outcomes, peak
 
     with ThreadPoolExecutor(LONG_WORKERS) as pool:
