@@ -9,6 +9,7 @@ import fnmatch
 import hashlib
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from regraft.card import Preprocessing, Recipe, Source, attach, card_of
 from regraft.errors import InputError, ModelError, TrustError, nearest
 
 TIMM = "timm/"
+TIMM_NAME = re.compile(r"\w+(\.[\w-]+)?")  # and a tag; anything else could be a place to load from
 PYTHON = "py:"
 NETWORK_LIBRARIES = ("http", "huggingface_hub", "httpx", "httpx2", "httpcore2")
 
@@ -168,11 +170,11 @@ def _build_timm(name: str, weights: str) -> tuple[nn.Module, Preprocessing, str]
     import timm
 
     bare = name.removeprefix(TIMM)
-    if bare.split(".")[0] not in timm.list_models():
-        raise ModelError(_unknown_model(name))
     pretrained = weights != "none"
     if weights not in ("none", "default"):
         bare = f"{bare.split('.')[0]}.{weights}"
+    if bare.split(".")[0] not in timm.list_models() or not TIMM_NAME.fullmatch(bare):
+        raise ModelError(_unknown_model(name))
     try:
         with _downloads(name):
             model = timm.create_model(bare, pretrained=pretrained)

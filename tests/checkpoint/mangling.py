@@ -162,7 +162,7 @@ def missing_norm(m: Mangler) -> Mangled:
 
 
 def truncated(m: Mangler) -> Mangled:
-    made = m.made(m.state, refused=("cannot be read as weights",))
+    made = m.made(m.state, refused=("no whole zip file",))
     made.path.write_bytes(made.path.read_bytes()[:-2000])
     return made
 

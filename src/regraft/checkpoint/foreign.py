@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from regraft.checkpoint.entries import Contents, Entry, Tensors, contents_of, listed
-from regraft.checkpoint.format import is_safetensors, read_header
+from regraft.checkpoint.format import KEY, is_safetensors, read_header
 from regraft.checkpoint.inert import read_pickled, read_torchscript
 from regraft.checkpoint.limits import check_container
 from regraft.checkpoint.pickles import made_plain
@@ -58,13 +58,11 @@ def read_contents(path: Path, *, tensors_only: bool = False) -> Contents:
     if not path.is_file():
         raise CheckpointError(f"no file '{path}' (looked from {Path.cwd()}). Give the path of a file with weights.")
     kind = kind_of(path)
-    if kind in ("index", "safetensors") and read_header(path) is not None:
-        from regraft.checkpoint.delta import resolve  # which reads files of others as well
-
-        return Contents(path, (Entry((), resolve(path).expanded(), is_ordered=False),))
     if kind == "index":
         return _read_shards(path)
     check_container(path)
+    if kind == "safetensors" and read_header(path) is not None:
+        return _read_own(path)
     if kind == "safetensors":
         return Contents(path, (Entry((), _read_safetensors(path), is_ordered=False),))
     if kind == "npz":
@@ -162,6 +160,13 @@ def _read_arrays(path: Path) -> tuple[Tensors, tuple[str, ...]]:
     return tensors, tuple(skipped)
 
 
+def _read_own(path: Path) -> Contents:
+    """Read a checkpoint of regraft, with all that it is based on."""
+    from regraft.checkpoint.delta import resolve  # whose bases may be files of others
+
+    return Contents(path, (Entry((), resolve(path).expanded(), is_ordered=False),))
+
+
 def _read_shards(path: Path) -> Contents:
     """Read the files that an index of Hugging Face names; they lie beside it.
 
@@ -169,7 +174,9 @@ def _read_shards(path: Path) -> Contents:
         CheckpointError: The index is no such index, names anything but files beside it, or they do not hold what it
             says.
     """
-    weight_map = _weight_map(path)
+    weight_map, is_own = _weight_map(path)
+    if is_own:
+        return _read_own(path)
     tensors: Tensors = {}
     homes = (path.parent.resolve(), path.resolve().parent)  # some caches link both into one folder
     for shard in dict.fromkeys(weight_map.values()):
@@ -192,7 +199,8 @@ def _read_shards(path: Path) -> Contents:
     )
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def _weight_map(path: Path) -> tuple[dict[str, str], bool]:
+    """Return which file holds which tensor, and whether regraft wrote the index."""
     expected = 'Expected {"weight_map": {NAME: FILE}} with files beside it.'
     if path.stat().st_size > INDEX_LIMIT_BYTES:
         raise CheckpointError(f"'{path}' is larger than an index can be ({INDEX_LIMIT_BYTES:,} bytes). {expected}")
@@ -208,4 +216,5 @@ def _weight_map(path: Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w\-+=][\w.\-+= ]*", shard):
             raise CheckpointError(f"'{path}' names {shard!r} for '{name}', which is no plain file name. {expected}")
-    return weight_map
+    metadata = found.get("metadata")
+    return weight_map, isinstance(metadata, dict) and KEY in metadata
