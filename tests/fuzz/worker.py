@@ -56,7 +56,7 @@ class Witness:
         sys.addaudithook(self._heard)
 
     def _heard(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not self.listening:
+        if not self.listening or "libnvidia-ml" in f"{arguments!r:.100}":  # torch asks how many GPUs there are
             return
         if event in RUNS + REACHES + CHANGES or (event == "pickle.find_class"):
             self.seen.append(f"{event}: {arguments!r:.200}")

@@ -18,6 +18,7 @@ from regraft.errors import CheckpointError
 HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library itself
 ENTRY_LIMIT = 2_000_000  # values in a JSON text: parsed, they take no more than 256 MiB
 DIMENSION_LIMIT = 64
+NAME_LIMIT = 1000  # characters
 SIZE_LIMIT = 2**63  # of a dimension, and of a file
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -130,6 +131,8 @@ def read_layout(path: Path) -> Layout:
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(path, "its metadata are not text")
+    if any(len(name) > NAME_LIMIT for name in content):
+        raise _damaged(path, f"it has a name of more than {NAME_LIMIT:,} characters")
     entries = {name: _entry(path, name, described, start) for name, described in content.items()}
     end = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):

@@ -21,6 +21,7 @@ MOST_INSTRUCTIONS = 5_000_000
 MOST_OBJECTS = 1_000_000
 DEEPEST = 50  # tuples within each other
 LARGEST = 1_000_000  # values in one tuple, those within it included
+LONGEST_NAME = 1000  # characters
 FREE_BYTES = 2**20  # that a tensor may take beyond what is stored of it, as a number that was expanded does
 LEGACY_PICKLES = 5  # magic number, version, machine, content, names of storages
 
@@ -117,7 +118,9 @@ def _plain(path: Path, value: Any, known: dict[int, Any], depth: int) -> Any:
         return None
     elif isinstance(value, dict):
         known[id(value)] = None  # while it is read: what holds itself ends here
-        names = (item for item in dict.items(value) if type(item[0]) in (str, int))
+        names = [item for item in dict.items(value) if type(item[0]) in (str, int)]
+        if any(isinstance(name, str) and len(name) > LONGEST_NAME for name, _ in names):
+            raise _refused(path, f"it has a name of more than {LONGEST_NAME:,} characters")
         known[id(value)] = {name: _plain(path, item, known, depth + 1) for name, item in names}
     elif isinstance(value, (list, tuple)):
         known[id(value)] = None

@@ -15,6 +15,7 @@ from regraft.surgery.layerspec import construct, construct_all
 from regraft.surgery.stem import replace_stem
 from regraft.surgery.swap import remove, replace
 
+LONGEST_MESSAGE = 2000  # characters; a step may list a thousand layers
 LAYERS = ("new", "layers")  # arguments that hold layers, described as text
 
 
@@ -44,6 +45,10 @@ def apply_step(model: nn.Module, step: Step, *, trust_code: bool = False) -> nn.
         ) from error
     try:
         return edit(model, **arguments)
+    except EditError as error:
+        if len(str(error)) <= LONGEST_MESSAGE:
+            raise
+        raise EditError(shortened(str(error), LONGEST_MESSAGE)) from error
     except RegraftError:
         raise
     except Exception as error:  # a recipe is data from anywhere
