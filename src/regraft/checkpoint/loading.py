@@ -315,7 +315,12 @@ def _require_fit(plan: LoadPlan, model: nn.Module, slots: Tensors, min_share: fl
                 "  ", " "
             )
         )
-    if not plan.values or report.share < min_share:
+    if not plan.values:
+        raise CheckpointError(
+            f"nothing in '{report.path}' is certain to fit {kind}. {advice} Look with dry_run=True (--dry-run). "
+            "Nothing was changed."
+        )
+    if report.share < min_share:
         raise CheckpointError(
             f"only {report.share:.1%} of the parameters of {kind} would be loaded from '{report.path}', expected at "
             f"least {min_share:.0%}. {advice} Look with dry_run=True (--dry-run), or allow less with min_share=. "

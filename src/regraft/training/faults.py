@@ -65,7 +65,7 @@ class Faults:
                     batch = next(iterator)
                 except StopIteration:
                     return
-                except RuntimeError as error:
+                except (RuntimeError, ConnectionError, EOFError) as error:
                     if not _is_death(error) or self._has_lost_worker:
                         raise
                     self._progress.say(f"loading    {error}: the main process goes on alone, from the same batch")
@@ -145,6 +145,8 @@ def _without_workers(batches: Iterable[Any]) -> Iterable[Any]:
     return alone
 
 
-def _is_death(error: RuntimeError) -> bool:
+def _is_death(error: Exception) -> bool:
+    if isinstance(error, (ConnectionError, EOFError)):
+        return True  # in the middle of handing a batch over
     text = str(error)
     return text.startswith("DataLoader worker") and ("exited unexpectedly" in text or "is killed by signal" in text)
