@@ -14,9 +14,9 @@ INTRODUCTION = """# Benchmarks
 
 `make bench` measures all of this anew and writes this page. Each contender is a program in `benchmarks/contenders/`,
 run as a process of its own; they take turns. The figures are medians over the rounds, each with another seed (accuracy:
-mean, least and most), of which there were {repeats} in the first table. All of them train on the hymenoptera photos of PyTorch's transfer learning tutorial
-(245 to learn from, 153 for validation), from the same first weights, for {epochs} epochs with validation in each, in
-batches of 32, with two loading processes where they have any.
+mean, least and most), of which there were {repeats} in the first table. All of them train on the hymenoptera photos of
+PyTorch's transfer learning tutorial (245 to learn from, 153 for validation), from the same first weights, for {epochs}
+epochs with validation in each, in batches of 32, with two loading processes where they have any.
 
 Machine: {machine}.
 
