@@ -27,8 +27,9 @@ contenders draw a new random part of each photo in every epoch.
 """
 LIMIT_NOTE = """
 The *limit* is what nobody can do without: decode every photo once (two processes), and run the network on it once,
-plainly. regraft comes below it where the frozen part runs faster than plainly: with batch norms folded into
-convolutions, and channels last in memory.
+plainly. regraft runs the frozen part faster than that, with batch norms folded into convolutions and channels last in
+memory, and spends what this saves, and more where the machine is busy, on splitting the network and on choosing among
+heads.
 
 Accuracy is that of the last epoch on {count} photos, of which one is {one:.2%}: differences of one or two photos are
 chance. The kept weights of regraft and of the tutorial are those of the best epoch.
@@ -55,7 +56,8 @@ def main() -> None:
     if "resnet18" in found:
         parts += [f"## {found['resnet18']['title']}\n", table(found["resnet18"])]
     if "everything" in found:
-        parts += [f"## {found['everything']['title']}\n", epochs_table(found["everything"])]
+        parts += [f"## {found['everything']['title']}\n", elsewhere(found["everything"], head)]
+        parts.append(epochs_table(found["everything"]))
     if "live_part" in found:
         parts += ["## resnet18, frozen up to `layer3.0`\n", live_table(found["live_part"])]
     if "views" in found:
@@ -68,6 +70,11 @@ def main() -> None:
     (DOCS / "benchmarks.md").write_text("\n".join(parts))
 
 
+def elsewhere(found: dict[str, Any], first: dict[str, Any]) -> str:
+    """Name the machine of a scenario where it is another than that of the first table."""
+    return f"On {found['machine']}.\n" if found["machine"] != first["machine"] else ""
+
+
 def table(found: dict[str, Any]) -> str:
     """Return the table of a scenario."""
     runs = found["runs"]
@@ -77,11 +84,11 @@ def table(found: dict[str, Any]) -> str:
     limit = next(name for name in runs if name.startswith("limit"))
     rows = ["| | seconds | × faster than the tutorial | of the limit | process | × faster | accuracy | peak memory |"]
     rows.append("|---|---|---|---|---|---|---|---|")
-    for name, of in runs.items():
+    for name, of in sorted(runs.items(), key=lambda item: -seconds[item[0]]):
         is_limit = name == limit
         faster = "" if is_limit else f"{seconds[tutorial] / seconds[name]:.1f}"
         whole = "" if is_limit else f"{process[tutorial] / process[name]:.1f}"
-        memory = statistics.median(run["peak_mib"] for run in of)
+        peaks = [run["peak_mib"] for run in of if "peak_mib" in run]
         cells = (
             name,
             f"{seconds[name]:.2f}",
@@ -90,7 +97,7 @@ def table(found: dict[str, Any]) -> str:
             f"{process[name]:.2f}",
             whole,
             accuracy(of),
-            f"{memory:,.0f} MiB",
+            f"{statistics.median(peaks):,.0f} MiB" if peaks else "",
         )
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
