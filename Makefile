@@ -37,7 +37,7 @@ families: install
 	REGRAFT_WRITE_FAMILIES=1 $(BIN)/python -m pytest -o addopts= -q tests/freezing/test_families.py tests/surgery/test_surgery_families.py
 
 bench: .venv-bench/.installed
-	cd benchmarks && for part in speed live_part memory views page; do ../.venv-bench/bin/python $$part.py || exit 1; done
+	cd benchmarks && for part in speed live_part memory views compiled page; do ../.venv-bench/bin/python $$part.py || exit 1; done
 
 .venv-bench/.installed: $(INSTALLED)
 	@test -x .venv-bench/bin/python || $(BIN)/python -m venv .venv-bench

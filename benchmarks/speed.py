@@ -62,12 +62,12 @@ SCENARIOS = {
         (),
         (
             LIMIT,
+            ONE_VIEW,
             TUTORIAL,
             Contender("tutorial, frozen part in evaluation mode", ("tutorial.py", "--variant", "eval")),
             Contender("fastai, Learner.freeze", ("fastai_learner.py",)),
             Contender("Lightning, BackboneFinetuning", ("lightning_finetuning.py",)),
             Contender("Hugging Face, Trainer", ("hf_trainer.py",)),
-            ONE_VIEW,
             Contender("regraft, 2 views (mirrored; the default)", ("regraft_fit.py", "--augment", "flip")),
             FIVE_VIEWS,
             Contender("regraft, 1 view, again with another rate", ("regraft_fit.py", "--lr", "0.003"), None, True),
@@ -77,7 +77,7 @@ SCENARIOS = {
         "resnet18, frozen but for its head (random weights: figures of time alone)",
         25,
         ("--model", "resnet18"),
-        (LIMIT, Contender("tutorial (2 epochs, scaled to 25)", ("tutorial.py",), 2), ONE_VIEW),
+        (LIMIT, ONE_VIEW, Contender("tutorial (2 epochs, scaled to 25)", ("tutorial.py",), 2)),
     ),
     "everything": Scenario(
         "MobileNetV1 × 0.25, nothing frozen, random augmentation",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from regraft.checkpoint import LoadReport as LoadReport
     from regraft.checkpoint import Plan as Plan
     from regraft.checkpoint import build_plan as build_plan
+    from regraft.checkpoint import convert as convert
     from regraft.checkpoint import create_model as create_model
     from regraft.checkpoint import diff as diff
     from regraft.checkpoint import load as load
@@ -89,6 +90,7 @@ _HOMES = {
     "list_models": "zoo",
     "load": "checkpoint",
     "load_weights": "checkpoint",
+    "convert": "checkpoint",
     "merge": "checkpoint",
     "param_groups": "freezing",
     "partition": "frontier",

@@ -13,7 +13,7 @@
     │   └── LossError         a loss that is not one finite number
     └── RunError              something outside failed: a disk, a download (exit code 1)
 
-    Interrupted               Ctrl-C, after the best weights so far were kept (exit code 130)
+    Interrupted               Ctrl-C or SIGTERM, after what was reached so far was kept (exit code 130 or 143)
 
 A message has four parts in this order: what failed (with the value), where, what was expected, what to do next.
 """
@@ -87,9 +87,18 @@ class RunError(RegraftError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during training; the message says what was kept and where."""
+    """Ctrl-C or SIGTERM during training; the message says what was kept and where, and how to go on.
+
+    Args:
+        message: What it says.
+        number: Of the signal, which the exit code follows.
+    """
 
     exit_code = 130
+
+    def __init__(self, message: str = "", *, number: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
 
 
 def nearest(name: str, known: Iterable[str], *, prefix: str = "Nearest: ") -> str:

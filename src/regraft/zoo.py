@@ -22,8 +22,8 @@ from regraft.card import Preprocessing, Recipe, Source, attach, card_of
 from regraft.errors import InputError, ModelError, TrustError, nearest
 
 TIMM = "timm/"
+TIMM_NAME = re.compile(r"\w+(\.[\w-]+)?")  # and a tag; anything else could be a place to load from
 PYTHON = "py:"
-PLAIN_NAME = re.compile(r"[\w.-]+")  # of timm's networks, which might else be taken for a path or a repository
 NETWORK_LIBRARIES = ("http", "huggingface_hub", "httpx", "httpx2", "httpcore2")
 
 
@@ -170,15 +170,15 @@ def _build_timm(name: str, weights: str) -> tuple[nn.Module, Preprocessing, str]
     import timm
 
     bare = name.removeprefix(TIMM)
-    if bare.split(".")[0] not in timm.list_models() or not PLAIN_NAME.fullmatch(bare):
-        raise ModelError(_unknown_model(name))
     pretrained = weights != "none"
     if weights not in ("none", "default"):
         bare = f"{bare.split('.')[0]}.{weights}"
+    if bare.split(".")[0] not in timm.list_models() or not TIMM_NAME.fullmatch(bare):
+        raise ModelError(_unknown_model(name))
     try:
         with _downloads(name):
             model = timm.create_model(bare, pretrained=pretrained)
-    except (RuntimeError, ValueError) as error:
+    except RuntimeError as error:
         raise ModelError(f"timm cannot build '{bare}': {error}") from error
     config = cast("dict[str, Any]", model.pretrained_cfg)
     return model, _timm_preprocessing(config), (config.get("tag") or "default") if pretrained else "none"

@@ -22,9 +22,10 @@ from checkpoint.test_save_load import rewritten, shake
 from oracles import identical
 from regraft import create_model, freeze, load, save
 from regraft.card import Card, Preprocessing, Recipe, Source, Step, attach
-from regraft.checkpoint import Header, read_header
+from regraft.checkpoint import Header, load_outline, read_header
 from regraft.checkpoint.contents import read_contents
-from regraft.checkpoint.layout import DTYPES, read_layout
+from regraft.checkpoint.digest import tensor_digest
+from regraft.checkpoint.layout import DTYPES, read_layout, read_start
 from regraft.cli.app import app
 from regraft.errors import CheckpointError, RegraftError
 
@@ -189,6 +190,39 @@ def test_every_tensor_has_its_digest(kind: str, tmp_path: Path) -> None:
     name = "7.bias" if kind == "a digest is missing" else "8.bias"
     with pytest.raises(CheckpointError, match=rf"is damaged: .*'{name}'"):
         load(rewritten(path, change))
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [{"7.weight": "7.bias"}, {"new": "nowhere"}, {"new": "7.bias"}, {"1.weight": "1.running_mean"}],
+    ids=["two stored ones", "a name that is not there", "a name that no layer has", "a parameter and a buffer"],
+)
+def test_names_that_share_what_they_cannot_share_are_refused(shared: dict[str, str], tmp_path: Path) -> None:
+    model = tiny.build("sequential")
+    path = save(model, tmp_path / "model.safetensors")
+    if "1.weight" in shared:
+        state = {name: tensor for name, tensor in model.state_dict().items() if name != "1.weight"}
+        metadata = {"regraft": read_start(path)[0]["__metadata__"]["regraft"]}
+        safetensors.torch.save_file(state, path, metadata)
+        rewritten(path, lambda document: document["digests"].pop("1.weight"))
+    rewritten(path, lambda document: document.update(shared=shared))
+    for attempt in (load, load_outline) if "new" not in shared else (load,):
+        if shared == {"7.weight": "7.bias"} and attempt is load_outline:
+            continue
+        with pytest.raises(CheckpointError, match=r"is damaged: |does not match its own recipe"):
+            attempt(path)
+
+
+def test_whole_numbers_for_weights_are_refused(tmp_path: Path) -> None:
+    model = tiny.build("sequential")
+    path = save(model, tmp_path / "model.safetensors")
+    state = {**model.state_dict(), "7.bias": torch.arange(5)}
+    safetensors.torch.save_file(state, path, {"regraft": read_start(path)[0]["__metadata__"]["regraft"]})
+    digest = tensor_digest(state["7.bias"])
+    rewritten(path, lambda document: document["digests"].update({"7.bias": digest}))
+    for attempt in (load, load_outline):
+        with pytest.raises(CheckpointError, match=r"at '7\.bias': torch\.int64 in the file"):
+            attempt(path)
 
 
 def test_a_header_that_nobody_would_read_is_not_written(tmp_path: Path) -> None:

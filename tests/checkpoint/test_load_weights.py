@@ -125,6 +125,27 @@ def test_real_files_load_whole(file: str, make: Callable[[], nn.Module], notes: 
     assert all(identical(expected[name], model.state_dict()[name]) for name in expected)
 
 
+LEFT_OUT = {
+    "MobileNetV1": {"epoch", "arch", "best_acc1", "optimizer"},
+    "ResNet-20": {"best_prec1"},
+    "ResNet-56": {"best_prec1"},
+    "MLP": {"epoch", "loops", "callbacks", "optimizer_states", "lr_schedulers", "hyper_parameters"},
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_report_names_what_was_taken_off_and_left_out_of_a_real_file(name: str, shared: Path) -> None:
+    file, make, notes = REAL[name]
+    report = load_weights(make(), shared / "weights" / file)
+    assert LEFT_OUT[name] <= set(report.left_out)
+    assert not {"state_dict"} & set(report.left_out)
+    assert {match.sure for match in report.matches} == {"certain"}
+    assert report.share == 1.0
+    shown = str(report)
+    assert all(note in shown for note in notes)
+    assert f"left out: {report.left_out[0]}" in shown
+
+
 def test_a_real_bare_dict_with_pruned_widths_loads_into_its_first_layers(shared: Path) -> None:
     model = nn.ModuleDict({"conv1": unit(3, 32, 3), "conv2_dw": unit(32, 32, 3, groups=32)})
     report = load_weights(model, shared / "weights" / "2.7_80x80_MiniFASNetV2.pth")

@@ -169,8 +169,8 @@ def test_a_hostile_recipe_is_refused(case: str, workplace: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"shared": {"0.weight": "0.bias"}}, "'0.weight' is not where it says"),
-        ({"shared": {"x": "y"}}, "'x' is not where it says"),
+        ({"shared": {"0.weight": "0.bias"}}, "it says that '0.weight' is '0.bias'"),
+        ({"shared": {"x": "y"}}, "it says that 'x' is 'y'"),
         ({"digests": {}}, "it has no digest of '"),
         ({"metadata": json.loads("[" * 90 + "]" * 90)}, "does not fit the format 1.0"),
     ],

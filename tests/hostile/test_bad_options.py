@@ -132,7 +132,7 @@ def test_data_of_the_wrong_kind_is_refused(data: Any, message: str, fit: Fit, ti
         ("number", r"the loss returned a float, expected a tensor with one number"),
         (
             "nan",
-            r"epoch 1: the loss is nan at step 1 of this epoch \(learning rate .*\)\. Try a tenth.*Nothing was writ",
+            r"epoch 1: the loss is nan at step 1 of this epoch \(learning rate .*\)\. Every layer.*Nothing was writ",
         ),
     ],
 )

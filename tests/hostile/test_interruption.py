@@ -1,24 +1,41 @@
-"""Ctrl-C at every moment: the best weights so far are kept, or nothing was written; never anything between."""
+"""Ctrl-C at every moment: the best weights so far and the state to go on from are kept; never anything between."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import typer.testing
-from scene import listing, nothing_written
+from scene import assert_refused, listing, nothing_written, only_json
 
 import regraft
-from regraft.errors import Interrupted
+from regraft.errors import Interrupted, LossError
 
 Cli = Callable[..., typer.testing.Result]
 Fit = Callable[..., regraft.FitResult]
 
 STEPS = 3  # of an epoch
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Let Ctrl-C be heard also where the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def results() -> set[str]:
+    """List what is in the folder of the run, without the states to go on from, of which there must be one."""
+    found = {*listing(Path("run"))}
+    states = {name for name in found if name.startswith("last/state-")}
+    assert states
+    return found - states - {"last"}
 
 
 def interrupting(step: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -35,21 +52,31 @@ def interrupting(step: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tens
     return loss
 
 
-@pytest.mark.parametrize("step", [0, 1, 2, STEPS])
-def test_nothing_is_written_before_the_first_epoch_is_complete(step: int, fit: Fit) -> None:
-    with nothing_written(), pytest.raises(KeyboardInterrupt) as caught:
+def test_nothing_is_written_before_training_begins(fit: Fit) -> None:
+    with nothing_written(), pytest.raises(KeyboardInterrupt):
+        fit(loss=interrupting(0), epochs=3, out="run")
+
+
+@pytest.mark.parametrize("step", [1, 2, STEPS])
+def test_before_the_first_epoch_is_complete_its_beginning_is_kept(step: int, fit: Fit) -> None:
+    with pytest.raises(Interrupted) as caught:
         fit(loss=interrupting(step), epochs=3, out="run")
-    if step:
-        assert str(caught.value) == "stopped by Ctrl-C. Nothing was written: no epoch was complete."
+    assert str(caught.value) == (
+        "stopped by Ctrl-C. No epoch was complete. To continue: the same call of fit with resume=True"
+    )
+    assert {*listing(Path("run"))} == {"last", "last/state-000001-000000000.safetensors"}
+    assert len(fit(loss=interrupting(1000), epochs=3, out="run", resume=True).history) == 3
 
 
 @pytest.mark.parametrize("step", [STEPS + 1, 2 * STEPS])
 def test_the_best_epoch_so_far_is_kept(step: int, fit: Fit) -> None:
     options = {"seed": 4, "schedule": "constant"}  # whose first epoch does not depend on how many there are
-    message = r"^stopped by Ctrl-C\. The best so far \(epoch 1, accuracy .*\) is kept in 'run/model\.safetensors'\.$"
+    message = (
+        r"^stopped by Ctrl-C\. The best so far \(epoch 1, accuracy .*\) is kept in 'run/model\.safetensors'\. To c"
+    )
     with pytest.raises(Interrupted, match=message):
         fit(loss=interrupting(step), epochs=3, out="run", **options)
-    assert {*listing(Path("run"))} == {"model.safetensors", "metrics.csv", "config.toml"}
+    assert results() == {"model.safetensors", "metrics.csv", "config.toml"}
     assert len(Path("run/metrics.csv").read_text().splitlines()) == 2
     one_epoch = fit(epochs=1, **options).model.state_dict()
     for name, tensor in regraft.load("run/model.safetensors", trust_code=True).state_dict().items():
@@ -83,14 +110,16 @@ def test_an_interruption_while_saving_still_keeps_the_epoch(
     monkeypatch.setattr(moment, interrupted)
     with pytest.raises(Interrupted, match=r"epoch 1, .* is kept in 'run/model\.safetensors'"):
         fit(epochs=3, out="run")
-    assert {*listing(Path("run"))} == {"model.safetensors", "metrics.csv", "config.toml"}
+    assert results() == {"model.safetensors", "metrics.csv", "config.toml"}
     assert regraft.evaluate(regraft.load("run/model.safetensors", trust_code=True), "photos").count == 12
 
 
 def test_old_results_survive_an_interruption_of_the_first_epoch(cli: Cli, fit: Fit, train_words: list[object]) -> None:
     assert cli(*train_words, "--out", "run").exit_code == 0
-    with nothing_written(), pytest.raises(Interrupted):
+    before = listing(Path("run"))
+    with pytest.raises(Interrupted):
         fit(loss=interrupting(2), out="run", overwrite=True)
+    assert {name: content for name, content in listing(Path("run")).items() if not name.startswith("last")} == before
 
 
 @pytest.mark.parametrize("phase", ["regraft.data.photos.decode_all", "regraft.training.prepare.create_model"])
@@ -130,9 +159,9 @@ def slow(outputs, targets):
 """
 
 
-def test_a_real_signal_keeps_the_best_and_exits_with_130(train_words: list[object], workplace: Path) -> None:
+def test_a_real_signal_keeps_everything_and_the_command_it_prints_goes_on(cli: Cli, train_words: list[object]) -> None:
     Path("slow.py").write_text(SLOW_LOSS)
-    words = [*train_words, "--epochs", 10_000, "--loss", "py:slow.py:slow", "--out", "run"]
+    words = [*train_words, "--epochs", 40, "--loss", "py:slow.py:slow", "--out", "my run"]
     process = subprocess.Popen(
         [sys.executable, "-m", "regraft", *map(str, words)],
         stdout=subprocess.PIPE,
@@ -151,7 +180,99 @@ def test_a_real_signal_keeps_the_best_and_exits_with_130(train_words: list[objec
     assert (process.returncode, stdout) == (130, "")
     last = stderr.splitlines()[-1]
     assert last.startswith("stopped by Ctrl-C. The best so far (epoch ")
-    assert last.endswith("is kept in 'run/model.safetensors'.")
+    assert "is kept in 'my run/model.safetensors'. To continue: " in last
     assert "Traceback" not in stderr
+    assert regraft.evaluate(regraft.load("my run/model.safetensors", trust_code=True), "photos").count == 12
+    command = shlex.split(last.partition("To continue: ")[2])
+    assert command == ["regraft", "train", "--resume", "my run", "--trust-code"]
+    found = cli(*command[1:], "--json")
+    assert found.exit_code == 0, found.stderr
+    assert len(only_json(found.stdout)["epochs"]) == 40
+    assert {*listing(Path("my run"))} == {"model.safetensors", "metrics.csv", "config.toml", "report.html"}
+
+
+TERMINATED = """
+import signal
+import torch
+
+calls = []
+
+def loss(outputs, targets):
+    calls.append(1)
+    if len(calls) == 6:
+        signal.raise_signal(signal.SIGTERM)
+    return torch.nn.functional.cross_entropy(outputs, targets)
+"""
+
+
+def test_sigterm_does_the_same_and_exits_with_143(cli: Cli, train_words: list[object]) -> None:
+    Path("term.py").write_text(TERMINATED)
+    result = cli(*train_words, "--epochs", 3, "--loss", "py:term.py:loss", "--out", "run")
+    assert (result.exit_code, result.stdout) == (143, "")
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("stopped by SIGTERM. The best so far (epoch 1, ")
+    assert last.endswith("To continue: regraft train --resume run --trust-code")
+    assert results() == {"model.safetensors", "metrics.csv", "config.toml"}
+    result = cli("train", "--resume", "run", "--trust-code", "--json")
+    assert len(only_json(result.stdout)["epochs"]) == 3
+    assert {*listing(Path("run"))} == {"model.safetensors", "metrics.csv", "config.toml", "report.html"}
+
+
+def test_sigterm_before_training_leaves_nothing(
+    cli: Cli, train_words: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("regraft.training.prepare.create_model", stop)
+    with nothing_written():
+        result = cli(*train_words, "--out", "run")
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (143, "stopped by SIGTERM. Nothing was written.")
+
+
+def test_what_cannot_be_continued_is_said(cli: Cli, fit: Fit, train_words: list[object]) -> None:
+    with nothing_written():
+        assert_refused(cli("train", "--resume", "nowhere"), "nothing to continue: there is no folder 'nowhere'")
+        assert_refused(cli("train", "--resume", "photos"), "nothing to continue: no run has begun in 'photos'")
+        for words in (("photos",), ("--epochs", 3), ("--overwrite",), ("--config", "x.toml"), ("--freeze", "conv")):
+            assert_refused(
+                cli("train", "--resume", "photos", *words),
+                "--resume continues a run with its own options: leave out ",
+                "DATA" if words == ("photos",) else str(words[0]),
+            )
+    assert cli(*train_words, "--out", "run").exit_code == 0
+    with nothing_written():
+        assert_refused(
+            cli("train", "--resume", "run"), "the run in 'run' has ended: its model is 'run/model.safetensors'"
+        )
+    with pytest.raises(Interrupted):
+        fit(loss=interrupting(2), out="python")
+    with nothing_written():
+        assert_refused(
+            cli("train", "--resume", "python"), "begun in Python", "regraft.fit(…, out='python', resume=True)"
+        )
+
+
+def test_two_runs_in_one_folder_are_one_too_many(cli: Cli, fit: Fit, train_words: list[object]) -> None:
+    refused: list[typer.testing.Result] = []
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if not refused:
+            refused.append(cli(*train_words, "--out", "run", "--overwrite"))
+        return torch.nn.functional.cross_entropy(outputs, targets)
+
+    fit(loss=loss, out="run")
+    assert_refused(refused[0], f"another run is writing into 'run': process {os.getpid()}", "Choose another --out")
     assert {*listing(Path("run"))} == {"model.safetensors", "metrics.csv", "config.toml"}
-    assert regraft.evaluate(regraft.load("run/model.safetensors", trust_code=True), "photos").count == 12
+
+
+def test_the_lock_of_a_process_that_was_killed_is_no_obstacle(fit: Fit) -> None:
+    Path("run").mkdir()
+    Path("run/run.lock").write_text("999999")
+    fit(out="run")
+    assert {*listing(Path("run"))} == {"model.safetensors", "metrics.csv", "config.toml"}
+
+
+def test_folders_that_were_made_for_nothing_go_again(fit: Fit) -> None:
+    with nothing_written(), pytest.raises(LossError):
+        fit(loss=lambda outputs, targets: outputs.sum() * float("nan"), out="some/where/else")

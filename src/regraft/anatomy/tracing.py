@@ -63,7 +63,7 @@ def _on_shapes(model: nn.Module, arguments: Arguments) -> Trace:
     for ghosts in GHOSTS:
         recorder = None
         try:
-            with preserved_randomness(), _unfused_attention(), silenced(FAKES), ghosts(model) as twin:
+            with preserved_randomness(), unfused_attention(), silenced(FAKES), ghosts(model) as twin:
                 recorder = Recorder(twin)
                 recorder.run(arguments.without_values())
                 return recorder.result()
@@ -75,7 +75,7 @@ def _on_shapes(model: nn.Module, arguments: Arguments) -> Trace:
 def _for_real(model: nn.Module, arguments: Arguments, reason: str) -> Trace:
     recorder = None
     try:
-        with preserved_randomness(0), _unfused_attention():
+        with preserved_randomness(0), unfused_attention():
             recorder = Recorder(real_twin(model))
             recorder.watch.protect(model.parameters())
             recorder.run(arguments.with_values(_device(model)))
@@ -86,7 +86,7 @@ def _for_real(model: nn.Module, arguments: Arguments, reason: str) -> Trace:
 
 
 @contextlib.contextmanager
-def _unfused_attention() -> Iterator[None]:
+def unfused_attention() -> Iterator[None]:
     """Keep attention out of its fused kernel, which hides its multiply-adds."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
+from torch.utils.flop_counter import FlopCounterMode
 
 from regraft.anatomy.graph import Flow, is_size
 from regraft.anatomy.modes import preserved_randomness, silenced
-from regraft.anatomy.tracing import FAKES
+from regraft.anatomy.tracing import FAKES, unfused_attention
 from regraft.anatomy.twins import GHOSTS
 
 Values = dict[fx.Node, Any]
@@ -20,15 +21,28 @@ BATCHES = (2, 3)  # numbers of images that tell what follows the batch from what
 
 def compute_values(model: nn.Module, flow: Flow, inputs: tuple[Any, ...], count: int) -> Values:
     """Compute every value of a graph on shapes alone, for a batch of `count` images shaped as those in `inputs`."""
+    return _run(model, flow, inputs, count)[0]
+
+
+def compute_costs(model: nn.Module, flow: Flow, inputs: tuple[Any, ...]) -> tuple[list[Values], dict[fx.Node, int]]:
+    """Compute every value for either of `BATCHES`, and the multiply-adds that each takes for one image."""
+    few, many = (_run(model, flow, inputs, count) for count in BATCHES)
+    costs = {node: (2 * few[1][node] - many[1][node]) // 2 for node in few[1]}  # what does not grow with the batch too
+    return [few[0], many[0]], costs
+
+
+def _run(model: nn.Module, flow: Flow, inputs: tuple[Any, ...], count: int) -> tuple[Values, dict[fx.Node, int]]:
+    """Return every value of a graph, and the floating-point operations that each takes."""
     problem: Exception | None = None
     for ghosts in GHOSTS:
         try:
-            with preserved_randomness(), silenced(FAKES), ghosts(model) as twin, torch.no_grad():
+            with preserved_randomness(), silenced(FAKES), unfused_attention(), ghosts(model) as twin, torch.no_grad():
                 for name, tensor in flow.constants.items():
                     setattr(twin, name, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype))
-                runner = _Interpreter(twin, garbage_collect_values=False, graph=flow.graph)
-                runner.run(*(torch.empty((count, *x.shape[1:]), dtype=x.dtype) for x in inputs))
-                return runner.env
+                runner = _Interpreter(twin, flow.graph)
+                with runner.counter:
+                    runner.run(*(torch.empty((count, *x.shape[1:]), dtype=x.dtype) for x in inputs))
+                return runner.env, runner.operations
         except Exception as error:
             problem = error
     assert problem is not None
@@ -49,7 +63,18 @@ def value_key(node: fx.Node) -> str:
 
 
 class _Interpreter(fx.Interpreter):
-    """Gives layers lists that they may change, as their forwards do."""
+    """Gives layers lists that they may change, as their forwards do, and counts the operations of each node."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(module, garbage_collect_values=False, graph=graph)
+        self.counter = FlopCounterMode(display=False)
+        self.operations: dict[fx.Node, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self.counter.get_total_flops()
+        result = super().run_node(n)
+        self.operations[n] = self.counter.get_total_flops() - before
+        return result
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
         args, kwargs = super().fetch_args_kwargs_from_env(n)

@@ -11,7 +11,8 @@ from regraft.anatomy.heads import find_heads
 from regraft.anatomy.modes import preserved_randomness
 from regraft.anatomy.paths import is_within
 from regraft.card import Recipe, Source, attach, card_of
-from regraft.checkpoint.foreign import LoadReport, load_weights
+from regraft.checkpoint.load_report import LoadReport
+from regraft.checkpoint.loading import load_weights
 from regraft.errors import CheckpointError, EditError, ModelError, RegraftError
 from regraft.surgery.expressions import shortened
 from regraft.surgery.graft import rebuild_grafted
@@ -151,7 +152,7 @@ def _looks_like_file(path: Path) -> bool:
 
 def _load_backbone(model: nn.Module, path: Path, name: str) -> LoadReport:
     """Load a file into a freshly built model; only the head may be missing or of another width."""
-    report = load_weights(model, path)
+    report = load_weights(model, path, adapt=(), min_share=0.0)
     heads = find_heads(model)
     absent = [*report.missing, *(name for name, _, _ in report.mismatched)]
     absent = [key for key in absent if not any(is_within(key, head) for head in heads)]

@@ -71,15 +71,15 @@ def read_contents(path: Path, header: Header | None) -> Contents:
     path = locate(path)
     entries = find_entries(path)
     expected = header.digests if header else {}
+    shared = header.shared if header else {}
+    for alias, name in shared.items():
+        if alias in entries or (name not in entries and header and header.base is None):
+            raise CheckpointError(f"'{path}' is damaged: it says that '{alias}' is '{name}'. Get or make it again.")
     absent = next((name for name in expected if name not in entries), None)
     surplus = next((name for name in entries if header and name not in expected), None)
     if absent is not None or surplus is not None:
         problem = f"it lacks '{absent}'" if absent is not None else f"it has no digest of '{surplus}'"
         raise CheckpointError(f"'{path}' is damaged: {problem}. Get or make it again.")
-    shared = header.shared.items() if header and not header.base else ()
-    untied = next((alias for alias, name in shared if name not in entries or alias in entries), None)
-    if untied is not None:
-        raise CheckpointError(f"'{path}' is damaged: '{untied}' is not where it says. Get or make it again.")
     try:
         pieces = [
             _Piece(name, file, entry, torch.empty(entry.shape, dtype=entry.dtype))
@@ -95,7 +95,7 @@ def read_contents(path: Path, header: Header | None) -> Contents:
         if digests[name] != digest:
             raise CheckpointError(f"'{path}' is damaged: '{name}' is not what was saved. Get or make it again.")
     tensors = {piece.name: piece.target for piece in pieces}
-    return Contents(tensors, {name: digests[name] for name in tensors}, header.shared if header else {})
+    return Contents(tensors, {name: digests[name] for name in tensors}, shared)
 
 
 def find_entries(path: Path) -> dict[str, tuple[Path, Entry]]:

@@ -1,145 +1,109 @@
-"""Read what people really have: wrapped, prefixed and pickled state dicts, without running anything that is in them."""
+"""Read what people really have into names with tensors, without running anything that is in it."""
 
-import os
+import json
 import pickle
 import re
-import reprlib
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
 
-from regraft.checkpoint.format import is_safetensors, read_header
+from regraft.checkpoint.entries import Contents, Entry, Tensors, contents_of, listed
+from regraft.checkpoint.format import KEY, is_safetensors, read_header
+from regraft.checkpoint.inert import read_pickled, read_torchscript
 from regraft.checkpoint.limits import check_container
 from regraft.checkpoint.pickles import made_plain
 from regraft.errors import CheckpointError
 
-WRAPPERS = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "module",
-    "net",
-    "network",
-    "weights",
-    "params",
-    "state_dict_ema",
-    "model_ema",
-    "ema_state_dict",
-    "ema",
-)
-PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "encoder.", "net.", "network.", "base_model.")
 FOREIGN_NAME = re.compile(r"(?:GLOBAL|function|class|type) <?([\w.]+)")  # in what torch's unpickler complains about
-PREFIX_DEPTH = 3
+INDEX_LIMIT_BYTES = 100_000_000
+FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)  # as Hugging Face names them
 
-Tensors = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What of a file went into a model; `str()` says it in a line.
-
-    Attributes:
-        path: The file.
-        loaded: Names of the tensors that were loaded, as the model calls them.
-        missing: Names that the model has and the file lacks; those keep their values.
-        unexpected: Names that the file has and the model lacks.
-        mismatched: (name, shape in the file, shape in the model); those keep their values.
-        notes: What was unwrapped or stripped on the way, and what probably explains the differences.
-    """
-
-    path: str
-    loaded: tuple[str, ...]
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        counts = f"{len(self.loaded)} tensors loaded from '{self.path}'"
-        for word, names in (("missing", self.missing), ("unexpected", self.unexpected)):
-            if names:
-                counts += f", {len(names)} {word} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-        for name, theirs, ours in self.mismatched:
-            counts += f", '{name}' is {theirs} in the file and {ours} in the model"
-        return "; ".join([counts, *self.notes])
-
-
-def load_weights(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    *,
-    rename: Mapping[str, str] | None = None,
-    strict: bool = False,
-) -> LoadReport:
-    """Load the weights in a file into `model`, in place: safetensors, or anything that `torch.save` wrote.
-
-    Pickled files go through torch's weights-only unpickler: nothing in them is executed. Wrapped state dicts
-    (`{"state_dict": …}` and the like) are unwrapped, prefixes that wrappers leave (`module.`, `_orig_mod.`, …) are
-    stripped or added where that fits more names. Everything is checked before the first tensor changes.
-
-    Args:
-        model: Any module.
-        path: The file.
-        rename: Regular expressions and what each is replaced by, applied to the names in the file.
-        strict: Whether anything missing, unexpected or mismatched is an error.
-
-    Returns:
-        What was loaded and what was not. Missing and mismatched tensors keep their values.
-
-    Raises:
-        CheckpointError: The file cannot be read without running code, nothing in it fits, or `strict` and not
-            everything does. Nothing was changed.
-    """
-    source = Path(path)
-    tensors, notes = read_tensors(source)
-    for pattern, replacement in (rename or {}).items():
-        tensors = {re.sub(pattern, replacement, name): tensor for name, tensor in tensors.items()}
-    slots: Tensors = model.state_dict(keep_vars=True)
-    tensors, prefix_note = _fit_prefix(tensors, slots)
-    fitting = {name for name, tensor in tensors.items() if name in slots and slots[name].shape == tensor.shape}
-    mismatched = [
-        (name, tuple(tensor.shape), tuple(slots[name].shape))
-        for name, tensor in tensors.items()
-        if name in slots and name not in fitting
-    ]
-    report = LoadReport(
-        path=str(source),
-        loaded=tuple(name for name in slots if name in fitting),
-        missing=tuple(name for name in slots if name not in tensors and not name.endswith("num_batches_tracked")),
-        unexpected=tuple(name for name in tensors if name not in slots),
-        mismatched=tuple(mismatched),
-        notes=(*notes, *prefix_note),
-    )
-    if not fitting:
-        raise CheckpointError(
-            f"nothing in '{source}' fits {type(model).__name__}: the file has {_first(tensors)}, the model "
-            f"{_first(slots)}. Give the architecture that the file was trained with, or rename={{…}}. "
-            "Nothing was changed."
-        )
-    if strict and (report.missing or report.unexpected or report.mismatched):
-        raise CheckpointError(f"'{source}' does not fit {type(model).__name__} in all: {report}. Nothing was changed.")
-    with torch.no_grad():
-        for name in report.loaded:
-            slots[name].copy_(tensors[name])
-    return report
+Kind = Literal["index", "safetensors", "torchscript", "npz", "torch"]
 
 
 def read_tensors(path: Path) -> tuple[Tensors, list[str]]:
     """Read the tensors of a file under their names, on the CPU, and notes about what was unwrapped.
 
     Raises:
-        CheckpointError: The file does not exist, or cannot be read without running code.
+        CheckpointError: The file does not exist, cannot be read without running code, or holds several networks.
     """
+    contents = read_contents(path)
+    choices = contents.choices()
+    if len(choices) > 1:
+        raise CheckpointError(f"'{path}' holds several state dicts: {listed(choices)}. Expected one.")
+    return choices[0].tensors, [*contents.notes, *unwrapping(choices[0])]
+
+
+def read_contents(path: Path, *, tensors_only: bool = False) -> Contents:
+    """Read every state dict that a file holds, on the CPU.
+
+    Args:
+        path: A file, or a folder with the weights of a Hugging Face model.
+        tensors_only: Take the tensors out of a file that holds more, as a whole pickled module, without running any of
+            it: see `inert`.
+
+    Raises:
+        CheckpointError: The file does not exist, is damaged, or cannot be read without running code.
+    """
+    if path.is_dir():
+        path = next((path / name for name in FOLDER_FILES if (path / name).is_file()), path)
     if not path.is_file():
         raise CheckpointError(f"no file '{path}' (looked from {Path.cwd()}). Give the path of a file with weights.")
+    kind = kind_of(path)
+    if kind == "index":
+        return _read_shards(path)
     check_container(path)
+    if kind == "safetensors" and read_header(path) is not None:
+        return _read_own(path)
+    if kind == "safetensors":
+        return Contents(path, (Entry((), _read_safetensors(path), is_ordered=False),))
+    if kind == "npz":
+        tensors, skipped = _read_arrays(path)
+        return Contents(path, (Entry((), tensors),), left_out=skipped)
+    if kind == "torchscript":
+        tensors = read_torchscript(path)
+        if not tensors:
+            raise CheckpointError(f"'{path}' is a TorchScript archive without parameters or buffers.")
+        return Contents(path, (Entry((), tensors),), notes=("read from a TorchScript archive; its code was not run",))
+    if tensors_only:
+        found = contents_of(read_pickled(path), path)
+        return Contents(path, found.entries, found.left_out, ("its tensors were taken out; no code of it was run",))
+    return contents_of(_read_torch(path), path)
+
+
+def kind_of(path: Path) -> Kind:
+    """Say how a file is read, by its name for an index and by its first bytes otherwise."""
+    if path.name.endswith(".index.json"):
+        return "index"
     if is_safetensors(path):
-        return _read_safetensors(path), []
+        return "safetensors"
+    if not zipfile.is_zipfile(path):
+        return "torch"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return "torch"  # whose reader says what is wrong
+    if names and all(name.endswith(".npy") for name in names):
+        return "npz"
+    is_script = any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names)
+    return "torchscript" if is_script else "torch"
+
+
+def unwrapping(entry: Entry) -> list[str]:
+    """Say what was taken off to get at a state dict."""
+    return [f"taken from the entry '{key}'" for key in entry.path]
+
+
+def _read_torch(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the age of the file's format
@@ -148,14 +112,15 @@ def read_tensors(path: Path) -> tuple[Tensors, list[str]]:
         if isinstance(error, pickle.UnpicklingError) and (foreign := FOREIGN_NAME.search(str(error))):
             raise CheckpointError(
                 f"'{path}' holds more than tensors ({foreign[1]}), and reading it would run code from it. "
-                "On a machine where you trust the file, load it yourself and write torch.save(model.state_dict(), …)."
+                "Its tensors can be taken out without running any: tensors_only=True (--tensors-only), or "
+                f"`regraft convert {path.name} OUT.safetensors --tensors-only`."
             ) from error
         reason = "no pickle that holds tensors" if isinstance(error, pickle.UnpicklingError) else str(error)
         raise CheckpointError(
             f"'{path}' cannot be read as weights: {type(error).__name__}: {reason.partition(chr(10))[0][:200]}. "
             "Expected a safetensors file or one that torch.save wrote."
         ) from error
-    return _unwrap(made_plain(path, content, path.stat().st_size), path)
+    return made_plain(path, content, path.stat().st_size)
 
 
 def _read_safetensors(path: Path) -> Tensors:
@@ -166,67 +131,90 @@ def _read_safetensors(path: Path) -> Tensors:
         tensors = load_file(path)
     except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"'{path}' is damaged: {error}. Get or make it again.") from error
-    header = read_header(path)
-    for alias, name in (header.shared if header else {}).items():
-        if name not in tensors:
-            raise CheckpointError(f"'{path}' is damaged: '{alias}' is stored as '{name}', which it lacks.")
-        tensors[alias] = tensors[name]
     return tensors
 
 
-def _unwrap(content: Any, path: Path) -> tuple[Tensors, list[str]]:
-    notes = []
-    while isinstance(content, Mapping):
-        inner = next(
-            (key for key in WRAPPERS if isinstance(content.get(key), Mapping) and _tensor_dict(content[key])), None
-        )
-        if inner is None:
-            break
-        notes.append(f"taken from the entry '{inner}'")
-        content = content[inner]
-    tensors = _tensor_dict(content) if isinstance(content, Mapping) else {}
+def _read_arrays(path: Path) -> tuple[Tensors, tuple[str, ...]]:
+    """Read an npz archive; arrays of what torch has no dtype for (text, records) are named and left out."""
+    import numpy as np
+
+    tensors: Tensors = {}
+    skipped: list[str] = []
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            for name in archive.files:
+                array = archive[name]
+                if array.dtype.kind not in "fiubc" or array.dtype.itemsize > 16:
+                    skipped.append(name)
+                    continue
+                tensors[name] = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+    except Exception as error:
+        reason = str(error).partition("\n")[0][:200]
+        hint = "It holds pickled objects, which would run code. " if "allow_pickle" in reason else ""
+        raise CheckpointError(
+            f"'{path}' cannot be read as weights: {hint or f'{type(error).__name__}: {reason}. '}"
+            "Expected an npz archive with arrays of numbers alone."
+        ) from error
     if not tensors:
-        found = (
-            f"a dict with {', '.join(map(repr, list(content)[:8]))}"
-            if isinstance(content, Mapping)
-            else reprlib.repr(content)
-        )
-        raise CheckpointError(f"'{path}' holds no state dict, but {found[:200]}. Expected names with tensors.")
-    return tensors, notes
+        raise CheckpointError(f"'{path}' holds no array of numbers. Expected names with arrays.")
+    return tensors, tuple(skipped)
 
 
-def _tensor_dict(content: Mapping[Any, Any]) -> Tensors:
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
-    nested = any(isinstance(content.get(key), Mapping) for key in WRAPPERS)
-    return tensors or ({"": torch.empty(0)} if nested else {})
+def _read_own(path: Path) -> Contents:
+    """Read a checkpoint of regraft, with all that it is based on."""
+    from regraft.checkpoint.delta import resolve  # whose bases may be files of others
+
+    return Contents(path, (Entry((), resolve(path).expanded(), is_ordered=False),))
 
 
-def _fit_prefix(tensors: Tensors, slots: Tensors) -> tuple[Tensors, list[str]]:
-    """Strip or add the few prefixes that make the most names fit; none where that makes no more fit."""
-    best: tuple[Tensors, list[str]] = (tensors, [])
-    most = _count_fitting(tensors, slots)
-    tried = [best]
-    for _ in range(PREFIX_DEPTH):
-        tried = [(names, [*notes, note]) for before, notes in tried for names, note in _other_prefixes(before, slots)]
-        for candidate in tried:
-            if (fitting := _count_fitting(candidate[0], slots)) > most:
-                best, most = candidate, fitting
-    return best
+def _read_shards(path: Path) -> Contents:
+    """Read the files that an index of Hugging Face names; they lie beside it.
+
+    Raises:
+        CheckpointError: The index is no such index, names anything but files beside it, or they do not hold what it
+            says.
+    """
+    weight_map, is_own = _weight_map(path)
+    if is_own:
+        return _read_own(path)
+    tensors: Tensors = {}
+    homes = (path.parent.resolve(), path.resolve().parent)  # some caches link both into one folder
+    for shard in dict.fromkeys(weight_map.values()):
+        file = path.parent / shard
+        if file.resolve().parent not in homes:
+            raise CheckpointError(f"'{path}' names the part '{shard}', a link to another folder. Nothing was read.")
+        if not file.is_file():
+            raise CheckpointError(f"'{path}' names the part '{shard}', which is not beside it. Get the whole set.")
+        if kind_of(file) == "index":
+            raise CheckpointError(f"'{path}' names '{shard}', which is an index as well. Expected files with tensors.")
+        held, _ = read_tensors(file)
+        absent = [name for name, where in weight_map.items() if where == shard and name not in held]
+        if absent:
+            raise CheckpointError(f"'{path}' says that '{shard}' holds '{absent[0]}', which it lacks. Get it again.")
+        tensors |= {name: held[name] for name, where in weight_map.items() if where == shard}
+    held_all = {name: tensors[name] for name in weight_map}
+    count = len(set(weight_map.values()))
+    return Contents(
+        path, (Entry((), held_all, is_ordered=False),), notes=(f"read from {count} files that the index names",)
+    )
 
 
-def _other_prefixes(tensors: Tensors, slots: Tensors) -> Iterator[tuple[Tensors, str]]:
-    for prefix in PREFIXES:
-        if any(name.startswith(prefix) for name in tensors):
-            stripped = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-            if len(stripped) == len(tensors):
-                yield stripped, f"prefix '{prefix}' stripped"
-        elif any(name.startswith(prefix) for name in slots):
-            yield {prefix + name: tensor for name, tensor in tensors.items()}, f"prefix '{prefix}' added"
-
-
-def _count_fitting(tensors: Tensors, slots: Tensors) -> int:
-    return sum(name in slots and slots[name].shape == tensor.shape for name, tensor in tensors.items())
-
-
-def _first(tensors: Tensors) -> str:
-    return ", ".join(f"'{name}' {tuple(tensor.shape)}" for name, tensor in list(tensors.items())[:2])
+def _weight_map(path: Path) -> tuple[dict[str, str], bool]:
+    """Return which file holds which tensor, and whether regraft wrote the index."""
+    expected = 'Expected {"weight_map": {NAME: FILE}} with files beside it.'
+    if path.stat().st_size > INDEX_LIMIT_BYTES:
+        raise CheckpointError(f"'{path}' is larger than an index can be ({INDEX_LIMIT_BYTES:,} bytes). {expected}")
+    try:
+        found = json.loads(path.read_bytes())
+        weight_map = found["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"'{path}' is no index of weights: {type(error).__name__}: {error}. {expected}"
+        ) from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"'{path}' is no index of weights: its weight_map is empty or no object. {expected}")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w\-+=][\w.\-+= ]*", shard):
+            raise CheckpointError(f"'{path}' names {shard!r} for '{name}', which is no plain file name. {expected}")
+    metadata = found.get("metadata")
+    return weight_map, isinstance(metadata, dict) and KEY in metadata

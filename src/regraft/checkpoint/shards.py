@@ -3,13 +3,13 @@
 import contextlib
 import itertools
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
+from regraft.checkpoint.atomic import whole_or_nothing
 from regraft.checkpoint.format import (
     INDEX_SUFFIX,
     KEY,
@@ -114,24 +114,13 @@ def write_whole(target: Path, write: Callable[[Path], object]) -> None:
     Raises:
         RunError: It cannot be written; nothing of it is left, and a previous file is as it was.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        with whole_or_nothing(target) as temporary:
+            write(temporary)
     except Exception as error:
         raise RunError(
             f"cannot write '{target}': {error}. Nothing of it was kept; free some space and retry."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not every system can flush a folder; the file is whole either way
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _split(tensors: Tensors, shard_bytes: int) -> Iterator[dict[str, torch.Tensor]]:

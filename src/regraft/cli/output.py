@@ -107,7 +107,7 @@ def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Resul
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as interruption:
             _complain(str(interruption) or "stopped by Ctrl-C. Nothing was written.")
-            raise typer.Exit(INTERRUPTED) from interruption
+            raise typer.Exit(getattr(interruption, "exit_code", INTERRUPTED)) from interruption
         except BrokenPipeError as error:  # whoever reads our output has seen enough, as with `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
             raise typer.Exit(0) from error

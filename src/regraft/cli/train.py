@@ -59,8 +59,18 @@ def train(
     image_size: Annotated[int | None, Option(help="Side of the network's input, in pixels. [default: its own]")] = None,
     validation_share: Annotated[float | None, Option(help="Kept where the data has no split. [default: 0.2]")] = None,
     max_unreadable: Annotated[float | None, Option(help="Share of unreadable files allowed. [default: 0.1]")] = None,
+    on_nan: Annotated[
+        str | None, Option(help="A loss that is no number: stop, or skip the step. [default: stop]")
+    ] = None,
+    checkpoint_minutes: Annotated[
+        float | None, Option(help="Minutes between states within an epoch. [default: 5]")
+    ] = None,
+    keep_last: Annotated[int | None, Option(help="States that are kept while it trains. [default: 2]")] = None,
     out: Annotated[str | None, Option(help="Folder for the results. [default: runs/DATA-1, -2, …]")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace results that are in that folder.")] = False,
+    resume: Annotated[
+        Path | None, Option(help="Continue the run that stopped in this folder, with its own options.")
+    ] = None,
     trust_code: Annotated[bool, Option("--trust-code", help="Import a class or loss of your own (py:…).")] = False,
     config: Annotated[Path | None, Option(help="TOML file with these options; flags win.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
@@ -68,18 +78,28 @@ def train(
     """Train a classifier on a folder of photos.
 
     Example: regraft train photos/ --model resnet18 --epochs 20
+
+    A run that was stopped goes on with: regraft train --resume runs/photos-1
     """
     given = {
-        name: value for name, value in locals().items() if name not in ("overwrite", "trust_code", "config", "as_json")
+        name: value
+        for name, value in locals().items()
+        if value is not None and name not in ("overwrite", "resume", "trust_code", "config", "as_json")
     }
-    options = {name: value for name, value in given.items() if value is not None}
     from regraft.training.config import make_config, read_config
 
-    if config is not None:
-        options = {**read_config(config), **options}
-    require("data" in options, "no data given. Pass the folder that holds your photos: regraft train photos/")
-    options.setdefault("out", _free_folder(str(options["data"])))
-    settings = make_config(options, "the options")
+    if resume is not None:
+        known = {**given, **({"overwrite": True} if overwrite else {}), **({"config": config} if config else {})}
+        words = ", ".join("DATA" if name == "data" else f"--{name.replace('_', '-')}" for name in known)
+        require(not known, f"--resume continues a run with its own options: leave out {words}.")
+        from regraft.training.state import find_run_to_continue
+
+        settings = find_run_to_continue(resume)
+    else:
+        options = {**read_config(config), **given} if config is not None else given
+        require("data" in options, "no data given. Pass the folder that holds your photos: regraft train photos/")
+        options.setdefault("out", _free_folder(str(options["data"])))
+        settings = make_config(options, "the options")
 
     from regraft.errors import Interrupted
     from regraft.report import write_report
@@ -87,7 +107,13 @@ def train(
 
     progress = ConsoleProgress()
     result = fit(
-        settings.model, settings.data, config=settings, overwrite=overwrite, trust_code=trust_code, progress=progress
+        settings.model,
+        settings.data,
+        config=settings,
+        overwrite=overwrite,
+        resume=resume is not None,
+        trust_code=trust_code,
+        progress=progress,
     )
     assert result.out is not None
     try:

@@ -166,18 +166,18 @@ class SeededShuffle(Sampler[tuple[int, int]]):
     def __init__(self, length: int, seed: int) -> None:
         self.length = length
         self.seed = seed
-        self.epoch = 0
+        self.epoch = self.first = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the draws of the next pass."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Choose the order and the draws of the next pass, which begins with the item at that place of the order."""
+        self.epoch, self.first = epoch, first
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order, draws = self.draw()
-        return iter(zip(order.tolist(), draws.tolist(), strict=True))
+        return iter(zip(order[self.first :].tolist(), draws[self.first :].tolist(), strict=True))
 
     def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return this pass's order and the number that each item draws, both (N,) of int64."""

@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,12 @@ def network_digest(network: nn.Module) -> str:
 
 def checksum(network: nn.Module) -> int:
     """Add up the bits of every value in a network: enough to notice a change by hand, and as fast as reading them."""
-    sums = [_sum_of_bits(tensor.detach()) for tensor in (*network.parameters(), *network.buffers())]
+    return sum_of_bits((*network.parameters(), *network.buffers()))
+
+
+def sum_of_bits(tensors: Iterable[torch.Tensor]) -> int:
+    """Add up the bits of every value in some tensors."""
+    sums = [_sum_of_bits(tensor.detach()) for tensor in tensors]
     return int(torch.stack(sums).sum()) if sums else 0
 
 

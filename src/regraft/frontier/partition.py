@@ -1,6 +1,7 @@
 """Split a network where its constant part ends: what comes before is computed once, what comes after in every epoch."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import fx, nn
 
 from regraft.anatomy.graph import LAYER, Flow, capture, capture_widely, tensors_from_input
 from regraft.anatomy.tracing import trace
-from regraft.anatomy.values import BATCHES, Values, compute_values, sizes_of, value_key
+from regraft.anatomy.values import BATCHES, Values, compute_costs, sizes_of, value_key
 from regraft.errors import EditError, ModelError
 from regraft.frontier.liveness import live_nodes, mixed_layers
 from regraft.frontier.replay import record_and_replay
@@ -117,12 +118,16 @@ def partition(model: nn.Module, example: Any) -> Partition:
         raise EditError("nothing of this network is live, so there is nothing to train. Thaw a layer.")
     if all(node.op == "placeholder" for node in frontier):
         raise EditError("nothing of this network is constant: its first layers are trained or random.")
-    values = [compute_values(model, view.flow, inputs, count) for count in BATCHES]
-    total = _multiply_adds(model, inputs)
-    chosen, prefix, spent, note = _cheapest(model, view, frontier, values, inputs)
-    suffix = _suffix(model, view, chosen, values)
-    cuts = tuple(_cut(node, values) for node in chosen)
-    return Partition(prefix.eval(), suffix, cuts, (spent, max(0, total - spent)), note)
+    values, costs = compute_costs(model, view.flow, inputs)
+    chosen, note = _cheapest(model, view, frontier, values, costs)
+    spent = _spent(chosen, costs)
+    return Partition(
+        prefix=_prefix(model, view, chosen).eval(),
+        suffix=_suffix(model, view, chosen, values),
+        frontier=tuple(_cut(node, values) for node in chosen),
+        multiply_adds=(spent, sum(costs.values()) - spent),
+        note=note,
+    )
 
 
 def _untraced(model: nn.Module, inputs: tuple[Any, ...], error: ModelError) -> Partition:
@@ -179,49 +184,56 @@ def _frontier(view: View, model: nn.Module) -> list[fx.Node]:
 
 
 def _cheapest(
-    model: nn.Module, view: View, frontier: list[fx.Node], values: list[Values], inputs: tuple[Any, ...]
-) -> tuple[list[fx.Node], Rewired, int, str | None]:
+    model: nn.Module, view: View, frontier: list[fx.Node], values: list[Values], costs: dict[fx.Node, int]
+) -> tuple[list[fx.Node], str | None]:
     """Choose between the frontier and single tensors before it, by seconds for reading and for computing again."""
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
     read, compute = READ_BYTES_PER_S.get(device, 2e9), MULTIPLY_ADDS_PER_S.get(device, 2e10)
     is_usable = all(_is_batched(node, values) for node in frontier)
-    here = _prefix(model, view, frontier) if is_usable else None
     size = sum(_cut(node, values).bytes for node in frontier) if is_usable else math.inf
-    best, best_seconds, note = frontier, size / read, None
-    spent = full = _multiply_adds(here, inputs) if here is not None else 0
+    best, best_seconds, note = frontier if is_usable else [], size / read, None
+    full = _spent(frontier, costs)
     least = size
     for node in _gates(view.flow.graph, frontier):
         if not _is_batched(node, values) or _cut(node, values).bytes >= 0.9 * least:
             continue
         least = _cut(node, values).bytes
-        earlier = _prefix(model, view, [node])
-        kept = _multiply_adds(earlier, inputs)
-        again = max(0, full - kept)
+        again = full - _spent([node], costs)
         seconds = least / read + again / compute
-        if seconds < best_seconds or here is None:
-            best, here, spent, best_seconds = [node], earlier, kept, seconds
+        if seconds < best_seconds:
+            best, best_seconds = [node], seconds
             note = (
                 f"cut earlier, after '{_layer(node)}': {least / 1024:.1f} instead of {size / 1024:.1f} KiB an image, "
                 f"for {again:,} multiply-adds computed again"
                 if is_usable
                 else f"cut earlier, after '{_layer(node)}', as images are mixed where the constant part ends"
             )
-    if here is None:
+    if not best:
         raise ModelError("its forward mixes the images of a batch with one another, so none can be kept apart.")
-    return best, here, spent, note
+    return best, note
+
+
+def _spent(values: list[fx.Node], costs: dict[fx.Node, int]) -> int:
+    """Add up the multiply-adds of all that some values are computed from, and of these."""
+    return sum(costs[node] for node in _ancestors(values, costs))
+
+
+def _ancestors(values: list[fx.Node], among: Collection[fx.Node]) -> set[fx.Node]:
+    """Return some values and all that they are computed from, among those."""
+    found: set[fx.Node] = set()
+    waiting = list(values)
+    while waiting:
+        node = waiting.pop()
+        if node in among and node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
 
 
 def _gates(graph: fx.Graph, frontier: list[fx.Node]) -> list[fx.Node]:
     """List the tensors that all paths from the inputs to the frontier go through, from the last to the first."""
-    fed = tensors_from_input(graph)
     order = {node: position for position, node in enumerate(graph.nodes)}
-    needed: set[fx.Node] = set()
-    waiting = list(frontier)
-    while waiting:
-        node = waiting.pop()
-        if node in fed and node not in needed:
-            needed.add(node)
-            waiting += node.all_input_nodes
+    needed = _ancestors(frontier, tensors_from_input(graph))
     found: list[fx.Node] = []
     reach = -1  # position of the last use of what came before
     for node in (node for node in graph.nodes if node in needed):
@@ -242,11 +254,6 @@ def _prefix(model: nn.Module, view: View, frontier: list[fx.Node]) -> Rewired:
     prefix = rewire_flows(model, [capture(model, view.opened, training=True, heed_pins=True)], change)
     prune(prefix)
     return prefix
-
-
-def _multiply_adds(model: nn.Module, inputs: tuple[Any, ...]) -> int:
-    single = tuple(torch.empty((1, *x.shape[1:]), dtype=x.dtype, device="meta") for x in inputs)
-    return next(call.multiply_adds for call in trace(model, inputs=single).calls if call.path == "")
 
 
 def _suffix(model: nn.Module, view: View, frontier: list[fx.Node], values: list[Values]) -> Rewired:

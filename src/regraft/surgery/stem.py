@@ -68,6 +68,22 @@ def replace_stem(model: nn.Module, channels: int, *, inputs: Inputs | None = Non
     return finish(edited, "replace_stem", new_outputs=False, channels=channels)
 
 
+def filters_for(weight: torch.Tensor, channels: int) -> torch.Tensor:
+    """Return the filters of a convolution for another number of channels, as `replace_stem` describes.
+
+    Args:
+        weight: Filters (out, in, …).
+        channels: Number of channels C of the new ones (out, C, …).
+    """
+    count = weight.shape[1]
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    if channels > count:
+        zeros = weight.new_zeros(len(weight), channels - count, *weight.shape[2:])
+        return torch.cat([weight, zeros], 1)
+    return (weight[:, :channels] * (count / channels)).contiguous()
+
+
 def _still_old(
     edited: nn.Module, model: nn.Module, channels: int, count: int, changed: Collection[str], inputs: Inputs | None
 ) -> str | None:
@@ -127,15 +143,9 @@ def _widen(layer: nn.Module, path: str, channels: int) -> None:
         raise EditError(f"{computed}which has to be removed before. {advice}")
     old = copy.deepcopy(layer)
     weight = layer.weight.detach()  # (out, in / groups, …)
-    if channels == 1:
-        made = weight.sum(1, keepdim=True)
-    elif channels > count:
-        zeros = weight.new_zeros(len(weight), channels - count, *weight.shape[2:])
-        made = torch.cat([weight, zeros], 1)
-    else:
-        made = weight[:, :channels] * (count / channels)
+    made = filters_for(weight, channels)
     layer.in_channels, layer.groups = channels, 1
-    layer.weight = nn.Parameter(made.contiguous(), requires_grad=layer.weight.requires_grad)
+    layer.weight = nn.Parameter(made, requires_grad=layer.weight.requires_grad)
     if not weight.is_meta and not _agree(old, layer):
         raise EditError(f"{computed}as with weight standardization, so what it gives would change. {advice}")
 

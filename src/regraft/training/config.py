@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from regraft.checkpoint.atomic import whole_or_nothing
 from regraft.data.transforms import Augmentation
 from regraft.errors import ConfigError, nearest
 from regraft.frontier.precision import Precision
@@ -13,6 +14,7 @@ from regraft.frontier.precision import Precision
 ComputePrecision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "constant"]
 HeadStart = Literal["auto", "given", "ridge"]
+OnNan = Literal["stop", "skip"]
 
 HEAD_LR = 1e-2
 FINE_TUNE_LR = 5e-4
@@ -48,7 +50,8 @@ class TrainConfig(BaseModel):
             `constant`: no change.
         augment: Random changes of the photos that are learned from: `none`, `flip`, `standard` or `trivial`.
         mixup: How much of another photo is mixed into each that is learned from (0: nothing; 0.2: a little; 1: any
-            share): into the features where those are computed once, else into the images.
+            share): into the features where those are computed once, else into the images. It is the shape of a beta
+            distribution. Source: https://arxiv.org/abs/1710.09412, and for features https://arxiv.org/abs/1806.05236.
         views: With `standard` and `trivial`: how many random versions of each photo there are; None: a new one in each
             epoch. What is frozen is computed once for each version, so that only a number can be kept.
         cache: Whether what is frozen is computed once, see `partition`.
@@ -64,6 +67,10 @@ class TrainConfig(BaseModel):
         image_size: Side of what the network sees, in pixels; None: what the network was trained with.
         validation_share: Share of each class kept for validation where the data has no split.
         max_unreadable: Share of unreadable files above which the run stops.
+        on_nan: What is done about a loss that is not finite: `stop`, or `skip` that step, as well as one whose gradient
+            is not finite.
+        checkpoint_minutes: How often the state of the run is written within an epoch, see `fit`; 0: after every step.
+        keep_last: Number of states that are kept.
         out: Folder for the results; None writes nothing.
     """
 
@@ -100,6 +107,9 @@ class TrainConfig(BaseModel):
     image_size: int | None = Field(default=None, ge=1)
     validation_share: float = Field(default=0.2, gt=0, lt=1)
     max_unreadable: float = Field(default=0.1, ge=0, le=1)
+    on_nan: OnNan = "stop"
+    checkpoint_minutes: float = Field(default=5.0, ge=0, allow_inf_nan=False)
+    keep_last: int = Field(default=2, ge=1)
     out: str | None = None
 
     @field_validator("data", "model", "weights", "loss", "out")
@@ -153,7 +163,8 @@ def write_config(config: TrainConfig, path: Path) -> None:
     """Write a configuration as TOML; options without a value are left out."""
     import tomli_w
 
-    path.write_text(tomli_w.dumps(config.model_dump(exclude_none=True, mode="json")), encoding="utf-8")
+    with whole_or_nothing(path, flush=False) as temporary:
+        temporary.write_text(tomli_w.dumps(config.model_dump(exclude_none=True, mode="json")), encoding="utf-8")
 
 
 def _explain(problem: Any) -> str:

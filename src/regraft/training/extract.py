@@ -25,7 +25,7 @@ from regraft.training.features import Features
 from regraft.training.loop import Engine, main_output
 from regraft.zoo import preprocessing_of
 
-BATCH = {"cpu": 32, "cuda": 256}  # photos that go through the constant part at a time
+BATCH = {"cpu": 16, "cuda": 256}  # photos that go through the constant part at a time
 MEMORY_BYTES = 512 * 2**20  # of features; larger ones are mapped from the disk
 MEMORY_SHARE = 0.25  # of what is free, for features that the disk has no room for
 CHECKED = 2  # photos that are computed again, to see that they are what is kept
@@ -221,7 +221,7 @@ class _Extraction:
     def __init__(self, extractor: Extractor, versions: Versions, keeping: Keeping) -> None:
         assert versions.count is not None
         self._extractor, self._versions, self._views, self._keeping = extractor, versions, versions.count, keeping
-        self._batch = BATCH.get(extractor.engine.device.type, 32)
+        self._batch = BATCH.get(extractor.engine.device.type, 16)
         self._waiting: list[torch.Tensor] = []
         self._dtypes: list[str] = []
         self._count, self._error, self._began = 0, 0.0, time.perf_counter()

@@ -78,7 +78,8 @@ class FeatureBatches:
     def __iter__(self) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
         count = len(self.dataset)
         order, draws = self.sampler.draw() if self.sampler else (torch.arange(count), torch.zeros(count).long())
-        for step in range(len(self)):
+        begun = self.sampler.first // self.batch_size if self.sampler else 0
+        for step in range(begun, len(self)):
             part = slice(step * self.batch_size, (step + 1) * self.batch_size)
             yield self.pick(order[part], draws[part])
 

@@ -1,6 +1,7 @@
 """The training loop itself, and the matching loop that only looks."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -8,11 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from regraft.anatomy.modes import evaluation_mode
-from regraft.errors import LossError, ModelError
+from regraft.anatomy.modes import evaluation_mode, preserved_randomness
+from regraft.errors import LossError, ModelError, RunError
+from regraft.progress import SILENT, Progress
+from regraft.training.config import OnNan
 from regraft.training.losses import Loss, check_loss
 
 Inputs = torch.Tensor | tuple[torch.Tensor, ...]
+
+WAYS_OUT = (
+    "Try a tenth of the learning rate, --precision fp32, or look for extreme values in the data and the loss; "
+    "--on-nan skip leaves such steps out."
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,30 @@ class Engine:
         return torch.amp.GradScaler(self.device.type, enabled=enabled)
 
 
+@dataclass
+class Tally:
+    """What an epoch has come to so far.
+
+    Attributes:
+        steps: Number of steps.
+        total: Sum of the losses of all photos.
+        count: Number of photos.
+        skipped: Number of steps that were left out, as their loss or gradient was not finite.
+        at_a_time: Photos that go through the network together, where memory has no room for a batch.
+    """
+
+    steps: int = 0
+    total: float = 0.0
+    count: int = 0
+    skipped: int = 0
+    at_a_time: int | None = None
+
+    @property
+    def mean(self) -> float:
+        """Mean loss per photo."""
+        return self.total / max(self.count, 1)
+
+
 def train_epoch(
     model: nn.Module,
     batches: Iterable[tuple[Inputs, torch.Tensor]],
@@ -52,8 +84,14 @@ def train_epoch(
     engine: Engine,
     *,
     mixup: float = 0.0,
+    on_nan: OnNan = "stop",
+    tally: Tally | None = None,
+    progress: Progress = SILENT,
 ) -> float:
     """Pass over the batches once, one optimizer step each, and return the mean loss per photo.
+
+    A batch for which the device has no memory goes through the network in parts, whose gradients are added up: the
+    step is that of the whole batch, but for layers that look at several photos together (batch norm).
 
     Args:
         model: What is trained.
@@ -63,47 +101,159 @@ def train_epoch(
         schedule: Changes the learning rate after each step.
         scaler: Scales gradients where the precision is float16.
         engine: Where and in which precision.
-        mixup: Shape of the beta distribution that says how much of another example is mixed into each, be they
-            images or features; 0: none is. Source: https://arxiv.org/abs/1710.09412, and for features
-            https://arxiv.org/abs/1806.05236.
+        mixup: See `TrainConfig`.
+        on_nan: See `TrainConfig`.
+        tally: What the epoch has come to before the first of these batches; it goes on.
+        progress: Is told where memory is short.
 
     Raises:
-        LossError: The loss is not one number, or not finite; the message says at which step.
+        LossError: The loss is not one number, or not finite; the message says at which step, and in which layer.
+        RunError: The device has no memory for a single photo.
     """
     model.train()
-    total, count = 0.0, 0
-    for step, (inputs, targets) in enumerate(batches, start=1):
+    tally = tally if tally is not None else Tally()
+    for inputs, targets in batches:
+        tally.steps += 1
         targets = targets.to(engine.device)
-        inputs, others, share = _mixed(inputs, targets, mixup)
-        with engine.autocast():
-            output = main_output(run(model, inputs, engine))
-            loss = check_loss(criterion(output, targets))
-            if share < 1:
-                loss = share * loss + (1 - share) * criterion(output, others)
-        if not torch.isfinite(loss):
-            raise LossError(
-                f"the loss is {loss.item()} at step {step} of this epoch (learning rate "
-                f"{optimizer.param_groups[0]['lr']:.3g}). Try a tenth of the learning rate, --precision fp32, or look "
-                "for extreme values in the data and the loss."
-            )
+        batch = _mixed(inputs, targets, mixup)
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        loss = _backward(model, batch, criterion, scaler, engine, tally, progress)
+        if math.isfinite(loss) and (on_nan == "stop" or _has_finite_gradients(optimizer, scaler)):
+            scaler.step(optimizer)
+            scaler.update()
+            tally.total, tally.count = tally.total + loss * len(targets), tally.count + len(targets)
+        elif on_nan == "stop":
+            rate = optimizer.param_groups[0]["lr"]
+            raise LossError(
+                f"the loss is {loss} at step {tally.steps} of this epoch (learning rate {rate:.3g}). "
+                f"{_first_at_fault(model, batch.inputs, engine)} {WAYS_OUT}"
+            )
+        else:
+            optimizer.zero_grad()
+            tally.skipped += 1
+            optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # or the schedule would warn
         schedule.step()
-        total, count = total + loss.item() * len(targets), count + len(targets)
-    return total / max(count, 1)
+    if tally.skipped and not tally.count:
+        raise LossError("no step of this epoch had a finite loss and gradient. Try a tenth of the learning rate.")
+    return tally.mean
 
 
-def _mixed(inputs: Inputs, targets: torch.Tensor, mixup: float) -> tuple[Inputs, torch.Tensor, float]:
-    """Mix another example of the batch into each: the inputs, the others' targets, and the share of the first."""
+@dataclass(frozen=True)
+class _Batch:
+    """Inputs, targets, the targets of what was mixed in, and the share of the first."""
+
+    inputs: Inputs
+    targets: torch.Tensor
+    others: torch.Tensor
+    share: float
+
+    def parts(self, size: int | None) -> Iterator["_Batch"]:
+        """Yield the batch in parts of at most that many photos."""
+        count = len(self.targets)
+        if size is None or size >= count:
+            yield self
+            return
+        for start in range(0, count, size):
+            part = slice(start, start + size)
+            inputs = self.inputs[part] if isinstance(self.inputs, torch.Tensor) else tuple(x[part] for x in self.inputs)
+            yield _Batch(inputs, self.targets[part], self.others[part], self.share)
+
+
+def _backward(
+    model: nn.Module,
+    batch: _Batch,
+    criterion: Loss,
+    scaler: torch.amp.GradScaler,
+    engine: Engine,
+    tally: Tally,
+    progress: Progress,
+) -> float:
+    """Compute the gradients of a batch, in as many parts as memory asks for, and return its mean loss."""
+    count = len(batch.targets)
+    while True:
+        total = 0.0
+        try:
+            for part in batch.parts(tally.at_a_time):
+                with engine.autocast():
+                    output = main_output(run(model, part.inputs, engine))
+                    loss = check_loss(criterion(output, part.targets))
+                    if part.share < 1:
+                        loss = part.share * loss + (1 - part.share) * criterion(output, part.others)
+                share = len(part.targets) / count
+                total += loss.item() * share
+                if not math.isfinite(total):
+                    return total
+                scaler.scale(loss if share == 1 else loss * share).backward()
+            return total
+        except torch.OutOfMemoryError as error:
+            at_a_time = min(count, tally.at_a_time or count)
+            if at_a_time == 1:
+                reason = str(error).partition("\n")[0]
+                raise RunError(
+                    f"{engine.device} has no memory for a single photo ({reason}). Try a smaller --image-size, freeze "
+                    "more layers, or use a smaller network."
+                ) from error
+            tally.at_a_time = (at_a_time + 1) // 2
+        for parameter in model.parameters():
+            parameter.grad = None
+        if engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+        progress.say(
+            f"memory     {engine.device} has none for {at_a_time} photos at a time: {tally.at_a_time} from here on, in "
+            f"steps of {count} photos as before"
+        )
+
+
+def _has_finite_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
+    if scaler.is_enabled():
+        return True  # it looks itself, and leaves such a step out
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return bool(torch.isfinite(nn.utils.get_total_norm(gradients, norm_type=math.inf)))
+
+
+def _first_at_fault(model: nn.Module, inputs: Inputs, engine: Engine) -> str:
+    """Say which layer is the first whose output is not finite, by running the network once more."""
+    given = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
+    if not all(_is_finite(tensor) for tensor in given):
+        return "The inputs themselves are not finite."
+    found: list[str] = []
+    names = {layer: path for path, layer in model.named_modules()}
+
+    def look(layer: nn.Module, _: object, output: object) -> None:
+        if not found and not _is_finite(output):
+            found.append(names[layer])
+
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    hooks = [layer.register_forward_hook(look) for layer in model.modules()]
+    try:
+        with torch.no_grad(), preserved_randomness(), engine.autocast():
+            run(model, inputs, engine)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    if not found:
+        return "Every layer's output is finite, so it is the loss itself."
+    where = f"'{found[0]}' ({type(model.get_submodule(found[0])).__name__})" if found[0] else type(model).__name__
+    return f"The first layer whose output is not finite is {where}."
+
+
+def _is_finite(value: object) -> bool:
+    tensors = value if isinstance(value, (tuple, list)) else (value,)
+    return all(bool(x.isfinite().all()) for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point())
+
+
+def _mixed(inputs: Inputs, targets: torch.Tensor, mixup: float) -> _Batch:
+    """Mix another example of the batch into each."""
     if mixup == 0:
-        return inputs, targets, 1.0
+        return _Batch(inputs, targets, targets, 1.0)
     share = float(torch.distributions.Beta(mixup, mixup).sample())
     order = torch.randperm(len(targets))
     given = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
     mixed = tuple(torch.lerp(x[order.to(x.device)], x, share) if x.is_floating_point() else x for x in given)
-    return (mixed[0] if isinstance(inputs, torch.Tensor) else mixed), targets[order.to(targets.device)], share
+    others = targets[order.to(targets.device)]
+    return _Batch(mixed[0] if isinstance(inputs, torch.Tensor) else mixed, targets, others, share)
 
 
 def score(

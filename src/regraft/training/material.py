@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from regraft.card import Preprocessing
 from regraft.data.decode import Unreadable
 from regraft.data.folders import Listing, Task, list_data
-from regraft.data.photos import Photos, SeededShuffle, loader
+from regraft.data.photos import Photos, SeededShuffle
 from regraft.data.transforms import augmentation
 from regraft.errors import DataError
 from regraft.frontier.key import checksum
@@ -22,6 +22,7 @@ from regraft.training.config import TrainConfig
 from regraft.training.extract import Extractor
 from regraft.training.features import FeatureBatches, Features
 from regraft.training.loop import Inputs
+from regraft.training.lost import Partial, tolerant_loader
 from regraft.training.pixels import read_or_find_photos
 from regraft.training.result import ComputedOnce
 
@@ -196,8 +197,8 @@ def _photo_material(train: Photos, validation: Photos, config: TrainConfig, fron
         batches: Iterable[Any] = FeatureBatches(frontier.train, train, config.batch_size, sampler)
         measured: Iterable[Any] = FeatureBatches(frontier.validation, validation, MEASURED_AT_A_TIME)
     else:
-        batches = loader(train, config.batch_size, shuffle_seed=config.seed, workers=config.workers)
-        measured = loader(validation, config.batch_size, workers=config.workers)
+        batches = tolerant_loader(train, config.batch_size, shuffle_seed=config.seed, workers=config.workers)
+        measured = tolerant_loader(validation, config.batch_size, workers=config.workers)
     return Material(
         batches,
         measured,
@@ -231,7 +232,8 @@ def first_batch(batches: Iterable[Any]) -> tuple[Inputs, torch.Tensor]:
     """Take the first (inputs, targets), or say what else was there."""
     if isinstance(batches, FeatureBatches):
         return next(iter(batches))
-    first = next(iter(batches), None)
+    found = (batch.batch if isinstance(batch, Partial) else batch for batch in batches)
+    first = next((batch for batch in found if batch is not None), None)
     if not (isinstance(first, (tuple, list)) and len(first) == 2 and all(isinstance(x, torch.Tensor) for x in first)):
         raise DataError(
             f"the training data yields {type(first).__name__}, expected pairs (inputs, targets) of tensors: "

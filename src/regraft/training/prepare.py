@@ -58,6 +58,7 @@ class Job:
     criterion: Loss
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
     engine: Engine
     plan: Plan
     rates: dict[str, Any]
@@ -140,7 +141,7 @@ def prepare_job(
     live = material.frontier.parts.suffix if material.frontier is not None else model
     if isinstance(criterion, nn.Module):
         criterion.to(engine.device)
-    is_head_alone = config.lr is None and _is_head_alone_trained(model)
+    is_head_alone = config.lr is None and _is_head_alone_trained(model, live)
     rates = _rates(model, config, is_head_alone=is_head_alone)
     sweep = None
     if config.lr is None and is_head_alone and isinstance(material.train, FeatureBatches) and _is_sweepable(config):
@@ -173,6 +174,7 @@ def prepare_job(
         criterion=criterion,
         optimizer=optimizer,
         schedule=_schedule(optimizer, config, material),
+        scaler=engine.scaler(),
         engine=engine,
         plan=_plan(model, name, material, rates["lr"], engine),
         rates=rates,
@@ -307,9 +309,11 @@ def _default_lr(model: nn.Module, *, is_head_alone: bool) -> float:
     return HEAD_LR if is_head_alone else FINE_TUNE_LR
 
 
-def _is_head_alone_trained(model: nn.Module) -> bool:
+def _is_head_alone_trained(model: nn.Module, live: nn.Module) -> bool:
     if all(parameter.requires_grad for parameter in model.parameters()):
         return False
+    if live is not model and sum(any(True for _ in layer.parameters(False)) for layer in live.modules()) == 1:
+        return True  # of what comes after the frontier, one layer has parameters
     heads = [model.get_submodule(path) for path in find_heads(model)]
     in_heads = {id(parameter) for head in heads for parameter in head.parameters()}
     return {id(parameter) for parameter in model.parameters() if parameter.requires_grad} <= in_heads

@@ -1,0 +1,151 @@
+"""Make tensors of a file fit a model where it is known how: positions, the first convolution, rows of classes."""
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from regraft.anatomy.heads import CONVOLUTIONS, find_auxiliary_heads, find_heads, first_convolution
+from regraft.anatomy.paths import is_within
+from regraft.checkpoint.entries import Tensors
+from regraft.checkpoint.load_report import Adaptation
+from regraft.errors import RegraftError
+from regraft.surgery.stem import filters_for
+
+Adaptable = Literal["positions", "stem", "head"]
+
+POSITIONS = re.compile(r"(^|[._])(abs_?)?pos(ition(al|s)?)?_(embed|enc)")
+TOKENS = re.compile(r"(^|\.)(cls_token|class_token|dist_token|distillation_token|reg_token|class_embedding)$")
+STANDARD = ("torch.nn.modules.conv", "timm.layers.conv2d_same")  # whose outputs are linear in their filters
+
+
+class Fitter:
+    """Adapts tensors to one model; what it has to find out about the model, it finds out when it is first asked.
+
+    Args:
+        model: The model; it is not changed.
+        slots: Its tensors by name.
+        held: The tensors of the file, under the names that they have in the model.
+        kinds: What may be adapted.
+    """
+
+    def __init__(self, model: nn.Module, slots: Tensors, held: Tensors, kinds: Collection[Adaptable]) -> None:
+        self._model, self._slots, self._held, self._kinds = model, slots, held, kinds
+        self._heads: list[str] | None = None
+        self._stem: str | None = None
+
+    def fit(self, name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Adaptation] | None:
+        """Return a tensor that fits the model's `name`, and what was done; None where nothing is known to do.
+
+        Shapes that differ in sides of length 1 alone are always made to fit, as they hold the same numbers.
+        """
+        slot = self._slots[name]
+        text = f"{shape(tensor)} → {shape(slot)}"
+        if [side for side in tensor.shape if side != 1] == [side for side in slot.shape if side != 1]:
+            return tensor.reshape(slot.shape), Adaptation(name, "reshape", f"reshaped, {text}")
+        if "positions" in self._kinds and POSITIONS.search(name):
+            made = self._resampled(name, tensor)
+            if made is not None:
+                return made, Adaptation(name, "positions", f"positions resampled (bicubic), {text}")
+        if "stem" in self._kinds and self._is_stem(name, tensor):
+            return _other_channels(tensor, slot.shape[1]), Adaptation(
+                name, "stem", f"filters for {tensor.shape[1]} channels made to take {slot.shape[1]}, {text}"
+            )
+        if "head" in self._kinds and self.is_other_head(name, tensor):
+            rows = min(len(tensor), len(slot))
+            made = slot.detach().cpu().to(tensor.dtype).clone()
+            made[:rows] = tensor[:rows]
+            rest = f"; the other {len(slot) - rows} keep their values" if len(slot) > rows else ""
+            return made, Adaptation(name, "head", f"the first {rows} classes taken{rest}, {text}")
+        return None
+
+    def is_other_head(self, name: str, tensor: torch.Tensor) -> bool:
+        """Say whether `name` belongs to a classifier, and differs from the file's in the number of classes alone."""
+        slot = self._slots[name]
+        is_alike = tensor.ndim == slot.ndim > 0 and tensor.shape[1:] == slot.shape[1:]
+        return is_alike and self.is_in_head(name)
+
+    def is_in_head(self, name: str) -> bool:
+        """Say whether `name` belongs to a classifier of the model."""
+        if self._heads is None:
+            try:
+                self._heads = [*find_heads(self._model), *find_auxiliary_heads(self._model)]
+            except RegraftError:
+                self._heads = []
+        return any(is_within(name, head) for head in self._heads)
+
+    def _is_stem(self, name: str, tensor: torch.Tensor) -> bool:
+        slot = self._slots[name]
+        others = [position for position in range(slot.ndim) if position != 1]
+        if tensor.ndim != slot.ndim or slot.ndim < 3 or any(tensor.shape[i] != slot.shape[i] for i in others):
+            return False
+        if self._stem is None:
+            try:
+                self._stem = first_convolution(self._model)
+            except RegraftError:
+                self._stem = ""
+        if not self._stem or name != f"{self._stem}.weight":
+            return False
+        layer = self._model.get_submodule(self._stem)
+        return isinstance(layer, CONVOLUTIONS) and layer.groups == 1 and type(layer).__module__ in STANDARD
+
+    def _resampled(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Resample absolute positions (1, T, D), (T, D) or (1, H, W, D); class tokens keep theirs."""
+        from timm.layers.pos_embed import resample_abs_pos_embed, resample_abs_pos_embed_nhwc
+
+        slot = self._slots[name]
+        if tensor.ndim != slot.ndim or tensor.shape[-1] != slot.shape[-1] or not tensor.is_floating_point():
+            return None
+        if slot.ndim == 4 and len(tensor) == len(slot) == 1:
+            return resample_abs_pos_embed_nhwc(tensor, [slot.shape[1], slot.shape[2]])
+        if slot.ndim not in (2, 3) or (slot.ndim == 3 and not len(tensor) == len(slot) == 1):
+            return None
+        kept, grid = self._tokens_and_grid(name, slot.shape[-2])
+        if grid is None or (_tokens(self._held) != _tokens(self._slots)):
+            return None
+        if _square(tensor.shape[-2] - kept) is None:
+            return None
+        made = resample_abs_pos_embed(tensor.reshape(1, *tensor.shape[-2:]), list(grid), num_prefix_tokens=kept)
+        return made.reshape(slot.shape)
+
+    def _tokens_and_grid(self, name: str, length: int) -> tuple[int, tuple[int, int] | None]:
+        """Return how many of the model's positions belong to class tokens, and the grid of the others."""
+        owner: Any = self._model.get_submodule(name.rpartition(".")[0])
+        grid = getattr(getattr(owner, "patch_embed", None), "grid_size", None)
+        if grid is not None and isinstance(getattr(owner, "num_prefix_tokens", None), int):
+            kept = 0 if getattr(owner, "no_embed_class", False) else owner.num_prefix_tokens
+            return (kept, (grid[0], grid[1])) if kept + grid[0] * grid[1] == length else (0, None)
+        for kept in dict.fromkeys((_tokens(self._slots), 0)):
+            if (side := _square(length - kept)) is not None:
+                return kept, (side, side)
+        return 0, None
+
+
+def shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Return a shape as plain numbers."""
+    return tuple(tensor.shape)
+
+
+def _tokens(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Count the class, distillation and register tokens among some tensors."""
+    found = [tensor for name, tensor in tensors.items() if TOKENS.search(name)]
+    return sum(tensor.shape[-2] if tensor.ndim > 1 else 1 for tensor in found)
+
+
+def _square(count: int) -> int | None:
+    side = math.isqrt(count) if count > 0 else 0
+    return side if side and side * side == count else None
+
+
+def _other_channels(weight: torch.Tensor, channels: int) -> torch.Tensor:
+    """Return filters (out, in, …) for another number of channels.
+
+    Those of gray images are shared out, so that a gray image shown in all channels gives what it gave; all others
+    become what `replace_stem` makes of them.
+    """
+    if weight.shape[1] == 1:
+        return weight.repeat(1, channels, *[1] * (weight.ndim - 2)) / channels
+    return filters_for(weight, channels)

@@ -1,0 +1,79 @@
+"""Say why a file does not fit in all, and what to do about it."""
+
+from collections.abc import Iterator, Sequence
+
+from regraft.checkpoint.adapting import Fitter
+from regraft.checkpoint.entries import Entry, listed
+from regraft.checkpoint.load_report import LoadReport, some
+from regraft.checkpoint.mapping import Proposal, weakest
+
+MANY = 3  # tensors that need no explanation each
+
+
+def diagnose(report: LoadReport, found: Proposal, fitter: Fitter, others: Sequence[Entry]) -> tuple[str, str]:
+    """Return the likely cause of what was not loaded and a suggestion, both without a full stop at the end.
+
+    Args:
+        report: What was loaded.
+        found: The mapping.
+        fitter: What knows the heads of the model.
+        others: State dicts of the file that were not taken.
+    """
+    causes, advice = [], []
+    for cause, suggestion in _findings(report, found, fitter):
+        causes.append(cause)
+        advice += [suggestion] if suggestion else []
+    averages = [entry for entry in others if entry.is_average]
+    if averages:
+        advice.append(f"the file also has averaged weights, {listed(averages)}: take them with entry= (--entry)")
+    if found.averages:
+        prefix = found.averages[0]
+        pattern = prefix.rstrip(".").replace(".", r"\.")
+        advice.append(f"the file also has averaged weights under '{prefix}': rename={{r'^{pattern}\\.': ''}}")
+    return "; ".join(causes), "; ".join(advice)
+
+
+def _findings(report: LoadReport, found: Proposal, fitter: Fitter) -> Iterator[tuple[str, str]]:
+    if found.rivals:
+        yield (
+            f"several parts of the file fit equally well: {'; '.join(found.rivals)}",
+            r"choose one by its prefix, as in rename={r'^student\.(.*)': r'\1'} (--rename 'student\.(.*)=\1')",
+        )
+    waiting = report.proposed
+    if waiting and not found.rivals:
+        level = weakest(waiting)
+        yield (
+            f"the names of {len(waiting)} tensors differ, as '{waiting[0].source}' for '{waiting[0].name}'",
+            f"look at the mapping with dry_run=True (--dry-run); take it with accept='{level}' (--accept {level}), or "
+            "give rename= (--rename)",
+        )
+    yield from _shapes(report, fitter)
+    missing = [name for name in report.missing if name not in {match.name for match in waiting}]
+    if missing:
+        in_heads = all(fitter.is_in_head(name) for name in missing)
+        what = "no head that fits" if in_heads else f"nothing for {len(missing)} tensors of the model"
+        yield f"the file has {what} ({some(missing)})", ""
+
+
+def _shapes(report: LoadReport, fitter: Fitter) -> Iterator[tuple[str, str]]:
+    heads = [entry for entry in report.mismatched if fitter.is_in_head(entry[0]) and entry[1][1:] == entry[2][1:]]
+    if heads:
+        name, theirs, ours = heads[0]
+        yield (
+            f"the head '{name.rpartition('.')[0]}' is for {theirs[0]} classes in the file and for {ours[0]} in the "
+            "model, so it keeps its values",
+            "train it, or take the first classes with adapt=('positions', 'stem', 'head')",
+        )
+    others = [entry for entry in report.mismatched if entry not in heads]
+    turned = [entry for entry in others if len(entry[1]) > 1 and entry[1] != entry[2] and entry[1][::-1] == entry[2]]
+    if turned:
+        yield (
+            f"{len(turned)} tensors look transposed ({some(name for name, _, _ in turned)})",
+            "transpose them before saving, as other libraries keep (in, out) where torch has (out, in)",
+        )
+    alike = [name for name, theirs, ours in others if theirs == ours]
+    if alike:
+        yield f"{len(alike)} tensors hold another kind of numbers ({some(alike)}), as in a quantized network", ""
+    rest = [entry for entry in others if entry not in turned and entry[0] not in alike]
+    if len(rest) >= MANY:
+        yield f"{len(rest)} tensors have another shape, as in a wider or a narrower network", ""

@@ -1,0 +1,158 @@
+"""Find the state dicts in what a file holds, and choose one."""
+
+import re
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regraft.errors import CheckpointError, nearest
+
+WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "net",
+    "network",
+    "weights",
+    "params",
+    "state_dict_ema",
+    "model_ema",
+    "ema_state_dict",
+    "ema",
+)
+TRAINING = re.compile(r"(^|_)(optim\w*|\w*sched\w*|scaler|loops|hyper_parameters|rng\w*|amp)(_|$)")  # how that stood
+DEPTH = 5
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One state dict in a file.
+
+    Attributes:
+        path: The keys under which it lies, outermost first; empty for a file that is one.
+        tensors: Its tensors by name.
+        is_ordered: Whether they stand in the order in which the network registered them; safetensors sorts them.
+    """
+
+    path: tuple[str, ...]
+    tensors: Tensors
+    is_ordered: bool = True
+
+    @property
+    def key(self) -> str:
+        """The keys with dots between them."""
+        return ".".join(self.path)
+
+    @property
+    def is_average(self) -> bool:
+        """Whether it is named as a running average of the weights is."""
+        return any("ema" in part.lower().split("_") or part.lower() in ("swa", "averaged") for part in self.path)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds.
+
+    Attributes:
+        path: The file.
+        entries: The state dicts in it; one at least.
+        left_out: What else lies beside them.
+        notes: What was noticed while reading.
+    """
+
+    path: Path
+    entries: tuple[Entry, ...]
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def choices(self, wanted: str | None = None) -> list[Entry]:
+        """Return the state dict to take: the wanted one, or the one that files keep under a usual name.
+
+        The raw weights go before an average of them. Where no usual name tells, all that are left are returned.
+
+        Raises:
+            CheckpointError: No entry is called so, or several are.
+        """
+        if wanted is not None:
+            return [self._named(wanted)]
+        usual = self._usual(())
+        if usual is not None:
+            return [usual]
+        return [entry for entry in self.entries if not entry.is_average] or list(self.entries)
+
+    def _named(self, wanted: str) -> Entry:
+        exact = [entry for entry in self.entries if entry.key == wanted]
+        found = exact or [entry for entry in self.entries if f".{entry.key}.".find(f".{wanted}.") >= 0]
+        if len(found) != 1:
+            problem = f"no entry '{wanted}'" if not found else f"several entries '{wanted}'"
+            known = [entry.key for entry in self.entries]
+            listed = ", ".join(map(repr, known)) if any(known) else "none: it is one state dict"
+            raise CheckpointError(
+                f"'{self.path}' has {problem}. {nearest(wanted, known)} Its entries: {listed}.".replace("  ", " ")
+            )
+        return found[0]
+
+    def _usual(self, path: tuple[str, ...]) -> Entry | None:
+        """Follow the usual names from `path` on, then take what lies there."""
+        below = [entry for entry in self.entries if entry.path[: len(path)] == path]
+        for key in WRAPPERS:
+            if any(entry.path[len(path) : len(path) + 1] == (key,) for entry in below):
+                return self._usual((*path, key))
+        here = next((entry for entry in below if entry.path == path), None)
+        return here if here is not None else below[0] if len(below) == 1 else None
+
+
+def contents_of(content: Any, path: Path) -> Contents:
+    """Find the state dicts in the content of a file.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    entries = tuple(_find(content, (), set())) if isinstance(content, Mapping) else ()
+    if not entries:
+        is_dict = isinstance(content, Mapping)
+        found = f"a dict with {', '.join(map(repr, list(content)[:8]))}" if is_dict else reprlib.repr(content)
+        raise CheckpointError(f"'{path}' holds no state dict, but {found[:200]}. Expected names with tensors.")
+    tops = {entry.path[0] for entry in entries if entry.path}
+    has_own = any(not entry.path for entry in entries)
+    values = content.items() if isinstance(content, Mapping) else ()
+    left_out = tuple(
+        str(key) for key, value in values if str(key) not in tops and not (has_own and isinstance(value, torch.Tensor))
+    )
+    return Contents(path, entries, left_out)
+
+
+def tensors_of(content: Mapping[Any, Any]) -> Tensors:
+    """Return what is a tensor in a dict, by name."""
+    return {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+def listed(entries: Sequence[Entry]) -> str:
+    """Name entries in a sentence."""
+    return ", ".join(f"'{entry.key}' ({len(entry.tensors)} tensors)" for entry in entries)
+
+
+def _find(content: Mapping[Any, Any], path: tuple[str, ...], seen: set[int]) -> Iterator[Entry]:
+    if len(path) > DEPTH or id(content) in seen:
+        return
+    seen.add(id(content))
+    own = tensors_of(content)
+    nested = [(str(key), value) for key, value in content.items() if isinstance(value, Mapping)]
+    below = [entry for key, value in nested if _may_hold_weights(key) for entry in _find(value, (*path, key), seen)]
+    if "callbacks" in path:
+        below = [entry for entry in below if entry.is_average]
+    numbers_beside = below and all(tensor.ndim == 0 for tensor in own.values())  # a best accuracy and the like
+    if own and not numbers_beside and ("callbacks" not in path or Entry(path, own).is_average):
+        yield Entry(path, own)
+    yield from below
+
+
+def _may_hold_weights(key: str) -> bool:
+    return not TRAINING.search(key.lower())

@@ -1,0 +1,299 @@
+"""Read pickled tensors without the code that they were pickled with.
+
+An unpickler calls what a file names, which is how pickles run code. The one here knows a few names that rebuild tensors
+and gives each of them a function of its own; every other name, whatever it is, becomes an empty class that keeps what
+it is given and does nothing. Nothing is imported, so nothing of the file or of its libraries runs.
+"""
+
+import itertools
+import math
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from regraft.checkpoint.entries import DEPTH
+from regraft.errors import CheckpointError
+
+STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+}
+DEPTH_LIMIT = 200  # layers within layers
+VISIT_LIMIT = 200_000  # layers in all; a few objects that hold each other twice could keep one busy for ever
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # what older torch.save begins with, as torch.serialization has it
+
+Fetch = Callable[[str, torch.dtype, int], torch.Tensor]  # key, dtype, number of elements → flat tensor
+
+
+class Inert:
+    """What stands in the place of an object of any class: what it was given, and nothing that runs."""
+
+    origin = ""
+
+    def __new__(cls, *arguments: Any, **_: Any) -> "Inert":
+        """Make one as an unpickler makes objects; the class of the original is not asked."""
+        made = super().__new__(cls)
+        made.arguments, made.state, made.entries, made.elements = arguments, {}, {}, []
+        return made
+
+    arguments: tuple[Any, ...]
+    state: Any
+    entries: dict[Any, Any]
+    elements: list[Any]
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.entries[key] = value
+
+    def append(self, value: Any) -> None:
+        """Keep one element, as pickles of lists add them."""
+        self.elements.append(value)
+
+    def add(self, value: Any) -> None:
+        """Keep one element, as pickles of sets add them."""
+        self.elements.append(value)
+
+
+class _Known:
+    """A function for the unpickler; it has no attributes that a file could set."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a function is given a state")
+
+
+class _Names(dict[Any, Any]):
+    """An ordered dict that ignores what was attached to it, as a state dict's `_metadata`."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class InertUnpickler(pickle.Unpickler):
+    """Unpickles tensors, containers and plain values; everything else becomes `Inert`."""
+
+    def __init__(self, file: IO[bytes], fetch: Fetch) -> None:
+        super().__init__(file, encoding="utf-8")
+        self._fetch = fetch
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what a name stands for here; nothing is imported."""
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        function = KNOWN.get((module, name))
+        if function is not None:
+            return _Known(function)
+        return type("Inert", (Inert,), {"origin": f"{module}.{name}"})
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Return the flat tensor of a storage that lies beside the pickle, or a class that stays inert."""
+        if pid[0] == "module":  # a class with its source, as older files have it
+            return pid[1]
+        kind, dtype, key, _, count = pid[:5]
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not _is_count(count):
+            raise pickle.UnpicklingError("a reference that is no storage of a known dtype")
+        if len(pid) > 5 and pid[5] is not None:
+            raise pickle.UnpicklingError("a view of a storage, as torch before 0.4 wrote them")
+        return self._fetch(str(key), dtype, count)
+
+
+def read_torchscript(path: Path) -> dict[str, torch.Tensor]:
+    """Read the parameters and buffers of a TorchScript archive; none of its code is compiled or run.
+
+    Raises:
+        CheckpointError: It is damaged, or not such an archive.
+    """
+    return tensors_within(_from_archive(path))
+
+
+def read_pickled(path: Path) -> Any:
+    """Read a file of torch.save whatever it holds: modules become dicts of their tensors, other objects are left out.
+
+    Raises:
+        CheckpointError: It is damaged, or no such file.
+    """
+    content = _from_archive(path) if zipfile.is_zipfile(path) else _from_legacy(path)
+    return _plain(content, {})
+
+
+def tensors_within(value: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of a module under the names that its state dict would have.
+
+    Raises:
+        CheckpointError: Its layers contain themselves.
+    """
+    found: dict[str, torch.Tensor] = {}
+    _collect(value, "", found, itertools.count(), 0)
+    return found
+
+
+def _collect(value: Any, prefix: str, found: dict[str, torch.Tensor], visits: Iterator[int], depth: int) -> None:
+    if depth > DEPTH_LIMIT or next(visits) > VISIT_LIMIT:
+        raise CheckpointError(
+            f"layers lie within layers more than {DEPTH_LIMIT} deep, or are more than {VISIT_LIMIT:,}: this is no "
+            "network. Expected a module that torch.save or torch.jit.save wrote."
+        )
+    state = value.state if isinstance(value, Inert) else value
+    if not isinstance(state, Mapping):
+        return
+    if "_modules" in state and "_parameters" in state:  # a pickled nn.Module
+        left_out = state.get("_non_persistent_buffers_set") or ()
+        own = {**_mapping(state["_parameters"]), **_mapping(state.get("_buffers"))}
+        members = {key: member for key, member in own.items() if key not in left_out}
+        members |= _mapping(state["_modules"])
+    else:  # a scripted one, whose parameters, buffers and layers are attributes
+        members = dict(state)
+    for key, member in members.items():
+        if isinstance(member, torch.Tensor):
+            found[f"{prefix}{key}"] = member
+        elif isinstance(member, Inert):
+            _collect(member, f"{prefix}{key}.", found, visits, depth + 1)
+
+
+def _plain(content: Any, made: dict[int, Any], depth: int = 0) -> Any:
+    """Replace modules by dicts of their tensors, here and in the dicts below; each object once."""
+    if not isinstance(content, (Inert, Mapping)) or depth > DEPTH:
+        return content
+    if id(content) not in made:
+        made[id(content)] = {}  # for one that holds itself
+        if isinstance(content, Inert):
+            made[id(content)] = tensors_within(content) or dict(content.entries)
+        else:
+            made[id(content)] = {key: _plain(value, made, depth + 1) for key, value in content.items()}
+    return made[id(content)]
+
+
+def _mapping(value: Any) -> dict[Any, Any]:
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def _from_archive(path: Path) -> Any:
+    """Unpickle `data.pkl` of the zip archives that torch.save and torch.jit.save write."""
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename: info for info in archive.infolist()}
+            main = next((name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")), None)
+            if main is None:
+                raise CheckpointError(f"'{path}' is a zip archive without a data.pkl, so torch did not write it.")
+            root = main.removesuffix("data.pkl")
+            if f"{root}byteorder" in members and archive.read(f"{root}byteorder").strip() != b"little":
+                raise CheckpointError(f"'{path}' was written on a machine with another byte order.")
+            storages: dict[str, torch.Tensor] = {}
+
+            def fetch(key: str, dtype: torch.dtype, count: int) -> torch.Tensor:
+                if key not in storages:
+                    info = _stored(members[f"{root}data/{key}"])
+                    if info.file_size + sum(flat.nbytes for flat in storages.values()) > size:
+                        raise pickle.UnpicklingError("its storages are larger than the file")
+                    storages[key] = torch.frombuffer(bytearray(archive.read(info)) or bytearray(1), dtype=torch.uint8)
+                return storages[key][: count * dtype.itemsize].view(dtype)
+
+            with archive.open(_stored(members[main])) as file:
+                return InertUnpickler(file, fetch).load()
+    except CheckpointError:
+        raise
+    except Exception as error:  # a hostile or a damaged file can make an unpickler raise anything
+        raise _damaged(path, error) from error
+
+
+def _stored(info: zipfile.ZipInfo) -> zipfile.ZipInfo:
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise pickle.UnpicklingError(f"'{info.filename}' is compressed, which torch never writes")
+    return info
+
+
+def _from_legacy(path: Path) -> Any:
+    """Unpickle what torch.save wrote before 1.6: a few pickles in a row, then the bytes of each storage."""
+    size = path.stat().st_size
+    storages: dict[str, tuple[torch.dtype, torch.Tensor]] = {}
+
+    def fetch(key: str, dtype: torch.dtype, count: int) -> torch.Tensor:
+        if key not in storages:
+            if count * dtype.itemsize > size - sum(flat.nbytes for _, flat in storages.values()):
+                raise pickle.UnpicklingError(f"the storage {key} is larger than the file")
+            storages[key] = dtype, torch.zeros(count, dtype=dtype)
+        return storages[key][1]
+
+    try:
+        with path.open("rb") as file:
+            if InertUnpickler(file, fetch).load() != LEGACY_MAGIC:
+                raise pickle.UnpicklingError("it does not begin as torch.save begins")
+            for _ in range(2):  # the protocol, and what machine it was
+                InertUnpickler(file, fetch).load()
+            content = InertUnpickler(file, fetch).load()
+            for key in InertUnpickler(file, fetch).load():
+                count = int.from_bytes(file.read(8), "little")
+                dtype, flat = storages[key]
+                raw = file.read(flat.nbytes)
+                if count != flat.numel() or len(raw) != flat.nbytes:
+                    raise pickle.UnpicklingError(f"the storage {key} is cut off")
+                if raw:
+                    flat.copy_(torch.frombuffer(bytearray(raw), dtype=dtype))
+        return content
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    reason = str(error).partition("\n")[0][:200]
+    return CheckpointError(
+        f"'{path}' cannot be read as weights: {type(error).__name__}: {reason}. "
+        "Expected a whole file that torch wrote; get or make it again."
+    )
+
+
+def _tensor(flat: torch.Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any) -> torch.Tensor:
+    """Rebuild a tensor from its storage; torch itself checks that it lies inside."""
+    if not all(_is_count(number) for number in (offset, *size, *stride)) or math.prod(size) > max(flat.numel(), 1):
+        raise pickle.UnpicklingError(f"a tensor {tuple(size)} does not lie inside its storage")
+    return torch.as_strided(flat, tuple(size), tuple(stride), offset)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _first(value: Any, *_: Any) -> Any:
+    return value
+
+
+KNOWN: Mapping[tuple[str, str], Callable[..., Any]] = {
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _first,
+    ("torch._utils", "_rebuild_parameter_with_state"): _first,
+    ("torch.jit._pickle", "restore_type_tag"): _first,
+    ("torch.jit._pickle", "build_tensorlist"): _first,
+    ("torch.jit._pickle", "build_intlist"): _first,
+    ("torch", "Size"): tuple,
+    ("collections", "OrderedDict"): _Names,
+    ("builtins", "set"): set,
+    ("__builtin__", "set"): set,
+}

@@ -1,0 +1,70 @@
+"""`regraft convert`: turn a file of weights of others into safetensors."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from regraft.cli.output import guarded, require, say, say_json, say_lines
+
+
+@guarded
+def convert(
+    file: Annotated[Path, Argument(help="A file of weights: .pth, .ckpt, .npz, TorchScript, an index of parts, …")],
+    out: Annotated[Path, Argument(help="The file to write, as in weights.safetensors.")],
+    model: Annotated[
+        str | None,
+        Option(help="Name of the network (resnet18, timm/NAME, py:FILE:Class), for a checkpoint with its recipe."),
+    ] = None,
+    rename: Annotated[
+        list[str] | None, Option(help=r"OLD=NEW, regular expressions, as in 'encoder\.(.*)=backbone.\1'. Repeatable.")
+    ] = None,
+    match: Annotated[str, Option(help="names, or shapes: pair by order and shape where no names fit.")] = "names",
+    entry: Annotated[
+        str | None, Option("--entry", "--ema", help="Key of the state dict to take, as in ema or teacher.")
+    ] = None,
+    accept: Annotated[str, Option(help="How sure a pair must be: certain, likely or guess.")] = "certain",
+    tensors_only: Annotated[
+        bool, Option("--tensors-only", help="Take the tensors out of a whole pickled module; run nothing of it.")
+    ] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace a file that is there.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show the mapping; write nothing.")] = False,
+    trust_code: Annotated[bool, Option("--trust-code", help="Import a class of your own (py:…).")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Convert a file of weights of others to safetensors, without running anything in it.
+
+    Example: regraft convert resnet18_ddp.pth resnet18.safetensors --model resnet18
+    """
+    for name, value, known in (
+        ("match", match, ("names", "shapes")),
+        ("accept", accept, ("certain", "likely", "guess")),
+    ):
+        require(value in known, f"--{name} is '{value}', expected {' or '.join(known)}.")
+        require(model is not None or value == known[0], f"--{name} {value} needs a network to fit: --model NAME.")
+    require(out.suffix == ".safetensors", f"'{out}' does not end in .safetensors, the format that is written.")
+    require(dry_run or overwrite or not out.exists(), f"'{out}' exists. Choose another name, or pass --overwrite.")
+    require(out.parent.is_dir(), f"no folder '{out.parent}' to write '{out.name}' into. Make it first.")
+    from regraft.checkpoint import convert as write
+
+    options: dict[str, Any] = {"match": match, "accept": accept, "entry": entry, "tensors_only": tensors_only}
+    report = write(
+        file, out, model=model, rename=_rules(rename or []), dry_run=dry_run, trust_code=trust_code, **options
+    )
+    if as_json:
+        say_json({"out": None if dry_run else str(out), **report.to_dict()})
+        return
+    say_lines(str(report))
+    if not dry_run:
+        say(f"{out}: {len(report.loaded)} tensors")
+
+
+def _rules(texts: list[str]) -> dict[str, str]:
+    rules = {}
+    for text in texts:
+        pattern, separator, replacement = text.partition("=")
+        require(
+            bool(separator and pattern), rf"'{text}' is not of the form OLD=NEW, as in 'encoder\.(.*)=backbone.\1'."
+        )
+        rules[pattern] = replacement
+    return rules

@@ -1,0 +1,3 @@
+"""What pytest does not look into."""
+
+collect_ignore = ["guided.py"]  # is run by `test_guided.py`, where atheris is installed
