@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test slow families check bench docs clean
+.PHONY: install demo test slow fuzz families check bench docs clean
 .DEFAULT_GOAL := install
 
 install: $(INSTALLED)
@@ -26,6 +26,9 @@ test: install
 
 slow: install
 	$(BIN)/python -m pytest -m slow
+
+fuzz: install
+	$(BIN)/python -m pytest -m fuzz tests/fuzz
 
 check: install
 	$(BIN)/ruff format --check .

@@ -19,7 +19,7 @@ from mutate import mutated, read_files
 from originals import write_all, zipped
 from pool import Worker, kept
 
-SHORT, LONG = 250, 20_000
+SHORT, LONG, LONGEST = 250, 2_500, 20_000
 LONG_WORKERS = 2
 FAILURES = Path("fuzz-failures")
 
@@ -92,15 +92,17 @@ def test_hostile_files(worker: Worker, originals: Originals) -> None:
     check()
 
 
-@pytest.mark.slow
-def test_twenty_thousand_hostile_files(originals: Originals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "count", [pytest.param(LONG, marks=pytest.mark.slow), pytest.param(LONGEST, marks=pytest.mark.fuzz)]
+)
+def test_thousands_of_hostile_files(count: int, originals: Originals, tmp_path: Path) -> None:
     folder, files = originals
 
     def run(part: int) -> tuple[list[str], Counter[str], int]:
         worker = Worker(folder, tmp_path / str(part))
         failures, outcomes, peak = [], Counter[str](), 0
         try:
-            for seed in range(part, LONG, LONG_WORKERS):
+            for seed in range(part, count, LONG_WORKERS):
                 label, name, content = mutated(Random(seed), files)
                 verdict: dict[str, Any] = worker.judged(content, name)
                 outcomes.update(verdict["outcomes"].values())
@@ -114,9 +116,9 @@ def test_twenty_thousand_hostile_files(originals: Originals, tmp_path: Path) -> 
 
     with ThreadPoolExecutor(LONG_WORKERS) as pool:
         results = list(pool.map(run, range(LONG_WORKERS)))
-    assert sum(outcomes["files"] for _, outcomes, _ in results) == LONG
+    assert sum(outcomes["files"] for _, outcomes, _ in results) == count
     total = sum((outcomes for _, outcomes, _ in results), Counter[str]())
-    assert total["CheckpointError"] > LONG  # most files are refused, in several ways each
-    assert total["read"] > LONG // 10  # and some are still what they were
+    assert total["CheckpointError"] > count  # most files are refused, in several ways each
+    assert total["read"] > count // 10  # and some are still what they were
     failures = [failure for found, _, _ in results for failure in found]
-    assert not failures, f"{len(failures)} of {LONG:,} files:\n" + "\n".join(failures[:20])
+    assert not failures, f"{len(failures)} of {count:,} files:\n" + "\n".join(failures[:20])
