@@ -1,4 +1,5 @@
 import pytest
+from torch import nn
 
 import tiny
 from regraft.anatomy.paths import layer_at, parent_and_name
@@ -26,3 +27,10 @@ def test_an_unknown_path_is_answered_with_the_nearest_names(path: str, message: 
 
 def test_paths_split_at_the_last_dot() -> None:
     assert parent_and_name("a.b.c") == ("a.b", "c")
+
+
+def test_a_message_names_some_of_many_layers() -> None:
+    model = nn.Sequential(*(nn.Identity() for _ in range(2000)))
+    with pytest.raises(SelectionError, match="29 and 1970 more") as caught:
+        layer_at(model, "qqq")
+    assert len(str(caught.value)) < 300

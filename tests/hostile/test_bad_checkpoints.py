@@ -259,6 +259,15 @@ def test_one_number_with_an_endless_stride_is_read(workplace: Path) -> None:
     assert model.weight.item() == 1
 
 
+def test_a_zip_file_that_says_it_is_one_of_several_is_refused(workplace: Path) -> None:
+    torch.save({"weight": torch.ones(1, 1)}, "split.pt")
+    content = bytearray(Path("split.pt").read_bytes())
+    content[content.rindex(b"PK\x06\x07") + 16] = 2  # the number of disks
+    Path("split.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        regraft.load_weights(nn.Linear(1, 1), "split.pt")
+
+
 @pytest.mark.parametrize("case", PICKLES)
 def test_a_hostile_pickle_is_refused(case: str, workplace: Path) -> None:
     change, message = PICKLES[case]

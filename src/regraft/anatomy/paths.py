@@ -4,6 +4,8 @@ from torch import nn
 
 from regraft.errors import SelectionError, nearest
 
+MOST_NAMED = 30  # layers in a message
+
 
 def layer_at(model: nn.Module, path: str) -> nn.Module:
     """Return the layer of `model` at a dotted path; the empty path is the model itself.
@@ -24,7 +26,9 @@ def no_such_layer(model: nn.Module, path: str) -> str:
         if path in dict(names):
             return f"'{path}' is a {kind} of {type(model).__name__}, no layer. Name its layer, '{owner}'."
     known = [name for name, _ in model.named_modules() if name]
-    hint = nearest(path, known) or f"Its top-level layers: {', '.join(name for name, _ in model.named_children())}."
+    tops = [name for name, _ in model.named_children()]
+    some = ", ".join(tops[:MOST_NAMED]) + (f" and {len(tops) - MOST_NAMED} more" if len(tops) > MOST_NAMED else "")
+    hint = nearest(path, known) or f"Its top-level layers: {some}."
     return f"no layer '{path}' in {type(model).__name__}. {hint} `regraft inspect` lists all."
 
 

@@ -85,9 +85,9 @@ def kind_of(path: Path) -> Kind:
         return "index"
     if is_safetensors(path):
         return "safetensors"
-    if not zipfile.is_zipfile(path):
-        return "torch"
     try:
+        if not zipfile.is_zipfile(path):
+            return "torch"
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
