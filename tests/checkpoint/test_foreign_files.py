@@ -21,7 +21,7 @@ from torch import nn
 import tiny
 from oracles import identical, same, snapshot
 from regraft import load_weights
-from regraft.checkpoint.foreign import kind_of, read_contents, read_tensors
+from regraft.checkpoint.foreign import kind_of, read_state_dicts, read_tensors
 from regraft.errors import CheckpointError
 
 
@@ -81,7 +81,7 @@ def test_a_pickle_in_a_torchscript_archive_calls_nothing(tmp_path: Path) -> None
         archive.writestr("w/constants.pkl", pickle.dumps(()))
         archive.writestr("w/code/net.py", b"")
     with pytest.raises(CheckpointError, match="without parameters or buffers"):
-        read_contents(path)
+        read_state_dicts(path)
     assert not (tmp_path / "it ran").exists()
 
 
@@ -92,7 +92,7 @@ def test_a_whole_module_gives_its_tensors_without_its_class(name: str, legacy: b
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # older files hold the source of the class, which torch may not find
         torch.save(model, tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
-    (entry,) = read_contents(tmp_path / "w.pt", tensors_only=True).entries
+    (entry,) = read_state_dicts(tmp_path / "w.pt", tensors_only=True).entries
     assert_same_tensors(entry.tensors, model.state_dict())
 
 
@@ -101,8 +101,8 @@ def test_tensors_are_taken_out_beside_what_would_run(legacy: bool, tmp_path: Pat
     content = {"args": Bomb(tmp_path / "it ran"), "model": state(), "optimizer": {"state": {0: torch.ones(2)}}}
     torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(CheckpointError, match=r"holds more than tensors \(posix.mkdir\).*--tensors-only"):
-        read_contents(tmp_path / "w.pt")
-    found = read_contents(tmp_path / "w.pt", tensors_only=True)
+        read_state_dicts(tmp_path / "w.pt")
+    found = read_state_dicts(tmp_path / "w.pt", tensors_only=True)
     assert [entry.key for entry in found.entries] == ["model"]
     assert_same_tensors(found.entries[0].tensors, state())
     assert not (tmp_path / "it ran").exists()
@@ -138,7 +138,7 @@ def test_gadgets_run_nothing(text: str, tmp_path: Path, monkeypatch: pytest.Monk
     with zipfile.ZipFile("w.pt", "w") as archive:
         archive.writestr("w/data.pkl", raw)
     with pytest.raises(CheckpointError):
-        read_contents(Path("w.pt"), tensors_only=True)
+        read_state_dicts(Path("w.pt"), tensors_only=True)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["w.pt"]
 
 
@@ -158,7 +158,7 @@ def test_a_tensor_outside_of_its_storage_is_refused(
 
     torch.save({"weight": Rebuilt()}, tmp_path / "w.pt")
     with pytest.raises(CheckpointError, match="cannot be read as weights"):
-        read_contents(tmp_path / "w.pt", tensors_only=True)
+        read_state_dicts(tmp_path / "w.pt", tensors_only=True)
 
 
 def test_arrays_of_numbers_are_read_and_others_named(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_arrays_of_numbers_are_read_and_others_named(tmp_path: Path) -> None:
         "author": np.array("me"),
     }
     np.savez_compressed(tmp_path / "w.npz", **arrays)
-    found = read_contents(tmp_path / "w.npz")
+    found = read_state_dicts(tmp_path / "w.npz")
     assert found.left_out == ("author",)
     tensors = found.entries[0].tensors
     assert list(tensors) == ["weight", "bias", "steps", "mask"]
@@ -182,7 +182,7 @@ def test_arrays_of_numbers_are_read_and_others_named(tmp_path: Path) -> None:
 def test_pickled_objects_in_an_array_are_not_unpickled(tmp_path: Path) -> None:
     np.savez(tmp_path / "w.npz", weight=np.array([Bomb(tmp_path / "it ran")], dtype=object), allow_pickle=True)
     with pytest.raises(CheckpointError, match=r"reading them would run code from it"):
-        read_contents(tmp_path / "w.npz")
+        read_state_dicts(tmp_path / "w.npz")
     assert not (tmp_path / "it ran").exists()
 
 
@@ -234,7 +234,7 @@ def test_an_index_names_files_beside_it_and_nothing_else(name: Any, tmp_path: Pa
     index["weight_map"]["conv1.weight"] = name
     path.write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="which is no plain file name"):
-        read_contents(path)
+        read_state_dicts(path)
 
 
 def without_part(path: Path) -> None:
@@ -293,7 +293,7 @@ def test_a_file_that_is_cut_off_is_refused(kind: str, share: float, tmp_path: Pa
     path.write_bytes(raw[: int(share * len(raw))])
     for options in ({}, {"tensors_only": True}):
         with pytest.raises(CheckpointError):
-            read_contents(path, **options)
+            read_state_dicts(path, **options)
 
 
 def test_several_networks_that_fit_equally_well_are_listed(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_several_networks_that_fit_equally_well_are_listed(tmp_path: Path) -> No
 def test_an_average_of_lightning_is_found_by_its_key(tmp_path: Path) -> None:
     callbacks = {"EMA": {"ema_state_dict": state(2), "step": 3}, "Stop": {"best": {"score": torch.tensor(1.0)}}}
     torch.save({"state_dict": state(1), "callbacks": callbacks}, tmp_path / "w.ckpt")
-    assert [entry.key for entry in read_contents(tmp_path / "w.ckpt").entries] == [
+    assert [entry.key for entry in read_state_dicts(tmp_path / "w.ckpt").entries] == [
         "state_dict",
         "callbacks.EMA.ema_state_dict",
     ]

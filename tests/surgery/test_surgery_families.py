@@ -4,10 +4,7 @@ A small member of every classification family of torchvision and timm. The table
 `docs/surgery_families.md`; `make families` writes it anew.
 """
 
-import json
 import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import regraft
+from another_process import Loader, loading, same_images
 from freezing.test_families import NAMES, family, images
 from oracles import identical
 from regraft.errors import EditError, RegraftError
@@ -33,21 +31,6 @@ TABLE = Path(__file__).parents[2] / "docs/surgery_families.md"
 MOST_CUTS = 5
 CLASSES = 7
 COLUMNS = ("head", "cuts", "append", "insert", "save and load")
-LOADER = """
-import json, sys, torch
-from regraft import load
-from regraft.checkpoint.digest import tensor_digest
-for line in sys.stdin:
-    path, shape = json.loads(line)
-    try:
-        model = load(path)
-        images = torch.randn(shape, generator=torch.Generator().manual_seed(7))
-        with torch.no_grad():
-            answer = [tensor_digest(model(images)), len(model.state_dict())]
-    except Exception as error:
-        answer = [f"{type(error).__name__}: {error}", 0]
-    print(json.dumps(answer), flush=True)
-"""
 
 
 @dataclass
@@ -73,18 +56,13 @@ def rows() -> Iterator[dict[str, Row]]:
 
 
 @pytest.fixture(scope="module")
-def loader() -> Iterator[Any]:
-    """Return a process that knows nothing but what stands in a file."""
-    with subprocess.Popen(
-        [sys.executable, "-c", LOADER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
+def loader() -> Iterator[Loader]:
+    with loading() as found:
+        yield found
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_edit_of_every_family(name: str, rows: dict[str, Row], loader: Any, tmp_path: Path) -> None:
+def test_every_edit_of_every_family(name: str, rows: dict[str, Row], loader: Loader, tmp_path: Path) -> None:
     rows[name] = row = Row(name, family(name))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of constructors
@@ -101,7 +79,7 @@ def test_every_edit_of_every_family(name: str, rows: dict[str, Row], loader: Any
         assert row.problem == "" or row.problem in known[name], row.problem
 
 
-def operate(model: nn.Module, inputs: torch.Tensor, row: Row, loader: Any, folder: Path) -> None:
+def operate(model: nn.Module, inputs: torch.Tensor, row: Row, loader: Loader, folder: Path) -> None:
     others = dict(model.state_dict())
     edited = regraft.replace_head(model, CLASSES, inputs=inputs)
     with torch.no_grad():
@@ -146,13 +124,11 @@ def operate(model: nn.Module, inputs: torch.Tensor, row: Row, loader: Any, folde
 
     file = regraft.save(grown.eval(), folder / "edited.safetensors")
     shape = list(inputs.shape)
-    again = torch.randn(shape, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
-        digest = regraft.checkpoint.digest.tensor_digest(grown(again))
-    loader.stdin.write(json.dumps([str(file), shape]) + "\n")
-    loader.stdin.flush()
-    answer = json.loads(loader.stdout.readline())
-    assert answer == [digest, len(grown.state_dict())], f"loaded: {answer[0]}"
+        digest = regraft.checkpoint.digest.tensor_digest(grown(same_images(shape)))
+    answer = loader.load(file, shape)
+    assert "error" not in answer, f"loaded: {answer['error']}"
+    assert (answer["outputs"], answer["tensors"]) == ([digest], len(grown.state_dict()))
     file.unlink()
     row.outcomes["save and load"] = "bit-identical"
 

@@ -1,6 +1,7 @@
 """Compute every value of a graph on shapes alone, and tell values of two graphs of one network apart."""
 
 import hashlib
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,26 +22,29 @@ BATCHES = (2, 3)  # numbers of images that tell what follows the batch from what
 
 def compute_values(model: nn.Module, flow: Flow, inputs: tuple[Any, ...], count: int) -> Values:
     """Compute every value of a graph on shapes alone, for a batch of `count` images shaped as those in `inputs`."""
-    return _run(model, flow, inputs, count)[0]
+    return _run(model, flow, inputs, count, counts=False)[0]
 
 
 def compute_costs(model: nn.Module, flow: Flow, inputs: tuple[Any, ...]) -> tuple[list[Values], dict[fx.Node, int]]:
     """Compute every value for either of `BATCHES`, and the multiply-adds that each takes for one image."""
-    few, many = (_run(model, flow, inputs, count) for count in BATCHES)
+    few, many = (_run(model, flow, inputs, count, counts=True) for count in BATCHES)
     costs = {node: (2 * few[1][node] - many[1][node]) // 2 for node in few[1]}  # what does not grow with the batch too
     return [few[0], many[0]], costs
 
 
-def _run(model: nn.Module, flow: Flow, inputs: tuple[Any, ...], count: int) -> tuple[Values, dict[fx.Node, int]]:
-    """Return every value of a graph, and the floating-point operations that each takes."""
+def _run(
+    model: nn.Module, flow: Flow, inputs: tuple[Any, ...], count: int, *, counts: bool
+) -> tuple[Values, dict[fx.Node, int]]:
+    """Return every value of a graph, and the floating-point operations that each takes; 0 where nobody counts them."""
     problem: Exception | None = None
+    unfused = unfused_attention if counts else nullcontext
     for ghosts in GHOSTS:
         try:
-            with preserved_randomness(), silenced(FAKES), unfused_attention(), ghosts(model) as twin, torch.no_grad():
+            with preserved_randomness(), silenced(FAKES), unfused(), ghosts(model) as twin, torch.no_grad():
                 for name, tensor in flow.constants.items():
                     setattr(twin, name, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype))
                 runner = _Interpreter(twin, flow.graph)
-                with runner.counter:
+                with runner.counter if counts else nullcontext():
                     runner.run(*(torch.empty((count, *x.shape[1:]), dtype=x.dtype) for x in inputs))
                 return runner.env, runner.operations
         except Exception as error:

@@ -11,12 +11,12 @@ from torch import nn
 from regraft.anatomy.modes import preserved_randomness
 from regraft.card import attach, card_of
 from regraft.checkpoint.adapting import shape
-from regraft.checkpoint.entries import Contents, Tensors, listed
-from regraft.checkpoint.foreign import read_contents, unwrapping
+from regraft.checkpoint.foreign import read_state_dicts, unwrapping
 from regraft.checkpoint.load_report import LoadReport, Match, Sureness, some
 from regraft.checkpoint.loading import LoadPlan, Rules, carry_out, plan_loading, renamed
 from regraft.checkpoint.naming import without_wrappers
 from regraft.checkpoint.shards import write_tensors
+from regraft.checkpoint.state_dicts import StateDicts, Tensors, listed
 from regraft.checkpoint.write import save
 from regraft.errors import CheckpointError
 from regraft.surgery.head import replace_head
@@ -66,7 +66,7 @@ def convert(
         )
     if target.exists() and source.exists() and target.samefile(source):
         raise CheckpointError(f"'{target}' is the file that is read. Choose another name. Nothing was written.")
-    contents = read_contents(source, tensors_only=tensors_only)
+    contents = read_state_dicts(source, tensors_only=tensors_only)
     if model is None:
         tensors, report = _plain(contents, rename or {}, entry)
         if not dry_run:
@@ -81,7 +81,7 @@ def convert(
 
 
 def _into_network(
-    name: str, contents: Contents, rules: Rules, target: Path, *, trust_code: bool, dry_run: bool
+    name: str, contents: StateDicts, rules: Rules, target: Path, *, trust_code: bool, dry_run: bool
 ) -> LoadReport:
     with preserved_randomness():
         network, plan = _with_its_head(build(name, trust_code=trust_code), contents, rules)
@@ -97,7 +97,7 @@ def _into_network(
     return plan.report
 
 
-def _plain(contents: Contents, rename: Mapping[str, str], entry: str | None) -> tuple[Tensors, LoadReport]:
+def _plain(contents: StateDicts, rename: Mapping[str, str], entry: str | None) -> tuple[Tensors, LoadReport]:
     """Take wrappers off the names of the one state dict in a file."""
     choices = contents.choices(entry)
     if len(choices) > 1:
@@ -125,7 +125,7 @@ def _plain(contents: Contents, rename: Mapping[str, str], entry: str | None) -> 
     return {names[name]: tensor for name, tensor in tensors.items()}, report
 
 
-def _with_its_head(network: nn.Module, contents: Contents, rules: Rules) -> tuple[nn.Module, LoadPlan]:
+def _with_its_head(network: nn.Module, contents: StateDicts, rules: Rules) -> tuple[nn.Module, LoadPlan]:
     """Plan the loading; where only the number of classes differs, into a network with that many."""
     plan = plan_loading(network, contents, rules)
     widths = {theirs[0] for _, theirs, _ in plan.report.mismatched if theirs}

@@ -3,14 +3,14 @@
 from collections.abc import Iterator, Sequence
 
 from regraft.checkpoint.adapting import Fitter
-from regraft.checkpoint.entries import Entry, listed
 from regraft.checkpoint.load_report import LoadReport, some
 from regraft.checkpoint.mapping import Proposal, weakest
+from regraft.checkpoint.state_dicts import StateDict, listed
 
 MANY = 3  # tensors that need no explanation each
 
 
-def diagnose(report: LoadReport, found: Proposal, fitter: Fitter, others: Sequence[Entry]) -> tuple[str, str]:
+def diagnose(report: LoadReport, found: Proposal, fitter: Fitter, others: Sequence[StateDict]) -> tuple[str, str]:
     """Return the likely cause of what was not loaded and a suggestion, both without a full stop at the end.
 
     Args:

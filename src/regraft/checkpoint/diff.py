@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 from regraft.anatomy.render import aligned, shape_text
-from regraft.checkpoint.delta import resolve
 from regraft.checkpoint.digest import tensor_digest
 from regraft.checkpoint.foreign import read_tensors
-from regraft.checkpoint.format import is_index, is_safetensors, locate, read_header
+from regraft.checkpoint.format import locate
 
 Kind = Literal["identical", "changed", "reshaped", "added", "removed"]
 
@@ -108,10 +107,7 @@ def diff(a: nn.Module | str | os.PathLike[str], b: nn.Module | str | os.PathLike
 def _tensors(source: nn.Module | str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     if isinstance(source, nn.Module):
         return {name: tensor.detach() for name, tensor in source.state_dict().items()}
-    path = locate(Path(source))
-    if path.is_file() and (is_index(path) or is_safetensors(path)) and read_header(path) is not None:
-        return resolve(path).expanded()  # from several files, or with the base of a delta
-    return read_tensors(path)[0]
+    return read_tensors(locate(Path(source)))[0]
 
 
 def _compare(name: str, a: torch.Tensor | None, b: torch.Tensor | None) -> TensorDiff:

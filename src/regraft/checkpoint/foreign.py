@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import torch
 
-from regraft.checkpoint.entries import Contents, Entry, Tensors, contents_of, listed
 from regraft.checkpoint.format import KEY, is_safetensors, read_header
 from regraft.checkpoint.inert import read_pickled, read_torchscript
 from regraft.checkpoint.limits import check_container
 from regraft.checkpoint.pickles import made_plain
+from regraft.checkpoint.shards import lies_beside
+from regraft.checkpoint.state_dicts import StateDict, StateDicts, Tensors, listed, state_dicts_of
 from regraft.errors import CheckpointError
 
 FOREIGN_NAME = re.compile(r"(?:GLOBAL|function|class|type) <?([\w.]+)")  # in what torch's unpickler complains about
@@ -35,14 +36,14 @@ def read_tensors(path: Path) -> tuple[Tensors, list[str]]:
     Raises:
         CheckpointError: The file does not exist, cannot be read without running code, or holds several networks.
     """
-    contents = read_contents(path)
+    contents = read_state_dicts(path)
     choices = contents.choices()
     if len(choices) > 1:
         raise CheckpointError(f"'{path}' holds several state dicts: {listed(choices)}. Expected one.")
     return choices[0].tensors, [*contents.notes, *unwrapping(choices[0])]
 
 
-def read_contents(path: Path, *, tensors_only: bool = False) -> Contents:
+def read_state_dicts(path: Path, *, tensors_only: bool = False) -> StateDicts:
     """Read every state dict that a file holds, on the CPU.
 
     Args:
@@ -60,23 +61,25 @@ def read_contents(path: Path, *, tensors_only: bool = False) -> Contents:
     kind = kind_of(path)
     if kind == "index":
         return _read_shards(path)
-    check_container(path)
     if kind == "safetensors" and read_header(path) is not None:
-        return _read_own(path)
+        return _read_own(path)  # which checks its layout itself
+    check_container(path)
     if kind == "safetensors":
-        return Contents(path, (Entry((), _read_safetensors(path), is_ordered=False),))
+        return StateDicts(path, (StateDict((), _read_safetensors(path), is_ordered=False),))
     if kind == "npz":
         tensors, skipped = _read_arrays(path)
-        return Contents(path, (Entry((), tensors),), left_out=skipped)
+        return StateDicts(path, (StateDict((), tensors),), left_out=skipped)
     if kind == "torchscript":
         tensors = read_torchscript(path)
         if not tensors:
             raise CheckpointError(f"'{path}' is a TorchScript archive without parameters or buffers.")
-        return Contents(path, (Entry((), tensors),), notes=("read from a TorchScript archive; its code was not run",))
+        return StateDicts(
+            path, (StateDict((), tensors),), notes=("read from a TorchScript archive; its code was not run",)
+        )
     if tensors_only:
-        found = contents_of(read_pickled(path), path)
-        return Contents(path, found.entries, found.left_out, ("its tensors were taken out; no code of it was run",))
-    return contents_of(_read_torch(path), path)
+        found = state_dicts_of(read_pickled(path), path)
+        return StateDicts(path, found.entries, found.left_out, ("its tensors were taken out; no code of it was run",))
+    return state_dicts_of(_read_torch(path), path)
 
 
 def kind_of(path: Path) -> Kind:
@@ -98,7 +101,7 @@ def kind_of(path: Path) -> Kind:
     return "torchscript" if is_script else "torch"
 
 
-def unwrapping(entry: Entry) -> list[str]:
+def unwrapping(entry: StateDict) -> list[str]:
     """Say what was taken off to get at a state dict."""
     return [f"taken from the entry '{key}'" for key in entry.path]
 
@@ -150,9 +153,8 @@ def _read_arrays(path: Path) -> tuple[Tensors, tuple[str, ...]]:
                 tensors[name] = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
     except Exception as error:
         reason = str(error).partition("\n")[0][:200]
-        hint = "It holds pickled objects, which would run code. " if "allow_pickle" in reason else ""
         raise CheckpointError(
-            f"'{path}' cannot be read as weights: {hint or f'{type(error).__name__}: {reason}. '}"
+            f"'{path}' cannot be read as weights: {type(error).__name__}: {reason}. "
             "Expected an npz archive with arrays of numbers alone."
         ) from error
     if not tensors:
@@ -160,14 +162,14 @@ def _read_arrays(path: Path) -> tuple[Tensors, tuple[str, ...]]:
     return tensors, tuple(skipped)
 
 
-def _read_own(path: Path) -> Contents:
+def _read_own(path: Path) -> StateDicts:
     """Read a checkpoint of regraft, with all that it is based on."""
     from regraft.checkpoint.delta import resolve  # whose bases may be files of others
 
-    return Contents(path, (Entry((), resolve(path).expanded(), is_ordered=False),))
+    return StateDicts(path, (StateDict((), resolve(path).expanded(), is_ordered=False),))
 
 
-def _read_shards(path: Path) -> Contents:
+def _read_shards(path: Path) -> StateDicts:
     """Read the files that an index of Hugging Face names; they lie beside it.
 
     Raises:
@@ -178,10 +180,9 @@ def _read_shards(path: Path) -> Contents:
     if is_own:
         return _read_own(path)
     tensors: Tensors = {}
-    homes = (path.parent.resolve(), path.resolve().parent)  # some caches link both into one folder
     for shard in dict.fromkeys(weight_map.values()):
         file = path.parent / shard
-        if file.resolve().parent not in homes:
+        if not lies_beside(path, file):
             raise CheckpointError(f"'{path}' names the part '{shard}', a link to another folder. Nothing was read.")
         if not file.is_file():
             raise CheckpointError(f"'{path}' names the part '{shard}', which is not beside it. Get the whole set.")
@@ -194,8 +195,8 @@ def _read_shards(path: Path) -> Contents:
         tensors |= {name: held[name] for name, where in weight_map.items() if where == shard}
     held_all = {name: tensors[name] for name in weight_map}
     count = len(set(weight_map.values()))
-    return Contents(
-        path, (Entry((), held_all, is_ordered=False),), notes=(f"read from {count} files that the index names",)
+    return StateDicts(
+        path, (StateDict((), held_all, is_ordered=False),), notes=(f"read from {count} files that the index names",)
     )
 
 

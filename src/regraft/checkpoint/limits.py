@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import IO, Any, cast
 
+from regraft.checkpoint.format import is_safetensors
 from regraft.checkpoint.layout import read_layout
 from regraft.checkpoint.pickles import check_legacy, check_pickle
 from regraft.errors import CheckpointError
@@ -30,11 +31,11 @@ def check_container(path: Path) -> None:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(9)
+        start = file.read(4)
         file.seek(0)
-        if start[:4] == b"PK\x03\x04":
+        if start == b"PK\x03\x04":
             _check_zip(path, file, size)
-        elif len(start) == 9 and start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] < size:
+        elif is_safetensors(path):
             read_layout(path)
         else:
             check_legacy(path, file, size)

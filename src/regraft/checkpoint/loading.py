@@ -16,11 +16,11 @@ from torch.nn.parameter import is_lazy
 from regraft.checkpoint.adapting import Adaptable, Fitter, shape
 from regraft.checkpoint.alignment import COUNTER
 from regraft.checkpoint.diagnosis import diagnose
-from regraft.checkpoint.entries import Contents, Entry, Tensors, listed
-from regraft.checkpoint.foreign import read_contents, unwrapping
+from regraft.checkpoint.foreign import read_state_dicts, unwrapping
 from regraft.checkpoint.load_report import SURENESS, Adaptation, LoadReport, Match, Sureness
 from regraft.checkpoint.mapping import Proposal, match_shapes, propose
 from regraft.checkpoint.naming import Shapes
+from regraft.checkpoint.state_dicts import StateDict, StateDicts, Tensors, listed
 from regraft.errors import CheckpointError
 
 MIN_SHARE = 0.5
@@ -112,14 +112,14 @@ def load_weights(
             or less than `min_share`; `strict` and not everything does. Nothing was changed.
     """
     rules = Rules(rename or {}, match, entry, accept, adapt)
-    plan = plan_loading(model, read_contents(Path(path)), rules)
+    plan = plan_loading(model, read_state_dicts(Path(path)), rules)
     if dry_run:
         return replace(plan.report, dry_run=True)
     carry_out(plan, model, min_share=min_share, strict=strict)
     return plan.report
 
 
-def plan_loading(model: nn.Module, contents: Contents, rules: Rules) -> LoadPlan:
+def plan_loading(model: nn.Module, contents: StateDicts, rules: Rules) -> LoadPlan:
     """Work out what `load_weights` will load. Nothing is changed.
 
     Raises:
@@ -189,7 +189,7 @@ def _slots(model: nn.Module) -> Tensors:
     return slots
 
 
-def _planned(model: nn.Module, slots: Tensors, contents: Contents, chosen: Entry, rules: Rules) -> LoadPlan:
+def _planned(model: nn.Module, slots: Tensors, contents: StateDicts, chosen: StateDict, rules: Rules) -> LoadPlan:
     tensors = renamed(chosen.tensors, rules.rename, contents.path)
     theirs = {name: shape(tensor) for name, tensor in tensors.items()}
     ours = {name: shape(slot) for name, slot in slots.items()}
@@ -240,8 +240,8 @@ def _fitted(
 
 def _report(
     slots: Tensors,
-    contents: Contents,
-    chosen: Entry,
+    contents: StateDicts,
+    chosen: StateDict,
     found: Proposal,
     fitter: Fitter,
     parts: tuple[Tensors, list[Match], list[str], list[Adaptation]],
@@ -286,7 +286,7 @@ def _share(slots: Tensors, filled: set[int], fitter: Fitter) -> float:
     return loaded / total if total else float(bool(loaded))
 
 
-def _best(plans: list[LoadPlan], contents: Contents, choices: Sequence[Entry]) -> LoadPlan:
+def _best(plans: list[LoadPlan], contents: StateDicts, choices: Sequence[StateDict]) -> LoadPlan:
     """Return the one plan, or of several state dicts in a file the only one that fits."""
     if len(plans) == 1:
         return plans[0]

@@ -44,13 +44,17 @@ def read_weight_map(index: Path) -> dict[str, Path]:
 def _shard(index: Path, name: str) -> Path:
     """Return the file that an index calls `name`, which can only lie beside the index, links included."""
     file = index.parent / name
-    homes = (index.parent.resolve(), index.resolve().parent)  # some caches link both into one folder
-    if not is_plain_name(name) or not name.endswith(SUFFIX) or file.resolve().parent not in homes:
+    if not is_plain_name(name) or not name.endswith(SUFFIX) or not lies_beside(index, file):
         raise CheckpointError(
             f"'{index}' names the file '{name[:200]}', expected the plain name of a {SUFFIX} file beside it. "
             "Nothing was read. Get the checkpoint from where it was made."
         )
     return file
+
+
+def lies_beside(index: Path, file: Path) -> bool:
+    """Say whether a file lies in the folder of an index, links followed; some caches link both into one folder."""
+    return file.resolve().parent in (index.parent.resolve(), index.resolve().parent)
 
 
 def shard_of(path: Path) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from regraft.checkpoint.atomic import whole_or_nothing
+from regraft.checkpoint.digest import bytes_of
 from regraft.errors import CheckpointError, RunError
 
 KEY, DIGEST = "regraft-tree", "regraft-tree-digest"
@@ -154,8 +155,7 @@ def _digest(document: str, tensors: dict[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if tensor.numel():
-            found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        found.update(bytes_of(tensor))
     return found.hexdigest()
 
 

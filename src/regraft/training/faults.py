@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from regraft.anatomy.modes import preserved_randomness
 from regraft.checkpoint.tree import Tree
 from regraft.data.photos import SeededShuffle
 from regraft.errors import DataError
@@ -16,7 +17,7 @@ from regraft.progress import Progress
 from regraft.training.config import TrainConfig
 from regraft.training.lost import Partial
 from regraft.training.material import Material
-from regraft.training.randomness import kept_random_states, set_random_states
+from regraft.training.randomness import set_random_states
 
 
 class Faults:
@@ -129,7 +130,7 @@ def _opened(batches: Iterable[Any], done: int, states: Tree) -> Iterator[Any]:
     if done == 0:  # the order is drawn with the first batch, after this
         set_random_states(states, batches)
         return iter(batches)
-    with kept_random_states():
+    with preserved_randomness():
         set_random_states(states, batches)
         iterator = iter(batches)
         for _ in range(done):

@@ -3,19 +3,11 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from regraft.data.decode import Unreadable
 from regraft.data.photos import Key, Photos, loader
 from regraft.errors import DataError
-
-
-@dataclass(frozen=True)
-class Lost:
-    """A photo that could be read when the run began, and cannot be read now."""
-
-    path: Path
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -23,18 +15,18 @@ class Partial:
     """A batch without those of its photos that cannot be read; None where none can."""
 
     batch: Any
-    lost: tuple[Lost, ...]
+    lost: tuple[Unreadable, ...]
 
 
 class TolerantPhotos(Photos):
-    """Photos that are decoded when they are needed; one that cannot be read is `Lost` instead of an error."""
+    """Photos that are decoded when they are needed; one that cannot be read is `Unreadable` instead of an error."""
 
     def __getitem__(self, key: Key) -> Any:
         index = key[0] if isinstance(key, tuple) else key
         try:
             return super().__getitem__(key)
         except DataError as error:
-            return Lost(self.samples[index].path, str(error))
+            return Unreadable(self.samples[index].path, str(error))
 
 
 def tolerant(photos: Photos) -> Photos:
@@ -50,8 +42,8 @@ def tolerant_loader(photos: Photos, batch_size: int, **options: Any) -> Any:
 
 
 def _collate_rest(items: list[Any], *, collate: Callable[[list[Any]], Any]) -> Any:
-    lost = tuple(item for item in items if isinstance(item, Lost))
+    lost = tuple(item for item in items if isinstance(item, Unreadable))
     if not lost:
         return collate(items)
-    rest = [item for item in items if not isinstance(item, Lost)]
+    rest = [item for item in items if not isinstance(item, Unreadable)]
     return Partial(collate(rest) if rest else None, lost)

@@ -1,8 +1,7 @@
 """The states of all random generators that a run draws from, as plain data that a file can hold."""
 
-import contextlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -37,16 +36,6 @@ def set_random_states(states: Tree, *data: object) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     for generator, state in zip(_generators(data), states["loaders"], strict=False):
         generator.set_state(state)
-
-
-@contextlib.contextmanager
-def kept_random_states() -> Iterator[None]:
-    """Put the global generators back on leaving."""
-    states = random_states()
-    try:
-        yield
-    finally:
-        set_random_states(states)
 
 
 def _generators(data: Iterable[object]) -> list[torch.Generator]:

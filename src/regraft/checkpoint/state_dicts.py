@@ -32,7 +32,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Entry:
+class StateDict:
     """One state dict in a file.
 
     Attributes:
@@ -57,7 +57,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Contents:
+class StateDicts:
     """What a file holds.
 
     Attributes:
@@ -68,11 +68,11 @@ class Contents:
     """
 
     path: Path
-    entries: tuple[Entry, ...]
+    entries: tuple[StateDict, ...]
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def choices(self, wanted: str | None = None) -> list[Entry]:
+    def choices(self, wanted: str | None = None) -> list[StateDict]:
         """Return the state dict to take: the wanted one, or the one that files keep under a usual name.
 
         The raw weights go before an average of them. Where no usual name tells, all that are left are returned.
@@ -87,7 +87,7 @@ class Contents:
             return [usual]
         return [entry for entry in self.entries if not entry.is_average] or list(self.entries)
 
-    def _named(self, wanted: str) -> Entry:
+    def _named(self, wanted: str) -> StateDict:
         exact = [entry for entry in self.entries if entry.key == wanted]
         found = exact or [entry for entry in self.entries if f".{entry.key}.".find(f".{wanted}.") >= 0]
         if len(found) != 1:
@@ -99,7 +99,7 @@ class Contents:
             )
         return found[0]
 
-    def _usual(self, path: tuple[str, ...]) -> Entry | None:
+    def _usual(self, path: tuple[str, ...]) -> StateDict | None:
         """Follow the usual names from `path` on, then take what lies there."""
         below = [entry for entry in self.entries if entry.path[: len(path)] == path]
         for key in WRAPPERS:
@@ -109,7 +109,7 @@ class Contents:
         return here if here is not None else below[0] if len(below) == 1 else None
 
 
-def contents_of(content: Any, path: Path) -> Contents:
+def state_dicts_of(content: Any, path: Path) -> StateDicts:
     """Find the state dicts in the content of a file.
 
     Raises:
@@ -126,7 +126,7 @@ def contents_of(content: Any, path: Path) -> Contents:
     left_out = tuple(
         str(key) for key, value in values if str(key) not in tops and not (has_own and isinstance(value, torch.Tensor))
     )
-    return Contents(path, entries, left_out)
+    return StateDicts(path, entries, left_out)
 
 
 def tensors_of(content: Mapping[Any, Any]) -> Tensors:
@@ -134,12 +134,12 @@ def tensors_of(content: Mapping[Any, Any]) -> Tensors:
     return {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
 
 
-def listed(entries: Sequence[Entry]) -> str:
+def listed(entries: Sequence[StateDict]) -> str:
     """Name entries in a sentence."""
     return ", ".join(f"'{entry.key}' ({len(entry.tensors)} tensors)" for entry in entries)
 
 
-def _find(content: Mapping[Any, Any], path: tuple[str, ...], seen: set[int]) -> Iterator[Entry]:
+def _find(content: Mapping[Any, Any], path: tuple[str, ...], seen: set[int]) -> Iterator[StateDict]:
     if len(path) > DEPTH or id(content) in seen:
         return
     seen.add(id(content))
@@ -149,8 +149,8 @@ def _find(content: Mapping[Any, Any], path: tuple[str, ...], seen: set[int]) -> 
     if "callbacks" in path:
         below = [entry for entry in below if entry.is_average]
     numbers_beside = below and all(tensor.ndim == 0 for tensor in own.values())  # a best accuracy and the like
-    if own and not numbers_beside and ("callbacks" not in path or Entry(path, own).is_average):
-        yield Entry(path, own)
+    if own and not numbers_beside and ("callbacks" not in path or StateDict(path, own).is_average):
+        yield StateDict(path, own)
     yield from below
 
 
