@@ -28,6 +28,8 @@ slow: install
 	$(BIN)/python -m pytest -m slow
 
 fuzz: install
+	@if command -v uv >/dev/null; then uv=uv; else uv=$(BIN)/uv; fi; \
+	$$uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,fuzz]'
 	$(BIN)/python -m pytest -m fuzz tests/fuzz
 
 check: install

@@ -2,8 +2,9 @@
 
     python benchmarks/live_part.py
 
-Beside each other, in turns: an epoch of `regraft.fit`; forward and backward of the live part alone, by hand, on tensors
-in memory; and an epoch of the plain loop (the tutorial's), which decodes every photo and runs the whole network.
+Beside each other, in turns: an epoch of `regraft.fit`; the live part alone, by hand, on tensors in memory, without an
+optimizer; and an epoch of the plain loop (the tutorial's), which decodes every photo and runs the whole network. An
+epoch is forward and backward over the photos to learn from, and a forward pass over those to measure on.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from regraft import fit, partition
 HERE = Path(__file__).parent
 UNTIL, BATCH, EPOCHS = "layer3.0", 32, 2
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MIDDLE: list[Any] = [transforms.Resize(256), transforms.CenterCrop(224)]
 
 
 def main() -> None:
@@ -50,48 +52,60 @@ def main() -> None:
 
 
 def of_regraft(data: Path, seed: int) -> float:
-    """Return the seconds of the training phase of an epoch of `fit`."""
+    """Return the seconds of an epoch of `fit`."""
     model = network(seed)
     regraft.freeze(model, until=UNTIL)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["REGRAFT_CACHE"] = folder
         result = fit(model, data, epochs=EPOCHS, batch_size=BATCH, augment="none", lr=1e-3, seed=seed)
-    return result.seconds["training"] / EPOCHS
+    return statistics.mean(record.seconds for record in result.history)
 
 
 def by_hand(data: Path, seed: int) -> float:
-    """Return the seconds of forward and backward of the live part over all photos."""
+    """Return the seconds that the live part takes for all photos."""
     model = network(seed)
     regraft.freeze(model, until=UNTIL)
     parts = partition(model, torch.empty(1, 3, 224, 224))
-    change = [transforms.Resize(256), transforms.CenterCrop(224)]
     with torch.no_grad():
-        kept = [(parts.prefix(inputs), targets) for inputs, targets in batches(data, change, workers=2)]
-    suffix = parts.suffix.train()
+        kept, measured = (
+            [(parts.prefix(inputs), targets) for inputs, targets in batches(data / part, MIDDLE)]
+            for part in ("train", "val")
+        )
+    suffix = parts.suffix
     seconds = []
     for _ in range(EPOCHS):
         began = time.perf_counter()
+        suffix.train()
         for tensors, targets in kept:
             loss = nn.functional.cross_entropy(suffix(*tensors), targets)
             loss.backward()
             suffix.zero_grad()
+        suffix.eval()
+        with torch.no_grad():
+            for tensors, _ in measured:
+                suffix(*tensors)
         seconds.append(time.perf_counter() - began)
     return statistics.mean(seconds)
 
 
 def of_plain_loop(data: Path, seed: int) -> float:
-    """Return the seconds of the training phase of an epoch of the tutorial's loop."""
+    """Return the seconds of an epoch of the tutorial's loop."""
     model = network(seed)
     for layer in (model.conv1, model.bn1, model.layer1, model.layer2, model.layer3[0]):
         layer.requires_grad_(False)
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
-    change = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
+    learned = batches(data / "train", [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()])
+    measured = batches(data / "val", MIDDLE)
     began = time.perf_counter()
     model.train()
-    for inputs, targets in batches(data, change, workers=2):
+    for inputs, targets in learned:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(inputs), targets).backward()
         optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        for inputs, _ in measured:
+            model(inputs)
     return time.perf_counter() - began
 
 
@@ -101,11 +115,11 @@ def network(seed: int) -> Any:
     return models.resnet18(num_classes=2)
 
 
-def batches(data: Path, change: list[Any], *, workers: int) -> Any:
-    """Load the photos to learn from."""
+def batches(photos: Path, change: list[Any]) -> Any:
+    """Load the photos of a folder."""
     steps = [*change, transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-    photos = datasets.ImageFolder(data / "train", transforms.Compose(steps))
-    return torch.utils.data.DataLoader(photos, BATCH, shuffle=True, num_workers=workers)
+    dataset = datasets.ImageFolder(photos, transforms.Compose(steps))
+    return torch.utils.data.DataLoader(dataset, BATCH, shuffle=True, num_workers=2)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ A message has four parts in this order: what failed (with the value), where, wha
 import difflib
 from collections.abc import Iterable
 
+LONGEST_MESSAGE = 2_000  # characters of what a file says of itself
+
 
 class RegraftError(Exception):
     """The root: catch this to catch everything that regraft raises on purpose."""
@@ -71,7 +73,14 @@ class EditError(InputError):
 
 
 class CheckpointError(InputError):
-    """A file cannot be read, or its weights do not fit."""
+    """A file cannot be read, or its weights do not fit.
+
+    The message quotes names from that file, which may be of any length: a long one is cut in its middle.
+    """
+
+    def __init__(self, message: str) -> None:
+        start, end = message[:LONGEST_MESSAGE], message[-LONGEST_MESSAGE // 2 :]
+        super().__init__(message if len(message) <= 2 * LONGEST_MESSAGE else f"{start} … {end}")
 
 
 class TrustError(InputError):

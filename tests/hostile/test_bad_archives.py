@@ -56,6 +56,10 @@ PICKLES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         lambda raw: b"\x80\x02}q\x63(X\x0a\x00\x00\x00state_dicth\x63u.",
         "holds no state dict",
     ),
+    "a name of a page": (
+        lambda raw: b"\x80\x02c" + b"a" * 10**6 + b"\n" + b"b" * 10**6 + b"\n)R.",
+        "it names something of 2,000,001 characters",
+    ),
     "no pickle": (lambda raw: b"\x80\x02" + b"\xff" * 9, "no pickle that holds tensors"),
 }
 
@@ -75,6 +79,14 @@ def test_a_zip_file_that_says_it_is_one_of_several_is_refused(workplace: Path) -
     Path("split.pt").write_bytes(content)
     with pytest.raises(CheckpointError, match="is damaged"):
         regraft.load_weights(nn.Linear(1, 1), "split.pt")
+
+
+def test_a_message_that_quotes_a_page_is_cut_in_its_middle() -> None:
+    message = str(CheckpointError(f"the name '{'a' * 20_000}' is no name. Get the file again."))
+    assert len(message) < 4_000
+    assert message.startswith("the name 'aaa")
+    assert message.endswith("aaa' is no name. Get the file again.")
+    assert str(CheckpointError("b" * 3_000)) == "b" * 3_000
 
 
 @pytest.mark.parametrize("case", PICKLES)

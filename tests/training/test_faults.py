@@ -18,7 +18,7 @@ import regraft
 import tiny
 from oracles import identical, same, snapshot
 from regraft.errors import DataError, LossError, RunError
-from regraft.training.loop import Engine, Tally, train_epoch
+from regraft.training.loop import Engine, Tally, score, train_epoch
 from training.test_features import Lines, write_photos
 from training.test_fit import dataset, three_classes
 
@@ -67,6 +67,26 @@ def test_a_batch_that_does_not_fit_is_learned_from_in_parts(most: int, mixup: fl
 def test_no_memory_for_a_single_photo_is_an_error() -> None:
     with pytest.raises(RunError, match=r"cpu has no memory for a single photo \(CUDA out of memory.*--image-size"):
         regraft.fit(Small(0), (dataset(20), dataset(9, 1)), **OPTIONS)
+
+
+@pytest.mark.parametrize("most", [1, 3, 4])
+def test_a_batch_that_does_not_fit_is_measured_in_parts(most: int) -> None:
+    class Wide(Small):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(x) > self.most:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return self.net(x)
+
+    model = Wide(most)
+    data = [(tiny.batch("plain", count, count), torch.arange(count)) for count in (5, 9, 2)]
+    outputs, targets = score(model, data, CPU)
+    with torch.no_grad():
+        expected = torch.cat([model.net(inputs) for inputs, _ in data])
+    assert torch.allclose(outputs, expected, atol=1e-6)
+    assert targets.tolist() == [*range(5), *range(9), *range(2)]
+    model.most = 0
+    with pytest.raises(RunError, match="no memory for a single photo"):
+        score(model, data, CPU)
 
 
 def step(model: nn.Module, loss: Any = F.cross_entropy, on_nan: Any = "stop", count: int = 3) -> Tally:

@@ -1,13 +1,14 @@
 """Many heads trained together are what each would be alone."""
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import RidgeCV
+from sklearn.linear_model import Ridge, RidgeCV
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,7 +22,7 @@ from regraft.training import sweep
 from regraft.training.closed_form import PENALTIES, ridge
 from regraft.training.features import FeatureBatches, Features
 from regraft.training.loop import Engine
-from regraft.training.sweep import ridge_start, sweep_heads
+from regraft.training.sweep import Choice, ridge_start, sweep_heads
 from training.test_features import Lines, half_frozen, run, write_photos
 
 ENGINE = Engine(torch.device("cpu"))
@@ -96,18 +97,68 @@ def test_what_cannot_be_trained_side_by_side_is_left_alone(monkeypatch: pytest.M
     assert sweep_heads(nn.Linear(WIDTH, 3), batches(), F.cross_entropy, ENGINE, **options()) is None
 
 
-def test_ridge_is_scikit_learns_at_the_penalty_that_leaving_one_out_chooses() -> None:
+def drawn_regression(count: int, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    features = torch.randn(40, 7, generator=generator, dtype=torch.float64)
-    targets = features @ torch.randn(7, generator=generator, dtype=torch.float64)
-    targets += torch.randn(40, generator=generator, dtype=torch.float64)
+    features = torch.randn(count, len(scales), generator=generator, dtype=torch.float64)
+    targets = features @ torch.randn(len(scales), generator=generator, dtype=torch.float64)
+    return features * scales, targets + 2 * torch.randn(count, generator=generator, dtype=torch.float64)
+
+
+def test_ridge_is_scikit_learns_at_the_penalty_that_leaving_one_out_chooses() -> None:
+    features, targets = drawn_regression(40, torch.logspace(-2, 2, 7, dtype=torch.float64))
     found = ridge(features, targets, 1)
     assert found is not None
     weight, bias = found
-    squares = torch.linalg.svdvals(features - features.mean(0)).square().mean()
-    oracle = RidgeCV(alphas=(PENALTIES * squares).numpy()).fit(features.numpy(), targets.numpy())
-    assert np.allclose(weight[0].numpy(), oracle.coef_)
+    spread = features.std(0)
+    squares = torch.linalg.svdvals((features - features.mean(0)) / spread).square().mean()
+    oracle = RidgeCV(alphas=(PENALTIES * squares).numpy()).fit((features / spread).numpy(), targets.numpy())
+    assert oracle.alpha_ not in (oracle.alphas[0], oracle.alphas[-1])
+    assert np.allclose(weight[0].numpy() * spread.numpy(), oracle.coef_)
     assert np.allclose(bias.item(), oracle.intercept_)
+
+
+def test_ridge_leaves_all_versions_of_a_photo_out_at_once() -> None:
+    originals, targets = drawn_regression(24, torch.ones(20, dtype=torch.float64))
+    noise = torch.randn(24, 3, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    features = (originals[:, None] + 0.1 * noise).flatten(0, 1)
+    targets = targets.repeat_interleave(3)
+    found = ridge(features, targets, 1, views=3)
+    assert found is not None
+    scaled = ((features - features.mean(0)) / features.std(0)).numpy()
+    alphas = (PENALTIES * torch.linalg.svdvals(torch.from_numpy(scaled)).square().mean()).numpy()
+    centred = targets.numpy() - targets.numpy().mean()
+    errors = []
+    for alpha in alphas:  # the plain way: solve 24 times; the mean is that of all photos
+        hats = np.linalg.inv(scaled.T @ scaled + alpha * np.eye(20))
+        full = scaled @ hats @ scaled.T + 1 / 72
+        residual = centred - scaled @ hats @ scaled.T @ centred
+        blocks = [slice(first, first + 3) for first in range(0, 72, 3)]
+        left_out = [np.linalg.solve(np.eye(3) - full[block, block], residual[block]) for block in blocks]
+        errors.append(np.square(np.concatenate(left_out)).mean())
+        refitted = [_without(scaled, targets.numpy(), block, alpha) for block in blocks[:2]]
+        assert np.allclose(left_out[:2], refitted)
+    oracle = Ridge(alphas[int(np.argmin(errors))]).fit(scaled, targets.numpy())
+    assert np.allclose(found[0][0].numpy() * features.std(0).numpy(), oracle.coef_)
+    alone = ridge(features, targets, 1)
+    assert alone is not None
+    assert alone[0].norm() > found[0].norm()  # which lets a photo's other versions tell its target
+
+
+def _without(features: np.ndarray, targets: np.ndarray, block: slice, alpha: float) -> np.ndarray:
+    """Return the errors on some rows of what ridge regression learns from the others."""
+    kept = np.ones(len(features), dtype=bool)
+    kept[block] = False
+    oracle = Ridge(alpha).fit(features[kept], targets[kept])
+    return targets[block] - oracle.predict(features[block])
+
+
+def test_of_choices_that_do_as_well_the_one_nearest_to_ridge_is_taken() -> None:
+    tried = tuple(Choice(lr, 0.05, ridge) for ridge in (False, True) for lr in (1e-5, 1e-3, 1e-1))
+    losses = torch.tensor([[9.0, 0.40, 9.0, 9.0, 0.43, 0.42], [9.0, 0.50, 9.0, 9.0, 0.51, 0.52]])
+    assert sweep._simplest(tried, losses) == 4  # 0.47 is within 0.45 ± 0.05, and nearer than 0.47 with a larger rate
+    assert sweep._simplest(tried[:3], losses[:, :3]) == 1
+    assert sweep._simplest(tried, losses + torch.tensor([0, 0, 0, 0, 0.2, 0.2])) == 1
+    assert sweep._simplest(tried, losses + torch.tensor([0, 0, 0, 0, math.nan, 0])) == 5
 
 
 def test_ridge_tells_classes_apart_and_is_no_surer_than_it_should_be() -> None:

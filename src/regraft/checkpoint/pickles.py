@@ -232,6 +232,8 @@ class _Reader:
         known = NAME_MAPPING.get((module, last))
         module, last = known if known is not None else (IMPORT_MAPPING.get(module, module), last)
         name = f"{module}.{last}"
+        if len(name) > LONGEST_NAME:  # torch would search it for as many seconds as it has thousands, squared
+            raise _refused(self._path, f"it names something of {len(name):,} characters")
         is_type = module in ("torch", "torch.storage") and (
             last.endswith("Storage") or last.islower() or last[:1] == "Q"
         )

@@ -1,7 +1,7 @@
-"""First weights of a linear head in closed form: ridge regression on the features.
+"""First weights of a linear head in closed form: ridge regression on the standardized features.
 
 The strength of the penalty, and for classes how far the scores are stretched, are those that do best on each photo
-when it alone is left out, which costs no further solving.
+when it alone, in all of its versions, is left out, which costs no further solving of the whole.
 
 Source: Hoerl and Kennard 1970, https://doi.org/10.1080/00401706.1970.10488634; leaving one out: Allen 1974,
 https://doi.org/10.1080/00401706.1974.10489157.
@@ -16,6 +16,7 @@ from regraft.anatomy.modes import evaluation_mode
 MOST_NUMBERS = 20_000_000  # of the features, in float64
 MOST_DIRECTIONS = 1_024  # of the eigenvalue problem
 PENALTIES = torch.logspace(-3, 3, 13, dtype=torch.float64)  # times the mean squared singular value
+LEAST_SPREAD = 1e-9
 STRETCHES = torch.logspace(0, 2, 21, dtype=torch.float64)
 
 
@@ -38,37 +39,45 @@ def linear_head(live: nn.Module, features: tuple[torch.Tensor, ...]) -> tuple[st
     return (owners[0], layer) if is_all else None
 
 
-def ridge(features: torch.Tensor, targets: torch.Tensor, outputs: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+def ridge(
+    features: torch.Tensor, targets: torch.Tensor, outputs: int, *, views: int = 1
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Solve for the weight (K, D) and bias (K,) of a linear layer.
 
     Args:
         features: (N, D).
         targets: (N,) of int64 classes, or of floats.
         outputs: K.
+        views: Number of rows that show the same photo; they follow each other.
 
     Returns:
         None where the problem is too large to be worth it.
     """
     count, width = features.shape
-    if count * width > MOST_NUMBERS or min(count, width) > MOST_DIRECTIONS or count < 2:
+    if count * width > MOST_NUMBERS or min(count, width) > MOST_DIRECTIONS or count < 2 * views:
         return None
     inputs = features.double()
     wanted = F.one_hot(targets, outputs).double() if not targets.is_floating_point() else targets.double()[:, None]
     middle, mean = inputs.mean(0), wanted.mean(0)
-    left, singular, right = torch.linalg.svd(inputs - middle, full_matrices=False)
+    spread = inputs.std(0)
+    spread = spread.where(spread > LEAST_SPREAD * spread.max(), 1.0)  # of a feature that never changes
+    left, singular, right = torch.linalg.svd((inputs - middle) / spread, full_matrices=False)
     squares, projected = singular.square(), left.T @ (wanted - mean)  # (R,), (R, K)
+    by_photo = left.unflatten(0, (-1, views))
+    itself = torch.eye(views, dtype=left.dtype, device=left.device)
     best: tuple[float, torch.Tensor, torch.Tensor] | None = None
     for penalty in PENALTIES.to(inputs.device) * squares.mean():
         shrunk = squares / (squares + penalty)
         fitted = left @ (shrunk[:, None] * projected)
-        leverage = (left.square() * shrunk).sum(1) + 1 / count
-        errors = (wanted - mean - fitted) / (1 - leverage).clamp(min=1e-9)[:, None]  # each photo left out in turn
+        leverage = (by_photo * shrunk) @ by_photo.mT + 1 / count  # (P, V, V): of the versions of a photo on each other
+        residuals = (wanted - mean - fitted).unflatten(0, (-1, views))
+        errors = torch.linalg.solve((1 + 1e-9) * itself - leverage, residuals).flatten(0, 1)  # each photo left out
         error = float(errors.square().mean())
         if best is None or error < best[0]:
             best = error, penalty, wanted - errors
     assert best is not None
     _, penalty, predicted = best
-    weight = (right.T @ ((singular / (squares + penalty))[:, None] * projected)).T  # (K, D)
+    weight = (right.T @ ((singular / (squares + penalty))[:, None] * projected)).T / spread  # (K, D)
     bias = mean - weight @ middle
     stretch = 1.0
     if not targets.is_floating_point():

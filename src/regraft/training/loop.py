@@ -155,8 +155,7 @@ class _Batch:
             return
         for start in range(0, count, size):
             part = slice(start, start + size)
-            inputs = self.inputs[part] if isinstance(self.inputs, torch.Tensor) else tuple(x[part] for x in self.inputs)
-            yield _Batch(inputs, self.targets[part], self.others[part], self.share)
+            yield _Batch(_rows(self.inputs, part), self.targets[part], self.others[part], self.share)
 
 
 def _backward(
@@ -187,21 +186,39 @@ def _backward(
             return total
         except torch.OutOfMemoryError as error:
             at_a_time = min(count, tally.at_a_time or count)
-            if at_a_time == 1:
-                reason = str(error).partition("\n")[0]
-                raise RunError(
-                    f"{engine.device} has no memory for a single photo ({reason}). Try a smaller --image-size, freeze "
-                    "more layers, or use a smaller network."
-                ) from error
-            tally.at_a_time = (at_a_time + 1) // 2
+            tally.at_a_time = _fewer(at_a_time, engine, error)
         for parameter in model.parameters():
             parameter.grad = None
-        if engine.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _free_memory(engine)
         progress.say(
             f"memory     {engine.device} has none for {at_a_time} photos at a time: {tally.at_a_time} from here on, in "
             f"steps of {count} photos as before"
         )
+
+
+def _fewer(at_a_time: int, engine: Engine, error: torch.OutOfMemoryError) -> int:
+    """Return half as many photos, for which there may be memory.
+
+    Raises:
+        RunError: It was a single one.
+    """
+    if at_a_time == 1:
+        reason = str(error).partition("\n")[0]
+        raise RunError(
+            f"{engine.device} has no memory for a single photo ({reason}). Try a smaller --image-size, freeze "
+            "more layers, or use a smaller network."
+        ) from error
+    return (at_a_time + 1) // 2
+
+
+def _free_memory(engine: Engine) -> None:
+    """Give back what torch keeps of the device's memory; called when no error holds on to tensors any more."""
+    if engine.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _rows(inputs: Inputs, part: slice) -> Inputs:
+    return inputs[part] if isinstance(inputs, torch.Tensor) else tuple(tensor[part] for tensor in inputs)
 
 
 def _has_finite_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
@@ -261,15 +278,35 @@ def score(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run `model` in evaluation mode over the batches; its own mode is as before afterwards.
 
+    Where the device has no memory for a batch, it goes through the network in parts, which changes nothing else.
+
     Returns:
         Outputs (N, K) in float32 and targets (N,), on the CPU, in order.
+
+    Raises:
+        RunError: The device has no memory for a single photo.
     """
-    outputs, expected = [], []
+    outputs: list[torch.Tensor] = []
+    expected: list[torch.Tensor] = []
     with evaluation_mode(model), torch.inference_mode(), engine.autocast():
         for inputs, targets in batches:
-            outputs.append(main_output(run(model, inputs, engine)).float().cpu())
+            outputs += _scores(model, inputs, len(targets), engine)
             expected.append(targets.cpu())
     return torch.cat(outputs), torch.cat(expected)
+
+
+def _scores(model: nn.Module, inputs: Inputs, count: int, engine: Engine) -> list[torch.Tensor]:
+    """Return the scores of that many photos, in as many parts as memory asks for."""
+    try:
+        return [main_output(run(model, inputs, engine)).float().cpu()]
+    except torch.OutOfMemoryError as error:
+        fewer = _fewer(count, engine, error)
+    _free_memory(engine)
+    first, second = slice(0, fewer), slice(fewer, count)
+    return [
+        *_scores(model, _rows(inputs, first), fewer, engine),
+        *_scores(model, _rows(inputs, second), count - fewer, engine),
+    ]
 
 
 def run(model: nn.Module, inputs: Inputs, engine: Engine) -> Any:

@@ -2,9 +2,9 @@
 
 Cross-validation: the photos to learn from are dealt into folds, and each choice trains a head on all folds but one,
 measures it on that one, and does so for every fold. A linear head starts from its own weights, or from those that ridge
-regression gives. One call trains all of these heads (`torch.func.vmap`), which
-costs little more than training one, as a head is so small that calling it takes longer than computing it. The
-validation photos are not touched.
+regression gives; on few photos these are hard to beat, and the least rate leaves them as they are. One call trains all
+of these heads (`torch.func.vmap`), which costs little more than training one, as a head is so small that calling it
+takes longer than computing it. The validation photos are not touched.
 """
 
 import copy
@@ -24,7 +24,7 @@ from regraft.training.features import FeatureBatches
 from regraft.training.loop import Engine, main_output
 from regraft.training.losses import Loss
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (1e-5, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # with the least, a start from ridge regression stays what it is
 DECAYS = (0.05, 1.0)
 FOLDS = 5
 MOST_EPOCHS = 8  # enough to tell choices apart; a head that is trained longer changes little
@@ -50,7 +50,7 @@ class Sweep:
     Attributes:
         tried: The choices.
         losses: Mean loss on the photos that a head did not learn from, for each.
-        best: The choice with the least.
+        best: The choice with the least, or one hardly worse that stays nearer to ridge regression.
         folds: Number of heads that were trained for each.
     """
 
@@ -138,8 +138,24 @@ def sweep_heads(
         return None
     finally:
         live.train()
-    losses = found.mean(0).nan_to_num(math.inf).tolist()
-    return Sweep(tried, tuple(losses), tried[losses.index(min(losses))])
+    return Sweep(tried, tuple(found.mean(0).nan_to_num(math.inf).tolist()), tried[_simplest(tried, found)])
+
+
+def _simplest(tried: tuple[Choice, ...], losses: torch.Tensor) -> int:
+    """Return the number of the best choice, or of one hardly worse that stays nearer to ridge regression.
+
+    Hardly worse: by less than one standard error of the least mean loss, as losses on a few photos tell choices apart
+    no better. Source: Breiman et al., Classification and Regression Trees, 1984, section 3.4.3.
+
+    Args:
+        tried: The P choices.
+        losses: Of each fold and choice, (F, P).
+    """
+    means = losses.mean(0).nan_to_num(math.inf)
+    best = int(means.argmin())
+    limit = means[best] + losses[:, best].std() / math.sqrt(len(losses))
+    near = [number for number, choice in enumerate(tried) if choice.starts_from_ridge and means[number] <= limit]
+    return min(near, key=lambda number: tried[number].lr, default=best)
 
 
 def _first_heads(
@@ -170,10 +186,10 @@ def ridge_start(live: nn.Module, batches: FeatureBatches, rows: torch.Tensor) ->
     head = linear_head(live, batches.pick(rows[:2], torch.zeros_like(rows[:2]))[0])
     if head is None or len(rows) * batches.features.views * head[1].in_features > MOST_NUMBERS:
         return None
-    views = torch.arange(batches.features.views)
-    (features,), targets = batches.pick(rows.repeat_interleave(len(views)), views.repeat(len(rows)))
+    views = batches.features.views
+    (features,), targets = batches.pick(rows.repeat_interleave(views), torch.arange(views).repeat(len(rows)))
     path, layer = head
-    found = ridge(features, targets, layer.out_features)
+    found = ridge(features, targets, layer.out_features, views=views)
     return None if found is None else {f"{path}.weight".lstrip("."): found[0], f"{path}.bias".lstrip("."): found[1]}
 
 
