@@ -1,4 +1,4 @@
-"""Peak memory with 2,000 and with 200,000 photos whose features lie in a memory-mapped file, and bytes on the disk.
+"""Peak memory with 2,000 and with 200,000 photos whose features lie in a file, and bytes on the disk.
 
     python benchmarks/memory.py
 

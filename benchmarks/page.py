@@ -146,7 +146,7 @@ def views_table(found: dict[str, Any]) -> str:
 def memory_table(found: dict[str, Any]) -> str:
     """Return the table of peak memory by the number of photos."""
     rows = [
-        "Photos of 16 × 16 pixels, features of 16 KiB each in a memory-mapped file, two epochs.\n",
+        "Photos of 16 × 16 pixels, features of 16 KiB each in a file, two epochs.\n",
         "| photos | peak memory | features on the disk | estimated before | seconds |",
         "|---|---|---|---|---|",
     ]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import nn
 from torchvision import models
 from typer.testing import CliRunner
@@ -17,7 +18,7 @@ import tiny
 from checkpoint.test_save_load import assert_equal, flipped, own, rewritten, shake  # noqa: F401
 from oracles import identical
 from regraft import create_model, diff, freeze, load, merge, replace_head, save, truncate, unfreeze
-from regraft.card import attach
+from regraft.card import Preprocessing, attach
 from regraft.checkpoint import read_header
 from regraft.cli.app import app
 from regraft.errors import CheckpointError
@@ -376,6 +377,25 @@ def test_the_command_merges(tmp_path: Path) -> None:
     )
     assert ran.exit_code == 0, ran.output
     assert f"{out}: 10 tensors, digest" in ran.output
+
+
+def test_the_commands_that_ask_a_model_take_the_base_of_a_delta(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
+    attach(model, classes=("a", "b"), task="classification", preprocessing=Preprocessing(size=8, resize=8))
+    base = save(model, tmp_path / "base.safetensors")
+    delta = save(changed(model, "1.bias"), tmp_path / "delta.safetensors", base=base)
+    (tmp_path / "bases").mkdir()
+    shutil.move(base, tmp_path / "bases")
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / "1.png")
+    for command in ("predict", "evaluate"):
+        words = [command, str(delta), str(tmp_path / "photos")]
+        refused = CliRunner().invoke(app, words)
+        assert refused.exit_code == 2
+        assert "--base" in refused.output
+        ran = CliRunner().invoke(app, [*words, "--base", str(tmp_path / "bases")])
+        assert ran.exit_code == 0, ran.output
 
 
 def test_inspecting_a_delta_reads_its_header_alone(tmp_path: Path) -> None:

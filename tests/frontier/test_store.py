@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from oracles import identical
+from regraft.errors import RunError
 from regraft.frontier.key import features_key, network_digest
 from regraft.frontier.store import ENTRY, Store
 
@@ -37,6 +38,20 @@ def test_what_is_written_is_found(tmp_path: Path, in_memory: bool) -> None:
     rows = torch.tensor([7, 0, 0, 9])
     found = entry.tensors(in_memory=in_memory)
     assert all(identical(kept[rows], tensor[rows]) for kept, tensor in zip(found, tensors, strict=True))
+
+
+def test_stretches_are_read_from_the_disk_and_a_file_that_is_cut_off_is_an_error(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    tensors = write(store)
+    entry = store.find(KEY)
+    assert entry is not None
+    found = entry.tensors(in_memory=False)
+    for stretch in (slice(2, 5), slice(0, 0), slice(8, 99)):
+        assert all(identical(kept[stretch], tensor[stretch]) for kept, tensor in zip(found, tensors, strict=True))
+    os.truncate(tmp_path / KEY / "0.bin", 6 * 4 * 5 + 3)
+    assert identical(found[0][torch.tensor([4])], tensors[0][4:5])
+    with pytest.raises(RunError, match=r"0.bin' was cut off while it was in use. Start the run again"):
+        found[0][torch.tensor([5])]
 
 
 def test_an_interrupted_write_is_no_entry(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from regraft.cli.merge import BaseOption
 from regraft.cli.output import ConsoleProgress, guarded, say, say_json, say_table
 
 
@@ -13,6 +14,7 @@ def evaluate(
     data: Annotated[str, Argument(help="Folder with a folder per class, or one that holds val/; or a .csv table.")],
     batch_size: Annotated[int, Option(help="Photos at a time.", min=1)] = 32,
     device: Annotated[str, Option(help="auto, cpu, cuda, …")] = "auto",
+    base: BaseOption = None,
     trust_code: Annotated[bool, Option("--trust-code", help="Import a class of your own (py:…).")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:
@@ -23,7 +25,7 @@ def evaluate(
     from regraft.checkpoint import load
     from regraft.training.evaluate import evaluate as measure
 
-    model = load(checkpoint, trust_code=trust_code)
+    model = load(checkpoint, base=base, trust_code=trust_code)
     metrics = measure(model, data, batch_size=batch_size, device=device, progress=ConsoleProgress())
     if as_json:
         say_json(metrics.to_dict())

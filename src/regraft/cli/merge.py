@@ -7,14 +7,16 @@ from typer import Argument, Option
 
 from regraft.cli.output import guarded, require, say, say_json
 
+BaseOption = Annotated[
+    str | None, Option("--base", help="A delta's base: a file, a folder with it, or NAME@WEIGHTS. [default: beside it]")
+]
+
 
 @guarded
 def merge(
     delta: Annotated[Path, Argument(help="A checkpoint that holds what differs from a base.")],
     out: Annotated[Path, Option(help="The file to write, as in full.safetensors.")],
-    base: Annotated[
-        str | None, Option(help="Its base: a file, a folder with it, or NAME@WEIGHTS. [default: beside the delta]")
-    ] = None,
+    base: BaseOption = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace a file that is there.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from regraft.cli.merge import BaseOption
 from regraft.cli.output import ConsoleProgress, guarded, require, results, say_json, say_table
 
 
@@ -15,6 +16,7 @@ def predict(
     top: Annotated[int, Option(help="How many classes to list for each photo.", min=1)] = 3,
     batch_size: Annotated[int, Option(help="Photos at a time.", min=1)] = 32,
     device: Annotated[str, Option(help="auto, cpu, cuda, …")] = "auto",
+    base: BaseOption = None,
     trust_code: Annotated[bool, Option("--trust-code", help="Import a class of your own (py:…).")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the predictions as JSON.")] = False,
     as_csv: Annotated[bool, Option("--csv", help="Print the predictions as CSV.")] = False,
@@ -27,7 +29,7 @@ def predict(
     from regraft.checkpoint import load
     from regraft.training.evaluate import predict as ask
 
-    model = load(checkpoint, trust_code=trust_code)
+    model = load(checkpoint, base=base, trust_code=trust_code)
     found = ask(model, images, top=top, batch_size=batch_size, device=device, progress=ConsoleProgress())
     if as_json:
         say_json([prediction.to_dict() for prediction in found])

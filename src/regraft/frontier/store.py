@@ -8,11 +8,11 @@ never taken for an entry; a damaged one is noticed by its checksums and deleted.
 import contextlib
 import json
 import math
-import mmap
 import os
 import re
 import shutil
 import time
+import weakref
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,44 +23,62 @@ from typing import Any
 import numpy as np
 import torch
 
+from regraft.errors import RunError
+
 ENTRY = "entry.json"
 LIMIT_BYTES = 20 * 2**30  # of all entries together
 STRETCH_BYTES = 16 * 2**20  # that one checksum covers, at least
 STALE_S = 24 * 3600  # age at which an unfinished write is somebody's crash
-RESIDENT_BYTES = 256 * 2**20  # of a mapped file that may stay in memory between batches
+ANEW = "Start the run again: what it kept is checked, and computed anew where it is damaged."
 
 
-class Mapped:
-    """Rows of a tensor in a file that is mapped into memory, and read as they are asked for."""
+class OnDisk:
+    """Rows of a tensor in a file, read as they are asked for.
+
+    Read and not mapped: the pages of a mapping count as memory of the process, and a file that is cut off under one
+    kills it.
+    """
 
     device = torch.device("cpu")
 
     def __init__(self, file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype
         self._row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        self._read_bytes = 0
-        with file.open("rb") as opened:
-            self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        array = np.frombuffer(self._map, dtype=np.uint8)
-        with contextlib.suppress(ValueError, AttributeError):
-            self._map.madvise(mmap.MADV_RANDOM)
-        self._bytes = array.reshape(shape[0], self._row_bytes)
+        self._file, self._number = file, os.open(file, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._number)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: torch.Tensor | slice) -> torch.Tensor:
-        """Read rows by their numbers (N,), or a stretch of them; what comes back is a copy."""
-        found = self._bytes[rows].copy() if isinstance(rows, slice) else self._bytes[rows.numpy()]
-        pages = 1 if isinstance(rows, slice) else len(found)  # that are touched at least
-        self._read_bytes += max(found.nbytes, pages * mmap.PAGESIZE)
-        if self._read_bytes > RESIDENT_BYTES:
-            self._map.madvise(mmap.MADV_DONTNEED)
-            self._read_bytes = 0
-        return torch.from_numpy(found).view(self.dtype).view(len(found), *self.shape[1:])
+        """Read rows by their numbers (N,), or a stretch of them; what comes back is a copy.
+
+        Raises:
+            RunError: The file cannot be read, or was cut off.
+        """
+        if isinstance(rows, slice):
+            first, last, _ = rows.indices(len(self))
+            found = torch.empty(max(0, last - first), self._row_bytes, dtype=torch.uint8)
+            self._read(found.numpy().reshape(-1), first)
+        else:
+            found = torch.empty(len(rows), self._row_bytes, dtype=torch.uint8)
+            for row, number in zip(found.numpy(), rows.tolist(), strict=True):
+                self._read(row, number)
+        return found.view(self.dtype).view(len(found), *self.shape[1:])
+
+    def _read(self, into: np.ndarray, row: int) -> None:
+        rest, place = memoryview(into), row * self._row_bytes
+        while rest:
+            try:
+                count = os.preadv(self._number, [rest], place)
+            except OSError as error:
+                raise RunError(f"'{self._file}' cannot be read: {error}. {ANEW}") from error
+            if count == 0:
+                raise RunError(f"'{self._file}' was cut off while it was in use. {ANEW}")
+            rest, place = rest[count:], place + count
 
 
-Rows = torch.Tensor | Mapped
+Rows = torch.Tensor | OnDisk
 
 
 @dataclass(frozen=True)
@@ -85,14 +103,14 @@ class Entry:
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in zip(self.shapes, self.dtypes, strict=True))
 
     def tensors(self, *, in_memory: bool) -> tuple[Rows, ...]:
-        """Return the tensors, read as a whole or mapped."""
+        """Return the tensors, read as a whole or left on the disk."""
         found: list[Rows] = []
         for position, (shape, dtype) in enumerate(zip(self.shapes, self.dtypes, strict=True)):
             file = self.folder / f"{position}.bin"
             if in_memory:
                 found.append(torch.from_numpy(np.fromfile(file, dtype=np.uint8)).view(dtype).view(shape))
             else:
-                found.append(Mapped(file, shape, dtype))
+                found.append(OnDisk(file, shape, dtype))
         return tuple(found)
 
 

@@ -26,7 +26,7 @@ from regraft.training.loop import Engine, main_output
 from regraft.zoo import preprocessing_of
 
 BATCH = {"cpu": 16, "cuda": 256}  # photos that go through the constant part at a time
-MEMORY_BYTES = 512 * 2**20  # of features; larger ones are mapped from the disk
+MEMORY_BYTES = 512 * 2**20  # of features; larger ones stay on the disk
 MEMORY_SHARE = 0.25  # of what is free, for features that the disk has no room for
 CHECKED = 2  # photos that are computed again, to see that they are what is kept
 

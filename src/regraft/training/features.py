@@ -40,7 +40,7 @@ class Features:
     @property
     def where(self) -> str:
         """Where they are kept, in words."""
-        return {"memory": "in memory", "disk": "in a mapped file"}.get(self.place, f"on {self.place}")
+        return {"memory": "in memory", "disk": "on disk"}.get(self.place, f"on {self.place}")
 
     @property
     def bytes(self) -> int:

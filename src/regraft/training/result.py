@@ -42,7 +42,7 @@ class ComputedOnce:
         share: Of the network's multiply-adds that lie before it.
         views: Versions of each photo.
         bytes: What all of it needs.
-        where: Where it was kept: `in memory`, `in a mapped file`, or on which device.
+        where: Where it was kept: `in memory`, `on disk`, or on which device.
         was_found: Whether an earlier run had computed it.
         seconds: For computing or finding it.
         saved_s: Estimate of what decoding and computing it in every epoch would have taken more.
