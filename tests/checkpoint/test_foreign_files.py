@@ -21,7 +21,7 @@ from torch import nn
 import tiny
 from oracles import identical, same, snapshot
 from regraft import load_weights
-from regraft.checkpoint.foreign import kind_of, read_state_dicts, read_tensors
+from regraft.checkpoint.foreign.reading import kind_of, read_state_dicts, read_tensors
 from regraft.errors import CheckpointError
 
 

@@ -15,8 +15,8 @@ from torchvision import models
 
 from oracles import identical, same, snapshot
 from regraft import load_weights
-from regraft.checkpoint.mapping import propose
-from regraft.checkpoint.naming import without_wrappers
+from regraft.checkpoint.matching.mapping import propose
+from regraft.checkpoint.matching.naming import without_wrappers
 from regraft.errors import CheckpointError
 
 Shapes = dict[str, tuple[int, ...]]

@@ -1,12 +1,12 @@
 """Keep a model, and get it back."""
 
 from regraft.checkpoint.build import create_model
-from regraft.checkpoint.converting import convert
 from regraft.checkpoint.delta import merge
 from regraft.checkpoint.diff import Diff, TensorDiff, diff
 from regraft.checkpoint.format import Base, Header, current_versions, read_header
-from regraft.checkpoint.load_report import Adaptation, LoadReport, Match
-from regraft.checkpoint.loading import load_weights
+from regraft.checkpoint.matching.converting import convert
+from regraft.checkpoint.matching.load_report import Adaptation, LoadReport, Match
+from regraft.checkpoint.matching.loading import load_weights
 from regraft.checkpoint.plan import Plan, build_plan, plan_of, read_plan
 from regraft.checkpoint.read import load, load_outline
 from regraft.checkpoint.write import save

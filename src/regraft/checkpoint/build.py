@@ -11,8 +11,8 @@ from regraft.anatomy.heads import find_heads
 from regraft.anatomy.modes import preserved_randomness
 from regraft.anatomy.paths import is_within
 from regraft.card import Recipe, Source, attach, card_of
-from regraft.checkpoint.load_report import LoadReport
-from regraft.checkpoint.loading import load_weights
+from regraft.checkpoint.matching.load_report import LoadReport
+from regraft.checkpoint.matching.loading import load_weights
 from regraft.errors import CheckpointError, EditError, ModelError, RegraftError
 from regraft.surgery.expressions import shortened
 from regraft.surgery.graft import rebuild_grafted

@@ -12,7 +12,7 @@ from regraft.anatomy.modes import preserved_randomness
 from regraft.card import card_of
 from regraft.checkpoint.contents import Contents, read_contents
 from regraft.checkpoint.digest import digests_of
-from regraft.checkpoint.foreign import read_tensors
+from regraft.checkpoint.foreign.reading import read_tensors
 from regraft.checkpoint.format import (
     REGISTERED,
     Base,

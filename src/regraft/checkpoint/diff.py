@@ -13,7 +13,7 @@ from torch import nn
 
 from regraft.anatomy.render import aligned, shape_text
 from regraft.checkpoint.digest import tensor_digest
-from regraft.checkpoint.foreign import read_tensors
+from regraft.checkpoint.foreign.reading import read_tensors
 from regraft.checkpoint.format import locate
 
 Kind = Literal["identical", "changed", "reshaped", "added", "removed"]

@@ -13,7 +13,7 @@ from torch.nn.modules import module as hooks
 from regraft.anatomy.paths import parent_and_name
 from regraft.card import Recipe
 from regraft.checkpoint.build import rebuild
-from regraft.checkpoint.limits import SLACK_BYTES
+from regraft.checkpoint.foreign.limits import SLACK_BYTES
 from regraft.errors import CheckpointError, RegraftError
 from regraft.surgery.layerspec import TooLargeError, at_most
 

@@ -12,9 +12,9 @@ import zipfile
 from pathlib import Path
 from typing import IO, Any, cast
 
+from regraft.checkpoint.foreign.pickles import check_legacy, check_pickle
 from regraft.checkpoint.format import is_safetensors
 from regraft.checkpoint.layout import read_layout
-from regraft.checkpoint.pickles import check_legacy, check_pickle
 from regraft.errors import CheckpointError
 
 SLACK_BYTES = 192 * 2**20

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import torch
 
+from regraft.checkpoint.foreign.inert import read_pickled, read_torchscript
+from regraft.checkpoint.foreign.limits import check_container
+from regraft.checkpoint.foreign.pickles import made_plain
+from regraft.checkpoint.foreign.state_dicts import StateDict, StateDicts, Tensors, listed, state_dicts_of
 from regraft.checkpoint.format import KEY, is_safetensors, read_header
-from regraft.checkpoint.inert import read_pickled, read_torchscript
-from regraft.checkpoint.limits import check_container
-from regraft.checkpoint.pickles import made_plain
 from regraft.checkpoint.shards import lies_beside
-from regraft.checkpoint.state_dicts import StateDict, StateDicts, Tensors, listed, state_dicts_of
 from regraft.errors import CheckpointError
 
 FOREIGN_NAME = re.compile(r"(?:GLOBAL|function|class|type) <?([\w.]+)")  # in what torch's unpickler complains about

@@ -10,13 +10,13 @@ from torch import nn
 
 from regraft.anatomy.modes import preserved_randomness
 from regraft.card import attach, card_of
-from regraft.checkpoint.adapting import shape
-from regraft.checkpoint.foreign import read_state_dicts, unwrapping
-from regraft.checkpoint.load_report import LoadReport, Match, Sureness, some
-from regraft.checkpoint.loading import LoadPlan, Rules, carry_out, plan_loading, renamed
-from regraft.checkpoint.naming import without_wrappers
+from regraft.checkpoint.foreign.reading import read_state_dicts, unwrapping
+from regraft.checkpoint.foreign.state_dicts import StateDicts, Tensors, listed
+from regraft.checkpoint.matching.adapting import shape
+from regraft.checkpoint.matching.load_report import LoadReport, Match, Sureness, some
+from regraft.checkpoint.matching.loading import LoadPlan, Rules, carry_out, plan_loading, renamed
+from regraft.checkpoint.matching.naming import without_wrappers
 from regraft.checkpoint.shards import write_tensors
-from regraft.checkpoint.state_dicts import StateDicts, Tensors, listed
 from regraft.checkpoint.write import save
 from regraft.errors import CheckpointError
 from regraft.surgery.head import replace_head

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from regraft.checkpoint.load_report import Sureness
+from regraft.checkpoint.matching.load_report import Sureness
 
 WRAPPER_PARTS = (
     "module",

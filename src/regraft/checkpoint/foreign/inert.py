@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import torch
 
-from regraft.checkpoint.state_dicts import DEPTH
+from regraft.checkpoint.foreign.state_dicts import DEPTH
 from regraft.errors import CheckpointError
 
 STORAGES = {

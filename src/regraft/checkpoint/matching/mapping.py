@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from regraft.checkpoint.alignment import COUNTER, ROLES, Unit, align, assign, single_units, units_of, words_of
-from regraft.checkpoint.load_report import SURENESS, Match, Sureness
-from regraft.checkpoint.naming import Shapes, fit_names
+from regraft.checkpoint.matching.alignment import COUNTER, ROLES, Unit, align, assign, single_units, units_of, words_of
+from regraft.checkpoint.matching.load_report import SURENESS, Match, Sureness
+from regraft.checkpoint.matching.naming import Shapes, fit_names
 from regraft.errors import CheckpointError
 
 HALF = 0.5  # of the layers: a renaming of fewer may be another part of the network that looks the same

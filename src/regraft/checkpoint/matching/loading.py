@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from regraft.checkpoint.adapting import Adaptable, Fitter, shape
-from regraft.checkpoint.alignment import COUNTER
-from regraft.checkpoint.diagnosis import diagnose
-from regraft.checkpoint.foreign import read_state_dicts, unwrapping
-from regraft.checkpoint.load_report import SURENESS, Adaptation, LoadReport, Match, Sureness
-from regraft.checkpoint.mapping import Proposal, match_shapes, propose
-from regraft.checkpoint.naming import Shapes
-from regraft.checkpoint.state_dicts import StateDict, StateDicts, Tensors, listed
+from regraft.checkpoint.foreign.reading import read_state_dicts, unwrapping
+from regraft.checkpoint.foreign.state_dicts import StateDict, StateDicts, Tensors, listed
+from regraft.checkpoint.matching.adapting import Adaptable, Fitter, shape
+from regraft.checkpoint.matching.alignment import COUNTER
+from regraft.checkpoint.matching.diagnosis import diagnose
+from regraft.checkpoint.matching.load_report import SURENESS, Adaptation, LoadReport, Match, Sureness
+from regraft.checkpoint.matching.mapping import Proposal, match_shapes, propose
+from regraft.checkpoint.matching.naming import Shapes
 from regraft.errors import CheckpointError
 
 MIN_SHARE = 0.5

@@ -10,8 +10,8 @@ from torch import nn
 
 from regraft.anatomy.heads import CONVOLUTIONS, find_auxiliary_heads, find_heads, first_convolution
 from regraft.anatomy.paths import is_within
-from regraft.checkpoint.load_report import Adaptation
-from regraft.checkpoint.state_dicts import Tensors
+from regraft.checkpoint.foreign.state_dicts import Tensors
+from regraft.checkpoint.matching.load_report import Adaptation
 from regraft.errors import RegraftError
 from regraft.surgery.stem import filters_for
 

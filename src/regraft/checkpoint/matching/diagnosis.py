@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
-from regraft.checkpoint.adapting import Fitter
-from regraft.checkpoint.load_report import LoadReport, some
-from regraft.checkpoint.mapping import Proposal, weakest
-from regraft.checkpoint.state_dicts import StateDict, listed
+from regraft.checkpoint.foreign.state_dicts import StateDict, listed
+from regraft.checkpoint.matching.adapting import Fitter
+from regraft.checkpoint.matching.load_report import LoadReport, some
+from regraft.checkpoint.matching.mapping import Proposal, weakest
 
 MANY = 3  # tensors that need no explanation each
 

@@ -1,0 +1,1 @@
+"""Read the weights in files of others, without executing anything of them."""

@@ -1,0 +1,1 @@
+"""Find which tensor of a file belongs to which of a network, and put it there."""
