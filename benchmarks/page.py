@@ -29,11 +29,12 @@ contenders draw a new random part of each photo in every epoch.
 LIMIT_NOTE = """
 The *limit* is what nobody can do without: decode every photo once (two processes), and run the network on it once,
 plainly. regraft runs the frozen part faster than that, with batch norms folded into convolutions and channels last in
-memory, and spends what this saves, and more where the machine is busy, on splitting the network and on choosing among
-heads.
+memory, and spends part of what this saves on splitting the network and on choosing among heads.
 
 Accuracy is measured on {count} photos, of which one is {one:.2%}: differences of one or two photos are chance. The
-final weights of regraft and of the tutorial are those of the best epoch; the other loops end with the last.
+final weights of regraft and of the tutorial are those of the best epoch; the other loops end with the last. The best of
+25 epochs says more of how much an accuracy wavers than of how good it is: a head that stays at ridge regression hardly
+wavers.
 """
 
 

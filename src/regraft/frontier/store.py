@@ -67,7 +67,7 @@ class OnDisk:
         return found.view(self.dtype).view(len(found), *self.shape[1:])
 
     def _read(self, into: np.ndarray, row: int) -> None:
-        rest, place = memoryview(into), row * self._row_bytes
+        rest, place = into.data, row * self._row_bytes
         while rest:
             try:
                 count = os.preadv(self._number, [rest], place)
