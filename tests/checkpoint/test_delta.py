@@ -1,6 +1,5 @@
 """A delta and its base make the network that was saved, bit for bit; any other base is refused."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
 from torch import nn
 from torchvision import models
 from typer.testing import CliRunner
@@ -18,7 +16,7 @@ import tiny
 from checkpoint.test_save_load import assert_equal, flipped, own, rewritten, shake  # noqa: F401
 from oracles import identical
 from regraft import create_model, diff, freeze, load, merge, replace_head, save, truncate, unfreeze
-from regraft.card import Preprocessing, attach
+from regraft.card import attach
 from regraft.checkpoint import read_header
 from regraft.cli.app import app
 from regraft.errors import CheckpointError
@@ -355,47 +353,6 @@ def test_fields_that_are_not_known_survive_merging(tmp_path: Path) -> None:
     path, _ = chain(tmp_path, 1)
     rewritten(path, lambda document: document.update(novelty={"a": 1}))
     assert read_header(merge(path, tmp_path / "full.safetensors")).model_extra == {"novelty": {"a": 1}}
-
-
-def test_the_command_merges(tmp_path: Path) -> None:
-    path, model = chain(tmp_path, 2)
-    out = tmp_path / "full.safetensors"
-    ran = CliRunner().invoke(app, ["merge", str(path), "--out", str(out), "--json"])
-    assert ran.exit_code == 0, ran.output
-    assert json.loads(ran.output) == {"checkpoint": str(out), "tensors": 10, "digest": read_header(path).digest()}
-    assert_equal(load(out), model)
-    assert CliRunner().invoke(app, ["merge", str(path), "--out", str(out)]).exit_code == 2
-    moved = Path(shutil.move(path, tmp_path / "moved.safetensors"))
-    (tmp_path / "bases").mkdir()
-    for name in ("0.safetensors", "1.safetensors"):
-        shutil.move(tmp_path / name, tmp_path / "bases")
-    refused = CliRunner().invoke(app, ["merge", str(moved), "--out", str(out), "--overwrite"])
-    assert refused.exit_code == 2
-    assert "(--base FILE)" in refused.output
-    ran = CliRunner().invoke(
-        app, ["merge", str(moved), "--out", str(out), "--overwrite", "--base", str(tmp_path / "bases")]
-    )
-    assert ran.exit_code == 0, ran.output
-    assert f"{out}: 10 tensors, digest" in ran.output
-
-
-def test_the_commands_that_ask_a_model_take_the_base_of_a_delta(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
-    attach(model, classes=("a", "b"), task="classification", preprocessing=Preprocessing(size=8, resize=8))
-    base = save(model, tmp_path / "base.safetensors")
-    delta = save(changed(model, "1.bias"), tmp_path / "delta.safetensors", base=base)
-    (tmp_path / "bases").mkdir()
-    shutil.move(base, tmp_path / "bases")
-    for name in ("a", "b"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / "1.png")
-    for command in ("predict", "evaluate"):
-        words = [command, str(delta), str(tmp_path / "photos")]
-        refused = CliRunner().invoke(app, words)
-        assert refused.exit_code == 2
-        assert "--base" in refused.output
-        ran = CliRunner().invoke(app, [*words, "--base", str(tmp_path / "bases")])
-        assert ran.exit_code == 0, ran.output
 
 
 def test_inspecting_a_delta_reads_its_header_alone(tmp_path: Path) -> None:
