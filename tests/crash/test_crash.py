@@ -17,6 +17,7 @@ from crash.victim import run
 from oracles import identical
 from regraft.checkpoint.tree import read_tree
 from regraft.training.config import read_config
+from regraft.training.run_folder import LOCK, RunFolder
 from training.test_features import write_photos
 
 STUCK_S = 60.0
@@ -119,3 +120,12 @@ def test_a_killed_run_ends_as_one_in_peace(
     assert {child.name for child in out.iterdir()} == {"model.safetensors", "metrics.csv", "config.toml"}
     assert torch.isfinite(torch.cat([tensor.float().flatten() for tensor in ours.values()])).all()
     print(f"{kills} kills, {while_writing} of them while a state was being written")
+
+
+def test_what_a_killed_process_was_writing_is_deleted_and_nothing_else(tmp_path: Path) -> None:
+    unfinished = (".model.safetensors.17.tmp", ".metrics.csv.17.tmp", ".tmpaB3xYz")
+    others = {".tmp", "tmpaB3xYz", "notes.tmp", ".tmpaB3xYz.txt"}
+    for name in (*unfinished, *others):
+        (tmp_path / name).write_text("")
+    with RunFolder(tmp_path, overwrite=True).held():
+        assert {child.name for child in tmp_path.iterdir()} == others | {LOCK}

@@ -17,6 +17,7 @@ from regraft.training.result import EpochRecord
 
 CHECKPOINT, METRICS, CONFIG, REPORT = "model.safetensors", "metrics.csv", "config.toml", "report.html"
 STATES, LOCK = "last", "run.lock"
+OF_SAFETENSORS = ".tmp??????"  # what its writer calls a file before it has its name
 
 
 class RunFolder:
@@ -107,8 +108,8 @@ class RunFolder:
     def _clear_what_was_cut_off(self) -> None:
         """Delete what a process was writing when it was killed."""
         with contextlib.suppress(OSError):
-            for name in (CHECKPOINT, METRICS, CONFIG):
-                for file in self.path.glob(f".{name}.*.tmp"):
+            for pattern in (*(f".{name}.*.tmp" for name in (CHECKPOINT, METRICS, CONFIG)), OF_SAFETENSORS):
+                for file in self.path.glob(pattern):
                     file.unlink()
 
     def _acquired(self) -> Any:
