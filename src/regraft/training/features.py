@@ -40,7 +40,7 @@ class Features:
     @property
     def where(self) -> str:
         """Where they are kept, in words."""
-        return {"memory": "in memory", "disk": "on disk"}.get(self.place, f"on {self.place}")
+        return "in memory" if self.place == "memory" else f"on {self.place}"
 
     @property
     def bytes(self) -> int:

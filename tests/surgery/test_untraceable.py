@@ -1,0 +1,88 @@
+"""What cannot be traced is cut and extended by hooks, and refuses the other edits."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import regraft
+from oracles import identical, same, snapshot
+from regraft.errors import EditError
+from surgery.test_edits import first
+
+
+class Branching(nn.Module):
+    """Cannot be traced: it looks at values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 6)
+        self.middle = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.body(x)
+        if x.sum() > 1e9:
+            return x
+        return self.head(self.middle(x).relu())
+
+
+def bert() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
+    return transformers.BertModel(transformers.BertConfig(vocab_size=50, **sizes))
+
+
+UNTRACEABLE: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
+    "branching": (Branching, torch.ones(2, 4), "middle"),
+    "bert": (bert, {"input_ids": torch.ones(2, 7, dtype=torch.int64)}, "encoder.layer.1"),
+}
+
+
+@pytest.mark.parametrize("name", UNTRACEABLE)
+def test_what_cannot_be_traced_is_cut_and_extended_by_hooks(name: str) -> None:
+    make, inputs, path = UNTRACEABLE[name]
+    model = make().eval()
+    given = inputs if isinstance(inputs, dict) else {"x": inputs}
+    seen: list[Any] = []
+    handle = model.get_submodule(path).register_forward_hook(lambda _, __, output: seen.append(output))
+    with torch.no_grad():
+        model(**given)
+    handle.remove()
+    expected = first(seen[-1])
+    cut = regraft.truncate(model, after=path, inputs=inputs)
+    with torch.no_grad():
+        assert identical(first(cut(**given)), expected)
+    assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in model.parameters())
+    if not isinstance(seen[-1], torch.Tensor):
+        return
+    grown = regraft.append(cut, nn.Linear(expected.shape[-1], 2), nn.ReLU(), inputs=inputs)
+    for again in (grown, copy.deepcopy(grown), pickle.loads(pickle.dumps(grown))):
+        with torch.no_grad():
+            assert identical(again(**given), F.relu(again.appended_1(expected)))
+    shorter = regraft.truncate(grown, drop=1, inputs=inputs)
+    with torch.no_grad():
+        assert identical(shorter(**given), grown.appended_1(expected))
+    grown.train()(**given).sum().backward()
+
+
+@pytest.mark.parametrize("name", UNTRACEABLE)
+def test_what_cannot_be_traced_refuses_the_rest_and_says_so(name: str) -> None:
+    make, inputs, path = UNTRACEABLE[name]
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(EditError, match=r"cannot insert after .* cannot be traced: .*Only replace, replace_head"):
+        regraft.insert(model, nn.Identity(), after=path, inputs=inputs)
+    assert same(before, snapshot(model))
+
+
+def test_layers_of_what_cannot_be_traced_are_replaced() -> None:
+    model = Branching()
+    edited = regraft.replace(model, "middle", nn.Linear(6, 6, bias=False))
+    assert edited(torch.ones(1, 4)).shape == (1, 3)
+    assert regraft.replace_head(model, 5)(torch.ones(1, 4)).shape == (1, 5)
