@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from regraft.anatomy.drift import follows_batch
 from regraft.anatomy.inputs import Inputs
@@ -22,7 +23,7 @@ class FreezeReport:
 
     Attributes:
         changed: Names of the parameters whose flag changed.
-        frozen: Number of frozen parameters after the call.
+        frozen: Number of frozen parameters after the call. Those that a lazy layer has yet to make do not count.
         total: Number of all parameters.
         pinned: Paths of the layers that now stay in evaluation mode.
         split_ties: For each shared parameter that was selected by only some of its names, all of its names. The flag
@@ -183,12 +184,12 @@ def _set_flags(model: nn.Module, selection: _Selection, *, trainable: bool) -> F
         if not trainable:
             parameter.grad = None
     pinned = plan.apply()
-    frozen = sum(parameter.numel() for parameter in names_of if not parameter.requires_grad)
+    sizes = {parameter: 0 if is_lazy(parameter) else parameter.numel() for parameter in names_of}
     split = [tuple(ties) for ties in names_of.values() if 0 < len(selection.names.intersection(ties)) < len(ties)]
     return FreezeReport(
         changed=tuple(changed),
-        frozen=frozen,
-        total=sum(parameter.numel() for parameter in names_of),
+        frozen=sum(size for parameter, size in sizes.items() if not parameter.requires_grad),
+        total=sum(sizes.values()),
         pinned=tuple(pinned),
         split_ties=tuple(split),
         follow_batch=tuple(path for path, layer in plan.frozen if follows_batch(layer)),

@@ -5,9 +5,9 @@ A `PinState` is all that there is on one module. Applying one puts on what is mi
 - an instance attribute `train`, which chooses evaluation mode for a pinned layer whatever it is asked for, and which at
   the root of what was frozen first lets all pins follow the flags as they are then;
 - a forward pre-hook that puts the mode back where somebody assigned `.training`;
-- hooks that put back state that a forward writes to although nothing trains: buffers of layers whose code is not
-  torch's own (observers, codebooks), and the rows that an embedding with `max_norm` rewrites. Copies are taken before
-  each forward, so that values which somebody loads between two forwards stay. Version counters of tensors would be
+- hooks that put back state that a forward writes to although nothing trains: buffers of layers whose code is not that
+  of a well-known library (observers, codebooks), and the rows that an embedding with `max_norm` rewrites. Copies are
+  taken before each forward, so that values which somebody loads between two forwards stay. Version counters of tensors would be
   cheaper, but do not notice `buffer.data.copy_(...)`, which is how most codebooks are written;
 - an instance attribute `reset_running_stats` without effect, since `torch.optim.swa_utils.update_bn` resets every batch
   norm but computes only those anew that train;
@@ -35,6 +35,7 @@ from regraft.anatomy.drift import is_pinned, rewrites_weight
 from regraft.anatomy.twins import shared_copy
 
 KEPT, NESTED = "_regraft_kept", "_regraft_nested"  # on a module while its forward runs, never longer
+SOUND = ("torch.nn.modules.", "torchvision.", "timm.", "transformers.")  # in evaluation these write to caches at most
 TRAIN, RESET, SCRIPTABLE = "train", "reset_running_stats", "__prepare_scriptable__"
 
 
@@ -103,7 +104,7 @@ def keeps_state(layer: nn.Module) -> bool:
 
 def _written(layer: nn.Module) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
     """Yield the tensors that the forward of `layer` may write to in evaluation mode, and where they are kept."""
-    if not is_builtin(layer) or has_foreign_hooks(layer):
+    if not type(layer).__module__.startswith(SOUND) or has_foreign_hooks(layer):
         for name, tensor in layer._buffers.items():
             if tensor is not None and not is_lazy(tensor):
                 yield layer._buffers, name, tensor
@@ -204,11 +205,13 @@ class Keeper:
         self.by_path: ByPath | None = None
         self.follow: Callable[[nn.Module], Any] | None = None
         self._own = own  # a `train` that the user had put on this very module
+        self._look: int | None = None  # of the model when `follow` was last called
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Change the mode of the layer, or of all that is not pinned in it."""
-        if self.follow is not None:
+        if self.follow is not None and (look := _look_of(self.layer)) != self._look:
             self.follow(self.layer)
+            self._look = _look_of(self.layer) if self.follow is not None else look
         train = self._own if self._own is not None else getattr(type(self.layer), TRAIN).__get__(self.layer)
         if not self.is_pinned:
             return train(*args, **kwargs)
@@ -256,6 +259,22 @@ class Scriptable:
         return copied
 
 
+def _look_of(model: nn.Module) -> int:
+    """Return a number that changes with all that pins depend on: working them out takes 20 times as long."""
+    return hash(
+        tuple(
+            (
+                type(layer),
+                is_pinned(layer),
+                len(layer._forward_pre_hooks),
+                len(layer._forward_hooks),
+                *(parameter.requires_grad for parameter in layer._parameters.values() if parameter is not None),
+            )
+            for layer in model.modules()
+        )
+    )
+
+
 def _remove_hooks(layer: nn.Module, keep: frozenset[Callable[..., None]]) -> None:
     for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook in PIN_HOOKS and hook not in keep]:
@@ -273,6 +292,8 @@ def _put(layer: nn.Module, name: str, value: Any, kind: type) -> None:
 
 
 def _takes_mode(train: Callable[..., Any]) -> bool:
+    if getattr(train, "__func__", None) is nn.Module.train:  # a signature takes its time
+        return True
     try:
         return bool(inspect.signature(train).parameters)
     except (TypeError, ValueError):
