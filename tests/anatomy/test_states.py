@@ -104,13 +104,13 @@ def test_html_is_a_tree_that_folds() -> None:
 
 
 def test_html_is_escaped() -> None:
-    class Evil(nn.Module):
+    class Marked(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x
 
-    Evil.__name__ = "<script>alert(1)</script>"
+    Marked.__name__ = "<mark>1</mark>"
     model = nn.Sequential()
-    model.add_module("<img src=x onerror=alert(1)>", Evil())
+    model.add_module("<u title=x>", Marked())
     tags = parsed(summary(model, (1, 2))._repr_html_())
-    assert not {"script", "img"} & set(tags.seen)
-    assert "<script>alert(1)</script>" in "".join(tags.text)
+    assert not {"mark", "u"} & set(tags.seen)
+    assert "<mark>1</mark>" in "".join(tags.text)
