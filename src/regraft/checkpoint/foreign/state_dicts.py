@@ -145,7 +145,7 @@ def _find(content: Mapping[Any, Any], path: tuple[str, ...], seen: set[int]) -> 
     seen.add(id(content))
     own = tensors_of(content)
     nested = [(str(key), value) for key, value in content.items() if isinstance(value, Mapping)]
-    below = [entry for key, value in nested if _may_hold_weights(key) for entry in _find(value, (*path, key), seen)]
+    below = [entry for key, value in nested if may_hold_weights(key) for entry in _find(value, (*path, key), seen)]
     if "callbacks" in path:
         below = [entry for entry in below if entry.is_average]
     numbers_beside = below and all(tensor.ndim == 0 for tensor in own.values())  # a best accuracy and the like
@@ -154,5 +154,6 @@ def _find(content: Mapping[Any, Any], path: tuple[str, ...], seen: set[int]) -> 
     yield from below
 
 
-def _may_hold_weights(key: str) -> bool:
+def may_hold_weights(key: str) -> bool:
+    """Return whether a key can stand for weights; how a training stood is none."""
     return not TRAINING.search(key.lower())
