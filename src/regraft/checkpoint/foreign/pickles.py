@@ -134,7 +134,12 @@ def _tensor(path: Path, tensor: torch.Tensor) -> torch.Tensor:
         raise _refused(path, f"it holds a tensor of the class {type(tensor).__name__}")
     plain = torch.Tensor.detach(tensor)
     if plain.layout is not torch.strided or plain.is_quantized or plain.is_nested or plain.device.type != "cpu":
-        kind = "quantized" if plain.is_quantized else str(plain.layout).removeprefix("torch.")
+        if plain.is_quantized:
+            raise CheckpointError(
+                f"'{path}' holds quantized weights (torch.ao, {str(plain.dtype).removeprefix('torch.')}). Expected "
+                "plain ones. Call dequantize() on them where the file was made, and save the result."
+            )
+        kind = str(plain.layout).removeprefix("torch.")
         raise _refused(path, f"it holds a tensor that is {kind} on '{plain.device}', expected a plain one with values")
     taken, there = plain.numel() * plain.itemsize, plain.untyped_storage().nbytes()
     if taken > max(there, FREE_BYTES):

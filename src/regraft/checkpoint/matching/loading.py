@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from regraft.checkpoint.foreign.quantized import dequantized
 from regraft.checkpoint.foreign.reading import read_state_dicts, unwrapping
 from regraft.checkpoint.foreign.state_dicts import StateDict, StateDicts, Tensors, listed
 from regraft.checkpoint.matching.adapting import Adaptable, Fitter, shape
@@ -190,6 +191,8 @@ def _slots(model: nn.Module) -> Tensors:
 
 
 def _planned(model: nn.Module, slots: Tensors, contents: StateDicts, chosen: StateDict, rules: Rules) -> LoadPlan:
+    plain, notes = dequantized(chosen.tensors, slots, contents.path)
+    chosen, contents = replace(chosen, tensors=plain), replace(contents, notes=(*contents.notes, *notes))
     tensors = renamed(chosen.tensors, rules.rename, contents.path)
     theirs = {name: shape(tensor) for name, tensor in tensors.items()}
     ours = {name: shape(slot) for name, slot in slots.items()}
@@ -206,22 +209,22 @@ def _planned(model: nn.Module, slots: Tensors, contents: StateDicts, chosen: Sta
 
 def _fitted(
     found: Proposal, tensors: Tensors, slots: Tensors, fitter: Fitter, accept: Sureness
-) -> tuple[Tensors, list[Match], list[str], list[Adaptation]]:
-    """Make each pair fit; return what to load, the pairs, the names that do not fit, and what was changed."""
+) -> tuple[Tensors, list[Match], dict[str, str], list[Adaptation]]:
+    """Make each pair fit; return what to load, the pairs, what does not fit with the reason, and what was changed."""
     values: Tensors = {}
     matches: list[Match] = []
-    mismatched: list[str] = []
+    mismatched: dict[str, str] = {}
     adapted: list[Adaptation] = []
     for pair in found.matches:
         tensor, slot = tensors[pair.source], slots[pair.name]
         is_taken = SURENESS.index(pair.sure) <= SURENESS.index(accept)
-        if not _same_kind(tensor, slot):
-            mismatched.append(pair.name)
+        if not same_kind(tensor, slot):
+            mismatched[pair.name] = f"is {_dtype(tensor.dtype)} in the file and {_dtype(slot.dtype)} in the model"
             continue
         if tensor.shape != slot.shape:
             made = fitter.fit(pair.name, tensor)
             if made is None:
-                mismatched.append(pair.name)
+                mismatched[pair.name] = ""
                 continue
             tensor = made[0]
             if is_taken:
@@ -244,7 +247,7 @@ def _report(
     chosen: StateDict,
     found: Proposal,
     fitter: Fitter,
-    parts: tuple[Tensors, list[Match], list[str], list[Adaptation]],
+    parts: tuple[Tensors, list[Match], dict[str, str], list[Adaptation]],
 ) -> LoadReport:
     values, matches, mismatched, adapted = parts
     filled = {id(slots[name]) for name in values}  # tied tensors are filled together
@@ -264,13 +267,16 @@ def _report(
             + [found.names[match.source] for match in matches if not match.loaded]
         ),
         mismatched=tuple((name, shapes[name], shape(slots[name])) for name in mismatched),
+        reasons={name: reason for name, reason in mismatched.items() if reason},
         notes=(*contents.notes, *unwrapping(chosen), *found.notes),
         matches=tuple(matches),
         adapted=tuple(adapted),
         left_out=tuple(dict.fromkeys((*contents.left_out, *others))),
         share=_share(slots, filled, fitter),
     )
-    cause, suggestion = diagnose(report, found, fitter, [entry for entry in contents.entries if entry is not chosen])
+    cause, suggestion = diagnose(
+        report, found, fitter, [entry for entry in contents.entries if entry.path != chosen.path]
+    )
     return replace(report, cause=cause, suggestion=suggestion)
 
 
@@ -358,8 +364,8 @@ def _copy(slots: Tensors, values: Tensors, path: str) -> None:
             raise CheckpointError(f"'{name}' cannot be loaded from '{path}': {reason}. Nothing was changed.") from error
 
 
-def _same_kind(tensor: torch.Tensor, slot: torch.Tensor) -> bool:
-    """Say whether both hold numbers of a kind, so that a cast loses no more than precision; counters may be either."""
+def same_kind(tensor: torch.Tensor, slot: torch.Tensor) -> bool:
+    """Return whether a cast between both loses no more than precision; single numbers may be of any kind."""
     if slot.ndim == tensor.ndim == 0:
         return True
     return tensor.is_floating_point() == slot.is_floating_point() and tensor.is_complex() == slot.is_complex()
