@@ -27,7 +27,6 @@ from regraft.checkpoint.format import (
 from regraft.checkpoint.layout import DTYPES, PACKED, read_start
 from regraft.errors import CheckpointError, RunError
 
-EXTRA_STATE = "_extra_state"  # as torch calls it in a state dict
 SHARD_OF = "regraft-shard-of"  # in the metadata of a shard: the name of its index
 
 HALF_BYTES = tuple(DTYPES[name] for name in PACKED)  # two numbers in a byte, which the last side counts
@@ -121,11 +120,6 @@ def write_tensors(target: Path, tensors: Tensors, metadata: dict[str, str]) -> N
     write_whole(target, lambda temporary: safetensors.torch.save_file(dict(tensors), temporary, metadata))
 
 
-def is_extra_state(name: str) -> bool:
-    """Return whether a name of a state dict stands for what `get_extra_state` of a layer returns."""
-    return name.rpartition(".")[2] == EXTRA_STATE
-
-
 def stored_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the tensors of a state dict, as a file holds them; the extra state of a layer included.
 
@@ -138,7 +132,7 @@ def stored_state(model: nn.Module) -> dict[str, torch.Tensor]:
             tensors[name] = value
         elif value is not None:  # which get_extra_state returns where it has nothing to say
             raise CheckpointError(
-                f"cannot save '{name}': get_extra_state of the layer returns a {type(value).__name__}, and a "
+                f"cannot save '{name}': get_extra_state of the layer returns a value of type {type(value).__name__}, and a "
                 "safetensors file holds tensors only. Let it return a tensor or None. Nothing was written."
             )
     return tensors

@@ -15,7 +15,7 @@ from regraft.checkpoint.foreign.kinds import describe_folder, require_weights
 from regraft.checkpoint.foreign.limits import check_container
 from regraft.checkpoint.foreign.objects import read_beside_objects
 from regraft.checkpoint.foreign.pickles import made_plain
-from regraft.checkpoint.foreign.state_dicts import StateDict, StateDicts, Tensors, listed, state_dicts_of
+from regraft.checkpoint.foreign.state_dicts import StateDict, StateDicts, Tensors, listed, split_extra, state_dicts_of
 from regraft.checkpoint.format import KEY, is_safetensors, read_header
 from regraft.checkpoint.shards import lies_beside
 from regraft.errors import CheckpointError
@@ -71,7 +71,8 @@ def read_state_dicts(path: Path, *, tensors_only: bool = False) -> StateDicts:
         return _read_own(path)  # which checks its layout itself
     check_container(path)
     if kind == "safetensors":
-        return StateDicts(path, (StateDict((), _read_safetensors(path), is_ordered=False),))
+        tensors, extra = split_extra(_read_safetensors(path))
+        return StateDicts(path, (StateDict((), tensors, is_ordered=False, extra=extra),))
     if kind == "npz":
         tensors, skipped = _read_arrays(path)
         return StateDicts(path, (StateDict((), tensors),), left_out=skipped)
@@ -109,6 +110,8 @@ def kind_of(path: Path) -> Kind:
 
 def unwrapping(entry: StateDict) -> list[str]:
     """Say what was taken off to get at a state dict."""
+    if entry.parts:
+        return [f"put together from the entries {', '.join(map(repr, entry.parts))}"]
     return [f"taken from the entry '{key}'" for key in entry.path]
 
 
@@ -168,7 +171,8 @@ def _read_own(path: Path) -> StateDicts:
     """Read a checkpoint of regraft, with all that it is based on."""
     from regraft.checkpoint.delta import resolve  # whose bases may be files of others
 
-    return StateDicts(path, (StateDict((), resolve(path).expanded(), is_ordered=False),))
+    tensors, extra = split_extra(resolve(path).expanded())
+    return StateDicts(path, (StateDict((), tensors, is_ordered=False, extra=extra),))
 
 
 def _read_shards(path: Path) -> StateDicts:

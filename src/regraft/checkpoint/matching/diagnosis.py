@@ -60,7 +60,9 @@ def _findings(report: LoadReport, found: Proposal, fitter: Fitter) -> Iterator[t
 
 def _shapes(report: LoadReport, fitter: Fitter) -> Iterator[tuple[str, str]]:
     turned = [
-        entry for entry in report.mismatched if len(entry[1]) > 1 and entry[1] != entry[2] and entry[1][::-1] == entry[2]
+        entry
+        for entry in report.mismatched
+        if len(entry[1]) > 1 and entry[1] != entry[2] and entry[1][::-1] == entry[2]
     ]
     heads = [entry for entry in report.mismatched if fitter.is_in_head(entry[0]) and entry not in turned]
     if heads:  # weights tell more than biases

@@ -57,6 +57,7 @@ class LoadReport:
         missing: Names that the model has and the file lacks; those keep their values.
         unexpected: Names that the file has and the model lacks.
         mismatched: (name, shape in the file, shape in the model); those keep their values.
+        gaps: Names of the parameters outside of the head that keep their values; a warning names them as well.
         reasons: By name, why a mismatched tensor does not fit where that is not its shape.
         notes: What was unwrapped or stripped on the way, and what probably explains the differences.
         matches: Which tensor of the file belongs to which of the model, and how sure that is; also those that were not
@@ -83,6 +84,7 @@ class LoadReport:
     suggestion: str = ""
     dry_run: bool = False
     reasons: Mapping[str, str] = field(default_factory=dict)
+    gaps: tuple[str, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
