@@ -313,8 +313,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], dict[str, object], str]] = {
     ),
     "a list": (lambda path: torch.save([1, 2], path), {}, "holds no state dict, but [1, 2]"),
     "no tensors": (lambda path: torch.save({"a": 1}, path), {}, "holds no state dict, but a dict with 'a'"),
-    "text": (lambda path: path.write_text("weights"), {}, "Expected a safetensors file or one that torch.save wrote"),
-    "empty": (lambda path: path.touch(), {}, "Expected a safetensors file or one that torch.save wrote"),
+    "text": (lambda path: path.write_text("weights"), {}, "it is text, which begins 'weights'. Expected safetensors"),
+    "empty": (lambda path: path.touch(), {}, "it is empty (0 bytes). The download or the copy failed: get it again."),
     "missing": (lambda path: None, {}, "no file '{path}'"),
 }
 

@@ -24,7 +24,7 @@ from regraft.checkpoint.format import (
     locate,
     read_header,
 )
-from regraft.checkpoint.shards import write_checkpoint
+from regraft.checkpoint.shards import require_storable, stored_state, write_checkpoint
 from regraft.errors import CheckpointError, ModelError
 from regraft.zoo import build, list_models
 
@@ -177,9 +177,15 @@ def pin_base(place: Place) -> tuple[Base, Contents]:
 
 
 def unshared(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return each tensor of the state dict once, on the CPU, and the names of those that are the same as another."""
+    """Return each tensor of the state dict once, on the CPU, and the names of those that are the same as another.
+
+    Raises:
+        CheckpointError: A tensor, or the extra state of a layer, is of a kind that no safetensors file holds.
+    """
     tensors, shared, first_names = {}, {}, {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    state = stored_state(model)
+    require_storable(state)
+    for name, tensor in state.items():
         first = first_names.setdefault(id(tensor), name)
         if first == name:
             plain = tensor.detach().cpu().contiguous()
