@@ -1,8 +1,8 @@
 """Which heads of a network give the scores of classes, and how many scores each gives a class."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -12,7 +12,10 @@ from regraft.card import card_of
 from regraft.errors import EditError
 
 COUNTS = ("num_classes", "num_labels")  # attributes in which networks keep the number of their classes
-MAX_NAMED = 6  # heads in a message
+MAX_NAMED = 12  # heads in a message
+OTHER_KINDS = re.compile(
+    r"box|regress|offset|coord|anchor|mask|keypoint|distance|depth"
+)  # in names of what is no score
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,20 @@ def class_heads(model: nn.Module, inputs: Inputs | None = None) -> list[ClassHea
     exact = [head for head in heads if widths[head.path] in everything]
     several = [head for head in heads if head not in exact and _is_multiple(widths[head.path], everything)]
     shown = [(head, count) for head in several if (count := _shown_count(model, head)) is not None]
-    if len(heads) > 1 and exact and not several and len({widths[head.path] for head in exact}) == 1:
-        return [ClassHead(head.path) for head in exact]
-    if shown and not exact and (len(shown) == len(several) or all(_is_by_shape(*pair) for pair in shown)):
-        return [ClassHead(head.path, (widths[head.path] or 0) // count) for head, count in shown]
-    is_one_kind = len(set(widths.values())) == 1 and None not in widths.values()
-    if len(heads) == 1 or (is_one_kind and not everything and all(_is_width_shown(model, head) for head in heads)):
-        return [ClassHead(head.path) for head in heads]
-    raise EditError(_question(model, heads))
+    chosen: list[ClassHead] = []
+    if shown and not exact and len({head.outputs for head, _ in shown}) == 1:  # of one output, at several scales
+        chosen = [ClassHead(head.path, (widths[head.path] or 0) // count) for head, count in shown]
+    elif len(heads) == 1:
+        return [ClassHead(heads[0].path)]
+    elif exact and not several and len({widths[head.path] for head in exact}) == 1:
+        with_background = {count + 1 for count in everything}  # as DETR's, whose boxes may be as wide as its classes
+        chosen = [] if with_background & set(widths.values()) else [ClassHead(head.path) for head in exact]
+    elif len(set(widths.values())) == 1 and not everything and all(_is_width_shown(model, head) for head in heads):
+        chosen = [ClassHead(head.path) for head in heads]
+    names = {head.path: " ".join([head.path, *(name for name, _ in head.outputs)]).lower() for head in heads}
+    if not chosen or (len(heads) > 1 and any(OTHER_KINDS.search(names[one.path]) for one in chosen)):
+        raise EditError(_question(model, heads))
+    return chosen
 
 
 def _question(model: nn.Module, heads: Sequence[Head]) -> str:
@@ -75,8 +84,7 @@ def _stated(model: nn.Module, path: str) -> set[int]:
     """Return the numbers of classes that the network and the layers around a head say they have."""
     counts = {len(classes)} if (classes := card_of(model).classes) is not None else set()
     for owner in _around(model, path):
-        config: Any = getattr(owner, "config", None)
-        values = [*(vars(owner).get(name) for name in COUNTS), getattr(config, "num_labels", None)]
+        values = [vars(owner).get(name) for name in COUNTS]  # not a configuration's, which says 2 where nobody said so
         counts |= {value for value in values if isinstance(value, int) and not isinstance(value, bool)}
     return counts
 
