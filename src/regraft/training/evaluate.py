@@ -140,7 +140,7 @@ def _predict_opened(
 ) -> list[Prediction]:
     """Predict images that are open already, and the photos of paths among them, in order."""
     preprocessing = preprocessing_of(model)
-    crop = center_crop(preprocessing.size)
+    crop = center_crop(preprocessing.size, preprocessing.border)
     pixels, paths = [], []
     for number, item in enumerate(items):
         for source in [item] if isinstance(item, Image.Image) else _files(item):

@@ -112,7 +112,7 @@ def prepare_model(
         built = model
     if config.image_size is not None:
         known = preprocessing_of(built)
-        resize = max(config.image_size, round(config.image_size * known.resize / known.size))
+        resize = max(1, round(config.image_size * known.resize / known.size))
         attach(built, preprocessing=known.model_copy(update={"size": config.image_size, "resize": resize}))
     if config.unfreeze_all:
         unfreeze(built)
