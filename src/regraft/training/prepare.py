@@ -31,6 +31,7 @@ from regraft.training.features import FeatureBatches
 from regraft.training.loop import Engine, Inputs, choose_engine, main_output, run
 from regraft.training.losses import Loss, build_loss, check_loss
 from regraft.training.material import Material, first_batch
+from regraft.training.micro_batch import require_learnable
 from regraft.training.result import Plan
 from regraft.training.sweep import DECAYS, Sweep, ridge_start, sweep_heads
 from regraft.zoo import preprocessing_of
@@ -224,6 +225,7 @@ def _try_one_batch(model: nn.Module, material: Material, criterion: Loss, engine
     """Run the model and the loss on one batch, so that what does not fit is said before the first epoch."""
     inputs, targets = first_batch(material.train)
     targets = targets.to(engine.device)
+    require_learnable(model, lambda: run(model, inputs, engine), len(targets))
     with evaluation_mode(model), torch.no_grad(), engine.autocast():
         try:
             output = main_output(run(model, inputs, engine))
