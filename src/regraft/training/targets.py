@@ -267,4 +267,5 @@ def _described(targets: torch.Tensor) -> str:
 
 
 def _name(loss: Any) -> str:
+    loss = loss.loss if isinstance(loss, OnColumns) else loss
     return getattr(loss, "__name__", type(loss).__name__)
