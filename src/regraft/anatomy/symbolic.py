@@ -29,7 +29,9 @@ from regraft.anatomy.inputs import Arguments
 from regraft.errors import ModelError
 
 LAYER = "regraft_layer"  # key of fx.Node.meta: path of the layer whose forward holds the operation
-FACTORIES = frozenset({"arange", "empty", "eye", "full", "linspace", "ones", "zeros"})
+FACTORIES = (
+    "arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "zeros"
+)  # fmt: skip
 DREW = "it draws random numbers in a way that a graph cannot repeat"
 
 
@@ -77,7 +79,7 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Trace `root`; see the docstring of this file for what is refused."""
-        with _recorded_len(self, root), _RecordedDraws(self):
+        with _recorded_len(self, root), _recorded_factories(self), _RecordedDraws(self):
             graph = super().trace(root, concrete_args)
         self._require_no_draw()
         return graph
@@ -163,7 +165,7 @@ class Tracer(fx.Tracer):
 
 
 class _RecordedDraws(TorchFunctionMode):
-    """Writes functions that draw at random, or that make a tensor of a traced size, into the graph."""
+    """Writes functions that draw at random into the graph."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -172,13 +174,33 @@ class _RecordedDraws(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in RANDOM or name in DROPPING:
-            if name.endswith("_") and not isinstance(args[0], fx.Proxy):
-                raise RuntimeError(f"{DREW}: '{name}' writes into a tensor that no input takes part in")
-            return self._tracer.create_proxy("call_function", func, args, kwargs)
-        if name in FACTORIES and _holds_stand_in((args, kwargs)):
-            return self._tracer.create_proxy("call_function", func, args, kwargs)
-        return func(*args, **kwargs)
+        if name not in RANDOM and name not in DROPPING:
+            return func(*args, **kwargs)
+        if name.endswith("_") and not isinstance(args[0], fx.Proxy):
+            raise RuntimeError(f"{DREW}: '{name}' writes into a tensor that no input takes part in")
+        return self._tracer.create_proxy("call_function", func, args, kwargs)
+
+
+@contextlib.contextmanager
+def _recorded_factories(tracer: Tracer) -> Iterator[None]:
+    """Write functions that make a tensor of a traced size into the graph; torch itself takes no proxy as a size."""
+
+    def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+        def make(*args: Any, **kwargs: Any) -> Any:
+            if _holds_stand_in((args, kwargs)):
+                return tracer.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return make
+
+    own = {name: getattr(torch, name) for name in FACTORIES}
+    try:
+        for name, function in own.items():
+            setattr(torch, name, recorded(function))
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(torch, name, function)
 
 
 def required_inputs(model: nn.Module) -> list[str]:

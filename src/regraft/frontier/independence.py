@@ -26,12 +26,11 @@ from regraft.anatomy.inputs import Arguments
 from regraft.anatomy.modes import preserved_randomness
 from regraft.anatomy.recording import ParameterWatch
 from regraft.anatomy.twins import real_twin
-from regraft.anatomy.values import Interpreter
+from regraft.anatomy.values import BATCHES, Interpreter
 
-COUNTS = (3, 2)  # images of the first and of the other batch
-PLACES = (0, 1)  # where the image that both hold lies in each
+PLACES = (0, 1)  # where the image that both batches hold lies in each
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}  # of the largest
-IS_RANDOM = "does not give the same twice"
+IS_RANDOM = "draws at random or counts its calls"
 IS_MIXED = "mixes the images of a batch"
 
 
@@ -49,8 +48,8 @@ def dependent_values(model: nn.Module, flow: Flow, nodes: Collection[fx.Node]) -
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     with preserved_randomness(0), torch.no_grad():
         inputs = Arguments(flow.inputs)
-        first, other = inputs.drawn(COUNTS[0], device).args, inputs.drawn(COUNTS[1], device).args
-        batches = (first, first, _with_image_of(first, other))
+        first, other = with_image_of(*(inputs.drawn(count, device) for count in BATCHES))
+        batches = (first.args, first.args, other.args)
         twin = _training_copy(model, flow)
         watch = ParameterWatch(SimpleNamespace(now=0))
         watch.protect(model.parameters())
@@ -82,7 +81,7 @@ def _compared(
                 unknown.add(node)
                 break
         else:
-            problem = _problem(*(run.env[node] for run in runs))
+            problem = difference(*(run.env[node] for run in runs))
             if problem is not None and node.op != "placeholder":
                 dependent[node] = problem
         for source in sources:
@@ -92,7 +91,11 @@ def _compared(
     return dependent
 
 
-def _problem(value: Any, again: Any, other: Any) -> str | None:
+def difference(value: Any, again: Any, other: Any) -> str | None:
+    """Say how what a batch gives differs from what it gives again, or its image from the same in another batch.
+
+    The batches are of `BATCHES` images, see `with_image_of`. None where nothing differs.
+    """
     leaves = [tree_leaves(one) for one in (value, again, other)]
     if len({len(one) for one in leaves}) > 1:
         return IS_RANDOM if len(leaves[0]) != len(leaves[1]) else IS_MIXED
@@ -109,12 +112,22 @@ def _problem(value: Any, again: Any, other: Any) -> str | None:
     return None
 
 
+def with_image_of(first: Arguments, other: Arguments) -> tuple[Arguments, Arguments]:
+    """Put the first image of a batch into another batch, at another place."""
+    ours, _ = tree_flatten((first.args, first.kwargs))
+    others, structure = tree_flatten((other.args, other.kwargs))
+    for one, another in zip(ours, others, strict=True):
+        if isinstance(one, torch.Tensor) and one.ndim and (len(one), len(another)) == BATCHES:
+            another[PLACES[1]] = one[PLACES[0]]
+    return first, Arguments(*tree_unflatten(others, structure))
+
+
 def _image(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return what the image that is in both batches gives, by the dimension that is that of images."""
-    if one.ndim != other.ndim:
+    if not isinstance(other, torch.Tensor) or one.ndim != other.ndim:
         return None
     for dimension, sizes in enumerate(zip(one.shape, other.shape, strict=True)):
-        if sizes == COUNTS:
+        if sizes == BATCHES:
             return one.select(dimension, PLACES[0]), other.select(dimension, PLACES[1])
     return None
 
@@ -128,16 +141,6 @@ def _is_close(a: torch.Tensor, b: torch.Tensor, *, is_exact: bool) -> bool:
     size = float(finite.max()) if finite.numel() else 0.0
     tolerance = 0.0 if is_exact else TOLERANCES.get(a.dtype, 1e-4) * (10 if a.is_cuda else 1)
     return bool(torch.allclose(a, b, rtol=0, atol=tolerance * size, equal_nan=True))
-
-
-def _with_image_of(first: tuple[Any, ...], other: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Put an image of the first batch into the other."""
-    ours, _ = tree_flatten(first)
-    theirs, structure = tree_flatten(other)
-    for one, another in zip(ours, theirs, strict=True):
-        if isinstance(one, torch.Tensor) and one.ndim and (len(one), len(another)) == COUNTS:
-            another[PLACES[1]] = one[PLACES[0]]
-    return tree_unflatten(theirs, structure)
 
 
 def _cloned(value: Any) -> tuple[list[Any], Any]:

@@ -24,6 +24,7 @@ from regraft.anatomy.inputs import Arguments
 from regraft.anatomy.modes import preserved_randomness
 from regraft.anatomy.values import BATCHES
 from regraft.errors import ModelError
+from regraft.frontier.independence import difference, with_image_of
 from regraft.frontier.liveness import is_live_layer
 
 Form = tuple[TreeSpec, tuple[Any, ...]]  # of nested arguments: their structure, and what in them is no tensor
@@ -153,7 +154,7 @@ def _split_at(
         replay.training = model.training
         try:
             with torch.no_grad():
-                _require_constant(recording, drawn[0])
+                _require_constant(recording, drawn)
                 for training in (False, True):
                     with _mode(model, training):
                         _require_equal(model, recording, replay, drawn[2], training)
@@ -385,14 +386,16 @@ def _unflattened(form: Form, tensors: tuple[torch.Tensor, ...]) -> Any:
     return tree_unflatten([next(coming) if leaf is _TENSOR else leaf for leaf in leaves], structure)
 
 
-def _require_constant(recording: Recording, inputs: Arguments) -> None:
-    """Record twice from different random states."""
+def _require_constant(recording: Recording, drawn: list[Arguments]) -> None:
+    """Record twice from different random states, and an image of one batch in another."""
     found = []
-    for seed in (0, 1):
+    first, other = with_image_of(*drawn[:2])
+    for seed, inputs in enumerate((first, first, other)):
         with preserved_randomness(seed):
             found.append(recording(*inputs.args, **inputs.kwargs))
-    if not all(torch.equal(a, b) for a, b in zip(*found, strict=True)):
-        raise ModelError(f"its forward draws at random before '{recording.boundary.layer}'.")
+    problem = difference(*found)
+    if problem is not None:
+        raise ModelError(f"its forward {problem} before '{recording.boundary.layer}'.")
 
 
 def _require_equal(model: nn.Module, recording: Recording, replay: Replay, inputs: Arguments, training: bool) -> None:

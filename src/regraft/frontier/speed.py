@@ -7,6 +7,7 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from regraft.anatomy.graph import capture_widely, containers
+from regraft.anatomy.modes import in_mode
 from regraft.errors import ModelError
 from regraft.frontier.replay import Recording
 from regraft.surgery.swap import with_layers
@@ -30,7 +31,7 @@ def faster(prefix: nn.Module) -> nn.Module:
     calls = _calls(prefix)
     put: dict[str, nn.Module] = {}
     for conv, norm in _pairs(calls, layers):
-        put[conv] = fuse_conv_bn_eval(layers[conv].eval(), layers[norm].eval())  # pyright: ignore[reportArgumentType]
+        put[conv] = fuse_conv_bn_eval(in_mode(layers[conv], False), in_mode(layers[norm], False))  # pyright: ignore[reportArgumentType]
         put[norm] = nn.Identity()
     for path, layer in layers.items():
         if isinstance(layer, nn.Conv2d) and type(layer) is nn.Conv2d and path not in put:
@@ -41,7 +42,7 @@ def faster(prefix: nn.Module) -> nn.Module:
     for path in _overwriting(calls, layers):
         put[path] = copy.copy(layers[path])
         setattr(put[path], "inplace", True)  # noqa: B010 - which only some layers have
-    return with_layers(prefix, put).eval()
+    return in_mode(with_layers(prefix, put), False)
 
 
 def _calls(prefix: nn.Module) -> dict[str, list[fx.Node]]:

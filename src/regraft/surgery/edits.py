@@ -165,7 +165,7 @@ def insert(
         edited = rewire(model, opened_for(model, path), change, {name: new}, closed=path, arguments=arguments)
     except ModelError as error:
         raise EditError(
-            f"cannot insert {place}: {error} Only replace, replace_head, remove, truncate and append work on a network "
+            f"cannot insert {place}: {str(error).rstrip('.')}. Only replace, replace_head, remove, truncate and append work on a network "
             "that cannot be traced. Nothing was changed."
         ) from error
     what = f"insert {type(new).__name__} {place}"

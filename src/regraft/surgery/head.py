@@ -10,6 +10,7 @@ from torch import nn
 from regraft.anatomy.graph import ancestors
 from regraft.anatomy.heads import CONVOLUTIONS, find_auxiliary_heads, find_heads, width_of
 from regraft.anatomy.inputs import Inputs
+from regraft.anatomy.modes import in_mode
 from regraft.anatomy.paths import layer_at
 from regraft.anatomy.tracing import Trace, trace
 from regraft.anatomy.twins import shared_copy
@@ -198,7 +199,9 @@ def _new_head(model: nn.Module, path: str, new: int | nn.Module, inputs: Inputs 
             f"the head '{path}' is a {type(old).__name__}, which cannot be built for {new} classes. "
             "Pass a module in its place, or the path of another layer. Nothing was changed."
         )
-    return (layer if reference is None else layer.to(reference.device, reference.dtype)).train(old.training)
+    if reference is not None:
+        layer.to(reference.device, reference.dtype)
+    return in_mode(layer, old.training)
 
 
 def _convolution(old: nn.Conv1d | nn.Conv2d | nn.Conv3d, classes: int) -> nn.Module:

@@ -35,7 +35,9 @@ def begin_at(
     Raises:
         ModelError: The rest needs other values as well.
     """
-    found = {value_key(node): node for node in graph.nodes}
+    known: dict[str, list[fx.Node]] = {}  # a layer that is called twice on the same gives the same key twice
+    for node in graph.nodes:
+        known.setdefault(value_key(node), []).append(node)
     olds = [node for node in graph.nodes if node.op == "placeholder"]
     first = next(iter(graph.nodes))
     with graph.inserting_before(first):
@@ -44,8 +46,8 @@ def begin_at(
     for position, key in enumerate(keys):
         with graph.inserting_before(first):
             new = rebuild(graph, position, lambda: next(coming)) if rebuild else next(coming)
-        if key in found:
-            _replace(found[key], new)
+        for node in known.get(key, ()):
+            _replace(node, new)
     _settle_sizes(graph, sizes, news[0])
     tidy(graph, layer_of, effects_of=_descendants(news))
     for old in olds:

@@ -38,6 +38,6 @@ def tail(model: nn.Module, after: str, *, inputs: Inputs | None = None) -> Rewir
             model, opened_for(model, after), change, closed=after, arguments=arguments_for(model, inputs=inputs)
         )
     except ModelError as error:
-        raise EditError(f"cannot begin after '{after}': {error} Nothing was changed.") from error
+        raise EditError(f"cannot begin after '{after}': {str(error).rstrip('.')}. Nothing was changed.") from error
     prune(back)
     return back
