@@ -68,7 +68,7 @@ class Arguments:
         """Draw a batch of `count` images like those that are given.
 
         Floating-point numbers are drawn from the standard normal distribution. Whole numbers lie between the least and
-        the greatest of the given ones; where these are no more than 1 (a mask), whole rows of them are drawn.
+        the greatest of the given ones; where these are no more than 1 (a mask), the given rows are repeated.
         """
         rows = self._rows
 
@@ -83,7 +83,7 @@ class Arguments:
             if tensor.max() > 1:
                 low, high = int(tensor.min()), int(tensor.max())
                 return torch.randint(low, high + 1, shape, device=device).to(tensor.dtype)
-            return tensor.detach().cpu()[torch.randint(len(tensor), (count,))].to(device, copy=True)
+            return tensor.detach()[torch.arange(count, device=tensor.device) % len(tensor)].to(device)
 
         return self.mapped(draw)
 

@@ -28,7 +28,7 @@ from regraft.anatomy.recording import ParameterWatch
 from regraft.anatomy.twins import real_twin
 from regraft.anatomy.values import BATCHES, Interpreter
 
-PLACES = (0, 1)  # where the image that both batches hold lies in each
+PLACES = (0, 2)  # where the image that both batches hold lies in each
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}  # of the largest
 IS_RANDOM = "draws at random or counts its calls"
 IS_MIXED = "mixes the images of a batch"

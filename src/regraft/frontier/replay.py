@@ -176,7 +176,9 @@ def _boundary(model: nn.Module, layer: str, arguments: Arguments, drawn: list[Ar
         for a, b in zip(tensors, other_tensors, strict=False)
         if a.ndim and b.ndim
     ) and all(tensor.ndim for tensor in tensors)
-    if form != other_form or len(tensors) != len(other_tensors) or not tensors or not is_batched:
+    if form != other_form:
+        raise ModelError(f"what its first live layer '{layer}' is given has not always the same form.")
+    if len(tensors) != len(other_tensors) or not tensors or not is_batched:
         raise ModelError(f"what its first live layer '{layer}' is given is not one row for each image.")
     if [name for name, _ in before] != [name for name, _ in other_before]:
         raise ModelError("its forward does not always call the same layers.")
