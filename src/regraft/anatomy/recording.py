@@ -66,7 +66,7 @@ class Recorder:
         self.twin = twin
         self.calls: list[Call] = []
         self.counter = FlopCounterMode(display=False)
-        self.watch = _ParameterWatch(self)
+        self.watch = ParameterWatch(self)
         self.origins = OriginRecorder()
         self.output: Any = None
         self.now = 0
@@ -131,13 +131,13 @@ class Recorder:
         self.calls.append(Call(path, began, self.now, shapes, shapes_of(tensors), operations // 2, size))
 
 
-class _ParameterWatch(TorchDispatchMode):
+class ParameterWatch(TorchDispatchMode):
     """Sees every operation, and writes down when each parameter first takes part in one.
 
     After `protect`, an operation that would write to a parameter is refused before it happens.
     """
 
-    def __init__(self, clock: Recorder) -> None:
+    def __init__(self, clock: Any) -> None:
         super().__init__()
         self.first_uses: dict[int, int] = {}
         self._protected: set[int] = set()
