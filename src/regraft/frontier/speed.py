@@ -6,10 +6,10 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from regraft.anatomy.drift import stay_in_evaluation
 from regraft.anatomy.graph import capture_widely, containers
 from regraft.anatomy.modes import in_mode
 from regraft.errors import ModelError
+from regraft.freezing.hold import has_foreign_hooks
 from regraft.frontier.replay import Recording
 from regraft.surgery.swap import with_layers
 
@@ -70,10 +70,8 @@ def _is_plain(layer: nn.Module) -> bool:
     Weight norm, spectral norm and pruning compute the weight in a hook or a parametrization, and keep it as another
     kind of attribute.
     """
-    hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
-    has_own_hooks = any(hook is not stay_in_evaluation for hook in hooks)
     has_own_code = "forward" in vars(layer) or "weight" in vars(layer) or "bias" in vars(layer)
-    return not has_own_hooks and not has_own_code
+    return not has_foreign_hooks(layer) and not has_own_code
 
 
 def _is_foldable(conv: nn.Module, norm: nn.Module) -> bool:
