@@ -7,8 +7,8 @@ A `PinState` is all that there is on one module. Applying one puts on what is mi
 - a forward pre-hook that puts the mode back where somebody assigned `.training`;
 - hooks that put back state that a forward writes to although nothing trains: buffers of layers whose code is not that
   of a well-known library (observers, codebooks), and the rows that an embedding with `max_norm` rewrites. Copies are
-  taken before each forward, so that values which somebody loads between two forwards stay. Version counters of tensors would be
-  cheaper, but do not notice `buffer.data.copy_(...)`, which is how most codebooks are written;
+  taken before each forward, so that values which somebody loads between two forwards stay. Version counters of tensors
+  would be cheaper, but do not notice `buffer.data.copy_(...)`, which is how most codebooks are written;
 - an instance attribute `reset_running_stats` without effect, since `torch.optim.swa_utils.update_bn` resets every batch
   norm but computes only those anew that train;
 - an instance attribute `__prepare_scriptable__`, by which `torch.jit.script` asks for a module that it can compile: a
@@ -119,9 +119,9 @@ def is_builtin(layer: nn.Module) -> bool:
 
 
 def has_foreign_hooks(layer: nn.Module) -> bool:
-    """Return whether hooks that are no pin's take part in the forward of `layer`."""
+    """Return whether hooks that are not this library's, which only look, take part in the forward of `layer`."""
     hooks = (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values())
-    return any(hook not in PIN_HOOKS for hook in hooks)
+    return not all(str(getattr(hook, "__module__", "")).startswith("regraft.") for hook in hooks)
 
 
 BEFORE = (stay_in_evaluation, hold_below, remember_state)
