@@ -9,7 +9,7 @@
 #     StepLR                       [0.25, 0.05]
 #     CosineAnnealingWarmRestarts  ValueError [0.905, 0.1]
 #     LambdaLR                     ValueError [0.25, 0.1]
-#     OneCycleLR                   KeyError [0.091, 0.1]
+#     OneCycleLR                   KeyError [0.132, 0.1]
 #     rates of the old and the new group, 1.0 and 0.1 before, after the next step
 # Why it matters: training the head first and adding the backbone as a group of its own is the usual way to thaw.
 #     Whether it works depends on the scheduler; who catches the error trains on with rates that belong to no
