@@ -59,7 +59,7 @@ KINDS: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "denied": ("w.pth", lambda: DENIED, "XML with the answer of a server, AccessDenied"),
     "not found": ("w.pth", lambda: b"404: Not Found", "the answer of a server, '404: Not Found'"),
     "entry not found": ("w.bin", lambda: b"Entry not found", "the answer of a server, 'Entry not found'"),
-    "error in JSON": ("w.pth", lambda: b'{"error": "No such repository"}', "the answer of a server, 'No such repository'"),
+    "error in JSON": ("w.pth", lambda: b'{"error": "No such file"}', "the answer of a server, 'No such file'"),
     "configuration": ("config.json", lambda: b'{"hidden_size": 3}', "JSON with 'hidden_size', as a configuration"),
     "index": ("w.json", lambda: json.dumps({"weight_map": {}}).encode(), r"Call it 'w\.index\.json'"),
     "empty": ("w.pth", lambda: b"", r"empty \(0 bytes\)"),
@@ -97,7 +97,7 @@ def test_load_weights_names_what_is_no_file_of_weights(case: str, tmp_path: Path
 @pytest.mark.parametrize("content", [LFS, PAGE, b""], ids=["pointer", "page", "empty"])
 def test_load_names_what_is_no_checkpoint(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match="cannot be read as weights: it is (a Git LFS pointer|a web page|empty)"):
+    with pytest.raises(CheckpointError, match=r"cannot be read as weights: it is (a Git LFS pointer|a web page|empty)"):
         load(tmp_path / "w.safetensors")
 
 
