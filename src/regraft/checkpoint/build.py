@@ -155,7 +155,7 @@ def _looks_like_file(path: Path) -> bool:
 def _load_backbone(model: nn.Module, path: Path, name: str) -> LoadReport:
     """Load a file into a freshly built model; only the head may be missing or of another width."""
     try:
-        plan = plan_loading(model, read_state_dicts(path), Rules(adapt=()))
+        plan = plan_loading(model, read_state_dicts(path), Rules(adapt=(), may_adapt=False))
         carry_out(plan, model, min_share=0.0)
     except UnfitError as error:
         raise CheckpointError(

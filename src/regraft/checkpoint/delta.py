@@ -35,6 +35,18 @@ Place = Path | str  # a file, or the name of registered weights
 PathLike = str | os.PathLike[str]
 
 
+class MissingBaseError(CheckpointError):
+    """The base that a delta needs is not there, or is another one.
+
+    Attributes:
+        problem: The message without what to do, as only some functions can be told where a base is.
+    """
+
+    def __init__(self, problem: str, advice: str) -> None:
+        super().__init__(f"{problem} {advice}")
+        self.problem = problem
+
+
 @dataclass(frozen=True)
 class Link:
     """One of a chain of checkpoints, each of which is the base of the one before."""
@@ -116,6 +128,11 @@ def chain_of(source: Path, base: PathLike | None = None) -> list[Link]:
         base = base if base is not None and Path(base).is_dir() else None
 
 
+def merge_advice(delta: Path) -> str:
+    """Return what to do about a base that is not there, where the caller cannot say where it is."""
+    return f"or make a full file once: `regraft merge {delta.name} --out FULL.safetensors --base FILE`."
+
+
 def choose_base(base: PathLike) -> Place:
     """Say what a caller means by a base: a file, or registered weights by name.
 
@@ -159,7 +176,10 @@ def pin_base(place: Place) -> tuple[Base, Contents]:
         CheckpointError: It cannot be read, or is a chain that is too long already.
     """
     if isinstance(place, Path):
-        chain = chain_of(place)
+        try:
+            chain = chain_of(place)
+        except MissingBaseError as error:
+            raise CheckpointError(f"{error.problem} {merge_advice(place)}") from error
         if len(chain) > DEPTH_LIMIT:
             raise CheckpointError(
                 f"'{place}' is a delta over {DEPTH_LIMIT} others already, no more are read. Make a full file of it "
@@ -246,14 +266,14 @@ def _place_of(delta: Path, base: Base, given: PathLike | None) -> Place:
     place = folder / base.name
     if place.is_file():
         if place.resolve().parent not in (folder.resolve(), delta.resolve().parent):
-            raise CheckpointError(
-                f"'{place}', the base of '{delta}', is a link to another folder. Say that it may be read: base=FILE "
-                "(--base FILE)."
+            raise MissingBaseError(
+                f"'{place}', the base of '{delta}', is a link to another folder.",
+                "Say that it may be read: base=FILE (--base FILE).",
             )
         return place
-    raise CheckpointError(
-        f"'{delta}' is a delta over {base}, which is not in '{folder}'. Put it there, or say where it is: base=FILE "
-        "(--base FILE)."
+    raise MissingBaseError(
+        f"'{delta}' is a delta over {base}, which is not in '{folder}'. Put it there,",
+        "or say where it is: base=FILE (--base FILE).",
     )
 
 
@@ -269,9 +289,9 @@ def _registered(name: str) -> nn.Module:
 
 
 def _other_base(delta: Place, pinned: Base, place: Place, digest: str) -> CheckpointError:
-    return CheckpointError(
-        f"'{delta}' is a delta over {pinned}, and '{place}' is another ({digest[:12]}…). Give the one that it was made "
-        "from: base=FILE (--base FILE)."
+    return MissingBaseError(
+        f"'{delta}' is a delta over {pinned}, and '{place}' is another ({digest[:12]}…).",
+        "Give the one that it was made from: base=FILE (--base FILE).",
     )
 
 

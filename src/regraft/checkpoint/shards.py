@@ -132,8 +132,8 @@ def stored_state(model: nn.Module) -> dict[str, torch.Tensor]:
             tensors[name] = value
         elif value is not None:  # which get_extra_state returns where it has nothing to say
             raise CheckpointError(
-                f"cannot save '{name}': get_extra_state of the layer returns a value of type {type(value).__name__}, and a "
-                "safetensors file holds tensors only. Let it return a tensor or None. Nothing was written."
+                f"cannot save '{name}': get_extra_state of the layer returns a value of type {type(value).__name__}, "
+                "and a safetensors file holds tensors only. Let it return a tensor or None. Nothing was written."
             )
     return tensors
 

@@ -53,8 +53,8 @@ def save(
         RunError: The file cannot be written; nothing of it is left, and a previous file is as it was.
     """
     target = Path(path)
+    tensors, shared = unshared(model)  # first, as it refuses what no file can hold
     card = _described_card(model)
-    tensors, shared = unshared(model)
     header = Header(
         **card.carried,
         card=card,

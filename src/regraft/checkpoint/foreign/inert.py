@@ -313,7 +313,7 @@ def _viewed(
     return _tensor(flat.view(dtype), offset, size, stride)
 
 
-def _of_type(function: Any, kind: Any, arguments: Sequence[Any], *_: Any) -> torch.Tensor:
+def _of_type(function: Any, kind: Any, arguments: Sequence[Any], *_: Any) -> Any:
     """Rebuild a tensor that had attributes, which are left out; one of another class stays inert."""
     plain = function(*arguments) if isinstance(function, _Known) else None
     return plain if getattr(kind, "origin", "") == "torch.Tensor" else Inert(plain)

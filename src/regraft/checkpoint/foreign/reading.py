@@ -169,9 +169,13 @@ def _read_arrays(path: Path) -> tuple[Tensors, tuple[str, ...]]:
 
 def _read_own(path: Path) -> StateDicts:
     """Read a checkpoint of regraft, with all that it is based on."""
-    from regraft.checkpoint.delta import resolve  # whose bases may be files of others
+    from regraft.checkpoint.delta import MissingBaseError, merge_advice, resolve  # whose bases may be files of others
 
-    tensors, extra = split_extra(resolve(path).expanded())
+    try:
+        whole = resolve(path).expanded()
+    except MissingBaseError as error:
+        raise CheckpointError(f"{error.problem} {merge_advice(path)}") from error
+    tensors, extra = split_extra(whole)
     return StateDicts(path, (StateDict((), tensors, is_ordered=False, extra=extra),))
 
 

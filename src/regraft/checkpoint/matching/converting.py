@@ -77,7 +77,7 @@ def convert(
                 {"format": "pt"},
             )
         return replace(report, dry_run=dry_run)
-    rules = Rules(rename or {}, match, entry, accept, adapt=())
+    rules = Rules(rename or {}, match, entry, accept, adapt=(), may_adapt=False)
     return _into_network(model, contents, rules, target, trust_code=trust_code, dry_run=dry_run)
 
 

@@ -12,7 +12,9 @@ SIDES_OF_LINEAR = 2  # of its weight: (out, in)
 MANY = 3  # tensors that need no explanation each
 
 
-def diagnose(report: LoadReport, found: Proposal, fitter: Fitter, others: Sequence[StateDict]) -> tuple[str, str]:
+def diagnose(
+    report: LoadReport, found: Proposal, fitter: Fitter, others: Sequence[StateDict], *, may_adapt: bool = True
+) -> tuple[str, str]:
     """Return the likely cause of what was not loaded and a suggestion, both without a full stop at the end.
 
     Args:
@@ -20,9 +22,10 @@ def diagnose(report: LoadReport, found: Proposal, fitter: Fitter, others: Sequen
         found: The mapping.
         fitter: What knows the heads of the model.
         others: State dicts of the file that were not taken.
+        may_adapt: Whether the caller has an argument `adapt`.
     """
     causes, advice = [], []
-    for cause, suggestion in _findings(report, found, fitter):
+    for cause, suggestion in _findings(report, found, fitter, may_adapt=may_adapt):
         causes.append(cause)
         advice += [suggestion] if suggestion else []
     averages = [entry for entry in others if entry.is_average]
@@ -35,7 +38,7 @@ def diagnose(report: LoadReport, found: Proposal, fitter: Fitter, others: Sequen
     return "; ".join(causes), "; ".join(advice)
 
 
-def _findings(report: LoadReport, found: Proposal, fitter: Fitter) -> Iterator[tuple[str, str]]:
+def _findings(report: LoadReport, found: Proposal, fitter: Fitter, *, may_adapt: bool) -> Iterator[tuple[str, str]]:
     if found.rivals:
         yield (
             f"several parts of the file fit equally well: {'; '.join(found.rivals)}",
@@ -49,7 +52,7 @@ def _findings(report: LoadReport, found: Proposal, fitter: Fitter) -> Iterator[t
             f"look at the mapping with dry_run=True (--dry-run); take it with accept='{level}' (--accept {level}), or "
             "give rename= (--rename)",
         )
-    yield from _shapes(report, fitter)
+    yield from _shapes(report, fitter, may_adapt=may_adapt)
     missing = [name for name in report.missing if name not in {match.name for match in waiting}]
     if missing:
         in_heads = all(fitter.is_in_head(name) for name in missing)
@@ -58,7 +61,7 @@ def _findings(report: LoadReport, found: Proposal, fitter: Fitter) -> Iterator[t
         yield f"the file has {what} ({some(missing)})", ""
 
 
-def _shapes(report: LoadReport, fitter: Fitter) -> Iterator[tuple[str, str]]:
+def _shapes(report: LoadReport, fitter: Fitter, *, may_adapt: bool) -> Iterator[tuple[str, str]]:
     turned = [
         entry
         for entry in report.mismatched
@@ -66,7 +69,12 @@ def _shapes(report: LoadReport, fitter: Fitter) -> Iterator[tuple[str, str]]:
     ]
     heads = [entry for entry in report.mismatched if fitter.is_in_head(entry[0]) and entry not in turned]
     if heads:  # weights tell more than biases
-        yield _head(max(heads, key=lambda entry: (entry[0] in report.reasons, len(entry[2]))), report, fitter)
+        yield _head(
+            max(heads, key=lambda entry: (entry[0] in report.reasons, len(entry[2]))),
+            report,
+            fitter,
+            may_adapt=may_adapt,
+        )
     others = [entry for entry in report.mismatched if entry not in heads]
     if turned:
         yield (
@@ -88,7 +96,7 @@ def _shapes(report: LoadReport, fitter: Fitter) -> Iterator[tuple[str, str]]:
         yield f"'{name}' has the shape {theirs} in the file and {ours} in the model", ""
 
 
-def _head(entry: tuple[str, Shape, Shape], report: LoadReport, fitter: Fitter) -> tuple[str, str]:
+def _head(entry: tuple[str, Shape, Shape], report: LoadReport, fitter: Fitter, *, may_adapt: bool) -> tuple[str, str]:
     """Return why a tensor of a head keeps its values: another kind of numbers, other classes, or other features."""
     name, theirs, ours = entry
     layer = name.rpartition(".")[0]
@@ -99,7 +107,8 @@ def _head(entry: tuple[str, Shape, Shape], report: LoadReport, fitter: Fitter) -
         )
     plain_theirs, plain_ours = ([side for side in shape[1:] if side != 1] for shape in (theirs, ours))
     if theirs and ours and plain_theirs == plain_ours and fitter.is_in_output(name):
-        options = ", or take the first classes with adapt=('positions', 'stem', 'head')" * (len(theirs) == len(ours))
+        is_adaptable = may_adapt and len(theirs) == len(ours)
+        options = ", or take the first classes with adapt=('positions', 'stem', 'head')" if is_adaptable else ""
         return (
             f"the head '{layer}' is for {theirs[0]} classes in the file and for {ours[0]} in the model, so it keeps "
             "its values",

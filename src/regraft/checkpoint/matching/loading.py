@@ -36,6 +36,7 @@ class Rules:
     entry: str | None = None
     accept: Sureness = "certain"
     adapt: Collection[Adaptable] = ("positions", "stem")
+    may_adapt: bool = True  # whether the function that was called has `adapt`, for advice to name it
 
     def __post_init__(self) -> None:
         problem = None
@@ -114,32 +115,37 @@ def plan_loading(model: nn.Module, contents: StateDicts, rules: Rules) -> LoadPl
     """
     slots = slots_of(model)
     joined = joined_parts(contents.entries, {name: shape(slot) for name, slot in slots.items()})
-    wanted = [entry for entry in joined if rules.entry is None or entry.key == rules.entry]
-    if rules.entry is not None and wanted:
-        return _planned(model, slots, contents, wanted[0], rules)
-    whole = [_planned(model, slots, contents, entry, rules) for entry in wanted]
+    wanted = [entry for entry in joined if rules.entry in (None, entry.key)]
+    whole = [(entry, _planned(model, slots, contents, entry, rules)) for entry in wanted]
+    if rules.entry is not None and whole:
+        return whole[0][1]
     choices = contents.choices(rules.entry)
     plans = [_planned(model, slots, contents, chosen, rules) for chosen in choices]
-    best = max(whole, key=lambda plan: len(plan.report.loaded), default=None)
-    if best is None:
+    if not whole:
         return _best(plans, contents, choices)
-    rivals = [
-        entry
-        for entry, plan in zip(wanted, whole, strict=True)
-        if len(plan.report.loaded) == len(best.report.loaded)
-        and not set(entry.parts) & set(wanted[whole.index(best)].parts)
-    ]
-    if rivals:
-        raise UnfitError(
-            f"'{contents.path}' holds several networks in parts: '{wanted[whole.index(best)].key}' and '{rivals[0].key}'.",
-            "Choose one with entry=KEY (--entry KEY).",
-        )
-    if len(best.report.loaded) > max(len(plan.report.loaded) for plan in plans):
-        _require_all_parts(best, best, contents)
-        return best
-    single = _best(plans, contents, choices)
-    _require_all_parts(single, best, contents)
-    return single
+    in_parts = _best_in_parts(whole, contents)
+    most = max(len(plan.report.loaded) for plan in plans)
+    plan = in_parts if len(in_parts.report.loaded) > most else _best(plans, contents, choices)
+    _require_all_parts(plan, in_parts, contents)
+    return plan
+
+
+def _best_in_parts(whole: Sequence[tuple[StateDict, LoadPlan]], contents: StateDicts) -> LoadPlan:
+    """Return the plan that fills the most.
+
+    Raises:
+        UnfitError: Another one fills as much, with other parts.
+    """
+    entry, best = max(whole, key=lambda pair: (len(pair[1].report.loaded), not pair[0].is_average))
+    for other, plan in whole:
+        if other.is_average and not entry.is_average:
+            continue
+        if len(plan.report.loaded) == len(best.report.loaded) and not set(other.parts) & set(entry.parts):
+            raise UnfitError(
+                f"'{contents.path}' holds several networks in parts: '{entry.key}' and '{other.key}'.",
+                "Choose one with entry=KEY (--entry KEY).",
+            )
+    return best
 
 
 def _require_all_parts(plan: LoadPlan, joined: LoadPlan, contents: StateDicts) -> None:
@@ -214,6 +220,9 @@ def _planned(model: nn.Module, slots: Tensors, contents: StateDicts, chosen: Sta
     fitter = Fitter(model, slots, held, rules.adapt)
     values, matches, mismatched, adapted = _fitted(found, tensors, slots, fitter, "guess" if by_shape else rules.accept)
     report = _report(slots, contents, chosen, found, fitter, (values, matches, mismatched, adapted))
+    rest = [entry for entry in contents.entries if entry.key not in (chosen.key, *chosen.parts)]
+    cause, suggestion = diagnose(report, found, fitter, rest, may_adapt=rules.may_adapt)
+    report = replace(report, cause=cause, suggestion=suggestion)
     matches = tuple(
         replace(
             pair,
@@ -282,7 +291,7 @@ def _report(
     others = tuple(
         entry.key for entry in contents.entries if entry.key and entry.key not in (chosen.key, *chosen.parts)
     )
-    report = LoadReport(
+    return LoadReport(
         path=str(contents.path),
         loaded=tuple(name for name in slots if id(slots[name]) in filled),
         missing=tuple(
@@ -307,10 +316,6 @@ def _report(
             if isinstance(slot, nn.Parameter) and id(slot) not in filled and not fitter.is_in_head(name)
         ),
     )
-    cause, suggestion = diagnose(
-        report, found, fitter, [entry for entry in contents.entries if entry.key not in (chosen.key, *chosen.parts)]
-    )
-    return replace(report, cause=cause, suggestion=suggestion)
 
 
 def _share(slots: Tensors, filled: set[int], fitter: Fitter) -> float:
