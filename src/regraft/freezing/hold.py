@@ -141,7 +141,7 @@ class PinState:
         pinned: Whether it stays in evaluation mode.
         by_path: Whether that is because it was selected itself, as it has no flags that could say so: `alone`, or
             `among` parameters, so that it is thawed when all of those around it are.
-        follow: Called with the module before each change of its mode, so that pins follow the flags; None: not.
+        follow: Called with the module before it goes into training mode, so that pins follow the flags; None: not.
         hooks: Which of this module's hooks it carries.
     """
 
@@ -209,7 +209,8 @@ class Keeper:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Change the mode of the layer, or of all that is not pinned in it."""
-        if self.follow is not None and (look := _look_of(self.layer)) != self._look:
+        trains = kwargs.get("mode", args[0] if args else True)  # in evaluation mode pins change nothing
+        if trains and self.follow is not None and (look := _look_of(self.layer)) != self._look:
             self.follow(self.layer)
             self._look = _look_of(self.layer) if self.follow is not None else look
         train = self._own if self._own is not None else getattr(type(self.layer), TRAIN).__get__(self.layer)
