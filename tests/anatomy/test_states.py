@@ -11,8 +11,8 @@ import tiny
 from regraft import audit, freeze, summary, unfreeze
 from regraft.anatomy.drift import is_pinned
 from regraft.anatomy.render import state_text
-from regraft.freezing import pins
 from regraft.freezing.audit import would_move
+from regraft.freezing.hold import HOLD, PinState
 
 
 def states(model: nn.Module) -> dict[str, str]:
@@ -47,11 +47,10 @@ def test_layers_that_are_frozen_by_their_flags_alone_say_what_would_move() -> No
 
 def test_freezing_and_looking_know_the_same_pins() -> None:
     layer = nn.BatchNorm2d(3)
-    pins.pin(layer)
+    PinState(pinned=True, hooks=HOLD).apply(layer)
     assert is_pinned(layer)
-    assert pins.is_pinned is is_pinned
     assert would_move(layer) is None
-    pins.unpin(layer)
+    PinState().apply(layer)
     assert would_move(layer) == "its running statistics would still move"
 
 

@@ -257,8 +257,9 @@ def test_missing_and_unexpected_names_are_counted(tmp_path: Path) -> None:
     del state["bn1.weight"], state["bn1.num_batches_tracked"]
     state["extra.weight"] = torch.zeros(2)
     torch.save(state, tmp_path / "w.pth")
-    report = load_weights(tiny.build("plain"), tmp_path / "w.pth")
-    assert report.missing == ("bn1.weight",)
+    with pytest.warns(UserWarning, match=r"1 tensors of PlainCnn \(bn1.weight\), 0.5% of its parameters without"):
+        report = load_weights(tiny.build("plain"), tmp_path / "w.pth")
+    assert report.missing == report.gaps == ("bn1.weight",)
     assert report.unexpected == ("extra.weight",)
     assert "1 missing (bn1.weight), 1 unexpected (extra.weight)" in str(report)
 
@@ -313,8 +314,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], dict[str, object], str]] = {
     ),
     "a list": (lambda path: torch.save([1, 2], path), {}, "holds no state dict, but [1, 2]"),
     "no tensors": (lambda path: torch.save({"a": 1}, path), {}, "holds no state dict, but a dict with 'a'"),
-    "text": (lambda path: path.write_text("weights"), {}, "Expected a safetensors file or one that torch.save wrote"),
-    "empty": (lambda path: path.touch(), {}, "Expected a safetensors file or one that torch.save wrote"),
+    "text": (lambda path: path.write_text("weights"), {}, "it is text, which begins 'weights'. Expected safetensors"),
+    "empty": (lambda path: path.touch(), {}, "it is empty (0 bytes). The download or the copy failed: get it again."),
     "missing": (lambda path: None, {}, "no file '{path}'"),
 }
 

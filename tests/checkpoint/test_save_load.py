@@ -342,8 +342,11 @@ def hostile(header: dict[str, object]) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "one bit": (flipped, "is not what was saved. Get or make it again."),
     "end missing": (cut, "is damaged"),
-    "empty": (lambda path: (path.write_bytes(b""), path)[1], "no safetensors file"),
-    "text": (lambda path: (path.write_text("hello, hello, hello"), path)[1], "no safetensors file"),
+    "empty": (lambda path: (path.write_bytes(b""), path)[1], "it is empty (0 bytes). The download or the copy failed"),
+    "text": (
+        lambda path: (path.write_text("hello, hello, hello"), path)[1],
+        "it is text, which begins 'hello, hello, hello'",
+    ),
     "missing": (lambda path: path.with_name("other"), "no file"),
     "newer format": (lambda path: rewritten(path, lambda h: h.update(format="2.0")), "Install a newer regraft"),
     "other width": (lambda path: rewritten(path, wider), "does not match its own recipe at '7.weight'"),
