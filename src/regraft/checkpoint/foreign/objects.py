@@ -3,8 +3,8 @@
 torch's weights-only unpickler refuses all of these, although most checkpoints that people train have one. They are read
 with the inert unpickler, which imports and calls nothing, and become plain data or None. What is read so is an
 allowlist: names of Python, NumPy and torch that stand for data, and classes of other packages, of which only the state
-is kept. A file that names anything else of Python (`os.getcwd`, `builtins.print`) is refused, although it would not run:
-nobody wants weights from it.
+is kept. A file that names anything else of Python (`os.getcwd`, `builtins.print`) is refused, although it would not
+run: nobody wants weights from it.
 """
 
 import math
