@@ -1,7 +1,6 @@
 """What people really have: wrapped, prefixed, pickled and half fitting files."""
 
 import importlib.util
-import os
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from torchvision import models, transforms
 
 import tiny
+from marking import Marked
 from oracles import identical, same, snapshot
 from regraft import create_model, load_weights, save
 from regraft.card import card_of
@@ -264,23 +264,13 @@ def test_missing_and_unexpected_names_are_counted(tmp_path: Path) -> None:
     assert "1 missing (bn1.weight), 1 unexpected (extra.weight)" in str(report)
 
 
-class Bomb:
-    """Makes a folder when it is unpickled by somebody who trusts it."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.marker),)
-
-
 HOSTILE: dict[str, Callable[[Path, Path], object]] = {
     "whole module": lambda path, marker: torch.save(tiny.build("plain"), path),
-    "reduce": lambda path, marker: torch.save({"state_dict": plain_state(), "extra": Bomb(marker)}, path),
+    "reduce": lambda path, marker: torch.save({"state_dict": plain_state(), "extra": Marked(marker)}, path),
     "reduce, legacy": lambda path, marker: torch.save(
-        {"state_dict": plain_state(), "extra": Bomb(marker)}, path, _use_new_zipfile_serialization=False
+        {"state_dict": plain_state(), "extra": Marked(marker)}, path, _use_new_zipfile_serialization=False
     ),
-    "plain pickle": lambda path, marker: path.write_bytes(pickle.dumps(Bomb(marker))),
+    "plain pickle": lambda path, marker: path.write_bytes(pickle.dumps(Marked(marker))),
 }
 
 
@@ -288,8 +278,8 @@ HOSTILE: dict[str, Callable[[Path, Path], object]] = {
     ("write", "message"),
     [
         ("whole module", "holds more than tensors (tiny.PlainCnn), and reading it would run code from it"),
-        ("reduce", "holds more than tensors (posix.mkdir), and reading it would run code from it"),
-        ("reduce, legacy", "holds more than tensors (posix.mkdir), and reading it would run code from it"),
+        ("reduce", "holds more than tensors (marking.leave_mark), and reading it would run code from it"),
+        ("reduce, legacy", "holds more than tensors (marking.leave_mark), and reading it would run code from it"),
         ("plain pickle", "cannot be read as weights"),
     ],
 )

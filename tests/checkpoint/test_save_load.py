@@ -135,7 +135,7 @@ def test_a_class_of_ones_own_is_rebuilt_with_trust_alone(own: str, tmp_path: Pat
     path = save(model, tmp_path / "model.safetensors")
     marker = tmp_path / "imported"
     source = tmp_path / "own.py"
-    source.write_text(f"__import__('pathlib').Path({str(marker)!r}).touch()\n" + source.read_text())
+    source.write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n" + source.read_text())
     with pytest.raises(TrustError, match="trust_code=True"):
         load(path)
     assert not marker.exists()

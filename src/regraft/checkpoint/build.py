@@ -113,8 +113,8 @@ def _require_sane(recipe: Recipe) -> None:
     """Refuse a recipe that would keep a machine busy for hours.
 
     Raises:
-        EditError: It has more steps or parts than any network was made of, or a regular expression, which can take
-            years to say that it does not match.
+        EditError: It has more steps or parts than any network was made of, or a regular expression, which has no
+            limit.
     """
     recipes, steps, waiting = 0, 0, [recipe]
     while waiting:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from regraft.anatomy.modes import in_mode
 from regraft.anatomy.paths import parent_and_name
 from regraft.card import ATTRIBUTE, Recipe
 from regraft.checkpoint.contents import find_entries
@@ -61,7 +62,7 @@ def load(
         if not is_extra_state(name):
             slot.data = tensors[name]
     _restore_extra_state(source, model, tensors)
-    return _finish(model, header).eval().to(device)
+    return in_mode(_finish(model, header), False).to(device)
 
 
 def load_outline(path: str | os.PathLike[str], *, trust_code: bool = False) -> nn.Module:
@@ -87,7 +88,7 @@ def load_outline(path: str | os.PathLike[str], *, trust_code: bool = False) -> n
     for name, entry in known.items():
         if entry.dtype != slots[name].dtype:
             slots[name].data = slots[name].data.to(entry.dtype)
-    return _finish(model, header).eval()
+    return in_mode(_finish(model, header), False)
 
 
 def _restore_extra_state(source: Path, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

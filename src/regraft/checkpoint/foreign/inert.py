@@ -35,7 +35,7 @@ STORAGES = {
     "UntypedStorage": torch.uint8,
 }
 DEPTH_LIMIT = 200  # layers within layers
-VISIT_LIMIT = 200_000  # layers in all; a few objects that hold each other twice could keep one busy for ever
+VISIT_LIMIT = 200_000  # layers in all, however often the same object is met
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # what older torch.save begins with, as torch.serialization has it
 
 Check = Callable[[str], None]  # raises where a name that stands for nothing here is refused

@@ -1,8 +1,7 @@
 """What a pickle of torch would build: found without building it, and made plain afterwards.
 
-torch's weights-only unpickler runs no code, but trusts numbers: a storage may be said to be longer than the bytes that
-are there, a view larger than any memory, and a hundred bytes of pickle can stand for values whose hash takes years.
-Here the instructions are followed on paper: of each value only its size and depth are known.
+torch's weights-only unpickler runs no code, but what it builds, and for how long, is for the file to say. Here the
+instructions are followed on paper first: of each value only its size and depth are known, and both have limits.
 """
 
 import pickletools
@@ -256,7 +255,7 @@ class _Reader:
         known = NAME_MAPPING.get((module, last))
         module, last = known if known is not None else (IMPORT_MAPPING.get(module, module), last)
         name = f"{module}.{last}"
-        if len(name) > LONGEST_NAME:  # torch would search it for as many seconds as it has thousands, squared
+        if len(name) > LONGEST_NAME:
             raise _refused(self._path, f"it names something of {len(name):,} characters")
         is_type = module in ("torch", "torch.storage") and (
             last.endswith("Storage") or last.islower() or last[:1] == "Q"

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from regraft.anatomy.modes import preserved_randomness
+from regraft.anatomy.modes import in_mode, preserved_randomness
 from regraft.card import attach, card_of
 from regraft.checkpoint.foreign.reading import read_state_dicts, unwrapping
 from regraft.checkpoint.foreign.state_dicts import StateDicts, Tensors, listed
@@ -94,7 +94,7 @@ def _into_network(
     if recipe is not None:
         weights = recipe.source.model_copy(update={"weights": contents.path.name})
         attach(network, recipe=recipe.model_copy(update={"source": weights}))
-    save(network.eval(), target)
+    save(in_mode(network, False), target)
     return plan.report
 
 
