@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -85,6 +86,6 @@ class Interpreter(fx.Interpreter):
 
 
 def _mutable(value: Any) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, immutable_list):
         return [_mutable(item) for item in value]
-    return {key: _mutable(item) for key, item in value.items()} if isinstance(value, dict) else value
+    return {key: _mutable(item) for key, item in value.items()} if isinstance(value, immutable_dict) else value

@@ -22,11 +22,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 from regraft.anatomy.graph import ancestors
 from regraft.anatomy.inputs import Arguments
 from regraft.anatomy.modes import preserved_randomness
+from regraft.anatomy.tracing import trace
 from regraft.anatomy.values import BATCHES
-from regraft.errors import ModelError
+from regraft.errors import ForwardError, ModelError
 from regraft.frontier.independence import difference, with_image_of
 from regraft.frontier.liveness import is_live_layer
 
+Part = tuple[str, nn.Module, bool]  # path, layer, whether it is live
 Form = tuple[TreeSpec, tuple[Any, ...]]  # of nested arguments: their structure, and what in them is no tensor
 
 
@@ -128,29 +130,30 @@ def record_and_replay(model: nn.Module, arguments: Arguments) -> tuple[Recording
     with preserved_randomness(0):
         drawn = [arguments.drawn(count, device) for count in (*BATCHES, BATCHES[0])]
         problem: ModelError | None = None
-        for layer in _candidates(model, drawn[0]):
+        parts = list(_parts(model, _unused(model, arguments)))
+        for layer in _candidates(model, drawn[0], parts):
             try:
-                return _split_at(model, layer, arguments, drawn)
+                return _split_at(model, layer, arguments, drawn, parts)
             except ModelError as error:
                 problem = problem or error
     raise problem or ModelError("its forward calls no live layer.")
 
 
 def _split_at(
-    model: nn.Module, layer: str, arguments: Arguments, drawn: list[Arguments]
+    model: nn.Module, layer: str, arguments: Arguments, drawn: list[Arguments], parts: list[Part]
 ) -> tuple[Recording, Replay, Boundary]:
-    boundary = _boundary(model, layer, arguments, drawn)
+    boundary = _boundary(model, layer, arguments, drawn, parts)
     whole = tuple(position for position, tensor in enumerate(_tensors(arguments)) if not tensor.is_floating_point())
     problem: ModelError | None = None
     for kept in dict.fromkeys(((), whole)):
         leaves = [_tensors(arguments)[position] for position in kept]
-        parts = replace(
+        with_inputs = replace(
             boundary,
             shapes=(*boundary.shapes, *(tuple(leaf.shape[1:]) for leaf in leaves)),
             dtypes=(*boundary.dtypes, *(leaf.dtype for leaf in leaves)),
             kept=kept,
         )
-        recording, replay = Recording(model, parts), Replay(model, parts)
+        recording, replay = Recording(model, with_inputs), Replay(model, with_inputs)
         replay.training = model.training
         try:
             with torch.no_grad():
@@ -161,13 +164,15 @@ def _split_at(
         except ModelError as error:
             problem = problem or error
         else:
-            return recording, replay, parts
+            return recording, replay, with_inputs
     assert problem is not None
     raise problem
 
 
-def _boundary(model: nn.Module, layer: str, arguments: Arguments, drawn: list[Arguments]) -> Boundary:
-    (given, before), (other_given, other_before) = (_followed(model, layer, inputs) for inputs in drawn[:2])
+def _boundary(
+    model: nn.Module, layer: str, arguments: Arguments, drawn: list[Arguments], parts: list[Part]
+) -> Boundary:
+    (given, before), (other_given, other_before) = (_followed(model, layer, inputs, parts) for inputs in drawn[:2])
     if not before:
         raise ModelError(f"nothing is constant before its first live layer '{layer}'.")
     (tensors, form), (other_tensors, other_form) = _flattened(given), _flattened(other_given)
@@ -196,14 +201,25 @@ def _boundary(model: nn.Module, layer: str, arguments: Arguments, drawn: list[Ar
     )
 
 
-def _parts(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, bool]]:
+def _unused(model: nn.Module, arguments: Arguments) -> list[nn.Parameter]:
+    """List the trainable parameters that the forward uses in neither mode."""
+    used: set[str] = set()
+    for training in (False, True):
+        try:
+            used |= set(trace(model, inputs=arguments.args or arguments.kwargs, training=training).first_uses)
+        except ForwardError:
+            return []
+    return [p for name, p in model.named_parameters() if p.requires_grad and name not in used]
+
+
+def _parts(model: nn.Module, unused: list[nn.Parameter], path: str = "") -> Iterator[Part]:
     """List the outermost constant layers and all live ones, with whether each is live."""
     for name, layer in model.named_children():
         inner = f"{path}.{name}".lstrip(".")
-        is_live = is_live_layer(layer)
+        is_live = is_live_layer(layer, unused)
         yield inner, layer, is_live
         if is_live and not _is_wholly_live(layer):
-            yield from _parts(layer, inner)
+            yield from _parts(layer, unused, inner)
 
 
 def _is_wholly_live(layer: nn.Module) -> bool:
@@ -211,7 +227,7 @@ def _is_wholly_live(layer: nn.Module) -> bool:
     return flags == {True} or not any(True for _ in layer.children())
 
 
-def _candidates(model: nn.Module, inputs: Arguments) -> list[str]:
+def _candidates(model: nn.Module, inputs: Arguments, parts: list[Part]) -> list[str]:
     """List the layers at which the live part may begin: the first live one that is called, and those around it."""
     running: list[str] = []
 
@@ -230,7 +246,7 @@ def _candidates(model: nn.Module, inputs: Arguments) -> list[str]:
         return hook
 
     handles = []
-    for path, layer, is_live in _parts(model):
+    for path, layer, is_live in parts:
         if is_live:
             handles.append(layer.register_forward_pre_hook(begin(path, _is_wholly_live(layer))))
             handles.append(layer.register_forward_hook(end(path)))
@@ -238,11 +254,11 @@ def _candidates(model: nn.Module, inputs: Arguments) -> list[str]:
     return running[::-1]
 
 
-def _followed(model: nn.Module, layer: str, inputs: Arguments) -> tuple[Any, list[tuple[str, Any]]]:
+def _followed(model: nn.Module, layer: str, inputs: Arguments, parts: list[Part]) -> tuple[Any, list[tuple[str, Any]]]:
     """Run a forward up to a layer: what that is given, and what the constant layers before it gave."""
     before: list[tuple[str, Any]] = []
     handles = [model.get_submodule(layer).register_forward_pre_hook(_stop(layer), with_kwargs=True)]
-    for path, part, is_live in _parts(model):
+    for path, part, is_live in parts:
         if not is_live:
             handles.append(part.register_forward_hook(lambda _, __, output, path=path: before.append((path, output))))
     stopped = _run_until_stopped(model, inputs, handles)
