@@ -117,11 +117,7 @@ def test_append_goes_on_without_a_graph(name: str) -> None:
 def test_partition_refuses_what_changes_from_call_to_call(name: str) -> None:
     model = Noisy(REFUSED[name][0])
     regraft.freeze(model, "a")
-    if name == "counter":  # after its last layer, so that what is recorded does not depend on it
-        parts = regraft.partition(model, IMAGES)
-        assert [cut.layer for cut in parts.frontier] == ["b"]
-        return
-    with pytest.raises(ModelError, match="cannot be traced.*draws at random or counts its calls before 'b'"):
+    with pytest.raises(ModelError, match=r"cannot be traced.*Nor can it be recorded and replayed: its forward"):
         regraft.partition(model, IMAGES)
 
 
@@ -184,7 +180,7 @@ def test_capture_takes_the_inputs_that_are_given() -> None:
 
 
 def test_capture_says_what_a_forward_takes() -> None:
-    with pytest.raises(ModelError, match="do not fit the forward of Optional: too many positional.*It takes"):
+    with pytest.raises(ModelError, match=r"do not fit the forward of Optional: too many positional.*It takes"):
         capture(Optional(), arguments=Arguments((torch.zeros(1, 4), torch.zeros(1))))
 
 

@@ -46,7 +46,7 @@ def test_partition_of_half_a_transformer(name: str, wrapped: bool) -> None:
     before = snapshot(model)
     parts = partition(model, inputs)
     assert same(before, snapshot(model))
-    assert 0.2 < parts.multiply_adds[0] / sum(parts.multiply_adds) < 0.5
+    assert 0.2 < parts.multiply_adds[0] / sum(parts.multiply_adds) < 0.6
     model.eval()
     with torch.no_grad():
         assert identical(parts.suffix.eval()(*parts.prefix(**inputs)).logits, model(**inputs).logits)

@@ -74,13 +74,13 @@ class Interpreter(fx.Interpreter):
         self.counter = FlopCounterMode(display=False)
         self.operations: dict[fx.Node, int] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> Any:  # noqa: D102
         before = self.counter.get_total_flops()
         result = super().run_node(n)
         self.operations[n] = self.counter.get_total_flops() - before
         return result
 
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:  # noqa: D102
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         return tuple(_mutable(value) for value in args), {name: _mutable(value) for name, value in kwargs.items()}
 

@@ -14,7 +14,8 @@ def adapter_for(given: Shape, wanted: Shape, *, is_fitted: bool = False) -> nn.S
 
     Maps are resampled (average pooling down, bilinear up), then changed in width by a 1×1 convolution with batch norm;
     tokens and vectors in width by a linear layer. A map becomes tokens row by row, and tokens a map where they fill one
-    of the other side's proportions or a square, a class token in front left out. Weights keep the variance of what goes through (Glorot).
+    of the other side's proportions or a square, a class token in front left out. Weights keep the variance of what goes
+    through (Glorot).
 
     Args:
         given: What comes in.

@@ -168,8 +168,8 @@ def insert(
         if not _is_called(model, path, inputs):
             raise EditError(f"cannot insert {place}: that layer is never called. Nothing was changed.") from error
         raise EditError(
-            f"cannot insert {place}: {str(error).rstrip('.')}. Only replace, replace_head, remove, truncate and append work on a network "
-            "that cannot be traced. Nothing was changed."
+            f"cannot insert {place}: {str(error).rstrip('.')}. Only replace, replace_head, remove, truncate and "
+            "append work on a network that cannot be traced. Nothing was changed."
         ) from error
     what = f"insert {type(new).__name__} {place}"
     settled(edited, {name: new}, prove(edited, model, what, inputs), what)
@@ -285,8 +285,8 @@ def crossed(
 
 def _main_output(flow: Flow, model: nn.Module) -> fx.Node:
     value = flow.output
-    if isinstance(value, fx.Node) and hasattr(value.target, "_fields"):  # a named tuple that the forward makes
-        value = value.args
+    if isinstance(value, fx.Node) and isinstance(value.target, type):  # a named tuple or the like that it makes
+        value = value.args or value.kwargs
     if isinstance(value, fx.Node):
         return value
     nodes = nodes_in(value)
