@@ -74,6 +74,8 @@ def _copied(model: nn.Module, replacement: Callable[[torch.Tensor], torch.Tensor
     for module in twin.modules():
         module._forward_hooks.clear()
         module._backward_hooks.clear()
+        if hasattr(vars(module).get("train"), "is_pinned"):  # of a pin, which would look at the flags of the copy
+            del vars(module)["train"]
         for key, hook in list(module._forward_pre_hooks.items()):
             if not type(hook).__module__.startswith(OWN_HOOKS):
                 del module._forward_pre_hooks[key]

@@ -12,7 +12,6 @@ from them is, before it can be kept.
 
 import random
 from collections.abc import Collection
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -51,7 +50,7 @@ def dependent_values(model: nn.Module, flow: Flow, nodes: Collection[fx.Node]) -
         first, other = with_image_of(*(inputs.drawn(count, device) for count in BATCHES))
         batches = (first.args, first.args, other.args)
         twin = _training_copy(model, flow)
-        watch = ParameterWatch(SimpleNamespace(now=0))
+        watch = ParameterWatch()
         watch.protect(model.parameters())
         with watch:
             return _compared(flow, nodes, [Interpreter(twin, flow.graph) for _ in batches], batches)
