@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from regraft.anatomy.graph import ancestors
 from regraft.anatomy.inputs import Arguments
@@ -27,6 +27,7 @@ from regraft.anatomy.values import BATCHES
 from regraft.errors import ForwardError, ModelError
 from regraft.frontier.independence import difference, with_image_of
 from regraft.frontier.liveness import is_live_layer
+from regraft.frontier.stubs import Asleep, nothing, sleeping, stub
 
 Part = tuple[str, nn.Module, bool]  # path, layer, whether it is live
 Form = tuple[TreeSpec, tuple[Any, ...]]  # of nested arguments: their structure, and what in them is no tensor
@@ -48,7 +49,7 @@ class Boundary:
 
     layer: str
     form: Form
-    asleep: dict[str, tuple[Callable[[int, torch.device], Any], ...]]
+    asleep: Asleep
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
     inputs: Arguments
@@ -106,7 +107,7 @@ class Replay(nn.Module):
         layer = self.model.get_submodule(self.boundary.layer)
         handle = layer.register_forward_pre_hook(take_over, with_kwargs=True, prepend=True)
         try:
-            with _sleeping(self.model, self.boundary, count, device):
+            with sleeping(self.model, self.boundary.asleep, count, device):
                 output = self.model(*inputs.args, **inputs.kwargs)
         finally:
             handle.remove()
@@ -187,9 +188,9 @@ def _boundary(
         raise ModelError(f"what its first live layer '{layer}' is given is not one row for each image.")
     if [name for name, _ in before] != [name for name, _ in other_before]:
         raise ModelError("its forward does not always call the same layers.")
-    asleep: dict[str, tuple[Callable[[int, torch.device], Any], ...]] = {}
+    asleep: Asleep = {}
     for (name, output), (_, other) in zip(before, other_before, strict=True):
-        asleep[name] = (*asleep.get(name, ()), _stub(name, output, other))
+        asleep[name] = (*asleep.get(name, ()), stub(name, output, other))
     return Boundary(
         layer,
         form,
@@ -313,7 +314,7 @@ def _inputs(boundary: Boundary, kept: tuple[torch.Tensor, ...], count: int, devi
     def fill(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal position
         position += 1
-        return at[position] if position in at else _nothing(tensor.shape, tensor.dtype, device)
+        return at[position] if position in at else nothing(tensor.shape, tensor.dtype, device)
 
     return boundary.inputs.of_batch(count).mapped(fill)
 
@@ -342,54 +343,6 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in before:
             module.training = mode
-
-
-@contextlib.contextmanager
-def _sleeping(model: nn.Module, boundary: Boundary, count: int, device: torch.device) -> Iterator[None]:
-    """Let the layers before the boundary return nothing of worth, and compute nothing."""
-    layers = {name: model.get_submodule(name) for name in boundary.asleep}
-    before = {name: vars(layer).get("forward") for name, layer in layers.items()}
-    for name, layer in layers.items():
-        layer.__dict__["forward"] = _asleep(layer.forward, boundary.asleep[name], count, device)
-    try:
-        yield
-    finally:
-        for name, layer in layers.items():
-            if before[name] is None:
-                del layer.__dict__["forward"]
-            else:
-                layer.__dict__["forward"] = before[name]
-
-
-def _asleep(forward: Any, makers: tuple[Any, ...], count: int, device: torch.device) -> Callable[..., Any]:
-    coming = iter(makers)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        make = next(coming, None)
-        return forward(*args, **kwargs) if make is None else make(count, device)
-
-    return run
-
-
-def _stub(name: str, output: Any, other: Any) -> Callable[[int, torch.device], Any]:
-    """Return what makes an output like these two, of batches of `BATCHES`, for a batch of any size."""
-
-    def form_of(small: Any, large: Any) -> Any:
-        if not isinstance(small, torch.Tensor):
-            return lambda count, device: small
-        sizes = [(a, b) for a, b in zip(small.shape, large.shape, strict=True)]
-        if not small.is_floating_point() or any(a != b and (a, b) != BATCHES for a, b in sizes):
-            raise ModelError(f"layer '{name}' returns something that cannot be left out.")
-        dtype = small.dtype
-        return lambda count, device: _nothing([a if a == b else count for a, b in sizes], dtype, device)
-
-    forms = tree_map(form_of, output, other)
-    return lambda count, device: tree_map(lambda make: make(count, device), forms)
-
-
-def _nothing(shape: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return a tensor of NaN (0 for whole numbers) that takes no memory."""
-    return torch.full((), float("nan") if dtype.is_floating_point else 0, dtype=dtype, device=device).expand(*shape)
 
 
 def _flattened(given: Any) -> tuple[tuple[torch.Tensor, ...], Form]:
