@@ -12,6 +12,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -60,6 +61,37 @@ def build(name: str, *, weights: str = "none", trust_code: bool = False) -> nn.M
         model, preprocessing, registered = _build_torchvision(name, weights)
     source = Source(name=name, weights=registered)
     return attach(model, recipe=Recipe(source=source), preprocessing=preprocessing)
+
+
+def weights_name(name: str, weights: object) -> str | Path:
+    """Return weights as a name or a file, from what people pass: None, torchvision's enums, or the names of those.
+
+    Raises:
+        ModelError: They are of another network, or no weights at all.
+    """
+    if weights is None:
+        return "none"
+    if isinstance(weights, Path):
+        return weights
+    if isinstance(weights, Enum):
+        kind, weights = type(weights).__name__, weights.name
+    elif isinstance(weights, str):
+        kind, _, member = weights.rpartition(".")
+        if not kind.endswith("_Weights") or Path(weights).exists():
+            return "default" if weights == "DEFAULT" else weights
+        weights = member
+    else:
+        raise ModelError(
+            f"weights is a {type(weights).__name__}, expected a name, a file, or None. Pass weights='default' for "
+            "pretrained weights; give tensors that you have to regraft.load_weights(model, …)."
+        )
+    from torchvision import models
+
+    known = models.get_model_weights(name).__name__ if name in _torchvision_names() else None
+    if kind != known:
+        what = f"takes {known}" if known else "is no network of torchvision"
+        raise ModelError(f"{kind}.{weights} are weights of another network: '{name}' {what}.")
+    return "default" if weights == "DEFAULT" else weights
 
 
 def preprocessing_of(model: nn.Module) -> Preprocessing:
