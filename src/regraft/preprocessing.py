@@ -60,7 +60,8 @@ def of_transformers(model: nn.Module) -> tuple[Preprocessing, str] | None:
     with contextlib.suppress(Exception), _quiet():
         from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-        kind: Any = IMAGE_PROCESSOR_MAPPING[type(config)]
+        known: Any = IMAGE_PROCESSOR_MAPPING
+        kind: Any = known[type(config)]
         kind = next(iter(kind.values())) if isinstance(kind, dict) else kind
         kind = next(one for one in kind if one is not None) if isinstance(kind, tuple) else kind
         usual = of_processor(kind())
