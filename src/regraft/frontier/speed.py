@@ -6,9 +6,10 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from regraft.anatomy.drift import stay_in_evaluation
 from regraft.anatomy.graph import capture_widely, containers
+from regraft.anatomy.modes import in_mode
 from regraft.errors import ModelError
+from regraft.freezing.hold import has_foreign_hooks
 from regraft.frontier.replay import Recording
 from regraft.surgery.swap import with_layers
 
@@ -33,7 +34,7 @@ def faster(prefix: nn.Module) -> nn.Module:
     put: dict[str, nn.Module] = {}
     for conv, norm in _pairs(calls, layers):
         if _is_plain(layers[conv]) and not read & {conv, norm} and _is_foldable(layers[conv], layers[norm]):
-            put[conv] = fuse_conv_bn_eval(layers[conv].eval(), layers[norm].eval())  # pyright: ignore[reportArgumentType]
+            put[conv] = fuse_conv_bn_eval(in_mode(layers[conv], False), in_mode(layers[norm], False))  # pyright: ignore[reportArgumentType]
             put[norm] = nn.Identity()
     for path, layer in layers.items():
         if type(layer) is nn.Conv2d and _is_plain(layer) and path not in put:
@@ -44,7 +45,7 @@ def faster(prefix: nn.Module) -> nn.Module:
     for path in _overwriting(calls, layers):
         put[path] = copy.copy(layers[path])
         setattr(put[path], "inplace", True)  # noqa: B010 - which only some layers have
-    return with_layers(prefix, put).eval()
+    return in_mode(with_layers(prefix, put), False)
 
 
 def _dataflow(prefix: nn.Module) -> tuple[dict[str, list[fx.Node]], set[str]]:
@@ -69,10 +70,8 @@ def _is_plain(layer: nn.Module) -> bool:
     Weight norm, spectral norm and pruning compute the weight in a hook or a parametrization, and keep it as another
     kind of attribute.
     """
-    hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
-    has_own_hooks = any(hook is not stay_in_evaluation for hook in hooks)
     has_own_code = "forward" in vars(layer) or "weight" in vars(layer) or "bias" in vars(layer)
-    return not has_own_hooks and not has_own_code
+    return not has_foreign_hooks(layer) and not has_own_code
 
 
 def _is_foldable(conv: nn.Module, norm: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from regraft.anatomy.modes import preserved_randomness
+from regraft.anatomy.modes import in_mode, preserved_randomness
 from regraft.card import attach
 from regraft.errors import DataError, Interrupted, LossError, RunError
 from regraft.progress import Progress
@@ -96,7 +96,7 @@ def train(run: Run, found: Found | None) -> FitResult:
     assert best is not None
     best.put_back(job.model)
     return FitResult(
-        model=job.model.eval(),
+        model=in_mode(job.model, False),
         plan=job.plan,
         config=config.updated(**run.origin.chosen),
         history=tuple(run.standing.history),
