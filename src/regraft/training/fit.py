@@ -11,6 +11,7 @@ import torch._dynamo  # all of the compiler, which optimizers import at their fi
 from torch import nn
 
 from regraft.anatomy.modes import preserved_randomness
+from regraft.card import attach
 from regraft.data.folders import Listing
 from regraft.errors import ConfigError, ModelError
 from regraft.freezing.schedule import Schedule
@@ -32,7 +33,7 @@ from regraft.training.run_folder import RunFolder
 from regraft.training.signals import Signals
 from regraft.training.standing import Standing
 from regraft.training.state import Origin, check_state, find_run
-from regraft.zoo import preprocessing_of
+from regraft.zoo import preprocessing_of, preprocessing_source
 
 
 def fit(
@@ -123,6 +124,9 @@ def _prepare(
     """Build the network, read the data, and put together what a training loop needs."""
     with standing.phase("model"):
         built = prepare_model(model, listing, config, trust_code=trust_code)
+        if listing is not None and (source := preprocessing_source(built)) is not None:
+            attach(built, preprocessing=preprocessing_of(built))
+            progress.say(f"images     {preprocessing_of(built).summary()}; from {source}")
         engine = replace(choose_engine(config.device, config.precision), has_channels_last=config.fast)
         built.to(engine.device)
     with standing.phase("reading"):
