@@ -23,7 +23,7 @@ State = tuple[bytes, Any, bytes, int]
 
 def random_state() -> State:
     """Return the state of the global generators of torch (CPU), Python and NumPy as comparable values."""
-    kind = np.random.get_state()
+    kind: Any = np.random.get_state()
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), kind[1].tobytes(), int(kind[2])
 
 

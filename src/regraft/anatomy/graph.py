@@ -118,7 +118,9 @@ def capture(
         if generator_states(_layers(first, opened)) != before:
             raise _untraceable(model, "", DREW)
         counted = _carry_over(first, second, model, opened)
-        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        torch.manual_seed(1)
+        random.seed(1)
+        np.random.seed(1)
         again, _ = trace(second)
     for path in ("", *opened):
         if any(vars(second.get_submodule(path))[name] != value for name, value in counted.get(path, {}).items()):
@@ -299,7 +301,7 @@ def _first_difference(
     """Return the path of the layer in whose forward two graphs begin to differ; None where they do not."""
     for node, twin in zip_longest(graph.nodes, other.nodes):
         if node is None or twin is None or _described(node) != _described(twin):
-            return (node or twin).meta.get(LAYER, "")
+            return cast(fx.Node, node or twin).meta.get(LAYER, "")
         name = str(node.target)
         if node.op == "get_attr" and name in constants and not _equal(constants[name], others[name]):
             return node.meta.get(LAYER, "")

@@ -243,7 +243,7 @@ def is_training_flag(target: str) -> bool:
     return target.rpartition(".")[2] == "training"
 
 
-def _opened(stand_in: fx.Proxy, value: Any) -> Any:
+def _opened(stand_in: Any, value: Any) -> Any:
     """Let a container of inputs be one of stand-ins, so that a forward may iterate over it."""
     if type(value) in (list, tuple):
         return type(value)(_opened(stand_in[position], one) for position, one in enumerate(value))
