@@ -101,7 +101,8 @@ def guess_input_size(model: nn.Module) -> Shape:
         return (1, TOKENS)
     if isinstance(first, nn.RNNBase):
         return (1, TOKENS, first.input_size)
-    takes_images = hasattr(model, "preprocessing") or isinstance(getattr(model, "pretrained_cfg", None), dict)
+    model = _speaking(model)
+    takes_images = _says_images(model)
     if isinstance(first, nn.Linear) and first.in_features and not takes_images:
         return (1, first.in_features)
     preprocessing = preprocessing_of(model)
@@ -112,9 +113,23 @@ def guess_input_size(model: nn.Module) -> Shape:
     channels = first.in_channels if isinstance(first, nn.Conv2d) else 0
     if not 0 < channels <= MOST_CHANNELS:  # unknown yet, or registered first but no stem of images
         channels = preprocessing.channels
-    own_side = getattr(model, "image_size", None)  # as torchvision's vision transformers say it
-    side = own_side if isinstance(own_side, int) and card_of(model).preprocessing is None else preprocessing.size
+    side = _own_side(model) or preprocessing.size
     return (1, channels, side, side)
+
+
+def _speaking(model: nn.Module) -> nn.Module:
+    """Return the outermost network that says what images it takes, within `model`; else `model`."""
+    return next((layer for layer in model.modules() if _says_images(layer) or _own_side(layer) is not None), model)
+
+
+def _says_images(model: nn.Module) -> bool:
+    has_card = card_of(model).preprocessing is not None
+    return has_card or hasattr(model, "preprocessing") or isinstance(getattr(model, "pretrained_cfg", None), dict)
+
+
+def _own_side(model: nn.Module) -> int | None:
+    side = getattr(model, "image_size", None)  # as torchvision's vision transformers say it
+    return side if isinstance(side, int) and card_of(model).preprocessing is None else None
 
 
 def shapes_of(value: Any) -> tuple[Shape, ...]:

@@ -20,7 +20,7 @@ from regraft.freezing.state import FreezeState
 
 HEAD, ALL = "head", "all"
 EXPRESSION = "re:"
-CLOSED_KINDS = (  # schedules with lists or schedules of their own beside the base rates, which a new group is missing in
+CLOSED_KINDS = (  # with lists or schedules of their own beside the base rates, from which a new group would be missing
     torch.optim.lr_scheduler.OneCycleLR,
     torch.optim.lr_scheduler.CyclicLR,
     torch.optim.lr_scheduler.SequentialLR,
