@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim import lr_scheduler as kinds
 
 import tiny
 from oracles import identical, same, snapshot
