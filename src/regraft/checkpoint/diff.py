@@ -110,7 +110,8 @@ def diff(a: nn.Module | str | os.PathLike[str], b: nn.Module | str | os.PathLike
 
 def _tensors(source: nn.Module | str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     if isinstance(source, nn.Module):
-        return dict(unwrapped(source)[1].state_dict())
+        state = unwrapped(source)[1].state_dict()
+        return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     return read_tensors(locate(Path(source)))[0]
 
 

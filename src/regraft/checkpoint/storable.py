@@ -17,7 +17,7 @@ def require_storable(tensors: Mapping[str, torch.Tensor]) -> None:
         CheckpointError: There is one; it is named, with the kind that it is of and a way out. Nothing was written.
     """
     for name, tensor in tensors.items():
-        problem = _problem(tensor)
+        problem = _problem(tensor) if isinstance(tensor, torch.Tensor) else None  # else the extra state of a layer
         if problem is not None:
             raise CheckpointError(f"the tensor '{name}' has no bytes to keep or to compare: {problem}")
 

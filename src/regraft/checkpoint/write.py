@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from regraft.anatomy.wrappers import unwrapped
@@ -59,8 +60,8 @@ def save(
     target = Path(path)
     model = _carried(model)
     require_storable(model.state_dict())
-    card = _described_card(model)
     tensors, shared = unshared(model)
+    card = _described_card(model)
     header = Header(
         **card.carried,
         card=card,
@@ -149,4 +150,5 @@ def _structure(model: nn.Module) -> dict[str, object]:
         for path, layer in model.named_modules(remove_duplicate=False)
         if type(layer).__module__ in ("torch.nn.modules.conv", "torch.nn.modules.pooling")
     }
-    return {**kinds, **geometry, **{name: tensor.shape for name, tensor in model.state_dict().items()}}
+    shapes = {name: value.shape for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    return {**kinds, **geometry, **shapes}

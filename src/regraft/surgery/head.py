@@ -12,6 +12,7 @@ from regraft.anatomy.class_heads import COUNTS, class_heads
 from regraft.anatomy.graph import ancestors
 from regraft.anatomy.heads import find_auxiliary_heads, width_of
 from regraft.anatomy.inputs import Inputs
+from regraft.anatomy.modes import in_mode
 from regraft.anatomy.paths import layer_at, parent_and_name
 from regraft.anatomy.tracing import Trace, trace
 from regraft.anatomy.twins import shared_copy
@@ -309,7 +310,9 @@ def _new_head(model: nn.Module, target: _Target, inputs: Inputs | None) -> nn.Mo
         layer = nn.Linear(_width_into(model, path, inputs), new)
     else:
         layer = layer_like(old, new * target.scores_per_class, path)
-    return (layer if reference is None else layer.to(reference.device, reference.dtype)).train(old.training)
+    if reference is not None:
+        layer.to(reference.device, reference.dtype)
+    return in_mode(layer, old.training)
 
 
 def _width_into(model: nn.Module, path: str, inputs: Inputs | None) -> int:
