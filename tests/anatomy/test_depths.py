@@ -1,3 +1,4 @@
+import re
 from collections import defaultdict
 
 import pytest
@@ -12,6 +13,27 @@ from regraft import param_groups
 from regraft.anatomy.depths import parameter_depths
 
 ENCODER = "encoder.layers.encoder_layer_"
+
+
+class Around(nn.Module):
+    """A network inside of another module, alone or under a head of its own."""
+
+    def __init__(self, backbone: nn.Module, features: int | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classify = nn.Linear(features, 3) if features else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classify(self.backbone(x))
+
+
+WRAPPERS = {
+    "own class": Around,
+    "two levels": lambda network: Around(Around(network)),
+    "DataParallel": nn.DataParallel,
+    "Sequential": lambda network: nn.Sequential(nn.Identity(), network),
+    "compiled": torch.compile,
+}
 BLOCKS = {  # written down from the published architectures
     "resnet18": [["conv1", "bn1"], *([f"layer{i}.{j}"] for i in (1, 2, 3, 4) for j in (0, 1)), ["fc"]],
     "vit_b_16": [
@@ -145,3 +167,77 @@ def test_a_parameter_that_is_never_used_is_as_deep_as_the_head() -> None:
     model.spare = nn.Linear(2, 2)
     depths = parameter_depths(model)
     assert depths["spare.weight"] == depths["fc.weight"] == max(depths.values())
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+def test_rates_of_timm_networks_inside_of_a_module_are_those_of_timm(name: str, wrapper: str) -> None:
+    with torch.device("meta"):
+        network = timm.create_model(name)
+    theirs = param_groups_layer_decay(network, layer_decay=0.65)
+    expected = {id(p): 0.01 * group["lr_scale"] for group in theirs for p in group["params"]}
+    ours = param_groups(WRAPPERS[wrapper](network), 0.01, layer_decay=0.65)
+    assert {id(p): group["lr"] for group in ours for p in group["params"]} == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("wrapper", ["own class", "two levels", "DataParallel"])
+@pytest.mark.parametrize("name", ["vit_b_16", "resnet18", "mobilenet_v3_small"])
+def test_blocks_of_torchvisions_networks_stay_the_same_inside_of_a_module(name: str, wrapper: str) -> None:
+    model = weightless(name)
+    prefix = {"own class": "backbone.", "two levels": "backbone.backbone.", "DataParallel": "module."}[wrapper]
+    inside = parameter_depths(WRAPPERS[wrapper](model))
+    assert inside == {prefix + parameter: depth for parameter, depth in parameter_depths(model).items()}
+
+
+def test_a_head_on_a_headless_network_of_timm_is_one_deeper_than_its_blocks() -> None:
+    with torch.device("meta"):
+        network = timm.create_model("vit_tiny_patch16_224", depth=3, num_classes=0)
+    depths = parameter_depths(Around(network, 192))
+    assert depths["backbone.cls_token"] == depths["backbone.patch_embed.proj.weight"] == 0
+    assert [depths[f"backbone.blocks.{i}.norm1.weight"] for i in range(3)] == [1, 2, 3]
+    deepest = max(depths.values())
+    assert {name for name, depth in depths.items() if depth == deepest} >= {"classify.weight", "classify.bias"}
+    assert depths["backbone.blocks.2.norm1.weight"] < deepest
+
+
+HIDDEN = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+HUGGING_FACE = {  # the class, its configuration, and its blocks as they are written down there
+    "BERT": (
+        "BertForSequenceClassification",
+        ("BertConfig", HIDDEN | {"vocab_size": 50}),
+        [["bert.embeddings"], *([f"bert.encoder.layer.{i}"] for i in range(3)), ["bert.pooler"], ["classifier"]],
+    ),
+    "ViT": (
+        "ViTForImageClassification",
+        ("ViTConfig", HIDDEN | {"image_size": 32, "patch_size": 8}),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_each_block_of_a_hugging_face_network_has_a_depth_of_its_own(name: str, inside: bool) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    kind, (config, options), blocks = HUGGING_FACE[name]
+    network = getattr(transformers, kind)(getattr(transformers, config)(**options))
+    prefix = "backbone." if inside else ""
+    depths = parameter_depths(Around(network) if inside else network)
+    found = defaultdict(set)
+    for parameter, depth in depths.items():
+        found[depth].add(parameter.removeprefix(prefix))
+    per_layer = [
+        depth
+        for i in range(3)
+        for depth, names in found.items()
+        if any(re.search(rf"layers?\.{i}\.", n) for n in names)
+    ]
+    assert per_layer == sorted(set(per_layer))
+    assert len(per_layer) == 3
+    assert found[max(found)] == {"classifier.weight", "classifier.bias"}
+    if blocks is not None:
+        names = [parameter for parameter, _ in network.named_parameters()]
+        assert dict(found) == {
+            depth: {name for name in names if any(name.startswith(f"{path}.") for path in block)}
+            for depth, block in enumerate(blocks)
+        }

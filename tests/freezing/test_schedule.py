@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim import lr_scheduler as kinds
 
 import tiny
 from oracles import identical, same, snapshot
@@ -255,3 +256,87 @@ def test_a_schedule_of_rates_that_cannot_grow_is_refused_before_anything_changes
         schedule.advance(2, model, optimizer, scheduler=running, lr=0.1)
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert len(optimizer.param_groups) == groups
+
+
+def test_advance_gives_the_flags_back_where_the_rates_contradict_each_other() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    schedule = Schedule.parse("head:1,all:2")
+    schedule.start(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    with pytest.raises(ConfigError, match="layer_decay and backbone_lr exclude each other"):
+        schedule.advance(2, model, optimizer, lr=1.0, layer_decay=0.5, backbone_lr=0.1)
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
+    assert len(optimizer.param_groups) == 1
+
+
+CLOSED = {
+    "SequentialLR": lambda o: kinds.SequentialLR(o, [kinds.ConstantLR(o), kinds.StepLR(o, 1)], [2]),
+    "ReduceLROnPlateau": kinds.ReduceLROnPlateau,
+    "OneCycleLR": lambda o: kinds.OneCycleLR(o, 1.0, total_steps=9),
+    "CyclicLR": lambda o: kinds.CyclicLR(o, 0.1, 1.0, cycle_momentum=False),
+    "ChainedScheduler": lambda o: kinds.ChainedScheduler([kinds.StepLR(o, 1)], optimizer=o),
+    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, 0.1),
+}
+OPEN = {
+    "LambdaLR": lambda o: kinds.LambdaLR(o, lambda epoch: 0.5),
+    "MultiplicativeLR": lambda o: kinds.MultiplicativeLR(o, lambda epoch: 0.5),
+    "StepLR": lambda o: kinds.StepLR(o, 1),
+    "CosineAnnealingLR": lambda o: kinds.CosineAnnealingLR(o, 9),
+    "LinearLR": kinds.LinearLR,
+}
+
+
+@pytest.mark.parametrize("kind", CLOSED)
+def test_advance_refuses_schedules_that_new_groups_cannot_join_before_anything_is_thawed(kind: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    schedule = Schedule.parse("head:1,all:2")
+    schedule.start(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    scheduler = CLOSED[kind](optimizer)
+    with pytest.raises(ConfigError, match=f"new layers cannot join the rates of a running {kind}"):
+        schedule.advance(2, model, optimizer, scheduler=scheduler, lr=1.0, backbone_lr=0.1)
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("kind", OPEN)
+def test_advance_keeps_the_rates_of_new_groups_in_proportion(kind: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    schedule = Schedule.parse("head:1,all:2")
+    schedule.start(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    scheduler = OPEN[kind](optimizer)
+    schedule.advance(2, model, optimizer, scheduler=scheduler, lr=1.0, backbone_lr=0.1)
+    for _ in range(3):
+        optimizer.step()
+        scheduler.step()
+    head, backbone = (group["lr"] for group in optimizer.param_groups)
+    assert backbone == pytest.approx(0.1 * head)
+
+
+@pytest.mark.parametrize(
+    ("text", "stages"),
+    [
+        ("'re:a{1,2}':3,all:1", [(("re:a{1,2}",), 3), (("all",), 1)]),
+        ("head+'re:b+[,]':2", [(("head", "re:b+[,]"), 2)]),
+        ('"re:x:1,y":2', [(("re:x:1,y",), 2)]),
+        ("head+re:layer4:2", [(("head", "re:layer4"), 2)]),
+    ],
+)
+def test_parse_reads_regular_expressions_in_quotes(text: str, stages: list[tuple[tuple[str, ...], int]]) -> None:
+    assert [(stage.patterns, stage.epochs) for stage in Schedule.parse(text).stages] == stages
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("re:a{1,2}:3", "A regular expression with a comma needs quotes"),
+        ("re:blocks[.][0-9]+:3", "has a + after a regular expression"),
+        ("re:a+head:3", "Put the expression in quotes"),
+        ("'':3", "is no stage"),
+    ],
+)
+def test_parse_refuses_regular_expressions_that_can_be_read_in_two_ways(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Schedule.parse(text)
+    assert message in str(caught.value)

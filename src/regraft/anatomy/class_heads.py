@@ -13,9 +13,7 @@ from regraft.errors import EditError
 
 COUNTS = ("num_classes", "num_labels")  # attributes in which networks keep the number of their classes
 MAX_NAMED = 12  # heads in a message
-OTHER_KINDS = re.compile(
-    r"box|regress|offset|coord|anchor|mask|keypoint|distance|depth"
-)  # in names of what is no score
+OTHER_KINDS = re.compile(r"box|regress|offset|coord|anchor|mask|keypoint|distance|depth")  # in names: no scores
 
 
 @dataclass(frozen=True)

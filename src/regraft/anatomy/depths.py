@@ -68,9 +68,7 @@ def parameter_depths(model: nn.Module) -> dict[str, int]:
 
 def _timm_groups(model: nn.Module) -> dict[str, int] | None:
     """Return the depths of a network of timm's, by its own rule; None for all others."""
-    if not callable(
-        getattr(type(model), "group_matcher", None)
-    ):  # of its class: wrappers hand on what is asked of them
+    if not callable(getattr(type(model), "group_matcher", None)):  # of its class: wrappers hand on what is asked
         return None
     from timm.models import group_parameters
 

@@ -136,7 +136,8 @@ def guess_input_size(model: nn.Module) -> Shape:
         return (1, TOKENS)
     if isinstance(first, nn.RNNBase):
         return (1, TOKENS, first.input_size)
-    takes_images = hasattr(model, "preprocessing") or isinstance(getattr(model, "pretrained_cfg", None), dict)
+    model = _speaking(model)
+    takes_images = _says_images(model)
     if isinstance(first, nn.Linear) and first.in_features and not takes_images:
         return (1, first.in_features)
     preprocessing = preprocessing_of(model)
@@ -147,8 +148,17 @@ def guess_input_size(model: nn.Module) -> Shape:
     channels = first.in_channels if isinstance(first, nn.Conv2d) else 0
     if not 0 < channels <= MOST_CHANNELS:  # unknown yet, or registered first but no stem of images
         channels = preprocessing.channels
-    sides = _own_sides(model) if card_of(model).preprocessing is None else None
-    return (1, channels, *(sides or (preprocessing.size, preprocessing.size)))
+    return (1, channels, *(_own_sides(model) or (preprocessing.size, preprocessing.size)))
+
+
+def _speaking(model: nn.Module) -> nn.Module:
+    """Return the outermost network that says what images it takes, within `model`; else `model`."""
+    return next((layer for layer in model.modules() if _says_images(layer) or _own_sides(layer)), model)
+
+
+def _says_images(model: nn.Module) -> bool:
+    has_card = card_of(model).preprocessing is not None
+    return has_card or hasattr(model, "preprocessing") or isinstance(getattr(model, "pretrained_cfg", None), dict)
 
 
 def example_arguments(model: nn.Module, example: Any) -> Arguments:
@@ -170,6 +180,8 @@ def example_arguments(model: nn.Module, example: Any) -> Arguments:
 
 def _own_sides(model: nn.Module) -> tuple[int, int] | None:
     """Read the height and width of images from a network that says them, as vision transformers do."""
+    if card_of(model).preprocessing is not None:
+        return None
     for layer in (model, *model.children()):
         for name in ("image_size", "img_size"):
             value = getattr(layer, name, None)

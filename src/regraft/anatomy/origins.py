@@ -4,8 +4,8 @@ Every operation of one forward is seen as it is dispatched. An operation that mu
 product, a convolution, a lookup) is a *projection*: its result originates in that projection alone. All others
 (activations, norms, scales, sums, concatenations, views) pass on where their inputs originate, and note the parameters
 that took part. A projection whose result goes into another one on the way to an output is no origin of it: in a
-residual stream only the last block counts. The origins of the outputs are the heads, whatever the layers are called, wherever
-they are registered, and whether they are modules or bare parameters.
+residual stream only the last block counts. The origins of the outputs are the heads, whatever the layers are called,
+wherever they are registered, and whether they are modules or bare parameters.
 
 Origins are kept for memory, not for tensors: views share memory, and a write into a part of a tensor reaches all of it.
 Tried and dropped: the layer that ends last. A module that holds parameters beside its layers (the class token of a

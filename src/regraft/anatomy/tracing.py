@@ -70,7 +70,7 @@ def _on_shapes(model: nn.Module, arguments: Arguments, training: bool) -> Trace:
     for ghosts in GHOSTS:
         recorder = None
         try:
-            with preserved_randomness(), unfused_attention(), silenced(FAKES), ghosts(model) as twin:
+            with preserved_randomness(), uncompiled(model), unfused_attention(), silenced(FAKES), ghosts(model) as twin:
                 recorder = Recorder(in_mode(twin, training))
                 recorder.run(arguments.without_values())
                 return recorder.result()
@@ -82,7 +82,7 @@ def _on_shapes(model: nn.Module, arguments: Arguments, training: bool) -> Trace:
 def _for_real(model: nn.Module, arguments: Arguments, reason: str, training: bool) -> Trace:
     recorder = None
     try:
-        with preserved_randomness(0), unfused_attention():
+        with preserved_randomness(0), uncompiled(model), unfused_attention():
             recorder = Recorder(in_mode(real_twin(model), training))
             recorder.watch.protect(model.parameters())
             recorder.run(arguments.with_values(_device(model)))
@@ -90,6 +90,16 @@ def _for_real(model: nn.Module, arguments: Arguments, reason: str, training: boo
         raise _StoppedError(recorder) from error
     fed = "the given inputs" if arguments.are_values_given else "random numbers"
     return recorder.result(f"from one real forward on {fed}, as it cannot run on shapes alone: {reason}")
+
+
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Let layers that `torch.compile` made run as they were before, as a compiled forward hides its layers."""
+    if not any("_orig_mod" in layer._modules for layer in model.modules()):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextlib.contextmanager

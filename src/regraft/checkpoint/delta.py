@@ -208,7 +208,7 @@ def unshared(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]
     for name, tensor in state.items():
         first = first_names.setdefault(id(tensor), name)
         if first == name:
-            plain = tensor.detach().cpu().contiguous()
+            plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
             tensors[name] = plain.clone() if plain.untyped_storage().nbytes() != plain.nbytes else plain
         else:
             shared[name] = first

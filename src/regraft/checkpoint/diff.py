@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from regraft.anatomy.render import aligned, shape_text
+from regraft.anatomy.wrappers import unwrapped
 from regraft.checkpoint.digest import tensor_digest
 from regraft.checkpoint.foreign.reading import read_tensors
 from regraft.checkpoint.format import locate
+from regraft.checkpoint.storable import require_storable
 
 Kind = Literal["identical", "changed", "reshaped", "added", "removed"]
 
@@ -90,7 +92,7 @@ def diff(a: nn.Module | str | os.PathLike[str], b: nn.Module | str | os.PathLike
         b: The same.
 
     Raises:
-        CheckpointError: A file cannot be read without running code.
+        CheckpointError: A file cannot be read without running code, or a tensor has no bytes of its own.
 
     >>> layer = nn.Linear(2, 2)
     >>> print(diff(layer, layer))
@@ -100,14 +102,16 @@ def diff(a: nn.Module | str | os.PathLike[str], b: nn.Module | str | os.PathLike
     2 tensors: 2 identical
     """
     before, after = _tensors(a), _tensors(b)
+    for tensors in (before, after):
+        require_storable(tensors)
     names = [*before, *(name for name in after if name not in before)]
     return Diff(tuple(_compare(name, before.get(name), after.get(name)) for name in names))
 
 
 def _tensors(source: nn.Module | str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     if isinstance(source, nn.Module):
-        state = source.state_dict()
-        return {name: value.detach() for name, value in state.items() if isinstance(value, torch.Tensor)}
+        state = unwrapped(source)[1].state_dict()
+        return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     return read_tensors(locate(Path(source)))[0]
 
 

@@ -20,7 +20,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     >>> tensor_digest(torch.zeros(2)) == tensor_digest(torch.zeros(2)) != tensor_digest(torch.zeros(1, 2))
     True
     """
-    plain = tensor.detach().cpu().contiguous()
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     digest = started_digest(plain.dtype, plain.shape)
     digest.update(bytes_of(plain))
     return digest.hexdigest()

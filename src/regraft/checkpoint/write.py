@@ -1,5 +1,6 @@
 """Write a checkpoint, so that a reader finds either the old file or the whole new one."""
 
+import copy
 import functools
 import os
 import warnings
@@ -9,12 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from regraft.card import Card, Recipe, Source, card_of
+from regraft.anatomy.wrappers import unwrapped
+from regraft.card import ATTRIBUTE, Card, Recipe, Source, attach, card_of
 from regraft.checkpoint.build import rebuild
 from regraft.checkpoint.delta import SHARD_BYTES, choose_base, differing, pin_base, unshared
 from regraft.checkpoint.digest import digests_of
 from regraft.checkpoint.format import Header, current_versions, digest_of, index_of
 from regraft.checkpoint.shards import write_checkpoint
+from regraft.checkpoint.storable import require_storable
 from regraft.errors import CheckpointError, EditError, RegraftError
 from regraft.surgery.layerspec import describe
 
@@ -36,7 +39,8 @@ def save(
     A network that `create_model` did not make is described as text where that can be done: layers of `torch.nn` in
     containers, and classes of your own that keep their arguments as attributes. Any other, and one that was changed by
     other means than regraft's edits, is saved without a recipe, with a warning in the second case; `load_weights` reads
-    it into a model of your own.
+    it into a model of your own. Of `torch.compile(model)`, `DataParallel`, `DistributedDataParallel` and
+    `AveragedModel` the network inside is saved, under its own names.
 
     Args:
         model: Any module.
@@ -49,11 +53,14 @@ def save(
             `NAME-00001-of-00003.safetensors` and `NAME.safetensors.index.json`; the index is returned.
 
     Raises:
-        CheckpointError: The base cannot be read, or the header would be too long; nothing was written.
+        CheckpointError: The base cannot be read, the header would be too long, or a tensor has no bytes of its own
+            (quantized by torchao, sparse, on the meta device); nothing was written.
         RunError: The file cannot be written; nothing of it is left, and a previous file is as it was.
     """
     target = Path(path)
-    tensors, shared = unshared(model)  # first, as it refuses what no file can hold
+    model = _carried(model)
+    require_storable(model.state_dict())
+    tensors, shared = unshared(model)
     card = _described_card(model)
     header = Header(
         **card.carried,
@@ -79,6 +86,19 @@ def save(
         "whole": digest_of({name: digests.get(name) or known[name] for name in tensors}),
     }
     return write_checkpoint(target, held, header.model_copy(update=differences), shard_bytes)
+
+
+def _carried(model: nn.Module) -> nn.Module:
+    """Return the network inside of `torch.compile`, `DataParallel` and the like, with the card of its wrapper."""
+    prefix, inner = unwrapped(model)
+    if not prefix:
+        return model
+    outer = vars(model).get(ATTRIBUTE)  # what `fit` learned of the classes, where it trained the wrapper
+    if outer is None:
+        return inner
+    own = card_of(inner)
+    known = {name: value for name in type(outer).model_fields if (value := getattr(outer, name))}
+    return attach(copy.copy(inner), **{**known, "recipe": own.recipe or outer.recipe})
 
 
 def _described_card(model: nn.Module) -> Card:

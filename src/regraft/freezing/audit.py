@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from regraft.anatomy.drift import is_pinned
 from regraft.anatomy.drift import would_move as would_move
-from regraft.anatomy.heads import find_heads
+from regraft.anatomy.heads import find_heads, width_of
 from regraft.anatomy.inputs import Inputs, arguments_for
 from regraft.anatomy.modes import preserved_randomness
 from regraft.card import card_of
@@ -190,10 +190,11 @@ def _head(model: nn.Module) -> Iterator[Finding]:
     classes = card_of(model).classes
     if classes is None:
         return
-    for path in find_heads(model):
-        head = model.get_submodule(path)
-        width = head.out_features if isinstance(head, nn.Linear) else getattr(head, "out_channels", len(classes))
-        if width != len(classes):
+    layers = dict(model.named_modules(remove_duplicate=False))
+    widths = {path: width_of(layers[path]) for path in find_heads(model) if path in layers}
+    is_right = any(width is None or width % len(classes) == 0 for width in widths.values())  # several scores a class
+    for path, width in widths.items() if not is_right else ():
+        if width is not None:
             yield Finding(
                 "head-width",
                 path,

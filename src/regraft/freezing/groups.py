@@ -82,7 +82,8 @@ def undecayed_names(model: nn.Module, no_decay: tuple[str, ...]) -> set[str]:
         names |= {name for name, parameter in model.named_parameters() if parameter.ndim <= 1 or name.endswith("bias")}
         for path, layer in model.named_modules():  # a network inside of another module names its own as well
             own: Any = getattr(layer, "no_weight_decay", None)
-            names |= {f"{path}.{name}".lstrip(".") for name in own()} if callable(own) else set()
+            named: Any = own() if callable(own) else ()
+            names |= {f"{path}.{name}".lstrip(".") for name in named}
     return names
 
 

@@ -20,7 +20,7 @@ from regraft.freezing.state import FreezeState
 
 HEAD, ALL = "head", "all"
 EXPRESSION = "re:"
-CLOSED_KINDS = (  # schedules with lists or schedules of their own beside the base rates, which a new group is missing in
+CLOSED_KINDS = (  # with lists or schedules of their own beside the base rates, from which a new group would be missing
     torch.optim.lr_scheduler.OneCycleLR,
     torch.optim.lr_scheduler.CyclicLR,
     torch.optim.lr_scheduler.SequentialLR,
@@ -73,17 +73,17 @@ class Schedule:
         for part in _split(text, ","):
             patterns, colon, epochs = part.strip().rpartition(":")
             layers = [pattern.strip() for pattern in _split(patterns, "+")]
+            if any(layer.startswith(EXPRESSION) for layer in layers[:-1]):
+                raise ConfigError(
+                    f"'{patterns}' in the schedule '{text}' has a + after a regular expression, which may be a part of "
+                    "it or join the next layer. Put the expression in quotes, as in \"'re:blocks[.][0-9]+'+head:3\"."
+                )
             is_stage = colon and all(_unquoted(layer) for layer in layers) and epochs.strip().isdecimal()
             if not is_stage or int(epochs) < 1:
                 hint = " A regular expression with a comma needs quotes: 're:…':3." if EXPRESSION in text else ""
                 raise ConfigError(
                     f"'{part.strip()}' in the schedule '{text}' is no stage. Expected LAYERS:EPOCHS, as in "
                     f"'head:3,layer4:5,all:10'.{hint}"
-                )
-            if any(layer.startswith(EXPRESSION) for layer in layers[:-1]):
-                raise ConfigError(
-                    f"'{patterns}' in the schedule '{text}' has a + after a regular expression, which may be a part of "
-                    "it or join the next layer. Put the expression in quotes, as in \"'re:blocks[.][0-9]+'+head:3\"."
                 )
             stages.append(Stage(tuple(map(_unquoted, layers)), int(epochs)))
         return cls(tuple(stages))

@@ -16,6 +16,8 @@ from regraft.anatomy.heads import BASE_LAYER, CONVOLUTIONS
 from regraft.errors import EditError
 
 WEIGHT_NORMS = ("weight_g", "weight_v")
+LENGTHS = ("original0", "weight_g")  # names under which weight norm keeps the lengths of the rows
+PLAIN = (torch.Tensor, nn.Parameter)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -85,6 +87,8 @@ def _row_tensors(layer: Any) -> dict[str, torch.Tensor] | None:
         named = {"weight": getattr(layer, "weight", None)}
     named["bias"] = getattr(layer, "bias", None)
     tensors = {name: tensor for name, tensor in named.items() if isinstance(tensor, torch.Tensor)}
+    if any(type(tensor) not in PLAIN for tensor in tensors.values()):  # quantized: rows cannot be taken out
+        return None
     is_by_row = all(len(tensor) == len(next(iter(tensors.values()))) for tensor in tensors.values())
     return tensors if tensors and is_by_row else None  # weight norm along another dimension has no length for each row
 
@@ -167,7 +171,7 @@ def _keep_fixed_lengths(layer: nn.Module, old: nn.Module) -> None:
     known = dict(old.named_parameters())
     is_trained = any(parameter.requires_grad for parameter in known.values())
     for name, parameter in layer.named_parameters():
-        before = known.get(name)
+        before = known.get(name) if name.endswith(LENGTHS) else None
         if before is not None and is_trained and not before.requires_grad:
             parameter.requires_grad_(False)
             if before.numel() and bool((before == before.flatten()[0]).all()):

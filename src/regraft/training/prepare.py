@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from regraft.anatomy.heads import find_heads
+from regraft.anatomy.heads import find_heads, head_parameters
 from regraft.anatomy.modes import evaluation_mode
 from regraft.card import ATTRIBUTE, attach, card_of
 from regraft.checkpoint.build import create_model
@@ -319,9 +319,8 @@ def _is_head_alone_trained(model: nn.Module, live: nn.Module) -> bool:
         return False
     if live is not model and sum(any(True for _ in layer.parameters(False)) for layer in live.modules()) == 1:
         return True  # of what comes after the frontier, one layer has parameters
-    heads = [model.get_submodule(path) for path in find_heads(model)]
-    in_heads = {id(parameter) for head in heads for parameter in head.parameters()}
-    return {id(parameter) for parameter in model.parameters() if parameter.requires_grad} <= in_heads
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return names <= head_parameters(model)
 
 
 def _schedule(
