@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from regraft.arguments import check_arguments
 from regraft.card import Preprocessing, Recipe, Source, attach, card_of
 from regraft.errors import InputError, ModelError, TrustError, nearest
 
@@ -36,6 +37,7 @@ def list_models(pattern: str = "*") -> list[str]:
     >>> list_models("resnet1*")
     ['resnet101', 'resnet152', 'resnet18']
     """
+    check_arguments(list_models, locals())
     return [name for name in _torchvision_names() + _timm_names() if fnmatch.fnmatch(name, pattern)]
 
 
@@ -77,7 +79,7 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
         return own
     if isinstance(own, dict):
         try:
-            return Preprocessing(**own)
+            return Preprocessing.model_validate(own)
         except ValueError as error:
             raise ModelError(
                 f"the attribute `preprocessing` of {type(model).__name__} is not usable: {error}"

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from regraft.anatomy.heads import find_heads
 from regraft.anatomy.modes import preserved_randomness
 from regraft.anatomy.paths import is_within
+from regraft.arguments import check_arguments
 from regraft.card import Recipe, Source, attach, card_of
 from regraft.checkpoint.matching.load_report import LoadReport
 from regraft.checkpoint.matching.loading import load_weights
@@ -51,6 +52,7 @@ def create_model(
         CheckpointError: The file cannot be read, or belongs to another architecture.
         TrustError: The name is `py:…` and `trust_code` is false.
     """
+    check_arguments(create_model, locals())
     path = Path(weights)
     from_file = str(weights) not in ("default", "none") and (isinstance(weights, Path) or _looks_like_file(path))
     model = build(name, weights="none" if from_file else str(weights), trust_code=trust_code)

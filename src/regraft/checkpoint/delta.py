@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from regraft.anatomy.modes import preserved_randomness
+from regraft.arguments import check_arguments
 from regraft.card import card_of
 from regraft.checkpoint.contents import Contents, read_contents
 from regraft.checkpoint.digest import digests_of
@@ -57,6 +58,7 @@ def merge(path: PathLike, out: PathLike, *, base: PathLike | None = None, shard_
         CheckpointError: The file is no delta, is damaged, or the base that it needs is not there. Nothing was written.
         RunError: The new file cannot be written.
     """
+    check_arguments(merge, locals())
     source = locate(Path(path))
     header = read_header(source)
     if header is None or header.base is None:

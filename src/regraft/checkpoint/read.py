@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from regraft.anatomy.paths import parent_and_name
+from regraft.arguments import check_arguments
 from regraft.card import ATTRIBUTE, Recipe
 from regraft.checkpoint.contents import find_entries
 from regraft.checkpoint.delta import resolve
@@ -45,6 +46,7 @@ def load(
             delta is not there, or is another one.
         TrustError: The recipe names a class of your own and `trust_code` is false.
     """
+    check_arguments(load, locals())
     source = locate(Path(path))
     header, recipe = _header_with_recipe(source)
     tensors = resolve(source, base).expanded()

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from regraft.arguments import check_arguments
 from regraft.card import Card, Recipe, Source, card_of
 from regraft.checkpoint.build import rebuild
 from regraft.checkpoint.delta import SHARD_BYTES, choose_base, differing, pin_base, unshared
@@ -51,6 +52,7 @@ def save(
         CheckpointError: The base cannot be read, or the header would be too long; nothing was written.
         RunError: The file cannot be written; nothing of it is left, and a previous file is as it was.
     """
+    check_arguments(save, locals())
     target = Path(path)
     card = _described_card(model)
     tensors, shared = unshared(model)

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from regraft.anatomy.drift import would_move as would_move
 from regraft.anatomy.heads import find_heads
+from regraft.arguments import check_arguments
 from regraft.card import card_of
 from regraft.freezing.pins import frozen_layers
 
@@ -46,6 +47,7 @@ def audit(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> l
         model: Any module.
         optimizer: The optimizer that is to train it; None audits the model alone.
     """
+    check_arguments(audit, locals())
     findings = [*_stale_gradients(model), *_unpinned(model), *_broken_statistics(model), *_head(model)]
     return findings if optimizer is None else [*findings, *_optimizer(model, optimizer)]
 

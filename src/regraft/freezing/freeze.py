@@ -8,6 +8,7 @@ from regraft.anatomy.inputs import Inputs
 from regraft.anatomy.paths import is_within, layer_at
 from regraft.anatomy.render import percent
 from regraft.anatomy.tracing import Call, Trace, trace
+from regraft.arguments import check_arguments
 from regraft.errors import SelectionError
 from regraft.freezing.patterns import select_parameters
 from regraft.freezing.pins import sync_pins
@@ -65,6 +66,7 @@ def freeze(model: nn.Module, *patterns: str, until: str | None = None, inputs: I
     >>> print(freeze(model, until="1"))
     28 of 38 parameters frozen (73.7 %), 10 trainable; 4 tensors changed, 1 layers stay in evaluation mode
     """
+    check_arguments(freeze, locals())
     return _set_flags(model, _parameter_names(model, patterns, until=until, inputs=inputs), trainable=False)
 
 
@@ -81,6 +83,7 @@ def unfreeze(model: nn.Module, *patterns: str, since: str | None = None, inputs:
         SelectionError: A pattern or path selects nothing, or `since` is never executed. Nothing was changed.
         ModelError: `since` was given and the forward fails on `inputs`, or on the guessed ones. Nothing was changed.
     """
+    check_arguments(unfreeze, locals())
     return _set_flags(model, _parameter_names(model, patterns, since=since, inputs=inputs), trainable=True)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from regraft.anatomy.heads import find_heads
 from regraft.anatomy.paths import is_within
+from regraft.arguments import check_arguments
 from regraft.errors import ConfigError, SelectionError
 from regraft.freezing.freeze import FreezeReport, freeze, unfreeze
 from regraft.freezing.groups import param_groups
@@ -55,6 +56,7 @@ class Schedule:
         >>> Schedule.parse("head:3,layer4:5,all:10").epochs
         18
         """
+        check_arguments(Schedule.parse, locals())
         stages = []
         for part in text.split(","):
             patterns, colon, epochs = part.strip().rpartition(":")
@@ -78,6 +80,7 @@ class Schedule:
         Raises:
             SelectionError: A pattern of any stage selects nothing. Nothing was changed.
         """
+        check_arguments(Schedule.start, locals())
         layers = [_layers(model, stage) for stage in self.stages]
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         for stage, paths in zip(self.stages, layers, strict=True):
@@ -114,6 +117,7 @@ class Schedule:
         Raises:
             ConfigError: `scheduler` is of a kind that new groups cannot join. Nothing was changed.
         """
+        check_arguments(Schedule.advance, locals())
         begins = 1
         for stage in self.stages:
             if begins == epoch and stage is not self.stages[0]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from regraft.arguments import check_arguments
 from regraft.freezing.pins import is_pinned, pin, unpin
 
 
@@ -45,6 +46,7 @@ def freeze_state(model: nn.Module) -> Iterator[FreezeState]:
     >>> model.weight.requires_grad
     True
     """
+    check_arguments(freeze_state, locals())
     state = FreezeState.of(model)
     try:
         yield state

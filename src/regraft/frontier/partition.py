@@ -11,6 +11,7 @@ from torch import fx, nn
 from regraft.anatomy.graph import LAYER, Flow, capture, capture_widely, tensors_from_input
 from regraft.anatomy.tracing import trace
 from regraft.anatomy.values import BATCHES, Values, compute_costs, sizes_of, value_key
+from regraft.arguments import check_arguments
 from regraft.errors import EditError, ModelError
 from regraft.frontier.liveness import live_nodes, mixed_layers
 from regraft.frontier.replay import record_and_replay
@@ -107,6 +108,7 @@ def partition(model: nn.Module, example: Any) -> Partition:
     >>> [cut.layer for cut in parts.frontier]
     ['1']
     """
+    check_arguments(partition, locals())
     require_editable(model)
     inputs = example if isinstance(example, tuple) else (example,)
     try:

@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from regraft.arguments import check_arguments
 from regraft.errors import RunError
 from regraft.insight.demo import DemoResult
 from regraft.report.demo_page import describe_demo
@@ -28,6 +29,7 @@ def write_report(result: FitResult, path: str | os.PathLike[str]) -> Path:
     Raises:
         RunError: The file cannot be written; a previous one is as it was.
     """
+    check_arguments(write_report, locals())
     return write_page(path, render("run.html", **describe_run(result)))
 
 

@@ -12,6 +12,7 @@ from torch import fx, nn
 from regraft.anatomy.graph import LAYER, Flow, Visit, ancestors, crossing, nodes_in
 from regraft.anatomy.inputs import Inputs
 from regraft.anatomy.paths import is_within, layer_at
+from regraft.arguments import check_arguments
 from regraft.errors import EditError, ModelError
 from regraft.surgery.checks import prove, require_editable
 from regraft.surgery.detour import detour, is_detoured, stop_at
@@ -49,6 +50,7 @@ def truncate(
     >>> list(body.state_dict())
     ['0.weight', '0.bias']
     """
+    check_arguments(truncate, locals())
     require_editable(model)
     if (after is None) == (drop is None):
         raise EditError("truncate needs either after=PATH or drop=NUMBER. Nothing was changed.")
@@ -85,6 +87,7 @@ def append(model: nn.Module, *layers: nn.Module | int, inputs: Inputs | None = N
     >>> append(nn.Sequential(nn.Flatten()), nn.LazyLinear(3), inputs=torch.zeros(2, 3, 4)).appended_1
     Linear(in_features=12, out_features=3, bias=True)
     """
+    check_arguments(append, locals())
     require_editable(model)
     if not layers:
         raise EditError("append needs at least one layer, as in append(model, nn.Linear(512, 10)).")
@@ -136,6 +139,7 @@ def insert(
     >>> [name for name, _ in wider.named_children()]
     ['0', '1', 'inserted_1']
     """
+    check_arguments(insert, locals())
     require_editable(model)
     if (after is None) == (before is None):
         raise EditError("insert needs either after=PATH or before=PATH. Nothing was changed.")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from regraft.anatomy.inputs import Inputs
+from regraft.arguments import check_arguments
 from regraft.card import Recipe, Source, attach, card_of
 from regraft.errors import EditError
 from regraft.surgery.checks import require_editable
@@ -55,6 +56,7 @@ def graft(
     >>> {name: tuple(scores.shape) for name, scores in both(torch.zeros(1, 4)).items()}
     {'colour': (1, 2), 'kind': (1, 7)}
     """
+    check_arguments(graft, locals())
     named = dict(parts) if isinstance(parts, Mapping) else {"backbone": parts}
     if not named or (isinstance(heads, Mapping) and not heads):
         raise EditError("a graft needs at least one backbone and one head. Nothing was changed.")

@@ -13,6 +13,7 @@ from regraft.anatomy.inputs import Inputs
 from regraft.anatomy.paths import layer_at
 from regraft.anatomy.tracing import Trace, trace
 from regraft.anatomy.twins import shared_copy
+from regraft.arguments import check_arguments
 from regraft.card import card_of
 from regraft.errors import EditError, nearest
 from regraft.surgery.checks import prove, require_editable
@@ -60,6 +61,7 @@ def replace_head(
       (1): Linear(in_features=12, out_features=3, bias=True)
     )
     """
+    check_arguments(replace_head, locals())
     require_editable(model)
     if not isinstance(new, (int, nn.Module)) or isinstance(new, bool):
         raise EditError(f"a head is a number of classes or a torch.nn.Module, not {new!r}. Nothing was changed.")

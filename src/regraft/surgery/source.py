@@ -15,6 +15,7 @@ from regraft.anatomy.inputs import Arguments, Inputs, arguments_for
 from regraft.anatomy.modes import preserved_randomness
 from regraft.anatomy.tracing import trace
 from regraft.anatomy.twins import real_twin, shared_copy
+from regraft.arguments import check_arguments
 from regraft.card import card_of
 from regraft.errors import EditError, ForwardError, ModelError
 from regraft.surgery.blueprint import HELPERS, Blueprint, Layers, require_no_hooks
@@ -62,6 +63,7 @@ def to_source(model: nn.Module, *, class_name: str | None = None, inputs: Inputs
             return self.get_submodule("1")(x)
     <BLANKLINE>
     """
+    check_arguments(to_source, locals())
     require_editable(model)
     name = class_name or type(model).__name__
     if not name.isidentifier():

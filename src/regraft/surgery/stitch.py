@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from regraft.anatomy.inputs import Inputs, Shape, guess_input_size
 from regraft.anatomy.modes import evaluation_mode
 from regraft.anatomy.paths import layer_at
+from regraft.arguments import check_arguments
 from regraft.card import Recipe, Source, attach, card_of
 from regraft.errors import EditError, ModelError
 from regraft.surgery.adapters import ClassToken, adapter_for
@@ -68,6 +69,7 @@ def stitch(
     >>> stitch(a, b, cut=("1", "1"))(torch.zeros(1, 4)).shape
     torch.Size([1, 3])
     """
+    check_arguments(stitch, locals())
     for part, path in ((front, cut[0]), (back, cut[1])):
         require_editable(part)
         layer_at(part, path)

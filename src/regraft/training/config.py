@@ -2,13 +2,14 @@
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from regraft.checkpoint.atomic import whole_or_nothing
 from regraft.data.transforms import Augmentation
-from regraft.errors import ConfigError, nearest
+from regraft.errors import ConfigError
+from regraft.fields import CheckedFields, explain
 from regraft.frontier.precision import Precision
 
 ComputePrecision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -21,7 +22,7 @@ FINE_TUNE_LR = 5e-4
 SCRATCH_LR = 2e-3
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(CheckedFields):
     """The options of `fit` and of `regraft train`; the same names, with dashes, are the command line's.
 
     Attributes:
@@ -138,9 +139,9 @@ def make_config(values: dict[str, Any], where: str) -> TrainConfig:
         ConfigError: An option is unknown (the nearest names are shown) or has a value that it cannot have.
     """
     try:
-        return TrainConfig(**values)
+        return TrainConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{where}: " + "; ".join(_explain(problem) for problem in error.errors()) + ".") from error
+        raise ConfigError(f"{where}: {explain(error, TrainConfig, '`regraft train --help` lists all.')}.") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -165,20 +166,3 @@ def write_config(config: TrainConfig, path: Path) -> None:
 
     with whole_or_nothing(path, flush=False) as temporary:
         temporary.write_text(tomli_w.dumps(config.model_dump(exclude_none=True, mode="json")), encoding="utf-8")
-
-
-def _explain(problem: Any) -> str:
-    name = ".".join(map(str, problem["loc"]))
-    if problem["type"] == "extra_forbidden":
-        hint = nearest(name, TrainConfig.model_fields) or "`regraft train --help` lists all."
-        return f"no option '{name}'. {hint}".rstrip(".")
-    field = TrainConfig.model_fields.get(str(problem["loc"][0]))
-    choices = get_args(field.annotation) if field is not None and problem["type"] == "literal_error" else ()
-    if choices:
-        expected = f"expected one of {', '.join(map(str, choices))}"
-    elif problem["type"] == "tuple_type":
-        expected = 'expected a list, as in ["layer1", "layer2"]'
-    else:
-        expected = problem["msg"].removeprefix("Value error, ")
-        expected = expected[:1].lower() + expected[1:]
-    return f"'{name}' cannot be {problem['input']!r}: {expected}"

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from regraft.arguments import check_arguments
 from regraft.card import Card, card_of
 from regraft.data.decode import Unreadable, decode, quiet_decoders
 from regraft.data.folders import Sample, list_labelled, list_numbered, photos_in
@@ -72,6 +73,7 @@ def evaluate(
         DataError: The data is missing, empty, unreadable, or has a class that the model does not know.
         ModelError: The model does not know its classes.
     """
+    check_arguments(evaluate, locals())
     engine = choose_engine(device, "fp32")
     model.to(engine.device)
     if not isinstance(data, (str, os.PathLike)):
@@ -114,6 +116,7 @@ def predict(
         DataError: A path does not exist, or no photo can be read.
         ModelError: The model does not know its classes.
     """
+    check_arguments(predict, locals())
     card = _require_task(model)
     engine = choose_engine(device, "fp32")
     model.to(engine.device)

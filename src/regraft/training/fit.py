@@ -11,6 +11,7 @@ import torch._dynamo  # all of the compiler, which optimizers import at their fi
 from torch import nn
 
 from regraft.anatomy.modes import preserved_randomness
+from regraft.arguments import check_arguments
 from regraft.data.folders import Listing
 from regraft.errors import ConfigError, ModelError
 from regraft.freezing.schedule import Schedule
@@ -76,6 +77,7 @@ def fit(
         LossError: The loss is no single finite number; the best weights so far are kept where there are any.
         Interrupted: Ctrl-C or SIGTERM; the best weights so far are kept where there are any.
     """
+    check_arguments(fit, locals())
     if isinstance(loss, str):
         options["loss"] = loss
     config = (config or TrainConfig()).updated(

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from regraft.arguments import check_arguments
 from regraft.checkpoint.foreign.reading import read_state_dicts, unwrapping
 from regraft.checkpoint.foreign.state_dicts import StateDict, StateDicts, Tensors, listed
 from regraft.checkpoint.matching.adapting import Adaptable, Fitter, shape
@@ -111,6 +112,7 @@ def load_weights(
         CheckpointError: The file cannot be read without running code, or holds several networks; nothing in it fits,
             or less than `min_share`; `strict` and not everything does. Nothing was changed.
     """
+    check_arguments(load_weights, locals())
     rules = Rules(rename or {}, match, entry, accept, adapt)
     plan = plan_loading(model, read_state_dicts(Path(path)), rules)
     if dry_run:
