@@ -21,8 +21,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from regraft.errors import ArgumentError
+from regraft.errors import ArgumentError, ModelError
 
 MAX_INTEGER = 2**63 - 1  # sizes of torch are int64
 MAX_NAME_BYTES = 255  # of one part of a path, in every common file system
@@ -71,6 +72,92 @@ def check_arguments(function: Callable[..., Any], values: Mapping[str, Any]) -> 
             )
 
 
+def check_minimum(function: Callable[..., Any], minimum: int, **values: float) -> None:
+    """Refuse numbers that are too small.
+
+    Raises:
+        ArgumentError: One is below `minimum`.
+    """
+    for name, value in values.items():
+        if value < minimum:
+            raise ArgumentError(
+                f"{function.__qualname__}: {name} is {value}, expected at least {minimum}. Nothing was changed."
+            )
+
+
+def check_path(function: Callable[..., Any], name: str, path: str | os.PathLike[str]) -> None:
+    """Refuse what no file system takes as a path.
+
+    Raises:
+        ArgumentError: It is empty, or holds a null byte or a name that is too long.
+    """
+    if (problem := path_problem(path)) is not None:
+        raise ArgumentError(f"{function.__qualname__}: {name} is {_shown(path)}: {problem}. Give the path of a file.")
+
+
+def check_target(function: Callable[..., Any], name: str, path: str | os.PathLike[str]) -> None:
+    """Refuse a path that no file can be written to.
+
+    Raises:
+        ArgumentError: It is a folder, or has no name.
+    """
+    if Path(path).is_dir() or not Path(path).name:
+        raise ArgumentError(
+            f"{function.__qualname__}: {name} is the folder {_shown(path)}, expected the path of a file to write. "
+            "Name a file in it. Nothing was written."
+        )
+
+
+def check_weights(function: Callable[..., Any], name: str, model: nn.Module, *, allow_meta: bool = False) -> None:
+    """Refuse a network without values: with lazy layers before their first run, or on the meta device.
+
+    Raises:
+        ArgumentError: It is such.
+    """
+    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            problem, advice = "has no shape yet, as its layer is lazy", "Run the network once on an input first"
+        elif tensor.is_meta and not allow_meta:
+            problem, advice = "holds no values (it is on the meta device)", "Use to_empty and load weights first"
+        else:
+            continue
+        raise ArgumentError(
+            f"{function.__qualname__}: '{path}' of {name} ({type(model).__name__}) {problem}. {advice}. "
+            "Nothing was changed."
+        )
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Return the device of a name, on which tensors can be made.
+
+    Raises:
+        ModelError: There is none.
+    """
+    try:
+        chosen = torch.device(device)
+        if chosen.type == "meta":
+            raise RuntimeError("it holds shapes without numbers")
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"the device {str(device)!r} cannot be used: {reason}. Try --device cpu.") from error
+    return chosen
+
+
+def path_problem(path: str | os.PathLike[Any]) -> str | None:
+    """Say what is wrong with the text of a path, whether or not anything is there; None: nothing."""
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        return "it is bytes, expected text"
+    if not text:
+        return "it is empty"
+    if "\0" in text:
+        return "it has a null byte"
+    if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in Path(text).parts):
+        return f"it has a name of more than {MAX_NAME_BYTES} bytes"
+    return None
+
+
 @functools.cache
 def _hints(function: Callable[..., Any]) -> tuple[tuple[str, Any], ...]:
     """Return name and annotation of each parameter; one that takes any number of values has a tuple of them."""
@@ -87,7 +174,7 @@ def _mismatch(where: str, value: Any, hint: Any) -> tuple[str, Any, Any] | None:
     """Return the place, the value and the annotation that do not fit; None where all fits."""
     options = _options(hint)
     if isinstance(value, (str, os.PathLike)) and any(_kind(option) in (Path, os.PathLike) for option in options):
-        return None if _is_usable_path(value) else (where, value, os.PathLike)
+        return None if path_problem(value) is None else (where, value, os.PathLike)
     problems = [_mismatch_inside(where, value, option) for option in options if _is_of_kind(value, _kind(option))]
     if not problems:
         return where, value, hint
@@ -153,13 +240,6 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _is_usable_path(value: str | os.PathLike[Any]) -> bool:
-    text = os.fspath(value)
-    if not isinstance(text, str) or not text or "\0" in text:
-        return False
-    return all(len(os.fsencode(part)) <= MAX_NAME_BYTES for part in Path(text).parts)
-
-
 def _shown(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
@@ -195,7 +275,7 @@ def _advice(value: Any, hint: Any) -> str:
     if kinds & {int, float} and isinstance(value, str) and _is_numeral(value):
         return f"Write it without quotes: {value}."
     if os.PathLike in kinds and isinstance(value, (str, os.PathLike)):
-        return f"It has to be text, not empty, without null bytes, and of names of at most {MAX_NAME_BYTES} bytes."
+        return f"Give the path of a file: {path_problem(value)}."
     if str in kinds:
         if isinstance(value, enum.Enum):
             return f"Pass its name: {value.name!r}."

@@ -41,7 +41,8 @@ def explain(error: ValidationError, kind: type[BaseModel], help_text: str = "") 
 def _explain(problem: Any, kind: type[BaseModel], help_text: str) -> str:
     name = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
-        hint = nearest(name, kind.model_fields) or help_text or f"It has {', '.join(kind.model_fields)}."
+        other = getattr(kind, "OTHER_WORDS", {}).get(name)
+        hint = other or nearest(name, kind.model_fields) or help_text or f"It has {', '.join(kind.model_fields)}."
         return f"no option '{name}'. {hint}".rstrip(".")
     field = kind.model_fields.get(str(problem["loc"][0])) if problem["loc"] else None
     choices = get_args(field.annotation) if field is not None and problem["type"] == "literal_error" else ()

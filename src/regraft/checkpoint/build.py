@@ -1,6 +1,8 @@
 """Names, recipes and weights → modules."""
 
 import contextlib
+import enum
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from regraft.arguments import check_arguments
 from regraft.card import Recipe, Source, attach, card_of
 from regraft.checkpoint.matching.load_report import LoadReport
 from regraft.checkpoint.matching.loading import load_weights
-from regraft.errors import CheckpointError, EditError, ModelError, RegraftError
+from regraft.errors import CheckpointError, ConfigError, EditError, ModelError, RegraftError, nearest
 from regraft.surgery.expressions import shortened
 from regraft.surgery.graft import rebuild_grafted
 from regraft.surgery.head import replace_head
@@ -25,6 +27,14 @@ from regraft.zoo import PYTHON, build
 
 MOST_STEPS = 64  # in a recipe; each costs a run on shapes
 MOST_PARTS = 32
+OTHER_WORDS = {  # of torchvision, timm, Keras and transformers
+    "pretrained_cfg": 'Write weights="default", or the name of registered weights.',
+    "checkpoint_path": "Write weights=PATH.",
+    "in_chans": "Change the finished network: regraft.replace_stem(model, channels).",
+    "include_top": "Change the finished network: regraft.truncate(model, drop=1).",
+    "features_only": "Change the finished network: regraft.truncate(model, after=LAYER).",
+    **dict.fromkeys(("classes", "n_classes", "num_labels", "nb_classes", "out_features"), "Write num_classes=K."),
+}
 # What constructors set parameters with: the methods of a tensor, and the functions of torch.nn.init.
 # fmt: off
 FILLS = frozenset((
@@ -36,7 +46,12 @@ FILLS = frozenset((
 
 
 def create_model(
-    name: str, *, weights: str | Path = "default", num_classes: int | None = None, trust_code: bool = False
+    name: str,
+    *,
+    weights: str | Path = "default",
+    num_classes: int | None = None,
+    trust_code: bool = False,
+    **others: Any,
 ) -> nn.Module:
     """Create a network by name, with pretrained weights and, where wanted, a new head.
 
@@ -46,12 +61,15 @@ def create_model(
             weights such as `"IMAGENET1K_V2"`, or a file. A file must fit in everything but the head.
         num_classes: Number of outputs K of a new head, which starts from fresh weights; None keeps the head.
         trust_code: Whether a class of your own (`py:…`) may be imported.
+        **others: None; what torchvision, timm and Keras call otherwise is refused with what to write here.
 
     Raises:
+        ConfigError: An argument is unknown.
         ModelError: The name is unknown, the class cannot be built, or weights cannot be downloaded.
         CheckpointError: The file cannot be read, or belongs to another architecture.
         TrustError: The name is `py:…` and `trust_code` is false.
     """
+    _refuse_other_words(weights, others)
     check_arguments(create_model, locals())
     path = Path(weights)
     from_file = str(weights) not in ("default", "none") and (isinstance(weights, Path) or _looks_like_file(path))
@@ -61,6 +79,22 @@ def create_model(
     if num_classes is not None:
         model = replace_head(model, num_classes)
     return model
+
+
+def _refuse_other_words(weights: Any, others: Mapping[str, Any]) -> None:
+    """Say what to write here in the place of other libraries' arguments of the same function.
+
+    Raises:
+        ConfigError: There is one of them.
+    """
+    if weights is None or isinstance(weights, (bool, enum.Enum)):
+        name = weights.name if isinstance(weights, enum.Enum) else "default" if weights else "none"
+        raise ConfigError(f'create_model: weights is {weights!r}, expected a name. Write weights="{name}".')
+    for word, value in others.items():
+        advice = nearest(word, ("weights", "num_classes", "trust_code")) or "It takes weights, num_classes, trust_code."
+        if word == "pretrained":
+            advice = f'Write weights="{"default" if value else "none"}".'
+        raise ConfigError(f"create_model has no argument '{word}'. {OTHER_WORDS.get(word, advice)}")
 
 
 def rebuild(recipe: Recipe, *, trust_code: bool = False, unset: bool = False) -> nn.Module:

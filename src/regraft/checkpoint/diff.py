@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from regraft.anatomy.render import aligned, shape_text
-from regraft.arguments import check_arguments
+from regraft.arguments import check_arguments, check_weights
 from regraft.checkpoint.digest import tensor_digest
 from regraft.checkpoint.foreign.reading import read_tensors
 from regraft.checkpoint.format import locate
@@ -101,6 +101,9 @@ def diff(a: nn.Module | str | os.PathLike[str], b: nn.Module | str | os.PathLike
     2 tensors: 2 identical
     """
     check_arguments(diff, locals())
+    for name, one in (("a", a), ("b", b)):
+        if isinstance(one, nn.Module):
+            check_weights(diff, name, one)
     before, after = _tensors(a), _tensors(b)
     names = [*before, *(name for name in after if name not in before)]
     return Diff(tuple(_compare(name, before.get(name), after.get(name)) for name in names))

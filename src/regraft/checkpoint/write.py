@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from regraft.arguments import check_arguments
+from regraft.arguments import check_arguments, check_minimum, check_target, check_weights
 from regraft.card import Card, Recipe, Source, card_of
 from regraft.checkpoint.build import rebuild
 from regraft.checkpoint.delta import SHARD_BYTES, choose_base, differing, pin_base, unshared
@@ -53,6 +53,9 @@ def save(
         RunError: The file cannot be written; nothing of it is left, and a previous file is as it was.
     """
     check_arguments(save, locals())
+    check_target(save, "path", path)
+    check_minimum(save, 1, shard_bytes=shard_bytes)
+    check_weights(save, "model", model)
     target = Path(path)
     card = _described_card(model)
     tensors, shared = unshared(model)

@@ -8,7 +8,7 @@ from regraft.anatomy.inputs import Inputs
 from regraft.anatomy.paths import is_within, layer_at
 from regraft.anatomy.render import percent
 from regraft.anatomy.tracing import Call, Trace, trace
-from regraft.arguments import check_arguments
+from regraft.arguments import check_arguments, check_weights
 from regraft.errors import SelectionError
 from regraft.freezing.patterns import select_parameters
 from regraft.freezing.pins import sync_pins
@@ -67,6 +67,7 @@ def freeze(model: nn.Module, *patterns: str, until: str | None = None, inputs: I
     28 of 38 parameters frozen (73.7 %), 10 trainable; 4 tensors changed, 1 layers stay in evaluation mode
     """
     check_arguments(freeze, locals())
+    check_weights(freeze, "model", model, allow_meta=True)
     return _set_flags(model, _parameter_names(model, patterns, until=until, inputs=inputs), trainable=False)
 
 
@@ -84,6 +85,7 @@ def unfreeze(model: nn.Module, *patterns: str, since: str | None = None, inputs:
         ModelError: `since` was given and the forward fails on `inputs`, or on the guessed ones. Nothing was changed.
     """
     check_arguments(unfreeze, locals())
+    check_weights(unfreeze, "model", model, allow_meta=True)
     return _set_flags(model, _parameter_names(model, patterns, since=since, inputs=inputs), trainable=True)
 
 

@@ -1,7 +1,7 @@
 """What an optimizer gets: the trainable parameters, grouped, and nothing else."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,7 @@ def param_groups(
     layer_decay: float | None = None,
     *,
     backbone_lr: float | None = None,
-    no_decay: tuple[str, ...] = ("bias", "norm"),
+    no_decay: Collection[str] = ("bias", "norm"),
 ) -> list[dict[str, Any]]:
     """Group the trainable parameters of `model` by learning rate and decay for an optimizer; frozen ones are left out.
 
@@ -81,7 +81,7 @@ def _rates(model: nn.Module, lr: float, layer_decay: float | None, backbone_lr: 
     return lambda name: lr
 
 
-def undecayed_names(model: nn.Module, no_decay: tuple[str, ...]) -> set[str]:
+def undecayed_names(model: nn.Module, no_decay: Collection[str]) -> set[str]:
     """Return the names of the parameters that are not decayed; see `param_groups`."""
     if unknown := sorted(set(no_decay) - {"bias", "norm"}):
         raise ConfigError(f"no_decay names {unknown[0]!r}, expected 'bias', 'norm', both, or an empty tuple.")

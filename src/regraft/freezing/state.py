@@ -28,7 +28,7 @@ class FreezeState:
     def put_back(self) -> None:
         """Give the parameters and layers that the model had then the state that they had."""
         for parameter, trainable in self.flags:
-            parameter.requires_grad_(trainable)
+            parameter.requires_grad = trainable  # also of one that is lazy, on which methods cannot be called
         for layer, pinned, training in self.layers:
             (pin if pinned else unpin)(layer)
             layer.training = training

@@ -111,6 +111,8 @@ def partition(model: nn.Module, example: Any) -> Partition:
     check_arguments(partition, locals())
     require_editable(model)
     inputs = example if isinstance(example, tuple) else (example,)
+    if not inputs or not all(isinstance(x, torch.Tensor) and x.ndim for x in inputs):
+        raise ModelError(f"the example is a {type(example).__name__}, expected a tensor (N, …), or a tuple of tensors.")
     try:
         view = view_of(model)
     except ModelError as error:
@@ -120,7 +122,11 @@ def partition(model: nn.Module, example: Any) -> Partition:
         raise EditError("nothing of this network is live, so there is nothing to train. Thaw a layer.")
     if all(node.op == "placeholder" for node in frontier):
         raise EditError("nothing of this network is constant: its first layers are trained or random.")
-    values, costs = compute_costs(model, view.flow, inputs)
+    try:
+        values, costs = compute_costs(model, view.flow, inputs)
+    except Exception:
+        trace(model, inputs=inputs)  # which says in which layer, where the network itself does not take the example
+        raise
     chosen, note = _cheapest(model, view, frontier, values, costs)
     spent = _spent(chosen, costs)
     return Partition(
@@ -138,6 +144,9 @@ def _untraced(model: nn.Module, inputs: tuple[Any, ...], error: ModelError) -> P
         prefix, suffix, boundary = record_and_replay(model, inputs)
     except ModelError as second:
         raise ModelError(f"{str(error).rstrip('.')}. Nor can it be recorded and replayed: {second}") from error
+    except Exception:
+        trace(model, inputs=inputs)  # which says in which layer, where the network itself does not take the example
+        raise
     cuts = tuple(
         Cut(f"given_{position}", boundary.layer, shape, dtype)
         for position, (shape, dtype) in enumerate(zip(boundary.shapes, boundary.dtypes, strict=True))

@@ -95,6 +95,8 @@ def as_vectors(x: torch.Tensor) -> torch.Tensor:
 
 
 def _vector_width(shape: tuple[int, ...]) -> int:
+    if len(shape) < 2:
+        raise EditError(f"a backbone gives {shape}, expected one vector for each input, (N, D). Nothing was changed.")
     return as_vectors(torch.empty(shape, device="meta")).shape[1]
 
 

@@ -1,6 +1,7 @@
 """Put another classifier in the place of a network's own."""
 
 import copy
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from regraft.arguments import check_arguments
 from regraft.card import card_of
 from regraft.errors import EditError, nearest
 from regraft.surgery.checks import prove, require_editable
-from regraft.surgery.fitting import settled
+from regraft.surgery.fitting import place, settled
 from regraft.surgery.record import finish
 from regraft.surgery.swap import with_layers
 
@@ -63,8 +64,8 @@ def replace_head(
     """
     check_arguments(replace_head, locals())
     require_editable(model)
-    if not isinstance(new, (int, nn.Module)) or isinstance(new, bool):
-        raise EditError(f"a head is a number of classes or a torch.nn.Module, not {new!r}. Nothing was changed.")
+    if not isinstance(new, nn.Module):
+        new = operator.index(new)  # a number of NumPy's, too
     if isinstance(new, int) and new < 1:
         raise EditError(f"a head needs at least 1 output, not {new}. Nothing was changed.")
     if path is None and isinstance(new, int) and not keep and getattr(model, "num_classes", None) == 0:
@@ -200,7 +201,7 @@ def _new_head(model: nn.Module, path: str, new: int | nn.Module, inputs: Inputs 
             f"the head '{path}' is a {type(old).__name__}, which cannot be built for {new} classes. "
             "Pass a module in its place, or the path of another layer. Nothing was changed."
         )
-    return (layer if reference is None else layer.to(reference.device, reference.dtype)).train(old.training)
+    return place(layer, reference).train(old.training)
 
 
 def _convolution(old: nn.Conv1d | nn.Conv2d | nn.Conv3d, classes: int) -> nn.Module:

@@ -277,7 +277,12 @@ def _gives_the_same(maker: Any, model: nn.Module, given: Arguments) -> bool:
         made.load_state_dict(model.state_dict())
         values = given.with_values(device)
         fed = values.with_values(device)  # copies, as a forward may write to its input
-        expected = run(real_twin(model))
+        try:
+            expected = run(real_twin(model))
+        except Exception as error:  # a network of the user's own, on inputs of the user's own
+            raise EditError(
+                f"{type(model).__name__} fails on these inputs: {error}. Pass others. Nothing was written."
+            ) from error
         fed = values.with_values(device)
         if _equal(run(made.to(device).eval()), expected):
             return True

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 from regraft.anatomy.inputs import Inputs, Shape, guess_input_size
 from regraft.anatomy.modes import evaluation_mode
 from regraft.anatomy.paths import layer_at
-from regraft.arguments import check_arguments
+from regraft.arguments import check_arguments, check_weights
 from regraft.card import Recipe, Source, attach, card_of
 from regraft.errors import EditError, ModelError
 from regraft.surgery.adapters import ClassToken, adapter_for
 from regraft.surgery.checks import prove, require_editable
 from regraft.surgery.edits import without_rest
-from regraft.surgery.fitting import output_shape
+from regraft.surgery.fitting import output_shape, place
 from regraft.surgery.layerspec import construct, describe
 from regraft.surgery.tail import tail
 from regraft.zoo import preprocessing_of
@@ -82,11 +82,12 @@ def stitch(
     given, wanted = output_shape(head, inputs), output_shape(seen)
     own = adapter if isinstance(adapter, nn.Module) else _chosen(adapter, given, wanted, is_fitted=batches is not None)
     reference = next((p for p in front.parameters() if p.is_floating_point()), None)
-    if reference is not None:
-        own.to(reference.device, reference.dtype)
+    place(own, reference)
     stitched = Stitched(head, own.train(front.training), rest)
     _prove(stitched, front, cut, given, wanted, inputs)
     if batches is not None:
+        check_weights(stitch, "front", front)
+        check_weights(stitch, "back", back)
         fit_adapter(stitched, seen, batches)
     attach(stitched, recipe=_recipe(front, back, cut, adapter, given, wanted, is_fitted=batches is not None))
     return attach(stitched, preprocessing=preprocessing_of(front))
@@ -108,18 +109,26 @@ def fit_adapter(stitched: Stitched, target: nn.Module, batches: Batches) -> None
         EditError: The adapter has no layer that can be fitted, or there are no batches.
     """
     layers = list(stitched.adapter) if isinstance(stitched.adapter, nn.Sequential) else []
-    place = next((i for i, layer in enumerate(layers) if _is_linear(layer)), None)
-    if place is None:
+    position = next((i for i, layer in enumerate(layers) if _is_linear(layer)), None)
+    if position is None:
         raise EditError("the adapter has no linear layer or 1×1 convolution that could be fitted. Leave out batches.")
-    solved: Any = layers[place]
+    solved: Any = layers[position]
     gram, product, outputs, tokens = None, None, [], []
     with evaluation_mode(stitched), evaluation_mode(target):
         for batch in batches:
-            x = batch if isinstance(batch, torch.Tensor) else batch[0]
-            rows = stitched.front(x)
-            for layer in layers[:place]:
+            x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+            if not isinstance(x, torch.Tensor):
+                raise EditError(f"a batch is a {type(x).__name__}, expected a tensor, or a pair that begins with one.")
+            try:
+                rows = stitched.front(x)
+                wanted = target(_seen_by(target, x, stitched))
+            except Exception as error:  # networks of the user's own, on inputs of the user's own
+                raise EditError(
+                    f"the networks fail on a batch of shape {tuple(x.shape)}: {str(error).partition(chr(10))[0]}. Give "
+                    "batches that the front takes. Nothing was changed."
+                ) from error
+            for layer in layers[:position]:
                 rows = layer(rows)
-            wanted = target(_seen_by(target, x, stitched))
             if any(isinstance(layer, ClassToken) for layer in layers):
                 tokens.append(wanted[:, :1].mean(0, keepdim=True))
                 wanted = wanted[:, 1:]
@@ -135,7 +144,7 @@ def fit_adapter(stitched: Stitched, target: nn.Module, batches: Batches) -> None
     solution = torch.linalg.solve(gram + ridge, product).T  # (out, in + 1)
     solved.weight.copy_(solution[:, :-1].reshape(solved.weight.shape))
     solved.bias.copy_(solution[:, -1])
-    for layer in layers[place + 1 :]:
+    for layer in layers[position + 1 :]:
         if isinstance(layer, nn.BatchNorm2d):
             _neutralize(layer, torch.cat(outputs))
         if isinstance(layer, ClassToken):

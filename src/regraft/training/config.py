@@ -2,7 +2,7 @@
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
@@ -20,6 +20,21 @@ OnNan = Literal["stop", "skip"]
 HEAD_LR = 1e-2
 FINE_TUNE_LR = 5e-4
 SCRATCH_LR = 2e-3
+OTHER_WORDS = {  # what other libraries call our options
+    "batch_size": ("bs", "batch", "train_batch_size", "per_device_train_batch_size"),
+    "epochs": ("n_epochs", "num_epochs", "max_epochs", "num_train_epochs", "nb_epoch"),
+    "image_size": ("img_size", "input_size", "target_size", "resolution"),
+    "loss": ("criterion", "loss_fn", "loss_func", "objective"),
+    "lr": ("learning_rate", "base_lr", "max_lr", "lr0"),
+    "out": ("output_dir", "save_dir", "log_dir", "checkpoint_dir", "save_path"),
+    "schedule": ("scheduler", "lr_scheduler", "lr_schedule", "sched"),
+    "seed": ("random_state", "random_seed", "manual_seed"),
+    "validation_share": ("validation_split", "val_split", "valid_pct", "val_size", "test_size"),
+    "weight_decay": ("wd", "decay", "l2"),
+    "workers": ("num_workers", "n_jobs"),
+}
+MAX_COUNT = 10**9
+MAX_SIDE = 10**5  # pixels
 
 
 class TrainConfig(CheckedFields):
@@ -75,7 +90,13 @@ class TrainConfig(CheckedFields):
         out: Folder for the results; None writes nothing.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    OTHER_WORDS: ClassVar[dict[str, str]] = {
+        **{other: f"Write {name}=…" for name, others in OTHER_WORDS.items() for other in others},
+        "pretrained": 'Write weights="default", or "none" for False',
+        "validation_data": "Pass data as a pair: (train, validation)",
+    }
 
     data: str | None = None
     model: str = "resnet18"
@@ -84,8 +105,8 @@ class TrainConfig(CheckedFields):
     freeze_until: str | None = None
     unfreeze_all: bool = False
     unfreeze: str | None = None
-    epochs: int = Field(default=25, ge=1)
-    batch_size: int = Field(default=32, ge=1)
+    epochs: int = Field(default=25, ge=1, le=MAX_COUNT)
+    batch_size: int = Field(default=32, ge=1, le=MAX_COUNT)
     optimizer: str = "adamw"
     lr: float | None = Field(default=None, gt=0)
     head_start: HeadStart = "auto"
@@ -105,11 +126,11 @@ class TrainConfig(CheckedFields):
     device: str = "auto"
     workers: int | None = Field(default=None, ge=0)
     seed: int = Field(default=0, ge=0, lt=2**32)
-    image_size: int | None = Field(default=None, ge=1)
+    image_size: int | None = Field(default=None, ge=1, le=MAX_SIDE)
     validation_share: float = Field(default=0.2, gt=0, lt=1)
     max_unreadable: float = Field(default=0.1, ge=0, le=1)
     on_nan: OnNan = "stop"
-    checkpoint_minutes: float = Field(default=5.0, ge=0, allow_inf_nan=False)
+    checkpoint_minutes: float = Field(default=5.0, ge=0)
     keep_last: int = Field(default=2, ge=1)
     out: str | None = None
 
@@ -121,6 +142,8 @@ class TrainConfig(CheckedFields):
                 text.encode()
             except UnicodeEncodeError as error:
                 raise ValueError("it has bytes that are no UTF-8, which config.toml cannot hold; rename it") from error
+            if "\0" in text:
+                raise ValueError("it has a null byte, which no file's name can hold")
         return text
 
     def updated(self, **options: Any) -> "TrainConfig":

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from regraft.arguments import check_arguments
+from regraft.arguments import check_arguments, check_minimum, check_path, check_weights
 from regraft.card import Card, card_of
 from regraft.data.decode import Unreadable, decode, quiet_decoders
 from regraft.data.folders import Sample, list_labelled, list_numbered, photos_in
@@ -19,6 +19,7 @@ from regraft.data.transforms import center_crop, normalize
 from regraft.errors import DataError, ModelError
 from regraft.progress import SILENT, Progress
 from regraft.training.loop import choose_engine, score
+from regraft.training.material import pairs_of
 from regraft.training.metrics import Metrics, measure
 from regraft.zoo import preprocessing_of
 
@@ -56,7 +57,7 @@ def evaluate(
     data: Any,
     *,
     batch_size: int = BATCH_SIZE,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     progress: Progress = SILENT,
 ) -> Metrics:
     """Measure `model` on labelled photos.
@@ -74,14 +75,18 @@ def evaluate(
         ModelError: The model does not know its classes.
     """
     check_arguments(evaluate, locals())
+    check_minimum(evaluate, 1, batch_size=batch_size)
+    check_weights(evaluate, "model", model)
     engine = choose_engine(device, "fp32")
     model.to(engine.device)
     if not isinstance(data, (str, os.PathLike)):
         batches = torch.utils.data.DataLoader(data, batch_size) if isinstance(data, torch.utils.data.Dataset) else data
-        outputs, targets = score(model, batches, engine)
+        outputs, targets = score(model, pairs_of(batches), engine)
         regression = targets.is_floating_point()
+        _require_measurable(model, outputs, targets)
         names = card_of(model).classes or tuple(map(str, range(outputs.shape[-1])))
         return measure(outputs, targets, None if regression else names)
+    check_path(evaluate, "data", data)
     card = _require_task(model)
     samples = list_numbered(data) if card.classes is None else list_labelled(data, card.classes)
     photos, unreadable = read_photos(samples, preprocessing_of(model), classes=card.classes, progress=progress)
@@ -97,7 +102,7 @@ def predict(
     *,
     top: int = 5,
     batch_size: int = BATCH_SIZE,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     progress: Progress = SILENT,
 ) -> list[Prediction]:
     """Say what photos show.
@@ -117,6 +122,8 @@ def predict(
         ModelError: The model does not know its classes.
     """
     check_arguments(predict, locals())
+    check_minimum(predict, 1, top=top, batch_size=batch_size)
+    check_weights(predict, "model", model)
     card = _require_task(model)
     engine = choose_engine(device, "fp32")
     model.to(engine.device)
@@ -139,7 +146,7 @@ def predict(
 
 
 def _predict_opened(
-    model: nn.Module, items: Sequence[Any], *, top: int, device: str, progress: Progress
+    model: nn.Module, items: Sequence[Any], *, top: int, device: str | torch.device, progress: Progress
 ) -> list[Prediction]:
     """Predict images that are open already, and the photos of paths among them, in order."""
     preprocessing = preprocessing_of(model)
@@ -171,9 +178,25 @@ def _require_task(model: nn.Module) -> Card:
     return card
 
 
+def _require_measurable(model: nn.Module, outputs: torch.Tensor, targets: torch.Tensor) -> None:
+    """Refuse outputs that cannot be held against their targets."""
+    kind, shape = type(model).__name__, tuple(outputs.shape)
+    if targets.is_floating_point():
+        if outputs.numel() != targets.numel():
+            raise DataError(f"{kind} gives numbers of shape {shape}, the data has {tuple(targets.shape)} to compare.")
+    elif outputs.ndim != 2 or targets.ndim != 1:
+        raise DataError(f"{kind} gives {shape} for targets {tuple(targets.shape)}, expected (N, K) for (N,).")
+    elif not 0 <= int(targets.min()) <= int(targets.max()) < shape[1]:
+        raise DataError(
+            f"the data has classes from {int(targets.min())} to {int(targets.max())}, {kind} gives {shape[1]} scores. "
+            f"Classes are numbered from 0 to {shape[1] - 1}; give the network that was trained for these."
+        )
+
+
 def _files(item: Any) -> list[Path]:
     if not isinstance(item, (str, os.PathLike)):
         raise DataError(f"a {type(item).__name__} is no image. Give paths, PIL images, or a tensor (N, C, H, W).")
+    check_path(predict, "images", item)
     path = Path(item)
     if path.is_dir():
         files = photos_in(path)

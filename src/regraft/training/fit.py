@@ -11,7 +11,7 @@ import torch._dynamo  # all of the compiler, which optimizers import at their fi
 from torch import nn
 
 from regraft.anatomy.modes import preserved_randomness
-from regraft.arguments import check_arguments
+from regraft.arguments import check_arguments, check_path, check_weights
 from regraft.data.folders import Listing
 from regraft.errors import ConfigError, ModelError
 from regraft.freezing.schedule import Schedule
@@ -78,6 +78,13 @@ def fit(
         Interrupted: Ctrl-C or SIGTERM; the best weights so far are kept where there are any.
     """
     check_arguments(fit, locals())
+    if isinstance(data, (str, Path)):
+        check_path(fit, "data", data)
+    if isinstance(loss, type):
+        raise ConfigError(f"loss is the class {loss.__name__}, expected a function. Make one: {loss.__name__}().")
+    for name, one in (("model", model), ("loss", loss)):
+        if isinstance(one, nn.Module):
+            check_weights(fit, name, one)
     if isinstance(loss, str):
         options["loss"] = loss
     config = (config or TrainConfig()).updated(

@@ -1,6 +1,6 @@
 """What is learned from and measured on: folders, tables, datasets and loaders → batches."""
 
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -234,12 +234,42 @@ def first_batch(batches: Iterable[Any]) -> tuple[Inputs, torch.Tensor]:
         return next(iter(batches))
     found = (batch.batch if isinstance(batch, Partial) else batch for batch in batches)
     first = next((batch for batch in found if batch is not None), None)
-    if not (isinstance(first, (tuple, list)) and len(first) == 2 and all(isinstance(x, torch.Tensor) for x in first)):
+    return _pair(first)
+
+
+def pairs_of(batches: Any) -> Iterator[tuple[Inputs, torch.Tensor]]:
+    """Yield batches of a user's own, each checked.
+
+    Raises:
+        DataError: There is none, or one is no pair of tensors of the same length.
+    """
+    if not isinstance(batches, Iterable):
         raise DataError(
-            f"the training data yields {type(first).__name__}, expected pairs (inputs, targets) of tensors: "
+            f"a {type(batches).__name__} is no data. Expected a folder, a Dataset, a DataLoader, or a list of batches."
+        )
+    is_empty = True
+    for batch in batches:
+        is_empty = False
+        yield _pair(batch)
+    if is_empty:
+        raise DataError("the data is empty. Give at least one batch.")
+
+
+def _pair(batch: Any) -> tuple[Inputs, torch.Tensor]:
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, torch.Tensor) for x in batch)):
+        raise DataError(
+            f"the data yields {type(batch).__name__}, expected pairs (inputs, targets) of tensors: "
             "let the dataset return tensors, as with torchvision.transforms.ToTensor()."
         )
-    return first[0], first[1]
+    inputs, targets = batch
+    if 0 in (inputs.ndim, targets.ndim) or len(inputs) != len(targets) or not len(targets):
+        raise DataError(
+            f"the data yields inputs of shape {tuple(inputs.shape)} with targets of shape {tuple(targets.shape)}, "
+            "expected (N, …) and (N,), N at least 1."
+        )
+    if targets.dtype == torch.bool or targets.is_complex():
+        raise DataError(f"the data yields targets of {targets.dtype}, expected int64 classes or floats. Convert them.")
+    return inputs, targets
 
 
 def _require_readable(unreadable: list[Unreadable], count: int, limit: float) -> None:

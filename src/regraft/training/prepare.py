@@ -28,8 +28,8 @@ from regraft.progress import Progress
 from regraft.training.config import FINE_TUNE_LR, HEAD_LR, SCRATCH_LR, HeadStart, TrainConfig
 from regraft.training.extract import Extractor
 from regraft.training.features import FeatureBatches
-from regraft.training.loop import Engine, Inputs, choose_engine, main_output, run
-from regraft.training.losses import Loss, build_loss, check_loss
+from regraft.training.loop import Engine, choose_engine, main_output, run
+from regraft.training.losses import Loss, build_loss, compute_loss
 from regraft.training.material import Material, first_batch
 from regraft.training.result import Plan
 from regraft.training.sweep import DECAYS, Sweep, ridge_start, sweep_heads
@@ -225,14 +225,7 @@ def _try_one_batch(model: nn.Module, material: Material, criterion: Loss, engine
     inputs, targets = first_batch(material.train)
     targets = targets.to(engine.device)
     with evaluation_mode(model), torch.no_grad(), engine.autocast():
-        try:
-            output = main_output(run(model, inputs, engine))
-        except (RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ModelError(
-                f"{type(model).__name__} fails on a batch of shape {_shapes(inputs)}: {reason}. "
-                "Give inputs of the shape that it was made for."
-            ) from error
+        output = main_output(run(model, inputs, engine))
         if material.task == "classification" and output.ndim == 2:
             known = material.classes is not None
             wanted = len(material.classes) if material.classes is not None else int(targets.max()) + 1
@@ -241,11 +234,7 @@ def _try_one_batch(model: nn.Module, material: Material, criterion: Loss, engine
                     f"{type(model).__name__} gives {output.shape[1]} scores, the data has {wanted} classes. "
                     f"Use model = regraft.replace_head(model, {wanted})."
                 )
-        check_loss(criterion(output, targets))
-
-
-def _shapes(inputs: Inputs) -> str:
-    return ", ".join(str(tuple(one.shape)) for one in ([inputs] if isinstance(inputs, torch.Tensor) else inputs))
+        compute_loss(criterion, output, targets)
 
 
 def make_extractor(
