@@ -44,7 +44,8 @@ WORDS = {
     collections.abc.Collection: "a list",
     collections.abc.Iterable: "a list",
 }
-TEXT = (str, bytes, bytearray)  # sequences as well, of which none is meant where a list is
+LISTS = (collections.abc.Sequence, collections.abc.Collection, collections.abc.Iterable)
+NO_LISTS = (str, bytes, bytearray, torch.Tensor, np.ndarray)  # each can be iterated over, and none is meant by a list
 
 
 def check_arguments(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
@@ -220,7 +221,9 @@ def _is_of_kind(value: Any, kind: Any) -> bool:
         return isinstance(value, (tuple, list))
     if kind is Any or not isinstance(kind, type):
         return True
-    return isinstance(value, kind) and (kind is str or not isinstance(value, TEXT))
+    if kind in LISTS and isinstance(value, NO_LISTS):
+        return False
+    return isinstance(value, kind)
 
 
 def _is_whole(value: Any) -> bool:

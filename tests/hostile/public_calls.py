@@ -278,7 +278,6 @@ def calls(scene: Scene) -> list[Call]:
             metrics=const({}),
         ),
         _of("Metrics.is_better_than", lambda other: scene.result.validation.is_better_than(other), other=const(None)),
-        Call("Partition.prefix", lambda x: _parts().prefix(x), {"x": inputs}),
     ]
 
 
@@ -325,9 +324,3 @@ def _enter(model: Any) -> None:
 
 def _advance(**arguments: Any) -> Any:
     return regraft.Schedule.parse("head:1,all:1").advance(**arguments)
-
-
-def _parts() -> regraft.Partition:
-    model = network()
-    regraft.freeze(model, "0", "2")
-    return regraft.partition(model, inputs())

@@ -124,9 +124,12 @@ def partition(model: nn.Module, example: Any) -> Partition:
         raise EditError("nothing of this network is constant: its first layers are trained or random.")
     try:
         values, costs = compute_costs(model, view.flow, inputs)
-    except Exception:
+    except Exception as error:
         trace(model, inputs=inputs)  # which says in which layer, where the network itself does not take the example
-        raise
+        raise ModelError(
+            f"{type(model).__name__} takes the example, but no batches of other lengths: {error}. Pass one with the "
+            "batch first, (N, …)."
+        ) from error
     chosen, note = _cheapest(model, view, frontier, values, costs)
     spent = _spent(chosen, costs)
     return Partition(

@@ -121,25 +121,28 @@ def fit_adapter(stitched: Stitched, target: nn.Module, batches: Batches) -> None
                 raise EditError(f"a batch is a {type(x).__name__}, expected a tensor, or a pair that begins with one.")
             try:
                 rows = stitched.front(x)
+                for layer in layers[:position]:
+                    rows = layer(rows)
                 wanted = target(_seen_by(target, x, stitched))
-            except Exception as error:  # networks of the user's own, on inputs of the user's own
+                if any(isinstance(layer, ClassToken) for layer in layers):
+                    tokens.append(wanted[:, :1].mean(0, keepdim=True))
+                    wanted = wanted[:, 1:]
+                rows = _rows(rows, solved)
+                goal = _goal(wanted, rows, solved)
+            except Exception as error:  # of networks of the user's own, on inputs of the user's own
+                reason = str(error).partition("\n")[0]
                 raise EditError(
-                    f"the networks fail on a batch of shape {tuple(x.shape)}: {str(error).partition(chr(10))[0]}. Give "
-                    "batches that the front takes. Nothing was changed."
+                    f"cannot fit the adapter on a batch of shape {tuple(x.shape)}: {reason}. Give batches that the "
+                    "front takes. Nothing was changed."
                 ) from error
-            for layer in layers[:position]:
-                rows = layer(rows)
-            if any(isinstance(layer, ClassToken) for layer in layers):
-                tokens.append(wanted[:, :1].mean(0, keepdim=True))
-                wanted = wanted[:, 1:]
-            rows = _rows(rows, solved)
-            goal = _goal(wanted, rows, solved)
             rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1).double()
             gram = rows.T @ rows if gram is None else gram + rows.T @ rows
             product = rows.T @ goal.double() if product is None else product + rows.T @ goal.double()
             outputs.append(goal)
     if gram is None or product is None:
         raise EditError("there are no batches to fit the adapter on. Give at least one.")
+    if not (gram.isfinite().all() and product.isfinite().all()):
+        raise EditError("what the networks give for these batches is not finite. Give other batches. Nothing changed.")
     ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     solution = torch.linalg.solve(gram + ridge, product).T  # (out, in + 1)
     solved.weight.copy_(solution[:, :-1].reshape(solved.weight.shape))

@@ -76,6 +76,7 @@ def evaluate(
     """
     check_arguments(evaluate, locals())
     check_minimum(evaluate, 1, batch_size=batch_size)
+    batch_size = int(batch_size)  # torch takes none of NumPy's
     check_weights(evaluate, "model", model)
     engine = choose_engine(device, "fp32")
     model.to(engine.device)
@@ -123,6 +124,7 @@ def predict(
     """
     check_arguments(predict, locals())
     check_minimum(predict, 1, top=top, batch_size=batch_size)
+    batch_size = int(batch_size)  # torch takes none of NumPy's
     check_weights(predict, "model", model)
     card = _require_task(model)
     engine = choose_engine(device, "fp32")

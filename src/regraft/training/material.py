@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -234,7 +235,7 @@ def first_batch(batches: Iterable[Any]) -> tuple[Inputs, torch.Tensor]:
         return next(iter(batches))
     found = (batch.batch if isinstance(batch, Partial) else batch for batch in batches)
     first = next((batch for batch in found if batch is not None), None)
-    return _pair(first)
+    return _pair(first, "training data")
 
 
 def pairs_of(batches: Any) -> Iterator[tuple[Inputs, torch.Tensor]]:
@@ -243,32 +244,34 @@ def pairs_of(batches: Any) -> Iterator[tuple[Inputs, torch.Tensor]]:
     Raises:
         DataError: There is none, or one is no pair of tensors of the same length.
     """
-    if not isinstance(batches, Iterable):
+    if not isinstance(batches, Iterable) or isinstance(batches, (torch.Tensor, np.ndarray)):
         raise DataError(
             f"a {type(batches).__name__} is no data. Expected a folder, a Dataset, a DataLoader, or a list of batches."
         )
     is_empty = True
     for batch in batches:
         is_empty = False
-        yield _pair(batch)
+        yield _pair(batch, "data")
     if is_empty:
         raise DataError("the data is empty. Give at least one batch.")
 
 
-def _pair(batch: Any) -> tuple[Inputs, torch.Tensor]:
+def _pair(batch: Any, what: str) -> tuple[Inputs, torch.Tensor]:
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, torch.Tensor) for x in batch)):
         raise DataError(
-            f"the data yields {type(batch).__name__}, expected pairs (inputs, targets) of tensors: "
+            f"the {what} yields {type(batch).__name__}, expected pairs (inputs, targets) of tensors: "
             "let the dataset return tensors, as with torchvision.transforms.ToTensor()."
         )
     inputs, targets = batch
     if 0 in (inputs.ndim, targets.ndim) or len(inputs) != len(targets) or not len(targets):
         raise DataError(
-            f"the data yields inputs of shape {tuple(inputs.shape)} with targets of shape {tuple(targets.shape)}, "
+            f"the {what} yields inputs of shape {tuple(inputs.shape)} with targets of shape {tuple(targets.shape)}, "
             "expected (N, …) and (N,), N at least 1."
         )
     if targets.dtype == torch.bool or targets.is_complex():
-        raise DataError(f"the data yields targets of {targets.dtype}, expected int64 classes or floats. Convert them.")
+        raise DataError(
+            f"the {what} yields targets of {targets.dtype}, expected int64 classes or floats. Convert them."
+        )
     return inputs, targets
 
 
