@@ -12,6 +12,7 @@ Left out are the values of plain results (`Finding`, `Diff` and the like), which
 
 import inspect
 import random
+import shutil
 import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -126,16 +127,26 @@ def _problem(
             return f"{text}: wrote {set(after[1]) ^ set(before[1])}, and raised {message}"
         if before[2] != after[2]:
             return f"{text}: moved the random state, and raised {message}"
-        is_named = len(names) > 1 or any(word in message for word in words(names[0], arguments[names[0]]))
+        shown = words(names[0], arguments[names[0]]) + [type(value).__name__ for value in arguments.values()]
+        is_named = len(names) > 1 or any(word in message for word in shown)
         return None if is_named else f"{text}: does not say which argument: {message}"
     except Exception as error:
         return f"{text}: {type(error).__name__}: {error}"
+    for name in listing(Path.cwd()).keys() - before[1].keys():  # so that tries do not depend on one another
+        path = Path(name)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return None
 
 
 def words(name: str, value: Any) -> list[str]:
     """List what a message about an argument may show of it."""
-    parts = list(value.values()) if isinstance(value, dict) else list(value) if isinstance(value, list | tuple) else []
+    parts = (
+        [*value.keys(), *value.values()]
+        if isinstance(value, dict)
+        else list(value)
+        if isinstance(value, list | tuple)
+        else []
+    )
     shown = [name.replace("_", " "), name, type(value).__name__]
     for one in (value, *parts):
         shown += [type(one).__name__, str(getattr(one, "__name__", "-none-"))]
@@ -173,6 +184,11 @@ def same(before: Any, after: Any) -> bool:
         (lambda: regraft.freeze(nn.Sequential(nn.ReLU()), nn.ReLU()), r"patterns\[0\] is a ReLU, .* by its path"),
         (lambda: regraft.freeze(nn.Sequential(nn.ReLU()), ["0"]), r"patterns\[0\] is a list of 1, expected a string"),
         (lambda: regraft.freeze(nn.Sequential(nn.ReLU()), 0), r"patterns\[0\] is 0, .* in quotes: '0'\."),
+        (lambda: regraft.append(nn.ReLU(), nn.ReLU), r"layers\[0\] is the class ReLU, .* Make one: ReLU\(…\)"),
+        (
+            lambda: regraft.append(nn.ReLU(), "ReLU()"),
+            r"layers\[0\] is 'ReLU\(\)', expected a torch.nn.Module",
+        ),
         (lambda: regraft.select(nn.ReLU(), b"0"), r"patterns\[0\] is a bytes, expected a string. Decode it first"),
         (lambda: regraft.param_groups(nn.Linear(1, 1), "1e-3"), r"lr is '1e-3', expected a finite number.* 1e-3\."),
         (lambda: regraft.param_groups(nn.Linear(1, 1), float("nan")), r"lr is nan, expected a finite number"),

@@ -39,7 +39,8 @@ def generator() -> Any:
 
 
 def bad_dataset() -> Any:
-    return DataLoader(TensorDataset(torch.zeros(4, 4), torch.zeros(4)), batch_size=2)
+    data = TensorDataset(torch.zeros(4, 4), torch.zeros(4))
+    return DataLoader(data, batch_size=2, generator=torch.Generator())  # else looking at it draws from torch's own
 
 
 def lazy() -> nn.Module:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from regraft.anatomy.heads import find_heads
-from regraft.anatomy.modes import preserved_randomness
+from regraft.anatomy.modes import preserved_randomness, unmoved_on_failure
 from regraft.anatomy.paths import is_within
 from regraft.arguments import check_arguments
 from regraft.card import Recipe, Source, attach, card_of
@@ -45,6 +45,7 @@ FILLS = frozenset((
 # fmt: on
 
 
+@unmoved_on_failure()
 def create_model(
     name: str,
     *,

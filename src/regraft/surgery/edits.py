@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from regraft.anatomy.graph import LAYER, Flow, Visit, ancestors, crossing, nodes_in
 from regraft.anatomy.inputs import Inputs
+from regraft.anatomy.modes import unmoved_on_failure
 from regraft.anatomy.paths import is_within, layer_at
 from regraft.arguments import check_arguments
 from regraft.errors import EditError, ModelError
@@ -70,6 +71,7 @@ def truncate(
     return finish(edited, "truncate", new_outputs=True, after=after, drop=drop, drop_skips=drop_skips or None)
 
 
+@unmoved_on_failure()
 def append(model: nn.Module, *layers: nn.Module | int, inputs: Inputs | None = None) -> nn.Module:
     """Return `model` with layers on top: they take its output, one after the other.
 

@@ -27,8 +27,6 @@ def fitted(model: nn.Module, layers: Sequence[nn.Module | int], inputs: Inputs |
             if position:
                 raise EditError(f"{layer} classes are asked for after other layers. Give a layer, or the number alone.")
             layer = classifier(output_shape(model, inputs), layer)
-        if isinstance(layer, type):
-            raise EditError(f"{layer.__name__} is a class. Give a layer made from it, as in {layer.__name__}(…).")
         if not isinstance(layer, nn.Module):
             raise EditError(
                 f"{layer!r} is a {type(layer).__name__}, expected a torch.nn.Module or a number of classes."

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from regraft.anatomy.inputs import Inputs
+from regraft.anatomy.modes import unmoved_on_failure
 from regraft.arguments import check_arguments
 from regraft.card import Recipe, Source, attach, card_of
 from regraft.errors import EditError
@@ -35,6 +36,7 @@ class Grafted(nn.Module):
         return self.heads(features)
 
 
+@unmoved_on_failure()
 def graft(
     parts: nn.Module | Mapping[str, nn.Module], heads: Head | Mapping[str, Head], *, inputs: Inputs | None = None
 ) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import nn
 from regraft.anatomy.graph import ancestors
 from regraft.anatomy.heads import CONVOLUTIONS, find_auxiliary_heads, find_heads, width_of
 from regraft.anatomy.inputs import Inputs
+from regraft.anatomy.modes import unmoved_on_failure
 from regraft.anatomy.paths import layer_at
 from regraft.anatomy.tracing import Trace, trace
 from regraft.anatomy.twins import shared_copy
@@ -25,6 +26,7 @@ from regraft.surgery.swap import with_layers
 COUNTS = ("num_classes", "num_labels")  # attributes in which networks keep the number of their classes
 
 
+@unmoved_on_failure()
 def replace_head(
     model: nn.Module,
     new: int | nn.Module,

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from regraft.anatomy.inputs import Inputs, Shape, guess_input_size
-from regraft.anatomy.modes import evaluation_mode
+from regraft.anatomy.modes import evaluation_mode, unmoved_on_failure
 from regraft.anatomy.paths import layer_at
 from regraft.arguments import check_arguments, check_weights
 from regraft.card import Recipe, Source, attach, card_of
@@ -36,6 +36,7 @@ class Stitched(nn.Module):
         return self.back(self.adapter(self.front(x)))
 
 
+@unmoved_on_failure()
 def stitch(
     front: nn.Module,
     back: nn.Module,
