@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from regraft.arguments import check_arguments, check_minimum, check_target, check_weights
@@ -57,8 +58,8 @@ def save(
     check_minimum(save, 1, shard_bytes=shard_bytes)
     check_weights(save, "model", model)
     target = Path(path)
+    tensors, shared = unshared(model)  # first, as it refuses what no file can hold
     card = _described_card(model)
-    tensors, shared = unshared(model)
     header = Header(
         **card.carried,
         card=card,
@@ -134,4 +135,5 @@ def _structure(model: nn.Module) -> dict[str, object]:
         for path, layer in model.named_modules(remove_duplicate=False)
         if type(layer).__module__ in ("torch.nn.modules.conv", "torch.nn.modules.pooling")
     }
-    return {**kinds, **geometry, **{name: tensor.shape for name, tensor in model.state_dict().items()}}
+    shapes = {name: value.shape for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    return {**kinds, **geometry, **shapes}

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from regraft.anatomy.inputs import Inputs, Shape, guess_input_size
-from regraft.anatomy.modes import evaluation_mode, unmoved_on_failure
+from regraft.anatomy.modes import evaluation_mode, in_mode, unmoved_on_failure
 from regraft.anatomy.paths import layer_at
 from regraft.arguments import check_arguments, check_weights
 from regraft.card import Recipe, Source, attach, card_of
@@ -84,7 +84,7 @@ def stitch(
     own = adapter if isinstance(adapter, nn.Module) else _chosen(adapter, given, wanted, is_fitted=batches is not None)
     reference = next((p for p in front.parameters() if p.is_floating_point()), None)
     place(own, reference)
-    stitched = Stitched(head, own.train(front.training), rest)
+    stitched = Stitched(head, in_mode(own, front.training), rest)
     _prove(stitched, front, cut, given, wanted, inputs)
     if batches is not None:
         check_weights(stitch, "front", front)

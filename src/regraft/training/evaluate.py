@@ -83,8 +83,10 @@ def evaluate(
     if not isinstance(data, (str, os.PathLike)):
         batches = torch.utils.data.DataLoader(data, batch_size) if isinstance(data, torch.utils.data.Dataset) else data
         outputs, targets = score(model, pairs_of(batches), engine)
-        regression = targets.is_floating_point()
-        _require_measurable(model, outputs, targets)
+        task = card_of(model).task
+        regression = task == "regression" if task is not None else targets.is_floating_point()
+        if not regression:
+            _require_measurable(model, outputs, targets)
         names = card_of(model).classes or tuple(map(str, range(outputs.shape[-1])))
         return measure(outputs, targets, None if regression else names)
     check_path(evaluate, "data", data)
@@ -152,7 +154,7 @@ def _predict_opened(
 ) -> list[Prediction]:
     """Predict images that are open already, and the photos of paths among them, in order."""
     preprocessing = preprocessing_of(model)
-    crop = center_crop(preprocessing.size)
+    crop = center_crop(preprocessing.size, preprocessing.border)
     pixels, paths = [], []
     for number, item in enumerate(items):
         for source in [item] if isinstance(item, Image.Image) else _files(item):

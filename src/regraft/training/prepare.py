@@ -17,7 +17,7 @@ from regraft.checkpoint.build import create_model
 from regraft.data.folders import Listing, Task
 from regraft.data.photos import Photos
 from regraft.data.transforms import is_random
-from regraft.errors import ConfigError, EditError, ModelError
+from regraft.errors import ConfigError, EditError, LossError, ModelError
 from regraft.freezing.audit import audit
 from regraft.freezing.freeze import freeze, settle, unfreeze
 from regraft.freezing.groups import build_optimizer, optimizer_class
@@ -28,11 +28,13 @@ from regraft.progress import Progress
 from regraft.training.config import FINE_TUNE_LR, HEAD_LR, SCRATCH_LR, HeadStart, TrainConfig
 from regraft.training.extract import Extractor
 from regraft.training.features import FeatureBatches
-from regraft.training.loop import Engine, choose_engine, main_output, run
-from regraft.training.losses import Loss, build_loss, compute_loss
-from regraft.training.material import Material, first_batch
+from regraft.training.loop import Engine, Inputs, choose_engine, main_output, run
+from regraft.training.losses import Loss, build_loss
+from regraft.training.material import Material, first_batch, require_scores, with_task
+from regraft.training.micro_batch import require_learnable
 from regraft.training.result import Plan
 from regraft.training.sweep import DECAYS, Sweep, ridge_start, sweep_heads
+from regraft.training.targets import batch_loss, ignored_label
 from regraft.zoo import preprocessing_of
 
 WARM_UP_SHARE = 0.05
@@ -112,7 +114,7 @@ def prepare_model(
         built = model
     if config.image_size is not None:
         known = preprocessing_of(built)
-        resize = max(config.image_size, round(config.image_size * known.resize / known.size))
+        resize = max(1, round(config.image_size * known.resize / known.size))
         attach(built, preprocessing=known.model_copy(update={"size": config.image_size, "resize": resize}))
     if config.unfreeze_all:
         unfreeze(built)
@@ -135,6 +137,7 @@ def prepare_job(
     trust_code: bool,
 ) -> Job:
     """Put loss, optimizer and schedule beside model and data, audit them, and try one batch."""
+    material = with_task(material, loss, config.loss)
     criterion = loss or build_loss(
         config.loss, material.task, label_smoothing=config.label_smoothing, trust_code=trust_code
     )
@@ -224,17 +227,30 @@ def _try_one_batch(model: nn.Module, material: Material, criterion: Loss, engine
     """Run the model and the loss on one batch, so that what does not fit is said before the first epoch."""
     inputs, targets = first_batch(material.train)
     targets = targets.to(engine.device)
+    require_learnable(model, lambda: run(model, inputs, engine), len(targets))
     with evaluation_mode(model), torch.no_grad(), engine.autocast():
-        output = main_output(run(model, inputs, engine))
-        if material.task == "classification" and output.ndim == 2:
-            known = material.classes is not None
-            wanted = len(material.classes) if material.classes is not None else int(targets.max()) + 1
-            if output.shape[1] < wanted or (known and output.shape[1] != wanted):
-                raise ModelError(
-                    f"{type(model).__name__} gives {output.shape[1]} scores, the data has {wanted} classes. "
-                    f"Use model = regraft.replace_head(model, {wanted})."
-                )
-        compute_loss(criterion, output, targets)
+        try:
+            output = main_output(run(model, inputs, engine))
+        except (RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ModelError(
+                f"{type(model).__name__} fails on a batch of shape {_shapes(inputs)}: {reason}. "
+                "Give inputs of the shape that it was made for."
+            ) from error
+        if material.task == "classification":
+            require_scores(model, output, targets, material, ignored_label(criterion))
+        try:
+            batch_loss(criterion, output, targets)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            reason = str(error).partition("\n")[0]
+            raise LossError(
+                f"the loss fails on outputs of shape {tuple(output.shape)} and targets of shape {tuple(targets.shape)} "
+                f"and type {targets.dtype}: {reason}. Pass another loss, or let the dataset return what it takes."
+            ) from error
+
+
+def _shapes(inputs: Inputs) -> str:
+    return ", ".join(str(tuple(one.shape)) for one in ([inputs] if isinstance(inputs, torch.Tensor) else inputs))
 
 
 def make_extractor(

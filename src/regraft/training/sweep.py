@@ -23,6 +23,7 @@ from regraft.training.closed_form import MOST_NUMBERS, linear_head, ridge
 from regraft.training.features import FeatureBatches
 from regraft.training.loop import Engine, main_output
 from regraft.training.losses import Loss
+from regraft.training.targets import fit_targets
 
 RATES = (1e-5, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # with the least, a start from ridge regression stays what it is
 DECAYS = (0.05, 1.0)
@@ -118,7 +119,8 @@ def sweep_heads(
 
         def loss_of(parameters: Any, tensors: tuple[torch.Tensor, ...], targets: torch.Tensor) -> torch.Tensor:
             with engine.autocast():
-                return criterion(main_output(functional_call(live, parameters, tensors)), targets)
+                outputs = main_output(functional_call(live, parameters, tensors))
+                return criterion(outputs, fit_targets(criterion, outputs, targets))
 
         of_choices = vmap(loss_of, in_dims=(0, None, None), randomness="different")
         return vmap(of_choices, randomness="different")(heads, by_fold, targets.view(rows.shape))
