@@ -1,6 +1,7 @@
 """Put another classifier in the place of a network's own."""
 
 import copy
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -74,6 +75,12 @@ def replace_head(
     """
     check_arguments(replace_head, locals())
     require_editable(model)
+    if (
+        not isinstance(new, (nn.Module, Mapping, list, tuple))
+        and hasattr(new, "__index__")
+        and not isinstance(new, bool)
+    ):
+        new = operator.index(new)  # a number of NumPy's, too
     _check_new(new, path)
     if path is None and isinstance(new, int) and not keep and getattr(model, "num_classes", None) == 0:
         edited = _with_its_own_classifier(model, new, inputs)
