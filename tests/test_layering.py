@@ -11,6 +11,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "regraft"
 LEVELS = (
     {"errors", "progress"},
+    {"arguments", "fields"},
     {"card"},
     {"preprocessing"},
     {"zoo"},

@@ -7,13 +7,15 @@ preprocessing of its images, the class names and the last metrics.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from torch import nn
+
+from regraft.fields import CheckedFields
 
 ATTRIBUTE = "regraft_card"
 
 
-class _Plain(BaseModel):
+class _Plain(CheckedFields):
     model_config = ConfigDict(frozen=True, extra="allow")  # what a newer version writes outlives this one
 
 

@@ -2,6 +2,7 @@
 
     RegraftError
     ├── InputError            what was given is wrong; nothing was changed (exit code 2)
+    │   ├── ArgumentError     an argument is of a kind that a function does not take
     │   ├── ConfigError       an option, a configuration file, an output folder
     │   ├── DataError         folders, photos, tables, datasets
     │   ├── ModelError        model names, model classes
@@ -34,6 +35,10 @@ class InputError(RegraftError):
     """Something that was given is wrong, and nothing was changed."""
 
     exit_code = 2
+
+
+class ArgumentError(InputError):
+    """An argument of a public function is of a kind that the function does not take, as its annotation says."""
 
 
 class ConfigError(InputError):

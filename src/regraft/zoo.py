@@ -19,6 +19,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from regraft.arguments import check_arguments
 from regraft.card import Preprocessing, Recipe, Source, attach, card_of
 from regraft.errors import InputError, ModelError, TrustError, nearest
 from regraft.preprocessing import is_processor, of_processor, of_timm, of_transformers
@@ -38,6 +39,7 @@ def list_models(pattern: str = "*") -> list[str]:
     >>> list_models("resnet1*")
     ['resnet101', 'resnet152', 'resnet18']
     """
+    check_arguments(list_models, locals())
     return [name for name in _torchvision_names() + _timm_names() if fnmatch.fnmatch(name, pattern)]
 
 
@@ -120,7 +122,7 @@ def _preprocessing_and_source(model: nn.Module) -> tuple[Preprocessing, str | No
         return own, None
     if isinstance(own, dict) or is_processor(own):
         try:
-            return (Preprocessing(**own) if isinstance(own, dict) else of_processor(own)), None
+            return (Preprocessing.model_validate(own) if isinstance(own, dict) else of_processor(own)), None
         except ValueError as error:
             raise ModelError(
                 f"the attribute `preprocessing` of {type(model).__name__} is not usable: {error}"

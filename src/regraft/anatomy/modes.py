@@ -34,6 +34,22 @@ def preserved_randomness(seed: int | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unmoved_on_failure() -> Iterator[None]:
+    """Put the random state back where the block raises; what a block that succeeds has drawn stays drawn."""
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    except BaseException:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
+        raise
+
+
+@contextlib.contextmanager
 def thread_count(count: int) -> Iterator[None]:
     """Let torch use that many threads within an operation, and as many as before on leaving."""
     before = torch.get_num_threads()

@@ -13,6 +13,7 @@ from regraft.anatomy.inputs import Inputs, InputSize, Shape
 from regraft.anatomy.recording import Call, Trace
 from regraft.anatomy.render import html_tree, text_tree
 from regraft.anatomy.tracing import trace
+from regraft.arguments import check_arguments
 from regraft.errors import ModelError
 
 State = Literal["trainable", "frozen", "partly frozen", "no parameters"]
@@ -143,6 +144,7 @@ def summary(
     15 parameters, 15 trainable (100 %), 12 multiply-adds for an input of 1×4
     outputs of all layers: 24 B
     """
+    check_arguments(summary, locals())
     traced, problem = None, None
     try:
         traced = trace(model, input_size, inputs=inputs)

@@ -1,6 +1,7 @@
 """Names, recipes and weights → modules."""
 
 import contextlib
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from regraft.anatomy.heads import find_heads
-from regraft.anatomy.modes import preserved_randomness
+from regraft.anatomy.modes import preserved_randomness, unmoved_on_failure
 from regraft.anatomy.paths import is_within
+from regraft.arguments import check_arguments
 from regraft.card import Recipe, Source, attach, card_of
 from regraft.checkpoint.foreign.reading import read_state_dicts
 from regraft.checkpoint.matching.load_plan import UnfitError, carry_out
@@ -27,12 +29,14 @@ from regraft.zoo import PYTHON, build, weights_name
 
 MOST_STEPS = 64  # in a recipe; each costs a run on shapes
 MOST_PARTS = 32
-OTHER_WORDS = {  # of torchvision, timm and transformers
-    "pretrained": "Pass weights='default' for pretrained weights, weights='none' for none.",
-    "checkpoint_path": "Pass weights=FILE.",
-    "in_chans": "Use regraft.replace_stem on the network that is built.",
-    "num_labels": "Pass num_classes.",
+OTHER_WORDS = {  # of torchvision, timm, Keras and transformers
+    "pretrained_cfg": 'Write weights="default", or the name of registered weights.',
+    "checkpoint_path": "Write weights=PATH.",
+    "in_chans": "Change the finished network: regraft.replace_stem(model, channels).",
+    "include_top": "Change the finished network: regraft.truncate(model, drop=1).",
+    "features_only": "Change the finished network: regraft.truncate(model, after=LAYER).",
     "drop_rate": "Build the network with timm, and pass the module on.",
+    **dict.fromkeys(("classes", "n_classes", "num_labels", "nb_classes", "out_features"), "Write num_classes=K."),
 }
 # What constructors set parameters with: the methods of a tensor, and the functions of torch.nn.init.
 # fmt: off
@@ -44,13 +48,14 @@ FILLS = frozenset((
 # fmt: on
 
 
+@unmoved_on_failure()
 def create_model(
     name: str,
     *,
     weights: str | Path | Enum | None = "default",
     num_classes: int | None = None,
     trust_code: bool = False,
-    **unknown: Any,
+    **others: Any,
 ) -> nn.Module:
     """Create a network by name, with pretrained weights and, where wanted, a new head.
 
@@ -61,16 +66,16 @@ def create_model(
             `"none"`. A file must fit in everything but the head.
         num_classes: Number of outputs K of a new head, which starts from fresh weights; None keeps the head.
         trust_code: Whether a class of your own (`py:…`) may be imported.
-
-        **unknown: Refused; arguments of other libraries' functions are named with what stands for them here.
+        **others: None; what torchvision, timm and Keras call otherwise is refused with what to write here.
 
     Raises:
+        ConfigError: An argument is unknown.
         ModelError: The name is unknown, the class cannot be built, or weights cannot be downloaded.
-        ConfigError: There is an argument that this function does not have.
         CheckpointError: The file cannot be read, or belongs to another architecture.
         TrustError: The name is `py:…` and `trust_code` is false.
     """
-    _refuse(unknown)
+    _refuse_other_words(others)
+    check_arguments(create_model, locals())
     weights = weights_name(name, weights)
     path = Path(weights)
     from_file = str(weights) not in ("default", "none") and (isinstance(weights, Path) or _looks_like_file(path))
@@ -82,11 +87,19 @@ def create_model(
     return model
 
 
-def _refuse(unknown: dict[str, Any]) -> None:
-    for argument, value in unknown.items():
-        hint = nearest(argument, ("weights", "num_classes", "trust_code"))
-        advice = OTHER_WORDS.get(argument) or hint or "It takes weights, num_classes and trust_code."
-        raise ConfigError(f"create_model has no argument '{argument}' (given as {value!r}). {advice}")
+def _refuse_other_words(others: Mapping[str, Any]) -> None:
+    """Say what to write here in the place of other libraries' arguments of the same function.
+
+    Raises:
+        ConfigError: There is one of them.
+    """
+    for word, value in others.items():
+        advice = nearest(word, ("weights", "num_classes", "trust_code")) or "It takes weights, num_classes, trust_code."
+        if word == "pretrained":
+            advice = f'Write weights="{"default" if value else "none"}".'
+        raise ConfigError(
+            f"create_model has no argument '{word}' (given as {value!r}). {OTHER_WORDS.get(word, advice)}"
+        )
 
 
 def rebuild(recipe: Recipe, *, trust_code: bool = False, unset: bool = False) -> nn.Module:

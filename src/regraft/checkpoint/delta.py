@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from regraft.anatomy.modes import preserved_randomness
+from regraft.arguments import check_arguments, check_minimum, check_target
 from regraft.card import card_of
 from regraft.checkpoint.contents import Contents, read_contents
 from regraft.checkpoint.digest import digests_of
@@ -20,6 +21,7 @@ from regraft.checkpoint.format import (
     current_versions,
     digest_of,
     is_index,
+    is_plain_name,
     is_safetensors,
     locate,
     read_header,
@@ -69,6 +71,9 @@ def merge(path: PathLike, out: PathLike, *, base: PathLike | None = None, shard_
         CheckpointError: The file is no delta, is damaged, or the base that it needs is not there. Nothing was written.
         RunError: The new file cannot be written.
     """
+    check_arguments(merge, locals())
+    check_target(merge, "out", out)
+    check_minimum(merge, 1, shard_bytes=shard_bytes)
     source = locate(Path(path))
     header = read_header(source)
     if header is None or header.base is None:
@@ -176,6 +181,11 @@ def pin_base(place: Place) -> tuple[Base, Contents]:
         CheckpointError: It cannot be read, or is a chain that is too long already.
     """
     if isinstance(place, Path):
+        if not is_plain_name(place.name):
+            raise CheckpointError(
+                f"a delta cannot name its base {place.name!r}, which has signs that other systems take for a path. "
+                "Rename that file. Nothing was written."
+            )
         try:
             chain = chain_of(place)
         except MissingBaseError as error:

@@ -13,6 +13,7 @@ from torch import nn
 
 from regraft.anatomy.render import aligned, shape_text
 from regraft.anatomy.wrappers import unwrapped
+from regraft.arguments import check_arguments, check_weights
 from regraft.checkpoint.digest import tensor_digest
 from regraft.checkpoint.foreign.reading import read_tensors
 from regraft.checkpoint.format import locate
@@ -101,6 +102,10 @@ def diff(a: nn.Module | str | os.PathLike[str], b: nn.Module | str | os.PathLike
     bias    identical                   2
     2 tensors: 2 identical
     """
+    check_arguments(diff, locals())
+    for name, one in (("a", a), ("b", b)):
+        if isinstance(one, nn.Module):
+            check_weights(diff, name, one)
     before, after = _tensors(a), _tensors(b)
     for tensors in (before, after):
         require_storable(tensors)

@@ -22,14 +22,16 @@ import tomllib
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
+from pydantic import ConfigDict, Field, ValidationError, field_serializer, field_validator
 from torch import nn
 
 from regraft.anatomy.modes import in_mode
+from regraft.arguments import check_arguments
 from regraft.card import Recipe, Source, Step, attach, card_of
 from regraft.checkpoint.build import create_model
 from regraft.checkpoint.read import load
 from regraft.errors import ConfigError, EditError
+from regraft.fields import CheckedFields
 from regraft.freezing.freeze import freeze
 from regraft.surgery.layerspec import construct
 from regraft.surgery.recipe import apply_step
@@ -37,7 +39,7 @@ from regraft.surgery.recipe import apply_step
 SUFFIX = ".safetensors"
 
 
-class Freezing(BaseModel):
+class Freezing(CheckedFields):
     """What a plan freezes: patterns as `select` takes them, and everything up to a layer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,7 +48,7 @@ class Freezing(BaseModel):
     until: str | None = None
 
 
-class Plan(BaseModel):
+class Plan(CheckedFields):
     """A network to build.
 
     Attributes:
@@ -91,6 +93,7 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
     Raises:
         ConfigError: The file is missing or malformed; the message names the entry.
     """
+    check_arguments(read_plan, locals())
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"no plan '{file}' (looked from {Path.cwd()}). Give the path of a .toml file.")
@@ -114,6 +117,7 @@ def build_plan(plan: Plan, *, trust_code: bool = False) -> nn.Module:
         SelectionError: A path or pattern names nothing.
         TrustError: The plan names code of the user's own, and `trust_code` is false.
     """
+    check_arguments(build_plan, locals())
     model = _source(plan, trust_code)
     for position, step in enumerate(plan.edits, 1):
         try:
@@ -131,6 +135,7 @@ def plan_of(model: nn.Module) -> Plan:
     Raises:
         EditError: It has no recipe, or is made of several networks, each of which has a plan of its own.
     """
+    check_arguments(plan_of, locals())
     recipe = card_of(model).recipe
     if recipe is None:
         raise EditError(

@@ -9,6 +9,7 @@ from torch import nn
 
 from regraft.anatomy.modes import in_mode
 from regraft.anatomy.paths import parent_and_name
+from regraft.arguments import check_arguments, usable_device
 from regraft.card import ATTRIBUTE, Recipe
 from regraft.checkpoint.contents import find_entries
 from regraft.checkpoint.delta import resolve
@@ -25,7 +26,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str] | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     trust_code: bool = False,
 ) -> nn.Module:
     """Load a checkpoint that `save` wrote: architecture, weights, class names, preprocessing and what was frozen.
@@ -45,8 +46,11 @@ def load(
     Raises:
         CheckpointError: The file cannot be read, has no recipe, does not match it, or is damaged; or the base of a
             delta is not there, or is another one.
+        ModelError: There is no such device.
         TrustError: The recipe names a class of your own and `trust_code` is false.
     """
+    check_arguments(load, locals())
+    usable_device(device)
     source = locate(Path(path))
     header, recipe = _header_with_recipe(source)
     tensors = resolve(source, base).expanded()

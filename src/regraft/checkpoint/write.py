@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from regraft.anatomy.wrappers import unwrapped
+from regraft.arguments import check_arguments, check_minimum, check_target, check_weights
 from regraft.card import ATTRIBUTE, Card, Recipe, Source, attach, card_of
 from regraft.checkpoint.build import rebuild
 from regraft.checkpoint.delta import SHARD_BYTES, choose_base, differing, pin_base, unshared
@@ -57,6 +58,10 @@ def save(
             (quantized by torchao, sparse, on the meta device); nothing was written.
         RunError: The file cannot be written; nothing of it is left, and a previous file is as it was.
     """
+    check_arguments(save, locals())
+    check_target(save, "path", path)
+    check_minimum(save, 1, shard_bytes=shard_bytes)
+    check_weights(save, "model", model)
     target = Path(path)
     model = _carried(model)
     require_storable(model.state_dict())

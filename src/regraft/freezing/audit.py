@@ -16,6 +16,7 @@ from regraft.anatomy.drift import would_move as would_move
 from regraft.anatomy.heads import find_heads, width_of
 from regraft.anatomy.inputs import Inputs, arguments_for
 from regraft.anatomy.modes import preserved_randomness
+from regraft.arguments import check_arguments
 from regraft.card import card_of
 from regraft.errors import ModelError
 from regraft.freezing.pins import frozen_layers
@@ -63,6 +64,7 @@ def audit(
     Raises:
         ModelError: The training forward, or the backward, fails on `inputs`. Nothing was changed.
     """
+    check_arguments(audit, locals())
     findings = [
         *_stale_gradients(model),
         *_unpinned(model),

@@ -5,6 +5,7 @@ Neither library is needed to import this module.
 
 from typing import Any
 
+from regraft.arguments import check_arguments
 from regraft.freezing.schedule import Schedule
 
 
@@ -24,6 +25,7 @@ def lightning_callback(schedule: Schedule | str, **rates: Any) -> Any:
 
     Source: https://lightning.ai/docs/pytorch/stable/extensions/callbacks.html
     """
+    check_arguments(lightning_callback, locals())
     from lightning.pytorch import Callback  # pyright: ignore[reportMissingImports]
 
     stages = Schedule.parse(schedule) if isinstance(schedule, str) else schedule
@@ -57,6 +59,7 @@ def trainer_callback(schedule: Schedule | str, **rates: Any) -> Any:
 
     Source: https://huggingface.co/docs/transformers/main_classes/callback
     """
+    check_arguments(trainer_callback, locals())
     from transformers import TrainerCallback  # pyright: ignore[reportMissingImports]
 
     stages = Schedule.parse(schedule) if isinstance(schedule, str) else schedule

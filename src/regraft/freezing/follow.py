@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from regraft.anatomy.paths import is_within
+from regraft.arguments import check_arguments
 from regraft.errors import ConfigError, SelectionError
 from regraft.freezing.groups import undecayed_names
 from regraft.freezing.schedule import add_group, require_growing
@@ -76,6 +77,7 @@ def follow(
     >>> print(follow(optimizer, before, nn.Sequential(before[0], nn.Linear(2, 3))))
     2 parameters dropped, 2 added (1.weight, 1.bias), 2 kept with their state
     """
+    check_arguments(follow, locals())
     _require_usable(optimizer, before, lr, weight_decay)
     owners = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     names = {id(parameter): name for name, parameter in before.named_parameters()}

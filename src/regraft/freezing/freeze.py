@@ -11,6 +11,7 @@ from regraft.anatomy.inputs import Inputs
 from regraft.anatomy.paths import is_within, layer_at
 from regraft.anatomy.render import percent
 from regraft.anatomy.tracing import Call, Trace, trace
+from regraft.arguments import check_arguments, check_weights
 from regraft.errors import SelectionError
 from regraft.freezing.hold import ByPath
 from regraft.freezing.patterns import PARAMETERS, select, select_parameters
@@ -75,6 +76,8 @@ def freeze(model: nn.Module, *patterns: str, until: str | None = None, inputs: I
     >>> print(freeze(model, until="1"))
     28 of 38 parameters frozen (73.7 %), 10 trainable; 4 tensors changed, 1 layers stay in evaluation mode
     """
+    check_arguments(freeze, locals())
+    check_weights(freeze, "model", model, allow_meta=True)
     return _set_flags(model, _select(model, patterns, until=until, inputs=inputs), trainable=False)
 
 
@@ -91,6 +94,8 @@ def unfreeze(model: nn.Module, *patterns: str, since: str | None = None, inputs:
         SelectionError: A pattern or path selects nothing, or `since` is never executed. Nothing was changed.
         ModelError: `since` was given and the forward fails on `inputs`, or on the guessed ones. Nothing was changed.
     """
+    check_arguments(unfreeze, locals())
+    check_weights(unfreeze, "model", model, allow_meta=True)
     return _set_flags(model, _select(model, patterns, since=since, inputs=inputs), trainable=True)
 
 

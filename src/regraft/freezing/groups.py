@@ -1,7 +1,8 @@
 """What an optimizer gets: the trainable parameters, grouped, and nothing else."""
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from regraft.anatomy.depths import parameter_depths
 from regraft.anatomy.heads import head_parameters
+from regraft.arguments import check_arguments
 from regraft.errors import ConfigError, SelectionError, nearest
 
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
@@ -23,7 +25,7 @@ def param_groups(
     layer_decay: float | None = None,
     *,
     backbone_lr: float | None = None,
-    no_decay: tuple[str, ...] = ("bias", "norm"),
+    no_decay: Collection[str] = ("bias", "norm"),
 ) -> list[dict[str, Any]]:
     """Group the trainable parameters of `model` by learning rate and decay for an optimizer; frozen ones are left out.
 
@@ -42,8 +44,11 @@ def param_groups(
 
     Raises:
         SelectionError: Nothing is trainable.
-        ConfigError: Both `layer_decay` and `backbone_lr` are given, or `layer_decay` is not in (0, 1].
+        ConfigError: Both `layer_decay` and `backbone_lr` are given, `layer_decay` is not in (0, 1], a rate or a decay
+            is negative, or `no_decay` names something else.
     """
+    check_arguments(param_groups, locals())
+    _require_rates(lr=lr, weight_decay=weight_decay, backbone_lr=backbone_lr)
     rate_of = _rates(model, lr, layer_decay, backbone_lr)
     undecayed = undecayed_names(model, no_decay)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -54,6 +59,12 @@ def param_groups(
     if not groups:
         raise SelectionError(_nothing_trainable(model))
     return [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]
+
+
+def _require_rates(**rates: float | None) -> None:
+    for name, rate in rates.items():
+        if rate is not None and rate < 0:
+            raise ConfigError(f"{name} is {rate}, expected a number from 0 up. Nothing was changed.")
 
 
 def _rates(model: nn.Module, lr: float, layer_decay: float | None, backbone_lr: float | None) -> Callable[[str], float]:
@@ -72,8 +83,10 @@ def _rates(model: nn.Module, lr: float, layer_decay: float | None, backbone_lr: 
     return lambda name: lr
 
 
-def undecayed_names(model: nn.Module, no_decay: tuple[str, ...]) -> set[str]:
+def undecayed_names(model: nn.Module, no_decay: Collection[str]) -> set[str]:
     """Return the names of the parameters that are not decayed; see `param_groups`."""
+    if unknown := sorted(set(no_decay) - {"bias", "norm"}):
+        raise ConfigError(f"no_decay names {unknown[0]!r}, expected 'bias', 'norm', both, or an empty tuple.")
     names = set()
     if "norm" in no_decay:
         norms = [path for path, layer in model.named_modules() if isinstance(layer, NORM_LAYERS)]
@@ -88,7 +101,7 @@ def undecayed_names(model: nn.Module, no_decay: tuple[str, ...]) -> set[str]:
 
 
 def build_optimizer(
-    name_or_class: str | type[torch.optim.Optimizer],
+    name_or_class: str | Callable[..., torch.optim.Optimizer],
     model: nn.Module,
     *,
     lr: float,
@@ -113,15 +126,30 @@ def build_optimizer(
         SelectionError: Nothing is trainable; the message says what is frozen and how to thaw it.
         ConfigError: No optimizer has that name, or it does not take these options.
     """
+    check_arguments(build_optimizer, locals())
     maker: Any = optimizer_class(name_or_class) if isinstance(name_or_class, str) else name_or_class
     groups = param_groups(model, lr, weight_decay, layer_decay, backbone_lr=backbone_lr)
     name = getattr(maker, "__name__", name_or_class)  # which timm's ready-made variants lack
     if maker is torch.optim.Muon:
         _require_matrices(model)
     try:
-        return maker(groups, lr=lr, **options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name} does not take {options or {'lr': lr}}: {error}.") from error
+        optimizer = maker(groups, lr=lr, **options)
+    except Exception as error:  # whatever the constructor makes of options that are passed on unseen
+        raise ConfigError(
+            f"{name} does not take {options or {'lr': lr}}: {error}. {_nearest_options(maker, options)}".rstrip()
+        ) from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"{name} makes a {type(optimizer).__name__}, expected an optimizer. Name one, as 'adamw'.")
+    return optimizer
+
+
+def _nearest_options(maker: Callable[..., Any], options: Mapping[str, Any]) -> str:
+    """Name the options of a constructor that unknown ones were probably meant to be."""
+    try:
+        known = inspect.signature(maker).parameters
+    except (TypeError, ValueError):  # a builtin has none
+        return ""
+    return " ".join(filter(None, (nearest(option, known) for option in options if option not in known)))
 
 
 def optimizer_class(name: str) -> Any:

@@ -6,6 +6,7 @@ import re
 from torch import nn
 
 from regraft.anatomy.paths import is_within, no_such_layer
+from regraft.arguments import check_arguments
 from regraft.errors import SelectionError, nearest
 
 CHILDREN = re.compile(r"children\[(-?\d*)(:?)(-?\d*)\]")
@@ -33,6 +34,7 @@ def select(model: nn.Module, *patterns: str) -> list[str]:
     >>> select(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), "type:Linear", "children[1:2]")
     ['0', '1', '2']
     """
+    check_arguments(select, locals())
     chosen = {path for pattern in patterns for path in _matches(model, pattern)}
     return [path for path, _ in model.named_modules(remove_duplicate=False) if path in chosen]
 

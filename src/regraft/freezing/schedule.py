@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from regraft.anatomy.heads import describe_heads
+from regraft.arguments import check_arguments
 from regraft.errors import ConfigError, SelectionError
 from regraft.freezing.freeze import FreezeReport, freeze, unfreeze
 from regraft.freezing.groups import param_groups
@@ -69,6 +70,7 @@ class Schedule:
         >>> Schedule.parse("head+'re:blocks[.](8|9|1[0-9]+)':3").stages[0].patterns
         ('head', 're:blocks[.](8|9|1[0-9]+)')
         """
+        check_arguments(Schedule.parse, locals())
         stages = []
         for part in _split(text, ","):
             patterns, colon, epochs = part.strip().rpartition(":")
@@ -99,6 +101,7 @@ class Schedule:
         Raises:
             SelectionError: A pattern of any stage selects nothing. Nothing was changed.
         """
+        check_arguments(Schedule.start, locals())
         layers = [_layers(model, stage) for stage in self.stages]
         for stage, patterns in zip(self.stages, layers, strict=True):
             if not select_parameters(model, *patterns):
@@ -135,6 +138,7 @@ class Schedule:
             ConfigError: `scheduler` is of a kind that new groups cannot join, or the rates contradict each other.
                 Nothing was changed.
         """
+        check_arguments(Schedule.advance, locals())
         begins = 1
         for stage in self.stages:
             if begins == epoch and stage is not self.stages[0]:

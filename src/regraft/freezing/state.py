@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from regraft.arguments import check_arguments
 from regraft.freezing.hold import PinState
 
 
@@ -27,7 +28,7 @@ class FreezeState:
     def put_back(self) -> None:
         """Give the parameters and layers that the model had then the state that they had."""
         for parameter, trainable in self.flags:
-            parameter.requires_grad_(trainable)
+            parameter.requires_grad = trainable  # also of one that is lazy, on which methods cannot be called
         for layer, pins, training in self.layers:
             pins.apply(layer)
             layer.training = training
@@ -45,6 +46,7 @@ def freeze_state(model: nn.Module) -> Iterator[FreezeState]:
     >>> model.weight.requires_grad
     True
     """
+    check_arguments(freeze_state, locals())
     state = FreezeState.of(model)
     try:
         yield state

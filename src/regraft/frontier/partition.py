@@ -13,6 +13,7 @@ from regraft.anatomy.inputs import Arguments, example_arguments
 from regraft.anatomy.symbolic import bound
 from regraft.anatomy.tracing import trace
 from regraft.anatomy.values import Values, compute_costs, sizes_of, value_key
+from regraft.arguments import check_arguments
 from regraft.errors import EditError, ModelError
 from regraft.frontier.independence import dependent_values
 from regraft.frontier.liveness import live_nodes, mixed_layers
@@ -136,6 +137,7 @@ def partition(model: nn.Module, example: Any) -> Partition:
     >>> [cut.layer for cut in parts.frontier]
     ['1']
     """
+    check_arguments(partition, locals())
     require_editable(model)
     arguments = example_arguments(model, example)
     bound(model, arguments)

@@ -1,5 +1,6 @@
 """Fill a template and write the page: one file that needs no other, and whose names from outside are inert."""
 
+import contextlib
 import functools
 import os
 from datetime import datetime
@@ -8,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from regraft.arguments import check_arguments, check_target
 from regraft.errors import RunError
 from regraft.insight.demo import DemoResult
 from regraft.report.demo_page import describe_demo
@@ -28,6 +30,8 @@ def write_report(result: FitResult, path: str | os.PathLike[str]) -> Path:
     Raises:
         RunError: The file cannot be written; a previous one is as it was.
     """
+    check_arguments(write_report, locals())
+    check_target(write_report, "path", path)
     return write_page(path, render("run.html", **describe_run(result)))
 
 
@@ -73,7 +77,8 @@ def write_page(path: str | os.PathLike[str], html_text: str) -> Path:
             os.fsync(file.fileno())
         temporary.replace(target)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder may be a file
+            temporary.unlink()
         raise RunError(
             f"cannot write the report {str(target)!r}: {error.strerror or error}. A previous one is as it was. "
             "Check that its folder exists and has space, or choose another."

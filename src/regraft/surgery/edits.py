@@ -11,8 +11,10 @@ from torch import fx, nn
 
 from regraft.anatomy.graph import LAYER, Flow, Visit, ancestors, crossing, nodes_in
 from regraft.anatomy.inputs import Arguments, Inputs, arguments_for
+from regraft.anatomy.modes import unmoved_on_failure
 from regraft.anatomy.paths import is_within, layer_at
 from regraft.anatomy.tracing import trace
+from regraft.arguments import check_arguments
 from regraft.errors import EditError, ModelError
 from regraft.surgery.checks import prove, require_editable
 from regraft.surgery.detour import detour, is_detoured, stop_at
@@ -50,6 +52,7 @@ def truncate(
     >>> list(body.state_dict())
     ['0.weight', '0.bias']
     """
+    check_arguments(truncate, locals())
     require_editable(model)
     if (after is None) == (drop is None):
         raise EditError("truncate needs either after=PATH or drop=NUMBER. Nothing was changed.")
@@ -69,6 +72,7 @@ def truncate(
     return finish(edited, "truncate", new_outputs=True, after=after, drop=drop, drop_skips=drop_skips or None)
 
 
+@unmoved_on_failure()
 def append(model: nn.Module, *layers: nn.Module | int, inputs: Inputs | None = None) -> nn.Module:
     """Return `model` with layers on top: they take its output, one after the other.
 
@@ -86,6 +90,7 @@ def append(model: nn.Module, *layers: nn.Module | int, inputs: Inputs | None = N
     >>> append(nn.Sequential(nn.Flatten()), nn.LazyLinear(3), inputs=torch.zeros(2, 3, 4)).appended_1
     Linear(in_features=12, out_features=3, bias=True)
     """
+    check_arguments(append, locals())
     require_editable(model)
     if not layers:
         raise EditError("append needs at least one layer, as in append(model, nn.Linear(512, 10)).")
@@ -141,6 +146,7 @@ def insert(
     >>> [name for name, _ in wider.named_children()]
     ['0', '1', 'inserted_1']
     """
+    check_arguments(insert, locals())
     require_editable(model)
     if (after is None) == (before is None):
         raise EditError("insert needs either after=PATH or before=PATH. Nothing was changed.")

@@ -1,5 +1,6 @@
 """Make new layers fit the place that they are put in: widths, device, dtype, mode."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -29,7 +30,8 @@ def fitted(model: nn.Module, layers: Sequence[nn.Module | int], inputs: Inputs |
     reference = next((p for p in model.parameters() if p.is_floating_point()), None)
     made = []
     for position, layer in enumerate(layers):
-        if isinstance(layer, int) and not isinstance(layer, bool):
+        if not isinstance(layer, (nn.Module, bool)) and hasattr(layer, "__index__"):  # a number of NumPy's, too
+            layer = operator.index(layer)
             if position:
                 raise EditError(f"{layer} classes are asked for after other layers. Give a layer, or the number alone.")
             shape = output_shape(model, inputs)
@@ -42,10 +44,25 @@ def fitted(model: nn.Module, layers: Sequence[nn.Module | int], inputs: Inputs |
             )
         made.append(layer)
     for layer in made:
-        if reference is not None:
-            layer.to(reference.device, reference.dtype)
+        place(layer, reference)
         layer.train(model.training)
     return made
+
+
+def place(layer: nn.Module, reference: torch.Tensor | None) -> nn.Module:
+    """Put a layer on the device and in the dtype of a tensor, in place; None leaves it as it is.
+
+    Raises:
+        EditError: It holds no values, and those of the network around it do.
+    """
+    if reference is None:
+        return layer
+    if not reference.is_meta and any(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers())):
+        raise EditError(
+            f"the new {type(layer).__name__} holds no values (it is on the meta device). Make it on a real one. "
+            "Nothing was changed."
+        )
+    return layer.to(reference.device, reference.dtype)
 
 
 def classifier(shape: Shape, classes: int, *, are_channels_last: bool = False) -> nn.Module:

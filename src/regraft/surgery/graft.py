@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from regraft.anatomy.inputs import Inputs
-from regraft.anatomy.modes import in_mode
+from regraft.anatomy.modes import in_mode, unmoved_on_failure
+from regraft.arguments import check_arguments
 from regraft.card import Recipe, Source, attach, card_of
 from regraft.errors import EditError
 from regraft.surgery.checks import require_editable
@@ -35,6 +36,7 @@ class Grafted(nn.Module):
         return self.heads(features)
 
 
+@unmoved_on_failure()
 def graft(
     parts: nn.Module | Mapping[str, nn.Module], heads: Head | Mapping[str, Head], *, inputs: Inputs | None = None
 ) -> nn.Module:
@@ -56,6 +58,7 @@ def graft(
     >>> {name: tuple(scores.shape) for name, scores in both(torch.zeros(1, 4)).items()}
     {'colour': (1, 2), 'kind': (1, 7)}
     """
+    check_arguments(graft, locals())
     named = dict(parts) if isinstance(parts, Mapping) else {"backbone": parts}
     if not named or (isinstance(heads, Mapping) and not heads):
         raise EditError("a graft needs at least one backbone and one head. Nothing was changed.")
@@ -94,6 +97,8 @@ def as_vectors(x: torch.Tensor) -> torch.Tensor:
 
 
 def _vector_width(shape: tuple[int, ...]) -> int:
+    if len(shape) < 2:
+        raise EditError(f"a backbone gives {shape}, expected one vector for each input, (N, D). Nothing was changed.")
     return as_vectors(torch.empty(shape, device="meta")).shape[1]
 
 

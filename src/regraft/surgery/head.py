@@ -1,6 +1,7 @@
 """Put another classifier in the place of a network's own."""
 
 import copy
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,14 +13,15 @@ from regraft.anatomy.class_heads import COUNTS, class_heads
 from regraft.anatomy.graph import ancestors
 from regraft.anatomy.heads import find_auxiliary_heads, width_of
 from regraft.anatomy.inputs import Inputs
-from regraft.anatomy.modes import in_mode
+from regraft.anatomy.modes import in_mode, unmoved_on_failure
 from regraft.anatomy.paths import layer_at, parent_and_name
 from regraft.anatomy.tracing import Trace, trace
 from regraft.anatomy.twins import shared_copy
+from regraft.arguments import check_arguments
 from regraft.card import card_of
 from regraft.errors import EditError, ForwardError, nearest
 from regraft.surgery.checks import prove, require_editable
-from regraft.surgery.fitting import settled
+from regraft.surgery.fitting import place, settled
 from regraft.surgery.new_head import kept_tensors, layer_like, norm_like
 from regraft.surgery.record import finish
 from regraft.surgery.swap import with_layers
@@ -27,6 +29,7 @@ from regraft.surgery.swap import with_layers
 New = int | nn.Module
 
 
+@unmoved_on_failure()
 def replace_head(
     model: nn.Module,
     new: New | Mapping[str, New],
@@ -70,7 +73,14 @@ def replace_head(
       (1): Linear(in_features=12, out_features=3, bias=True)
     )
     """
+    check_arguments(replace_head, locals())
     require_editable(model)
+    if (
+        not isinstance(new, (nn.Module, Mapping, list, tuple))
+        and hasattr(new, "__index__")
+        and not isinstance(new, bool)
+    ):
+        new = operator.index(new)  # a number of NumPy's, too
     _check_new(new, path)
     if path is None and isinstance(new, int) and not keep and getattr(model, "num_classes", None) == 0:
         edited = _with_its_own_classifier(model, new, inputs)
@@ -310,9 +320,7 @@ def _new_head(model: nn.Module, target: _Target, inputs: Inputs | None) -> nn.Mo
         layer = nn.Linear(_width_into(model, path, inputs), new)
     else:
         layer = layer_like(old, new * target.scores_per_class, path)
-    if reference is not None:
-        layer.to(reference.device, reference.dtype)
-    return in_mode(layer, old.training)
+    return in_mode(place(layer, reference), old.training)
 
 
 def _width_into(model: nn.Module, path: str, inputs: Inputs | None) -> int:

@@ -15,6 +15,7 @@ from regraft.anatomy.inputs import Arguments, Inputs, arguments_for
 from regraft.anatomy.modes import in_mode, preserved_randomness
 from regraft.anatomy.tracing import trace
 from regraft.anatomy.twins import real_twin, shared_copy
+from regraft.arguments import check_arguments
 from regraft.card import card_of
 from regraft.errors import EditError, ForwardError, ModelError
 from regraft.surgery.blueprint import HELPERS, Blueprint, Layers, require_no_hooks
@@ -62,6 +63,7 @@ def to_source(model: nn.Module, *, class_name: str | None = None, inputs: Inputs
             return self.get_submodule("1")(x)
     <BLANKLINE>
     """
+    check_arguments(to_source, locals())
     require_editable(model)
     name = class_name or type(model).__name__
     if not name.isidentifier():
@@ -275,7 +277,12 @@ def _gives_the_same(maker: Any, model: nn.Module, given: Arguments) -> bool:
         made.load_state_dict(model.state_dict())
         values = given.with_values(device)
         fed = values.with_values(device)  # copies, as a forward may write to its input
-        expected = run(real_twin(model))
+        try:
+            expected = run(real_twin(model))
+        except Exception as error:  # a network of the user's own, on inputs of the user's own
+            raise EditError(
+                f"{type(model).__name__} fails on these inputs: {error}. Pass others. Nothing was written."
+            ) from error
         fed = values.with_values(device)
         if _equal(run(in_mode(made.to(device), False)), expected):
             return True

@@ -12,6 +12,7 @@ from regraft.anatomy.graph import ancestors
 from regraft.anatomy.heads import CONVOLUTIONS, first_convolution
 from regraft.anatomy.inputs import Inputs, arguments_for
 from regraft.anatomy.tracing import trace
+from regraft.arguments import check_arguments
 from regraft.card import attach
 from regraft.errors import EditError, ForwardError
 from regraft.surgery.checks import refusal, require_editable
@@ -50,6 +51,7 @@ def replace_stem(model: nn.Module, channels: int, *, inputs: Inputs | None = Non
     >>> gray[0].in_channels
     1
     """
+    check_arguments(replace_stem, locals())
     require_editable(model)
     if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
         raise EditError(f"a network takes at least 1 channel, not {channels!r}. Nothing was changed.")

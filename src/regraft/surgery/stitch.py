@@ -8,14 +8,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from regraft.anatomy.inputs import Inputs, Shape, guess_input_size
-from regraft.anatomy.modes import evaluation_mode, in_mode
+from regraft.anatomy.modes import evaluation_mode, in_mode, unmoved_on_failure
 from regraft.anatomy.paths import layer_at
+from regraft.arguments import check_arguments, check_weights
 from regraft.card import Recipe, Source, attach, card_of
 from regraft.errors import EditError, ModelError
 from regraft.surgery.adapters import ClassToken, adapter_for
 from regraft.surgery.checks import prove, require_editable
 from regraft.surgery.edits import without_rest
-from regraft.surgery.fitting import output_shape
+from regraft.surgery.fitting import output_shape, place
 from regraft.surgery.layerspec import construct, describe
 from regraft.surgery.tail import tail
 from regraft.zoo import preprocessing_of
@@ -35,6 +36,7 @@ class Stitched(nn.Module):
         return self.back(self.adapter(self.front(x)))
 
 
+@unmoved_on_failure()
 def stitch(
     front: nn.Module,
     back: nn.Module,
@@ -68,6 +70,7 @@ def stitch(
     >>> stitch(a, b, cut=("1", "1"))(torch.zeros(1, 4)).shape
     torch.Size([1, 3])
     """
+    check_arguments(stitch, locals())
     for part, path in ((front, cut[0]), (back, cut[1])):
         require_editable(part)
         layer_at(part, path)
@@ -80,11 +83,12 @@ def stitch(
     given, wanted = output_shape(head, inputs), output_shape(seen)
     own = adapter if isinstance(adapter, nn.Module) else _chosen(adapter, given, wanted, is_fitted=batches is not None)
     reference = next((p for p in front.parameters() if p.is_floating_point()), None)
-    if reference is not None:
-        own.to(reference.device, reference.dtype)
+    place(own, reference)
     stitched = Stitched(head, in_mode(own, front.training), rest)
     _prove(stitched, front, cut, given, wanted, inputs)
     if batches is not None:
+        check_weights(stitch, "front", front)
+        check_weights(stitch, "back", back)
         fit_adapter(stitched, seen, batches)
     attach(stitched, recipe=_recipe(front, back, cut, adapter, given, wanted, is_fitted=batches is not None))
     return attach(stitched, preprocessing=preprocessing_of(front))
@@ -106,34 +110,45 @@ def fit_adapter(stitched: Stitched, target: nn.Module, batches: Batches) -> None
         EditError: The adapter has no layer that can be fitted, or there are no batches.
     """
     layers = list(stitched.adapter) if isinstance(stitched.adapter, nn.Sequential) else []
-    place = next((i for i, layer in enumerate(layers) if _is_linear(layer)), None)
-    if place is None:
+    position = next((i for i, layer in enumerate(layers) if _is_linear(layer)), None)
+    if position is None:
         raise EditError("the adapter has no linear layer or 1×1 convolution that could be fitted. Leave out batches.")
-    solved: Any = layers[place]
+    solved: Any = layers[position]
     gram, product, outputs, tokens = None, None, [], []
     with evaluation_mode(stitched), evaluation_mode(target):
         for batch in batches:
-            x = batch if isinstance(batch, torch.Tensor) else batch[0]
-            rows = stitched.front(x)
-            for layer in layers[:place]:
-                rows = layer(rows)
-            wanted = target(_seen_by(target, x, stitched))
-            if any(isinstance(layer, ClassToken) for layer in layers):
-                tokens.append(wanted[:, :1].mean(0, keepdim=True))
-                wanted = wanted[:, 1:]
-            rows = _rows(rows, solved)
-            goal = _goal(wanted, rows, solved)
+            x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+            if not isinstance(x, torch.Tensor):
+                raise EditError(f"a batch is a {type(x).__name__}, expected a tensor, or a pair that begins with one.")
+            try:
+                rows = stitched.front(x)
+                for layer in layers[:position]:
+                    rows = layer(rows)
+                wanted = target(_seen_by(target, x, stitched))
+                if any(isinstance(layer, ClassToken) for layer in layers):
+                    tokens.append(wanted[:, :1].mean(0, keepdim=True))
+                    wanted = wanted[:, 1:]
+                rows = _rows(rows, solved)
+                goal = _goal(wanted, rows, solved)
+            except Exception as error:  # of networks of the user's own, on inputs of the user's own
+                reason = str(error).partition("\n")[0]
+                raise EditError(
+                    f"cannot fit the adapter on a batch of shape {tuple(x.shape)}: {reason}. Give batches that the "
+                    "front takes. Nothing was changed."
+                ) from error
             rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1).double()
             gram = rows.T @ rows if gram is None else gram + rows.T @ rows
             product = rows.T @ goal.double() if product is None else product + rows.T @ goal.double()
             outputs.append(goal)
     if gram is None or product is None:
         raise EditError("there are no batches to fit the adapter on. Give at least one.")
+    if not (gram.isfinite().all() and product.isfinite().all()):
+        raise EditError("what the networks give for these batches is not finite. Give other batches. Nothing changed.")
     ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     solution = torch.linalg.solve(gram + ridge, product).T  # (out, in + 1)
     solved.weight.copy_(solution[:, :-1].reshape(solved.weight.shape))
     solved.bias.copy_(solution[:, -1])
-    for layer in layers[place + 1 :]:
+    for layer in layers[position + 1 :]:
         if isinstance(layer, nn.BatchNorm2d):
             _neutralize(layer, torch.cat(outputs))
         if isinstance(layer, ClassToken):

@@ -11,6 +11,7 @@ from regraft.anatomy.inputs import Inputs
 from regraft.anatomy.paths import is_within, layer_at, parent_and_name
 from regraft.anatomy.tracing import trace
 from regraft.anatomy.twins import shared_copy
+from regraft.arguments import check_arguments
 from regraft.errors import EditError, ForwardError
 from regraft.freezing.patterns import select
 from regraft.surgery.calls import leave_fast_paths, require_calls
@@ -53,6 +54,7 @@ def replace(
     >>> model[1]
     Tanh()
     """
+    check_arguments(replace, locals())
     require_editable(model)
     layers = dict(model.named_modules(remove_duplicate=False))
     found = select(model, path)
@@ -94,6 +96,7 @@ def remove(model: nn.Module, path: str, *, inputs: Inputs | None = None) -> nn.M
     >>> remove(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "1")[1]
     Identity()
     """
+    check_arguments(remove, locals())
     require_editable(model)
     layer = layer_at(model, path)
     if not path:

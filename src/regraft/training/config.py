@@ -3,13 +3,14 @@
 import tomllib
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from regraft.checkpoint.atomic import whole_or_nothing
 from regraft.data.transforms import Augmentation
-from regraft.errors import ConfigError, nearest
+from regraft.errors import ConfigError
+from regraft.fields import CheckedFields, explain
 from regraft.frontier.precision import Precision
 
 ComputePrecision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -20,9 +21,24 @@ OnNan = Literal["stop", "skip"]
 HEAD_LR = 1e-2
 FINE_TUNE_LR = 5e-4
 SCRATCH_LR = 2e-3
+OTHER_WORDS = {  # what other libraries call our options
+    "batch_size": ("bs", "batch", "train_batch_size", "per_device_train_batch_size"),
+    "epochs": ("n_epochs", "num_epochs", "max_epochs", "num_train_epochs", "nb_epoch"),
+    "image_size": ("img_size", "input_size", "target_size", "resolution"),
+    "loss": ("criterion", "loss_fn", "loss_func", "objective"),
+    "lr": ("learning_rate", "base_lr", "max_lr", "lr0"),
+    "out": ("output_dir", "save_dir", "log_dir", "checkpoint_dir", "save_path"),
+    "schedule": ("scheduler", "lr_scheduler", "lr_schedule", "sched"),
+    "seed": ("random_state", "random_seed", "manual_seed"),
+    "validation_share": ("validation_split", "val_split", "valid_pct", "val_size", "test_size"),
+    "weight_decay": ("wd", "decay", "l2"),
+    "workers": ("num_workers", "n_jobs"),
+}
+MAX_COUNT = 10**9
+MAX_SIDE = 10**5  # pixels
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(CheckedFields):
     """The options of `fit` and of `regraft train`; the same names, with dashes, are the command line's.
 
     Attributes:
@@ -75,7 +91,13 @@ class TrainConfig(BaseModel):
         out: Folder for the results; None writes nothing.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    OTHER_WORDS: ClassVar[dict[str, str]] = {
+        **{other: f"Write {name}=…" for name, others in OTHER_WORDS.items() for other in others},
+        "pretrained": 'Write weights="default", or "none" for False',
+        "validation_data": "Pass data as a pair: (train, validation)",
+    }
 
     data: str | None = None
     model: str = "resnet18"
@@ -84,8 +106,8 @@ class TrainConfig(BaseModel):
     freeze_until: str | None = None
     unfreeze_all: bool = False
     unfreeze: str | None = None
-    epochs: int = Field(default=25, ge=1)
-    batch_size: int = Field(default=32, ge=1)
+    epochs: int = Field(default=25, ge=1, le=MAX_COUNT)
+    batch_size: int = Field(default=32, ge=1, le=MAX_COUNT)
     optimizer: str = "adamw"
     lr: float | None = Field(default=None, gt=0)
     head_start: HeadStart = "auto"
@@ -105,11 +127,11 @@ class TrainConfig(BaseModel):
     device: str = "auto"
     workers: int | None = Field(default=None, ge=0)
     seed: int = Field(default=0, ge=0, lt=2**32)
-    image_size: int | None = Field(default=None, ge=1)
+    image_size: int | None = Field(default=None, ge=1, le=MAX_SIDE)
     validation_share: float = Field(default=0.2, gt=0, lt=1)
     max_unreadable: float = Field(default=0.1, ge=0, le=1)
     on_nan: OnNan = "stop"
-    checkpoint_minutes: float = Field(default=5.0, ge=0, allow_inf_nan=False)
+    checkpoint_minutes: float = Field(default=5.0, ge=0)
     keep_last: int = Field(default=2, ge=1)
     out: str | None = None
 
@@ -128,6 +150,8 @@ class TrainConfig(BaseModel):
                 text.encode()
             except UnicodeEncodeError as error:
                 raise ValueError("it has bytes that are no UTF-8, which config.toml cannot hold; rename it") from error
+            if "\0" in text:
+                raise ValueError("it has a null byte, which no file's name can hold")
         return text
 
     def updated(self, **options: Any) -> "TrainConfig":
@@ -146,9 +170,9 @@ def make_config(values: dict[str, Any], where: str) -> TrainConfig:
         ConfigError: An option is unknown (the nearest names are shown) or has a value that it cannot have.
     """
     try:
-        return TrainConfig(**values)
+        return TrainConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{where}: " + "; ".join(_explain(problem) for problem in error.errors()) + ".") from error
+        raise ConfigError(f"{where}: {explain(error, TrainConfig, '`regraft train --help` lists all.')}.") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -173,20 +197,3 @@ def write_config(config: TrainConfig, path: Path) -> None:
 
     with whole_or_nothing(path, flush=False) as temporary:
         temporary.write_text(tomli_w.dumps(config.model_dump(exclude_none=True, mode="json")), encoding="utf-8")
-
-
-def _explain(problem: Any) -> str:
-    name = ".".join(map(str, problem["loc"]))
-    if problem["type"] == "extra_forbidden":
-        hint = nearest(name, TrainConfig.model_fields) or "`regraft train --help` lists all."
-        return f"no option '{name}'. {hint}".rstrip(".")
-    field = TrainConfig.model_fields.get(str(problem["loc"][0]))
-    choices = get_args(field.annotation) if field is not None and problem["type"] == "literal_error" else ()
-    if choices:
-        expected = f"expected one of {', '.join(map(str, choices))}"
-    elif problem["type"] == "tuple_type":
-        expected = 'expected a list, as in ["layer1", "layer2"]'
-    else:
-        expected = problem["msg"].removeprefix("Value error, ")
-        expected = expected[:1].lower() + expected[1:]
-    return f"'{name}' cannot be {problem['input']!r}: {expected}"

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from regraft.arguments import check_arguments, check_minimum, check_path, check_weights
 from regraft.card import Card, card_of
 from regraft.data.decode import Unreadable, decode, quiet_decoders
 from regraft.data.folders import Sample, list_labelled, list_numbered, photos_in
@@ -18,6 +19,7 @@ from regraft.data.transforms import center_crop, normalize
 from regraft.errors import DataError, ModelError
 from regraft.progress import SILENT, Progress
 from regraft.training.loop import choose_engine, score
+from regraft.training.material import pairs_of
 from regraft.training.metrics import Metrics, measure
 from regraft.zoo import preprocessing_of
 
@@ -55,7 +57,7 @@ def evaluate(
     data: Any,
     *,
     batch_size: int = BATCH_SIZE,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     progress: Progress = SILENT,
 ) -> Metrics:
     """Measure `model` on labelled photos.
@@ -72,15 +74,22 @@ def evaluate(
         DataError: The data is missing, empty, unreadable, or has a class that the model does not know.
         ModelError: The model does not know its classes.
     """
+    check_arguments(evaluate, locals())
+    check_minimum(evaluate, 1, batch_size=batch_size)
+    batch_size = int(batch_size)  # torch takes none of NumPy's
+    check_weights(evaluate, "model", model)
     engine = choose_engine(device, "fp32")
     model.to(engine.device)
     if not isinstance(data, (str, os.PathLike)):
         batches = torch.utils.data.DataLoader(data, batch_size) if isinstance(data, torch.utils.data.Dataset) else data
-        outputs, targets = score(model, batches, engine)
+        outputs, targets = score(model, pairs_of(batches), engine)
         task = card_of(model).task
         regression = task == "regression" if task is not None else targets.is_floating_point()
+        if not regression:
+            _require_measurable(model, outputs, targets)
         names = card_of(model).classes or tuple(map(str, range(outputs.shape[-1])))
         return measure(outputs, targets, None if regression else names)
+    check_path(evaluate, "data", data)
     card = _require_task(model)
     samples = list_numbered(data) if card.classes is None else list_labelled(data, card.classes)
     photos, unreadable = read_photos(samples, preprocessing_of(model), classes=card.classes, progress=progress)
@@ -96,7 +105,7 @@ def predict(
     *,
     top: int = 5,
     batch_size: int = BATCH_SIZE,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     progress: Progress = SILENT,
 ) -> list[Prediction]:
     """Say what photos show.
@@ -115,6 +124,10 @@ def predict(
         DataError: A path does not exist, or no photo can be read.
         ModelError: The model does not know its classes.
     """
+    check_arguments(predict, locals())
+    check_minimum(predict, 1, top=top, batch_size=batch_size)
+    batch_size = int(batch_size)  # torch takes none of NumPy's
+    check_weights(predict, "model", model)
     card = _require_task(model)
     engine = choose_engine(device, "fp32")
     model.to(engine.device)
@@ -137,7 +150,7 @@ def predict(
 
 
 def _predict_opened(
-    model: nn.Module, items: Sequence[Any], *, top: int, device: str, progress: Progress
+    model: nn.Module, items: Sequence[Any], *, top: int, device: str | torch.device, progress: Progress
 ) -> list[Prediction]:
     """Predict images that are open already, and the photos of paths among them, in order."""
     preprocessing = preprocessing_of(model)
@@ -169,9 +182,25 @@ def _require_task(model: nn.Module) -> Card:
     return card
 
 
+def _require_measurable(model: nn.Module, outputs: torch.Tensor, targets: torch.Tensor) -> None:
+    """Refuse outputs that cannot be held against their targets."""
+    kind, shape = type(model).__name__, tuple(outputs.shape)
+    if targets.is_floating_point():
+        if outputs.numel() != targets.numel():
+            raise DataError(f"{kind} gives numbers of shape {shape}, the data has {tuple(targets.shape)} to compare.")
+    elif outputs.ndim != 2 or targets.ndim != 1:
+        raise DataError(f"{kind} gives {shape} for targets {tuple(targets.shape)}, expected (N, K) for (N,).")
+    elif not 0 <= int(targets.min()) <= int(targets.max()) < shape[1]:
+        raise DataError(
+            f"the data has classes from {int(targets.min())} to {int(targets.max())}, {kind} gives {shape[1]} scores. "
+            f"Classes are numbered from 0 to {shape[1] - 1}; give the network that was trained for these."
+        )
+
+
 def _files(item: Any) -> list[Path]:
     if not isinstance(item, (str, os.PathLike)):
         raise DataError(f"a {type(item).__name__} is no image. Give paths, PIL images, or a tensor (N, C, H, W).")
+    check_path(predict, "images", item)
     path = Path(item)
     if path.is_dir():
         files = photos_in(path)

@@ -11,6 +11,7 @@ import torch._dynamo  # all of the compiler, which optimizers import at their fi
 from torch import nn
 
 from regraft.anatomy.modes import preserved_randomness
+from regraft.arguments import check_arguments, check_path, check_weights
 from regraft.card import attach
 from regraft.data.folders import Listing
 from regraft.errors import ConfigError, ModelError
@@ -77,6 +78,14 @@ def fit(
         LossError: The loss is no single finite number; the best weights so far are kept where there are any.
         Interrupted: Ctrl-C or SIGTERM; the best weights so far are kept where there are any.
     """
+    check_arguments(fit, locals())
+    if isinstance(data, (str, Path)):
+        check_path(fit, "data", data)
+    if isinstance(loss, type):
+        raise ConfigError(f"loss is the class {loss.__name__}, expected a function. Make one: {loss.__name__}().")
+    for name, one in (("model", model), ("loss", loss)):
+        if isinstance(one, nn.Module):
+            check_weights(fit, name, one)
     if isinstance(loss, str):
         options["loss"] = loss
     config = (config or TrainConfig()).updated(

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from regraft.anatomy.modes import evaluation_mode, preserved_randomness
-from regraft.errors import DataError, LossError, ModelError, RunError
+from regraft.arguments import usable_device
+from regraft.errors import DataError, LossError, ModelError, RegraftError, RunError
 from regraft.progress import SILENT, Progress
 from regraft.training.config import OnNan
 from regraft.training.losses import Loss, is_mean_over_samples
@@ -319,9 +320,23 @@ def _scores(model: nn.Module, inputs: Inputs, count: int, engine: Engine) -> lis
 
 
 def run(model: nn.Module, inputs: Inputs, engine: Engine) -> Any:
-    """Call `model` with one tensor, or with several, on the engine's device."""
+    """Call `model` with one tensor, or with several, on the engine's device.
+
+    Raises:
+        ModelError: Its forward fails.
+    """
     given = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
-    return model(*(_placed(tensor, engine) for tensor in given))
+    placed = [_placed(tensor, engine) for tensor in given]
+    try:
+        return model(*placed)
+    except (RegraftError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a user's own network, on a user's own inputs
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ModelError(
+            f"{type(model).__name__} fails on a batch of shape {', '.join(str(tuple(x.shape)) for x in given)}: "
+            f"{reason}. Give inputs of the shape that it was made for."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -363,21 +378,13 @@ def main_output(output: Any) -> torch.Tensor:
     raise ModelError(f"the model returned a {type(output).__name__}, expected a tensor of scores (N, K).")
 
 
-def choose_engine(device: str, precision: str) -> Engine:
+def choose_engine(device: str | torch.device, precision: str) -> Engine:
     """Resolve the options `device` and `precision`; see `TrainConfig`.
 
     Raises:
         ModelError: The device does not exist.
     """
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        chosen = torch.device(name)
-        if chosen.type == "meta":
-            raise RuntimeError("it holds shapes without numbers")
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ModelError(f"the device '{device}' cannot be used: {reason}. Try --device cpu.") from error
+    chosen = usable_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if precision == "auto":
         precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     return Engine(chosen, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])

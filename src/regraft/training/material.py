@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -248,6 +249,31 @@ def first_batch(batches: Iterable[Any]) -> tuple[Inputs, torch.Tensor]:
             "numbers, or give the loader a collate_fn."
         ) from error
     return _require_pair(first, "training")
+
+
+def pairs_of(batches: Any) -> Iterator[tuple[Inputs, torch.Tensor]]:
+    """Yield batches of a user's own, each checked.
+
+    Raises:
+        DataError: There is none, or one is no pair of tensors of the same length.
+    """
+    if not isinstance(batches, Iterable) or isinstance(batches, (torch.Tensor, np.ndarray)):
+        raise DataError(
+            f"a {type(batches).__name__} is no data. Expected a folder, a Dataset, a DataLoader, or a list of batches."
+        )
+    is_empty = True
+    for batch in batches:
+        is_empty = False
+        _require_pair(batch, "given")
+        inputs, targets = batch
+        if 0 in (inputs.ndim, targets.ndim) or len(inputs) != len(targets) or not len(targets):
+            raise DataError(
+                f"the data yields inputs of shape {tuple(inputs.shape)} with targets of shape {tuple(targets.shape)}, "
+                "expected (N, …) and (N,), N at least 1."
+            )
+        yield inputs, targets
+    if is_empty:
+        raise DataError("the data is empty. Give at least one batch.")
 
 
 def _require_pair(batch: Any, part: str) -> tuple[Inputs, torch.Tensor]:

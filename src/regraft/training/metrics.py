@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from regraft.arguments import check_arguments
 from regraft.data.folders import Task
 from regraft.errors import DataError
 from regraft.training.targets import class_labels
@@ -58,6 +59,7 @@ class Metrics:
 
     def is_better_than(self, other: "Metrics | None") -> bool:
         """Say whether these are better: higher accuracy, then lower loss; one that is no number is the worst."""
+        check_arguments(Metrics.is_better_than, locals())
         return other is None or self._rank() > other._rank()
 
     def _rank(self) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import nn
 
 from regraft.anatomy.modes import in_mode, preserved_randomness
+from regraft.arguments import check_arguments
 from regraft.card import attach, card_of
 from regraft.checkpoint.foreign.reading import read_state_dicts, unwrapping
 from regraft.checkpoint.foreign.state_dicts import StateDicts, Tensors, listed
@@ -60,6 +61,7 @@ def convert(
         CheckpointError: The file cannot be read, holds several networks, or does not fill the model.
         RunError: The file cannot be written; a previous one is as it was.
     """
+    check_arguments(convert, locals())
     source, target = Path(path), Path(out)
     if target.suffix != ".safetensors":
         raise CheckpointError(

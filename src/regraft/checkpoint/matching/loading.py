@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from regraft.arguments import check_arguments
 from regraft.checkpoint.foreign.quantized import dequantized
 from regraft.checkpoint.foreign.reading import read_state_dicts, unwrapping
 from regraft.checkpoint.foreign.state_dicts import EXTRA_STATE, StateDict, StateDicts, Tensors, listed
@@ -98,6 +99,7 @@ def load_weights(
         CheckpointError: The file cannot be read without running code, or holds several networks; nothing in it fits,
             or less than `min_share`; `strict` and not everything does. Nothing was changed.
     """
+    check_arguments(load_weights, locals())
     rules = Rules(rename or {}, match, entry, accept, adapt)
     plan = plan_loading(model, read_state_dicts(Path(path)), rules)
     if dry_run:
