@@ -17,7 +17,7 @@ from regraft.freezing.schedule import Schedule
 from regraft.progress import SILENT, Progress
 from regraft.training.config import TrainConfig
 from regraft.training.epochs import Run, train
-from regraft.training.loop import Engine, channels_last, choose_engine
+from regraft.training.loop import Engine, channels_last
 from regraft.training.material import Material, list_if_folder, read_material
 from regraft.training.prepare import (
     Job,
@@ -32,6 +32,7 @@ from regraft.training.run_folder import RunFolder
 from regraft.training.signals import Signals
 from regraft.training.standing import Standing
 from regraft.training.state import Origin, check_state, find_run
+from regraft.training.weight_types import engine_for, require_trainable_types
 from regraft.zoo import preprocessing_of
 
 
@@ -123,7 +124,8 @@ def _prepare(
     """Build the network, read the data, and put together what a training loop needs."""
     with standing.phase("model"):
         built = prepare_model(model, listing, config, trust_code=trust_code)
-        engine = replace(choose_engine(config.device, config.precision), has_channels_last=config.fast)
+        require_trainable_types(built, thaws_all=config.unfreeze is not None)
+        engine = replace(engine_for(built, config.device, config.precision), has_channels_last=config.fast)
         built.to(engine.device)
     with standing.phase("reading"):
         material = _read(built, data, listing, config, engine, progress)
