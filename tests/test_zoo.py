@@ -2,15 +2,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 from torchvision import models
 
+import regraft
 from oracles import identical
 from regraft import Preprocessing, create_model, list_models, summary
-from regraft.card import card_of
+from regraft.card import attach, card_of
+from regraft.data.decode import decode
+from regraft.data.transforms import center_crop, normalize
 from regraft.errors import ModelError, TrustError
 from regraft.zoo import build, import_object, preprocessing_of
 
@@ -34,7 +39,7 @@ class Fails(nn.Module):
     def __init__(self): raise OSError("no disk")
 def text(): return "text"
 class BadPreprocessing(Own):
-    preprocessing = {"size": 30, "resize": 20}
+    preprocessing = {"size": 30, "resize": 0}
 """
 
 
@@ -75,7 +80,39 @@ def test_preprocessing_is_that_of_timms_configuration(name: str) -> None:
     found = preprocessing_of(build(f"timm/{name}"))
     assert found.input_size[1:] == config["input_size"]
     assert (found.mean, found.std, found.interpolation) == (config["mean"], config["std"], config["interpolation"])
-    assert found.resize == max(found.size, int(found.size / config["crop_pct"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "crop_mode", "is_padded"),
+    [
+        ("resnet18.a1_in1k", "center", False),
+        ("tiny_vit_21m_512.dist_in22k_ft_in1k", "squash", False),
+        ("convnext_base.clip_laion2b_augreg_ft_in12k_in1k_384", "squash", False),
+        ("deepseek_vit_412m.deepseek_v4_1_flash", "border", False),
+        ("volo_d5_448.sail_in1k", "center", True),
+    ],
+)
+def test_preprocessing_of_photos_is_that_of_timms_transforms(name: str, crop_mode: str, is_padded: bool) -> None:
+    config = timm.get_pretrained_cfg(name)
+    if config is None:
+        pytest.skip(f"this timm has no {name}")
+    holder = nn.Identity()
+    holder.pretrained_cfg = config.to_dict()
+    found = preprocessing_of(holder)
+    assert found.crop_mode == crop_mode
+    assert (found.resize < found.size) == is_padded
+    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=holder))
+    for size in [(640, 480), (200, 333), (90, 90), (700, 250)]:
+        photo = Image.fromarray(np.random.randint(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+        ours = center_crop(found.size, found.border)(decode(photo, found))
+        assert torch.allclose(normalize(ours[None], found)[0], transform(photo), atol=1e-5), size
+
+
+def test_a_saved_model_keeps_how_its_images_are_cropped(tmp_path: Path) -> None:
+    preprocessing = Preprocessing(size=32, resize=28, crop_mode="border")
+    model = attach(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), preprocessing=preprocessing)
+    assert preprocessing_of(regraft.load(regraft.save(model, tmp_path / "a.safetensors"))) == preprocessing
+    assert Preprocessing(size=32, resize=36).crop_mode == "center"  # as files of earlier versions have it
 
 
 @pytest.mark.parametrize("class_name", ["Own", "function"])

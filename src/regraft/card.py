@@ -67,15 +67,18 @@ Source.model_rebuild()
 class Preprocessing(_Plain):
     """How an image file becomes the tensor that a network expects.
 
-    The image is resized so that its shorter side is `resize`, its middle `size` × `size` pixels are kept, scaled to
-    [0, 1], and normalized per channel.
+    The image is resized to `resize` as `crop_mode` says, its middle `size` × `size` pixels are kept, with a border
+    where it is smaller, scaled to [0, 1], and normalized per channel.
 
     Attributes:
         size: Side of the square that the network sees, in pixels.
-        resize: Length of the shorter side before the crop, in pixels; at least `size`.
+        resize: Length of the resized side before the crop, in pixels.
         mean: Subtracted per channel; its length is the number of channels (1: gray, 3: RGB).
         std: Divided by per channel.
         interpolation: Filter for resizing.
+        crop_mode: `center`: the shorter side becomes `resize`, and the border is black, as in torchvision; `squash`:
+            both sides do, whatever the photo's form; `border`: the longer side does, and the border has the color
+            `mean`. Source: timm's `crop_mode`.
     """
 
     size: int = Field(default=224, ge=1)
@@ -83,11 +86,10 @@ class Preprocessing(_Plain):
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    crop_mode: Literal["center", "squash", "border"] = "center"
 
     @model_validator(mode="after")
-    def _covers_the_crop(self) -> "Preprocessing":
-        if self.resize < self.size:
-            raise ValueError(f"resize ({self.resize}) must be at least size ({self.size})")
+    def _has_channels(self) -> "Preprocessing":
         if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
             raise ValueError(f"mean and std need 1 or 3 channels, not {len(self.mean)} and {len(self.std)}")
         return self
@@ -96,6 +98,11 @@ class Preprocessing(_Plain):
     def channels(self) -> int:
         """Number of channels of the images: 1 or 3."""
         return len(self.mean)
+
+    @property
+    def border(self) -> tuple[int, ...]:
+        """Color of the border around an image that is smaller than the crop, 0 to 255 per channel."""
+        return tuple(round(255 * value) if self.crop_mode == "border" else 0 for value in self.mean)
 
     @property
     def input_size(self) -> tuple[int, int, int, int]:

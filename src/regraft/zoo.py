@@ -188,10 +188,11 @@ def _timm_preprocessing(config: dict[str, Any]) -> Preprocessing:
     size = config["input_size"][-1]
     return Preprocessing(
         size=size,
-        resize=max(size, int(size / config.get("crop_pct", 0.875))),
+        resize=max(1, int(size / (config.get("crop_pct") or 0.875))),
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
-        interpolation=config.get("interpolation", "bicubic"),
+        interpolation=config.get("interpolation") or "bicubic",
+        crop_mode=config.get("crop_mode") or "center",
     )
 
 

@@ -63,6 +63,7 @@ def test_positions_of_a_network_without_a_grid_are_taken_as_a_square(tmp_path: P
     assert torch.allclose(found[:, 1:], resized.flatten(2).transpose(1, 2), atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.* keep the values that they had")
 @pytest.mark.parametrize("length", [4, 7, 19], ids=["fewer tokens", "no square", "no square, longer"])
 def test_positions_that_are_no_grid_keep_their_values(length: int, tmp_path: Path) -> None:
     shapes = hugging_face_vit() | {"embeddings.position_embeddings": (1, length, 8)}
@@ -93,6 +94,7 @@ def test_a_first_convolution_takes_other_channels(theirs: int, ours: int, tmp_pa
         assert torch.allclose(model.conv1.weight, trained.conv1.weight[:, :ours] * theirs / ours)
 
 
+@pytest.mark.filterwarnings("ignore:.* keep the values that they had")
 def test_only_the_first_convolution_is_adapted(tmp_path: Path) -> None:
     state = seeded(SmallResNet, 3).state_dict()
     state["layer1.0.conv1.weight"] = torch.rand(4, 3, 3, 3)
@@ -101,6 +103,7 @@ def test_only_the_first_convolution_is_adapted(tmp_path: Path) -> None:
     assert [name for name, _, _ in report.mismatched] == ["layer1.0.conv1.weight"]
 
 
+@pytest.mark.filterwarnings("ignore:.* keep the values that they had")
 def test_nothing_is_adapted_where_that_is_not_wanted(tmp_path: Path) -> None:
     path = written(seeded(lambda: SmallResNet(channels=1), 3).state_dict(), tmp_path)
     model = SmallResNet()
@@ -132,6 +135,7 @@ def test_a_head_for_other_classes_keeps_its_values(tmp_path: Path) -> None:
     assert "adapt=('positions', 'stem', 'head')" in report.suggestion
 
 
+@pytest.mark.filterwarnings("ignore:.* keep the values that they had")
 def test_numbers_of_another_kind_are_not_cast(tmp_path: Path) -> None:
     state = seeded(SmallResNet, 3).state_dict()
     state["layer1.0.conv1.weight"] = torch.ones(4, 4, 3, 3, dtype=torch.int8)

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import pickle
 import pickletools
 import warnings
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tiny
+from marking import Marked
 from oracles import identical, same, snapshot
 from regraft import load_weights
 from regraft.checkpoint.foreign.reading import kind_of, read_state_dicts, read_tensors
@@ -64,20 +64,10 @@ def test_code_of_a_torchscript_archive_is_not_even_compiled(tmp_path: Path) -> N
     assert load_weights(SmallResNet(), broken, strict=True).share == 1.0
 
 
-class Bomb:
-    """Makes a folder when it is unpickled by somebody who trusts it."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.marker),)
-
-
 def test_a_pickle_in_a_torchscript_archive_calls_nothing(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("w/data.pkl", pickle.dumps({"weight": Bomb(tmp_path / "it ran")}, protocol=2))
+        archive.writestr("w/data.pkl", pickle.dumps({"weight": Marked(tmp_path / "it ran")}, protocol=2))
         archive.writestr("w/constants.pkl", pickle.dumps(()))
         archive.writestr("w/code/net.py", b"")
     with pytest.raises(CheckpointError, match="without parameters or buffers"):
@@ -98,9 +88,9 @@ def test_a_whole_module_gives_its_tensors_without_its_class(name: str, legacy: b
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_tensors_are_taken_out_beside_what_would_run(legacy: bool, tmp_path: Path) -> None:
-    content = {"args": Bomb(tmp_path / "it ran"), "model": state(), "optimizer": {"state": {0: torch.ones(2)}}}
+    content = {"args": Marked(tmp_path / "it ran"), "model": state(), "optimizer": {"state": {0: torch.ones(2)}}}
     torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(CheckpointError, match=r"holds more than tensors \(posix.mkdir\).*--tensors-only"):
+    with pytest.raises(CheckpointError, match=r"holds more than tensors \(marking.leave_mark\).*--tensors-only"):
         read_state_dicts(tmp_path / "w.pt")
     found = read_state_dicts(tmp_path / "w.pt", tensors_only=True)
     assert [entry.key for entry in found.entries] == ["model"]
@@ -108,7 +98,7 @@ def test_tensors_are_taken_out_beside_what_would_run(legacy: bool, tmp_path: Pat
     assert not (tmp_path / "it ran").exists()
 
 
-def gadget(text: str) -> bytes:
+def assembled(text: str) -> bytes:
     """Assemble a pickle from opcodes in words, one in a line."""
     codes = {code.name: code.code.encode("latin1") for code in pickletools.opcodes}
     made = b"\x80\x02"
@@ -121,20 +111,22 @@ def gadget(text: str) -> bytes:
     return made + b"."
 
 
-GADGETS = {
+INSTRUCTIONS = {
     "a state for a known function": "GLOBAL torch._utils _rebuild_tensor_v2\nEMPTY_DICT\nBUILD",
-    "a call of exec": 'GLOBAL builtins exec\nMARK\nSTRING \'open("it_ran","w")\'\nTUPLE\nREDUCE',
-    "an attribute of an attribute": "GLOBAL builtins getattr\nMARK\nGLOBAL os path\nSTRING 'x'\nTUPLE\nREDUCE",
-    "an object of a class": "MARK\nSTRING 'touch it_ran'\nINST os system",
+    "a call": "GLOBAL marking leave_mark\nMARK\nSTRING 'it_ran'\nTUPLE\nREDUCE",
+    "a call of what a call returns": (
+        "GLOBAL marking leave_mark\nMARK\nSTRING 'it_ran'\nTUPLE\nREDUCE\nMARK\nSTRING 'x'\nTUPLE\nREDUCE"
+    ),
+    "an object of a class": "GLOBAL marking Marked\nMARK\nSTRING 'it_ran'\nTUPLE\nNEWOBJ",
     "a reference that is no storage": "STRING 'x'\nBINPERSID",
     "nothing on the stack": "REDUCE",
 }
 
 
-@pytest.mark.parametrize("text", GADGETS.values(), ids=list(GADGETS))
-def test_gadgets_run_nothing(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("text", INSTRUCTIONS.values(), ids=list(INSTRUCTIONS))
+def test_reading_instructions_runs_nothing(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    raw = gadget(text.replace("INST os system", "GLOBAL os system"))
+    raw = assembled(text)
     with zipfile.ZipFile("w.pt", "w") as archive:
         archive.writestr("w/data.pkl", raw)
     with pytest.raises(CheckpointError):
@@ -144,8 +136,8 @@ def test_gadgets_run_nothing(text: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("size", "stride", "offset"),
-    [((4,), (1,), 1), ((1 << 40,), (0,), 0), ((2, 2), (-1, 1), 0), ((2,), (1 << 62,), 0), (("4",), (1,), 0)],
-    ids=["beyond the end", "one number a trillion times", "negative stride", "far away", "no number"],
+    [((4,), (1,), 1), ((5,), (0,), 0), ((2, 2), (-1, 1), 0), ((2,), (5,), 0), (("4",), (1,), 0)],
+    ids=["beyond the end", "one number more often than there are numbers", "negative stride", "far away", "no number"],
 )
 def test_a_tensor_outside_of_its_storage_is_refused(
     size: tuple[Any, ...], stride: tuple[int, ...], offset: int, tmp_path: Path
@@ -180,7 +172,7 @@ def test_arrays_of_numbers_are_read_and_others_named(tmp_path: Path) -> None:
 
 
 def test_pickled_objects_in_an_array_are_not_unpickled(tmp_path: Path) -> None:
-    np.savez(tmp_path / "w.npz", weight=np.array([Bomb(tmp_path / "it ran")], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "w.npz", weight=np.array([Marked(tmp_path / "it ran")], dtype=object), allow_pickle=True)
     with pytest.raises(CheckpointError, match=r"reading them would run code from it"):
         read_state_dicts(tmp_path / "w.npz")
     assert not (tmp_path / "it ran").exists()
@@ -211,7 +203,7 @@ def test_a_model_in_parts_is_read_as_one(kind: str, by_folder: bool, tmp_path: P
 
 OUTSIDE = [
     "../w.safetensors",
-    "/etc/passwd",
+    "/w.safetensors",
     "sub/w.safetensors",
     "..",
     ".",
@@ -264,7 +256,7 @@ def naming_itself(path: Path) -> None:
         (lambda path: path.write_text("[]"), "is no index of weights: TypeError"),
         (lambda path: path.write_text('{"weight_map": {}}'), "its weight_map is empty or no object"),
         (lambda path: path.write_text('{"weight_map": [1]}'), "its weight_map is empty or no object"),
-        (lambda path: path.write_text("[" * 100_000), "is no index of weights: "),
+        (lambda path: path.write_text("[" * 1_100), "is no index of weights: "),
     ],
 )
 def test_a_damaged_index_is_refused(damage: Callable[[Path], object], message: str, tmp_path: Path) -> None:

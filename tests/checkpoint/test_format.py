@@ -75,6 +75,8 @@ def read_by_hand(path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, list[
 
 def digest_by_hand(dtype: str, shape: list[int], raw: bytes) -> str:
     known = table("A file", "dtype")[dtype]
+    if dtype == "F4":  # two numbers in a byte
+        shape = [*shape[:-1], shape[-1] // 2]
     assert len(raw) == math.prod(shape) * int(known[1])
     inside = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
     return hashlib.sha256(f"{known[0]}({inside})".encode("ascii") + raw).hexdigest()
@@ -276,10 +278,10 @@ LAYOUTS: dict[str, tuple[object, bytes]] = {
     "a list for a dtype": ({"a": entry(dtype=["F32"])}, bytes(8)),
     "no offsets": ({"a": {"dtype": "F32", "shape": [2]}}, bytes(8)),
     "a number for a tensor": ({"a": 3}, bytes(8)),
-    "1,000 dimensions": ({"a": entry(shape=[1] * 1000, offsets=[0, 4])}, bytes(4)),
+    "65 dimensions": ({"a": entry(shape=[1] * 65, offsets=[0, 4])}, bytes(4)),
     "a list": ([1], b""),
-    "deep": (b"[" * 100_000 + b"]" * 100_000, b""),
-    "deeper": (b'{"a":' * 100_000, b""),
+    "deep": (b"[" * 1_100 + b"]" * 1_100, b""),
+    "deep objects": (b'{"a":' * 1_100, b""),
     "too many values": (b"[" + b"1," * 2_000_001 + b"1]", b""),
     "a number of many digits": (b'{"a": ' + b"9" * 10_000 + b"}", b""),
     "no text": (b'{"\xff": 1}', b""),

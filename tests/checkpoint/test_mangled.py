@@ -64,6 +64,7 @@ def test_what_must_be_refused_is_refused(name: str, made: dict[str, Mangled]) ->
     assert same(before, snapshot(case.model))
 
 
+@pytest.mark.filterwarnings("ignore:.* keep the values that they had")
 @pytest.mark.parametrize("name", [name for name in CASES if name not in REFUSED | UNDECIDABLE])
 def test_what_is_loaded_has_the_trained_values(name: str, made: dict[str, Mangled]) -> None:
     case = made[name]
@@ -81,6 +82,7 @@ def test_what_is_loaded_has_the_trained_values(name: str, made: dict[str, Mangle
             assert torch.allclose(tensor.double(), case.values[key].double(), rtol=1e-2), key
 
 
+@pytest.mark.filterwarnings("ignore:.* keep the values that they had")
 def test_by_default_what_is_certain_is_loaded_and_nothing_else(tmp_path: Path) -> None:
     case = CASES["shuffled_and_renamed"](Mangler(tmp_path))
     before = snapshot(case.model)

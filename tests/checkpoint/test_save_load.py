@@ -135,7 +135,7 @@ def test_a_class_of_ones_own_is_rebuilt_with_trust_alone(own: str, tmp_path: Pat
     path = save(model, tmp_path / "model.safetensors")
     marker = tmp_path / "imported"
     source = tmp_path / "own.py"
-    source.write_text(f"__import__('pathlib').Path({str(marker)!r}).touch()\n" + source.read_text())
+    source.write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n" + source.read_text())
     with pytest.raises(TrustError, match="trust_code=True"):
         load(path)
     assert not marker.exists()
@@ -342,8 +342,11 @@ def hostile(header: dict[str, object]) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "one bit": (flipped, "is not what was saved. Get or make it again."),
     "end missing": (cut, "is damaged"),
-    "empty": (lambda path: (path.write_bytes(b""), path)[1], "no safetensors file"),
-    "text": (lambda path: (path.write_text("hello, hello, hello"), path)[1], "no safetensors file"),
+    "empty": (lambda path: (path.write_bytes(b""), path)[1], "it is empty (0 bytes). The download or the copy failed"),
+    "text": (
+        lambda path: (path.write_text("hello, hello, hello"), path)[1],
+        "it is text, which begins 'hello, hello, hello'",
+    ),
     "missing": (lambda path: path.with_name("other"), "no file"),
     "newer format": (lambda path: rewritten(path, lambda h: h.update(format="2.0")), "Install a newer regraft"),
     "other width": (lambda path: rewritten(path, wider), "does not match its own recipe at '7.weight'"),

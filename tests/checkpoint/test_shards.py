@@ -249,7 +249,7 @@ def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
 
 def test_an_index_that_is_no_json_or_too_long_is_refused(tmp_path: Path) -> None:
     index = tmp_path / INDEX
-    for raw in (b"no json", b"[1]", b"\xff", b"[" * 10_000, b"{" + b" " * 100_000_000 + b"}"):
+    for raw in (b"no json", b"[1]", b"\xff", b"[" * 1_100, b"{" + b" " * 100_000_000 + b"}"):
         index.write_bytes(raw)
         with pytest.raises(CheckpointError, match=r"is no index of a checkpoint"):
             load(index)

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import random
 import time
 import warnings
 from collections.abc import Callable
@@ -13,9 +14,12 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
+from timm.data.transforms import ResizeKeepRatio
+from torchvision.transforms import v2
 
 from regraft.card import Preprocessing
-from regraft.data.decode import Unreadable, decode, decode_all
+from regraft.data.decode import Unreadable, decode, decode_all, resized_size
+from regraft.data.transforms import center_crop
 from regraft.errors import DataError
 
 SIDE = 36
@@ -270,12 +274,12 @@ def test_a_hundred_megapixels_are_read_quietly(name: str, mode: str, value: int,
     assert torch.equal(found, torch.full((3, SIDE, SIDE), value, dtype=torch.uint8))
 
 
-def test_a_decompression_bomb_is_unreadable(tmp_path: Path) -> None:
-    write_flat(tmp_path / "a.png", "1", 14_000)
+def test_more_pixels_than_pillow_opens_are_unreadable(tmp_path: Path) -> None:
+    write_flat(tmp_path / "a.png", "1", 13_400)  # its limit is 178,956,970
     (found,) = decode_all([tmp_path / "a.png"], AS_IS)
     assert isinstance(found, Unreadable)
     assert found.path == tmp_path / "a.png"
-    assert found.reason.startswith("DecompressionBombError: Image size (196000000 pixels) exceeds limit")
+    assert found.reason.startswith("DecompressionBombError: Image size (179560000 pixels) exceeds limit")
 
 
 def half(file_format: str) -> bytes:
@@ -369,6 +373,44 @@ def test_a_jpeg_that_is_much_too_large_is_decoded_at_a_reduced_size(
     with Image.open(tmp_path / "a.jpg") as opened:
         whole = ImageOps.exif_transpose(opened).resize((found.shape[2], found.shape[1]), Image.Resampling.BILINEAR)
     assert np.abs(as_array(found).astype(float) - np.asarray(whole)).mean() < 3
+
+
+def test_sizes_are_torchvisions_and_timms() -> None:
+    draw = random.Random(0)
+    sizes = [(375, 200, 232), (750, 500, 288), (400, 300, 342), (1350, 900, 260), (1, 7, 8), (900, 1350, 260)]
+    sizes += [(draw.randint(1, 5000), draw.randint(1, 5000), draw.randint(8, 600)) for _ in range(20_000)]
+    for width, height, resize in sizes:
+        expected = v2.Resize(resize)(torch.empty(1, height, width, device="meta")).shape[:0:-1]
+        assert resized_size((width, height), Preprocessing(resize=resize)) == expected
+        bordered = ResizeKeepRatio.get_params(torch.empty(1, height, width, device="meta"), (resize, resize), 1.0)
+        border = Preprocessing(resize=resize, crop_mode="border")
+        assert resized_size((width, height), border) == tuple(max(1, side) for side in reversed(bordered))
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("size", [(401, 301), (1201, 900), (333, 1000), (450, 1350)])
+def test_a_reduced_photo_has_the_size_that_the_whole_one_would_have(
+    size: tuple[int, int], orientation: int, tmp_path: Path
+) -> None:
+    image = Image.new("RGB", size, "red")
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.jpg", exif=exif)
+    with Image.open(tmp_path / "a.jpg") as opened:
+        expected = v2.Resize(SIDE + 16)(ImageOps.exif_transpose(opened)).size
+    assert decode(tmp_path / "a.jpg", Preprocessing(size=32, resize=SIDE + 16)).shape[:0:-1] == expected
+
+
+def test_the_middle_of_a_long_photo_is_that_of_the_whole_one() -> None:
+    draw = random.Random(0)
+    for _ in range(100):
+        short, resize = draw.randint(5, 60), draw.randint(16, 50)
+        long, size = short * draw.randint(4, 12) + draw.randint(0, 40), draw.randint(8, resize)
+        image = Image.fromarray(noise(*draw.choice([(short, long, 3), (long, short, 3)])))
+        expected = np.asarray(v2.CenterCrop(size)(v2.Resize(resize)(image)))
+        decoded = decode(image, Preprocessing(size=size, resize=resize))
+        assert max(decoded.shape) <= 5 * resize
+        assert difference(as_array(center_crop(size)(decoded).contiguous()), expected) <= 1
 
 
 def test_many_files_come_out_in_order_with_the_unreadable_in_their_places(tmp_path: Path) -> None:

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from timm.data.transforms import CenterCropOrPad
 from torchvision.transforms import v2
 
 from regraft.card import Preprocessing
+from regraft.data.decode import decode
 from regraft.data.transforms import augmentation, center_crop, normalize
 
 PREPROCESSING = Preprocessing(size=32, resize=36)
@@ -19,6 +22,24 @@ def pixels(height: int = 36, width: int = 48) -> torch.Tensor:
 def test_the_middle_is_torchvisions(shape: tuple[int, int]) -> None:
     image = pixels(*shape)
     assert torch.equal(center_crop(32)(image), v2.CenterCrop(32)(image))
+
+
+@pytest.mark.parametrize("shape", [(20, 48), (48, 21), (19, 20), (31, 32)], ids=str)
+def test_what_is_smaller_than_the_crop_gets_a_border(shape: tuple[int, int]) -> None:
+    image = pixels(*shape)
+    assert torch.equal(center_crop(32)(image), v2.CenterCrop(32)(image))
+    expected = CenterCropOrPad(32, fill=(124, 116, 104))(Image.fromarray(image.permute(1, 2, 0).numpy()))
+    assert np.array_equal(center_crop(32, (124, 116, 104))(image).permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("resize", [28, 36])
+def test_every_augmentation_takes_every_crop_mode(resize: int, crop_mode: str) -> None:
+    preprocessing = Preprocessing(size=32, resize=resize, crop_mode=crop_mode)  # type: ignore[arg-type]
+    photos = [decode(Image.new("RGB", size, "red"), preprocessing) for size in ((50, 20), (31, 90), (9, 9))]
+    for kind in ("none", "flip", "standard", "trivial"):
+        versions = augmentation(kind, preprocessing, 2)
+        assert {versions.of(0, photo, draw).shape for photo in photos for draw in range(3)} == {(3, 32, 32)}
 
 
 @pytest.mark.parametrize("kind", ["none", "flip", "standard", "trivial"])

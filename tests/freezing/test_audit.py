@@ -13,6 +13,7 @@ import tiny
 from oracles import same, snapshot
 from regraft import audit, build_optimizer, freeze, unfreeze
 from regraft.card import attach
+from regraft.errors import ModelError
 from regraft.freezing.audit import Finding
 
 Case = tuple[nn.Module, torch.optim.Optimizer | None]
@@ -101,6 +102,34 @@ def not_of_this_model() -> Case:
     return model, optimizer
 
 
+def thawed_by_hand() -> Case:
+    model = tiny.build("plain")
+    freeze(model, "conv1", "bn1")
+    model.conv1.requires_grad_(True)
+    model.bn1.requires_grad_(True)
+    return model, None
+
+
+def thawed_dropout() -> Case:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 2))
+    freeze(model)
+    model = nn.Sequential(*model.children())  # nothing of what follows the flags is left
+    model.requires_grad_(True)
+    return model, None
+
+
+def unpinned_spectral_norm() -> Case:
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    return model, None
+
+
+def unpinned_embedding() -> Case:
+    model = nn.Sequential(nn.Embedding(4, 4, max_norm=1.0), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    return model, None
+
+
 PROVOKED: dict[str, tuple[Callable[[], Case], str, str, str]] = {
     "stale gradient": (stale_gradient, "stale-gradient", "conv1.weight", "is frozen but has a gradient"),
     "stale gradient of the root": (stale_gradient_of_the_root, "stale-gradient", "cls_token", "has a gradient"),
@@ -119,6 +148,10 @@ PROVOKED: dict[str, tuple[Callable[[], Case], str, str, str]] = {
         "front.1",
         "would still draw its slopes at random",
     ),
+    "thawed by hand": (thawed_by_hand, "still-pinned", "bn1", "is trainable by its flags, but stays in evaluation"),
+    "thawed dropout": (thawed_dropout, "still-pinned", "1", "stays in evaluation mode"),
+    "unpinned spectral norm": (unpinned_spectral_norm, "unpinned", "0", "its power iteration would still move"),
+    "unpinned embedding": (unpinned_embedding, "unpinned", "0", "still rewrite rows whose norm exceeds max_norm"),
     "broken statistics": (broken_statistics, "broken-statistics", "bn1.running_var", "holds NaN or infinity"),
     "head width": (head_width, "head-width", "fc", "gives 5 scores, but there are 2 classes"),
     "listed twice": (listed_twice, "listed-twice", "fc.weight", "is 2 times in the optimizer"),
@@ -261,3 +294,127 @@ def test_the_head_is_the_layer_that_runs_last_not_the_one_that_is_registered_las
     model = attach(tiny.build("residual"), classes=("cat", "dog"))
     (finding,) = audit(model)
     assert finding.path == "head"
+
+
+# ---- flags set by hand, followed at the next change of mode
+
+
+def thaw_all(model: nn.Module) -> None:
+    model.requires_grad_(True)
+
+
+def thaw_one_by_one(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad = True
+
+
+def thaw_by_children(model: nn.Module) -> None:
+    for child in model.children():
+        child.requires_grad_(True)
+
+
+@pytest.mark.parametrize("thaw", [thaw_all, thaw_one_by_one, thaw_by_children])
+@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy], ids=["same", "copy"])
+def test_layers_follow_flags_that_are_set_by_hand(
+    thaw: Callable[[nn.Module], None], copied: Callable[[nn.Module], nn.Module]
+) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 2, 1)
+    )
+    freeze(model)
+    model = copied(model)
+    thaw(model)
+    assert [finding.path for finding in audit(model)] == ["1", "2", "3"]
+    model.train()
+    assert audit(model) == []
+    assert all(layer.training for layer in model)
+    before = [model[1].running_mean.clone(), model[3].running_mean.clone()]
+    model(torch.randn(4, 3, 6, 6))
+    assert not torch.equal(before[0], model[1].running_mean)
+    assert not torch.equal(before[1], model[3].running_mean)
+
+
+def test_layers_that_are_frozen_by_hand_after_freeze_are_pinned_at_the_next_change_of_mode() -> None:
+    model = tiny.build("plain")
+    freeze(model, "conv1", "bn1")
+    model.conv2.requires_grad_(False)
+    model.bn2.requires_grad_(False)
+    assert [(finding.kind, finding.path) for finding in audit(model)] == [("unpinned", "bn2")]
+    model.train()
+    before = model.bn2.running_mean.clone()
+    model(tiny.batch("plain"))
+    assert torch.equal(before, model.bn2.running_mean)
+    assert model.dropout.training
+
+
+# ---- with inputs: one step of training on a copy
+
+
+class Cut(nn.Module):
+    """Has layers that no gradient reaches, each in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.behind_no_grad, self.detached, self.unused = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            x = self.behind_no_grad(x)
+        return self.head(x + self.detached(x).detach())
+
+
+def test_audit_with_inputs_finds_what_gets_no_gradient() -> None:
+    model = Cut()
+    before = snapshot(model)
+    findings = audit(model, inputs=torch.randn(3, 4))
+    assert {(f.kind, f.path.partition(".")[0]) for f in findings} == {
+        ("no-gradient", "behind_no_grad"),
+        ("no-gradient", "detached"),
+        ("no-gradient", "unused"),
+    }
+    assert "gets no gradient in a training step" in str(findings[0])
+    assert same(before, snapshot(model))
+    for finding in findings:
+        model, _ = carried_out(Finding("", "", "", finding.fix.replace("), or let", "), which").strip()), model, None)
+    assert audit(model, inputs=torch.randn(3, 4)) == []
+
+
+class Teacher(nn.Module):
+    """Moves the frozen weights of one part in the forward of another, as momentum encoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.teacher.weight.data.lerp_(self.student.weight.data, 0.1)
+        return self.student(x) - self.teacher(x)
+
+
+def test_audit_with_inputs_finds_frozen_weights_that_a_forward_writes_to() -> None:
+    model = Teacher()
+    freeze(model, "teacher")
+    before = snapshot(model)
+    (finding,) = audit(model, inputs=(torch.randn(3, 4),))
+    assert (finding.kind, finding.path) == ("moved", "teacher.weight")
+    assert "is frozen, but a forward in .train() changed it" in str(finding)
+    assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("name", tiny.ALL)
+@pytest.mark.parametrize("patterns", [(), ("children[:2]",)], ids=["none", "two"])
+def test_audit_with_inputs_finds_nothing_in_sound_networks(name: str, patterns: tuple[str, ...]) -> None:
+    model = tiny.build(name)
+    if patterns:
+        freeze(model, *patterns)
+    assert audit(model, inputs=tiny.batch(name)) == []
+
+
+def test_audit_with_inputs_that_cannot_be_trained_on_says_so(random_state: Callable[[], object]) -> None:
+    state = random_state()
+    with pytest.raises(ModelError, match=r"BatchNorm1d cannot be audited by a training step.*Expected more than 1"):
+        audit(nn.BatchNorm1d(3), inputs=torch.randn(1, 3, generator=torch.Generator().manual_seed(0)))
+    assert random_state() == state

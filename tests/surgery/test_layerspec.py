@@ -171,7 +171,7 @@ def test_what_cannot_be_described_is_an_error(layer: nn.Module, message: str, mo
     [
         ("Linaer(3, 4)", "'Linaer' is no layer of torch.nn. Nearest: 'Linear'"),
         ("linear(3, 4)", "'linear' is no layer of torch.nn. Nearest: 'Linear'"),
-        ("system(3)", "'system' is no layer of torch.nn"),
+        ("nothing(3)", "'nothing' is no layer of torch.nn"),
         ("Parameter(3)", "'Parameter' is no layer of torch.nn"),
         ("__class__()", "'__class__' is no layer of torch.nn"),
         ("functional()", "'functional' is no layer of torch.nn"),
@@ -240,7 +240,7 @@ def test_a_class_of_ones_own_is_described_by_its_file_and_built_with_trust_alone
 
 def test_nothing_is_imported_without_trust(tmp_path: Path) -> None:
     marker = tmp_path / "imported"
-    (tmp_path / "bad.py").write_text(f"__import__('pathlib').Path({str(marker)!r}).touch()\n")
+    (tmp_path / "bad.py").write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n")
     for text in (f"py('{tmp_path}/bad.py:Block')", f"Sequential(Linear(1, 1), py('{tmp_path}/bad.py:Block', 3))"):
         with pytest.raises(TrustError):
             construct(text)

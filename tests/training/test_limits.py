@@ -14,7 +14,7 @@ from regraft.card import Preprocessing
 from regraft.data.folders import Sample
 from regraft.data.photos import Photos
 from regraft.data.transforms import augmentation
-from regraft.errors import ConfigError, LossError, ModelError
+from regraft.errors import ConfigError, DataError, ModelError
 from regraft.frontier.precision import packed
 from regraft.training import closed_form, extract, sweep
 from regraft.training.closed_form import is_solvable, ridge

@@ -74,7 +74,7 @@ def test_an_unknown_name_is_an_error(name: str, task: str, message: str) -> None
 
 
 @pytest.mark.parametrize(
-    "source", ["def made(outputs, targets): return outputs.mean()", "made = __import__('torch').nn.CrossEntropyLoss"]
+    "source", ["def made(outputs, targets): return outputs.mean()", "import torch\nmade = torch.nn.CrossEntropyLoss"]
 )
 def test_a_loss_of_ones_own_is_a_function_or_a_class(source: str, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(source)

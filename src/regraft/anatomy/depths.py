@@ -1,5 +1,7 @@
 """How deep in a network each parameter lies, counted in blocks from the input."""
 
+import contextlib
+from collections.abc import Collection
 from typing import Any, cast
 
 from torch import nn
@@ -7,30 +9,51 @@ from torch import nn
 from regraft.anatomy.heads import find_heads
 from regraft.anatomy.paths import is_within
 from regraft.anatomy.tracing import trace
+from regraft.anatomy.wrappers import sole_child, unwrapped
+from regraft.errors import ModelError
 
 
 def parameter_depths(model: nn.Module) -> dict[str, int]:
     """Return the depth of each parameter by name: 0 at the input, the largest at the head.
 
-    timm's networks say themselves what belongs together (`group_matcher`). In all others the blocks are the top-level
-    layers in execution order, and instead of a stack of blocks (`nn.Sequential`, `nn.ModuleList`) those inside of it. A
-    single layer and its norm belong to one block, and the head is one of its own. A parameter outside of all layers (a
-    class token) lies where it is first used; one that is never used is as deep as the head.
+    timm's networks say themselves what belongs together (`group_matcher`), also inside of another module. In all others
+    the blocks are the top-level layers in execution order, and instead of a stack of blocks (`nn.Sequential`,
+    `nn.ModuleList`), or of a layer that holds one at any depth, those inside of it. A single layer and its norm belong
+    to one block, and the head is one of its own. A parameter outside of all layers (a class token) lies where it is
+    first used; one that is never used is as deep as the head. A module that holds nothing but one network
+    (`DataParallel`, a class of your own around it) has the depths of that network.
 
     Raises:
         ModelError: The network has no `group_matcher`, and its forward fails on the guessed input.
     """
-    matcher = getattr(model, "group_matcher", None)
-    if callable(matcher):
-        from timm.models import group_parameters
-
-        return cast("dict[str, int]", group_parameters(model, cast(Any, matcher(coarse=False)), reverse=True))
+    groups = _timm_groups(model)
+    if groups is not None:
+        return groups
+    inside = unwrapped(model)[0] or sole_child(model)
+    if inside and any(True for _ in model.get_submodule(inside).children()):
+        with contextlib.suppress(ModelError):  # a list of layers, or one that takes what the module around it prepares
+            depths = parameter_depths(model.get_submodule(inside))
+            return {f"{inside}.{name}": depth for name, depth in depths.items()}
     first_uses = trace(model).first_uses
+    parts = {path: _timm_groups(layer) for path, layer in model.named_children()}
+    blocks = _blocks(model, skipped={path for path, part in parts.items() if part is not None})
+    begins = {
+        path: min((moment for name, moment in first_uses.items() if is_within(name, path)), default=0)
+        for path, part in parts.items()
+        if part is not None
+    }
+    places: dict[str, tuple[int, int, str | None]] = {}  # when it is used, how deep in its own part, its block
+    for name, moment in first_uses.items():
+        part = next((path for path in begins if is_within(name, path)), None)
+        if part is not None:
+            depth_within = (parts[part] or {})[name.removeprefix(f"{part}.")]
+            places[name] = (begins[part], depth_within, f"{part}:{depth_within}")
+        else:
+            places[name] = (moment, 0, next((path for path in blocks if is_within(name, path)), None))
     depths: dict[str, int] = {}
-    blocks = _blocks(model)
     depth, previous = -1, None
-    for name in sorted(first_uses, key=lambda name: first_uses[name]):
-        block = next((path for path in blocks if is_within(name, path)), None)
+    for name in sorted(places, key=lambda name: places[name][:2]):
+        block = places[name][2]
         if block is None or block != previous:
             opens = depth < 0 or (block is not None and not _joins(model, block, previous))
             depth += opens
@@ -43,18 +66,30 @@ def parameter_depths(model: nn.Module) -> dict[str, int]:
     return {name: depth if name in in_heads else depths.get(name, depth) for name, _ in model.named_parameters()}
 
 
-def _blocks(model: nn.Module, prefix: str = "") -> list[str]:
-    found = []
+def _timm_groups(model: nn.Module) -> dict[str, int] | None:
+    """Return the depths of a network of timm's, by its own rule; None for all others."""
+    if not callable(
+        getattr(type(model), "group_matcher", None)
+    ):  # of its class: wrappers hand on what is asked of them
+        return None
+    from timm.models import group_parameters
+
+    matcher = cast(Any, model).group_matcher(coarse=False)
+    return cast("dict[str, int]", group_parameters(model, matcher, reverse=True))
+
+
+def _blocks(model: nn.Module, prefix: str = "", skipped: Collection[str] = ()) -> list[str]:
+    blocks = []
     for name, child in model.named_children():
-        if next(child.parameters(), None) is None:
+        if name in skipped or next(child.parameters(), None) is None:
             continue
-        holds_blocks = _is_stack(child) or any(_is_stack(inner, alike=True) for inner in child.children())
-        found += _blocks(child, f"{prefix}{name}.") if holds_blocks else [prefix + name]
-    return found
+        holds_blocks = _is_stack(child) or any(_is_stack(inner, alike=True) for inner in child.modules())
+        blocks += _blocks(child, f"{prefix}{name}.") if holds_blocks else [prefix + name]
+    return blocks
 
 
 def _is_stack(layer: nn.Module, *, alike: bool = False) -> bool:
-    """Say whether a layer is a mere list of blocks; `alike`: of two or more of one kind, as a transformer's.
+    """Return whether a layer is a mere list of blocks; `alike`: of two or more of one kind, as a transformer's.
 
     A list of lists of single layers (convolution, norm, activation) is the inside of a block, as MobileNet has it.
     """
@@ -70,8 +105,9 @@ def _is_stack(layer: nn.Module, *, alike: bool = False) -> bool:
 
 
 def _joins(model: nn.Module, block: str, previous: str | None) -> bool:
-    """Say whether a block is a single norm that belongs to the single layer before it."""
-    if previous is None:
+    """Return whether a block is a single norm that belongs to the single layer before it."""
+    layers = dict(model.named_modules())
+    if previous not in layers or block not in layers:
         return False
-    layers = [model.get_submodule(path) for path in (previous, block)]
-    return not any(list(layer.children()) for layer in layers) and "norm" in type(layers[1]).__name__.lower()
+    pair = [layers[path] for path in (previous, block)]
+    return not any(list(layer.children()) for layer in pair) and "norm" in type(pair[1]).__name__.lower()

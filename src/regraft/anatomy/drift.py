@@ -1,26 +1,19 @@
 """Which layers would change or draw in `.train()` although their flags say that they are frozen, and which are pinned.
 
-The marker of a pinned layer is a forward pre-hook, `stay_in_evaluation`; `regraft.freezing.pins` sets and removes it.
+`regraft.freezing.hold` pins a layer; the mark of a pinned one is the object in the place of its `train`.
 """
 
-from typing import Any
-
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 DROP_PATHS = frozenset({"DropPath", "StochasticDepth", "DropBlock2d", "PatchDropout"})
-
-
-def stay_in_evaluation(layer: nn.Module, args: Any) -> None:
-    """Put a pinned layer back into evaluation mode before it runs: the forward pre-hook that makes it a pinned one."""
-    if layer.training:  # somebody assigned the attribute, as `.train()` does not reach it
-        layer.training = False
+OBSERVERS = ("torch.ao.quantization", "torchao.quantization")  # homes of what measures activations while it runs
 
 
 def is_pinned(layer: nn.Module) -> bool:
-    """Say whether `layer` is pinned to evaluation mode."""
-    return any(hook is stay_in_evaluation for hook in layer._forward_pre_hooks.values())
+    """Return whether `layer` is pinned to evaluation mode."""
+    return getattr(vars(layer).get("train"), "is_pinned", False) is True
 
 
 def would_move(layer: nn.Module) -> str | None:
@@ -37,7 +30,37 @@ def would_move(layer: nn.Module) -> str | None:
         return "it would still drop at random"
     if isinstance(layer, nn.RReLU):
         return "it would still draw its slopes at random"
+    if _has_spectral_norm(layer):
+        return "its power iteration would still move"
+    if rewrites_weight(layer):
+        return "it would still rewrite rows whose norm exceeds max_norm"
+    if _is_observer(layer):
+        return "its observed range would still move"
     return None
+
+
+def follows_batch(layer: nn.Module) -> bool:
+    """Return whether the outputs of `layer` for one sample depend on the rest of its batch, also in evaluation mode."""
+    if isinstance(layer, _BatchNorm):
+        return layer.running_mean is None and layer.running_var is None
+    return _is_observer(layer) and hasattr(layer, "fake_quant_enabled")
+
+
+def rewrites_weight(layer: nn.Module) -> bool:
+    """Return whether the forward of `layer` writes to its weight, in evaluation mode as well."""
+    return isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.max_norm is not None
+
+
+def _has_spectral_norm(layer: nn.Module) -> bool:
+    hooks = layer._forward_pre_hooks.values()
+    return type(layer).__name__ == "_SpectralNorm" or any(type(hook).__name__ == "SpectralNorm" for hook in hooks)
+
+
+def _is_observer(layer: nn.Module) -> bool:
+    if not type(layer).__module__.startswith(OBSERVERS):
+        return False
+    enabled = getattr(layer, "observer_enabled", None)  # only fake quantization has it; an observer always observes
+    return "Observer" in type(layer).__name__ if enabled is None else bool(enabled[0])
 
 
 def _drop_rate(layer: nn.Module) -> float:

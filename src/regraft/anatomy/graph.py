@@ -9,48 +9,37 @@ What a graph takes from the moment of tracing, and what stays open:
 
 - Parameters and buffers are read at run time, and so is `.training` where it is passed on (`F.dropout(x, 0.5,
   self.training)`). Where a forward branches on it (`if self.training`), there is one graph for each mode.
-- A parameter of the forward that has a default keeps that default.
-- Control flow that depends on values or shapes is refused.
+- What is drawn at random by functions of torch is drawn anew in every call, see `symbolic`.
+- A parameter of the forward that has a default keeps that default, unless something is given for it.
+- Control flow that depends on values or shapes is refused, and so is a forward that gives another graph each time that
+  it is traced, or that counts its calls: a graph would repeat for ever what held when it was made.
 """
 
-import contextlib
-import inspect
-import sys
+import random
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import fx, nn
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import map_arg
 
-from regraft.anatomy.drift import is_pinned
+from regraft.anatomy.draws import generator_states
+from regraft.anatomy.inputs import Arguments, arguments_for
 from regraft.anatomy.modes import preserved_randomness
 from regraft.anatomy.paths import is_within
+from regraft.anatomy.symbolic import DREW, Tracer, bound, required_inputs
+from regraft.anatomy.symbolic import LAYER as LAYER
+from regraft.anatomy.symbolic import Visit as Visit
+from regraft.anatomy.symbolic import is_training_flag as is_training_flag
 from regraft.anatomy.twins import shared_copy
 from regraft.errors import ForwardError
 
 SIZE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "training"})
 SIZE_METHODS = frozenset({"size", "dim", "numel", "stride", "is_floating_point"})
 IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "imod", "ipow", "iand", "ior", "ixor", "imatmul", "setitem"})
-LAYER = "regraft_layer"  # key of fx.Node.meta: path of the layer whose forward holds the operation
-
-
-@dataclass(frozen=True)
-class Visit:
-    """One call of one layer.
-
-    Attributes:
-        path: The layer's dotted path.
-        args: What it was called with: nodes, or containers of nodes and plain values.
-        kwargs: Its keyword arguments.
-        output: What it returned: a node, or a container of nodes and plain values.
-    """
-
-    path: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
 
 
 @dataclass
@@ -63,6 +52,7 @@ class Flow:
         training: The mode.
         decider: Path of the layer whose mode decided a branch; None where none did, so that one graph serves both.
         constants: Tensors that the forward makes out of nothing, by the name under which the graph reads them.
+        inputs: An example of each input that the graph takes, in order; empty where none was given.
     """
 
     graph: fx.Graph
@@ -70,6 +60,7 @@ class Flow:
     training: bool
     decider: str | None = None
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    inputs: tuple[Any, ...] = ()
 
     @property
     def output(self) -> Any:
@@ -85,7 +76,14 @@ class Flow:
         return [visit for visit in self.visits if visit.path == path]
 
 
-def capture(model: nn.Module, opened: Collection[str] = (), *, training: bool = False, heed_pins: bool = False) -> Flow:
+def capture(
+    model: nn.Module,
+    opened: Collection[str] = (),
+    *,
+    training: bool = False,
+    heed_pins: bool = False,
+    arguments: Arguments | None = None,
+) -> Flow:
     """Trace the forward of `model` into a graph; `model` itself is not touched.
 
     Args:
@@ -93,35 +91,52 @@ def capture(model: nn.Module, opened: Collection[str] = (), *, training: bool = 
         opened: Paths of the layers to look into. The model itself always is.
         training: The mode that `if self.training` sees.
         heed_pins: Whether a layer that is pinned sees evaluation mode instead; right as long as it stays pinned.
+        arguments: What the forward is called with; the graph takes those inputs that hold tensors, and keeps what else
+            is given. None: it takes all inputs without a default, or what `arguments_for` guesses where there are none.
 
     Raises:
         ForwardError: The forward cannot be traced; the message says where and why.
+        ModelError: The forward does not take `arguments`.
     """
-    twin = shared_copy(model)
-    tracer = _Tracer({id(twin), *(id(twin.get_submodule(path)) for path in opened)}, training, heed_pins)
-    try:
-        with preserved_randomness(), _recorded_len(tracer, twin):
-            graph = tracer.trace(twin)
-    except Exception as error:  # a forward is anybody's code, and may raise anything when it is fed with proxies
-        where = f"layer '{tracer.path}'" if tracer.path else "its own forward"
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ForwardError(
-            f"{type(model).__name__} cannot be traced: {where} ({_kind(twin, tracer.path)}) depends on values or "
-            f"shapes in its control flow: {reason}",
-            path=tracer.path,
-            reason=reason,
-        ) from error
-    own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
-    constants = {
-        str(node.target): getattr(twin, str(node.target))
-        for node in graph.nodes
-        if node.op == "get_attr" and node.target not in own and str(node.target).startswith("_tensor_constant")
-    }
-    return Flow(graph, tracer.visits, training, tracer.decider, constants)
+    if arguments is None and not required_inputs(model):
+        arguments = arguments_for(model)
+    if arguments is not None:
+        bound(model, arguments)
+
+    def trace(twin: nn.Module) -> tuple[fx.Graph, Tracer]:
+        layers = {id(twin), *(id(twin.get_submodule(path)) for path in opened)}
+        tracer = Tracer(layers, training=training, heed_pins=heed_pins, arguments=arguments)
+        try:
+            return tracer.trace(twin), tracer
+        except Exception as error:  # a forward is anybody's code, and may raise anything when it is fed with proxies
+            raise _untraceable(model, tracer.path, str(error).strip() or type(error).__name__) from error
+
+    first, second = shared_copy(model), shared_copy(model)
+    with preserved_randomness():
+        before = generator_states(_layers(first, opened))
+        graph, tracer = trace(first)
+        if generator_states(_layers(first, opened)) != before:
+            raise _untraceable(model, "", DREW)
+        counted = _carry_over(first, second, model, opened)
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        again, _ = trace(second)
+    for path in ("", *opened):
+        if any(vars(second.get_submodule(path))[name] != value for name, value in counted.get(path, {}).items()):
+            raise _untraceable(model, path, "it counts its calls")
+    constants, others = _constants(model, graph, first), _constants(model, again, second)
+    differs = _first_difference(graph, again, constants, others)
+    if differs is not None:
+        raise _untraceable(model, differs, "it does not do the same in every call")
+    return Flow(graph, tracer.visits, training, tracer.decider, constants, tracer.inputs)
 
 
 def capture_widely(
-    model: nn.Module, opened: Collection[str], *, training: bool = False, heed_pins: bool = False
+    model: nn.Module,
+    opened: Collection[str],
+    *,
+    training: bool = False,
+    heed_pins: bool = False,
+    arguments: Arguments | None = None,
 ) -> tuple[Flow, tuple[str, ...]]:
     """Trace the forward of `model`, looking into as many of the given layers as can be traced.
 
@@ -134,7 +149,7 @@ def capture_widely(
     wanted = tuple(opened)
     while True:
         try:
-            return capture(model, wanted, training=training, heed_pins=heed_pins), wanted
+            return capture(model, wanted, training=training, heed_pins=heed_pins, arguments=arguments), wanted
         except ForwardError as error:
             around = [*ancestors(error.path), error.path] if error.path else []
             stuck = next((path for path in reversed(around) if path in wanted), None)
@@ -181,15 +196,6 @@ def tensors_from_input(graph: fx.Graph) -> set[fx.Node]:
         if node.op == "placeholder" or (not is_size(node) and any(source in fed for source in node.all_input_nodes)):
             fed.add(node)
     return fed
-
-
-def is_training_flag(target: str) -> bool:
-    """Say whether a graph's attribute is the mode of a layer.
-
-    >>> is_training_flag("layer1.0.training"), is_training_flag("fc.weight")
-    (True, False)
-    """
-    return target.rpartition(".")[2] == "training"
 
 
 def is_size(node: fx.Node) -> bool:
@@ -246,100 +252,65 @@ def _has_effects(node: fx.Node, layer_of: Callable[[str], nn.Module]) -> bool:
     return name.endswith("_") or name in IN_PLACE or node.kwargs.get("inplace") is True or node.target is torch._assert
 
 
-def _kind(model: nn.Module, path: str) -> str:
-    return type(model.get_submodule(path)).__name__
+def _untraceable(model: nn.Module, path: str, text: str) -> ForwardError:
+    reason = text.partition("\n")[0]
+    where = f"layer '{path}'" if path else "its own forward"
+    kind = type(model.get_submodule(path)).__name__
+    said = "" if reason.startswith("it ") else "depends on values or shapes in its control flow: "
+    return ForwardError(
+        f"{type(model).__name__} cannot be traced: {where} ({kind}) {said}{reason.removeprefix('it ')}",
+        path=path,
+        reason=reason,
+    )
 
 
-class _Tracer(fx.Tracer):
-    """Looks into the given modules only, and writes down what each layer was given and gave."""
-
-    proxy_buffer_attributes = True
-
-    def __init__(self, opened: set[int], training: bool, heed_pins: bool) -> None:
-        super().__init__(autowrap_functions=_untraceable_functions(), param_shapes_constant=True)
-        self.visits: list[Visit] = []
-        self.decider: str | None = None
-        self.path = ""
-        self._opened = opened
-        self._training = training
-        self._heed_pins = heed_pins
-        self._pinned: set[str] = set()
-
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        root: Any = self.root
-        parameters = inspect.signature(root.forward).parameters.values()
-        required = [
-            p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        ]
-        inputs = [self.create_proxy("placeholder", name, (), {}) for name in required]
-        for path, layer in root.named_modules():
-            if id(layer) in self._opened:
-                if self._heed_pins and is_pinned(layer):
-                    self._pinned.add(path)
-                layer._forward_pre_hooks.clear()  # pins: the mode that they keep is read when the graph runs
-                vars(layer).pop("train", None)
-                vars(layer)["training"] = self.create_proxy("get_attr", f"{path}.training".lstrip("."), (), {})
-        return lambda *values: root.forward(*values), inputs
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        try:
-            path = self.path_of_module(m)
-        except NameError:  # made in the forward, so it is no layer of the model
-            return forward(*args, **kwargs)
-        before, self.path = self.path, path
-        if id(m) in self._opened:
-            output = forward(*args, **kwargs)
-        else:
-            output = self.create_proxy("call_module", path, args, kwargs)
-        self.path = before
-        self.visits.append(Visit(path, *_unproxied((args, kwargs, output))))
-        return output
-
-    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
-        proxy = super().create_proxy(*args, **kwargs)
-        proxy.node.meta[LAYER] = self.path
-        return proxy
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return id(m) not in self._opened
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        target = str(obj.node.target)
-        if obj.node.op != "get_attr" or not is_training_flag(target):
-            return super().to_bool(obj)
-        path = target.rpartition(".")[0]
-        if path in self._pinned:
-            return False
-        self.decider = path if self.decider is None else self.decider
-        return self._training
+def _layers(model: nn.Module, paths: Collection[str]) -> list[nn.Module]:
+    return [model, *(model.get_submodule(path) for path in paths)]
 
 
-@contextlib.contextmanager
-def _recorded_len(tracer: _Tracer, model: nn.Module) -> Iterator[None]:
-    """Let the forwards of `model` ask for the length of a traced value, which Python lets no proxy give."""
-
-    def recorded(value: Any) -> Any:
-        return tracer.create_proxy("call_function", len, (value,), {}) if isinstance(value, fx.Proxy) else len(value)
-
-    scopes = [getattr(type(layer).forward, "__globals__", {}) for layer in model.modules()]
-    changed = {id(scope): scope for scope in scopes if "len" not in scope}
-    try:
-        for scope in changed.values():
-            scope["len"] = recorded
-        yield
-    finally:
-        for scope in changed.values():
-            del scope["len"]
+def _carry_over(
+    traced: nn.Module, fresh: nn.Module, model: nn.Module, opened: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """Let another copy go on with the numbers and iterators that a traced forward has changed, and return them."""
+    changed: dict[str, dict[str, Any]] = {}
+    for path in ("", *opened):
+        before, after = vars(model.get_submodule(path)), vars(traced.get_submodule(path))
+        for name, value in after.items():
+            if isinstance(value, Iterator):
+                vars(fresh.get_submodule(path))[name] = value
+            elif isinstance(value, (int, float, str)) and name in before and before[name] != value:
+                changed.setdefault(path, {})[name] = value
+                vars(fresh.get_submodule(path))[name] = value
+    return changed
 
 
-def _unproxied(value: Any) -> Any:
-    return map_aggregate(value, lambda leaf: cast(Any, leaf.node if isinstance(leaf, fx.Proxy) else leaf))
+def _constants(model: nn.Module, graph: fx.Graph, twin: nn.Module) -> dict[str, torch.Tensor]:
+    own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    return {
+        str(node.target): getattr(twin, str(node.target))
+        for node in graph.nodes
+        if node.op == "get_attr" and node.target not in own and str(node.target).startswith("_tensor_constant")
+    }
 
 
-def _untraceable_functions() -> tuple[Callable[..., Any], ...]:
-    """List what timm registers as not traceable; nothing where timm was not imported."""
-    if "timm" not in sys.modules:
-        return ()
-    from timm import layers
+def _first_difference(
+    graph: fx.Graph, other: fx.Graph, constants: dict[str, torch.Tensor], others: dict[str, torch.Tensor]
+) -> str | None:
+    """Return the path of the layer in whose forward two graphs begin to differ; None where they do not."""
+    for node, twin in zip_longest(graph.nodes, other.nodes):
+        if node is None or twin is None or _described(node) != _described(twin):
+            return (node or twin).meta.get(LAYER, "")
+        name = str(node.target)
+        if node.op == "get_attr" and name in constants and not _equal(constants[name], others[name]):
+            return node.meta.get(LAYER, "")
+    return None
 
-    return tuple(cast(Any, layers).get_notrace_functions())
+
+def _described(node: fx.Node) -> tuple[Any, ...]:
+    return node.op, str(node.target), repr(map_arg((node.args, node.kwargs), lambda source: cast(Any, source.name)))
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype or a.is_meta != b.is_meta:
+        return False
+    return a is b or a.is_meta or bool(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))

@@ -1,7 +1,7 @@
 """What a network is fed for a look: what was given, or a guess from its layers and its configuration."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -45,21 +45,56 @@ class Arguments:
 
     def without_values(self) -> "Arguments":
         """Put an empty tensor in the place of each; with a twin of shapes alone, these are such as well."""
-        return self._mapped(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+        return self.mapped(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
 
     def with_values(self, device: torch.device) -> "Arguments":
         """Copy the given values to `device`, and draw those that were not given; whole numbers are 0."""
+        return self.mapped(
+            lambda tensor: _filled(tensor, device) if tensor.is_meta else tensor.detach().to(device, copy=True)
+        )
 
-        def fill(tensor: torch.Tensor) -> torch.Tensor:
-            if not tensor.is_meta:
-                return tensor.detach().to(device, copy=True)
+    def of_batch(self, count: int) -> "Arguments":
+        """Put an empty tensor for a batch of `count` in the place of each that has one row for each image."""
+        rows = self._rows
+        return self.mapped(
+            lambda tensor: (
+                torch.empty((count, *tensor.shape[1:]), dtype=tensor.dtype)
+                if _has_rows(tensor, rows)
+                else torch.empty(tensor.shape, dtype=tensor.dtype)
+            )
+        )
+
+    def drawn(self, count: int, device: torch.device) -> "Arguments":
+        """Draw a batch of `count` images like those that are given.
+
+        Floating-point numbers are drawn from the standard normal distribution. Whole numbers lie between the least and
+        the greatest of the given ones; where these are no more than 1 (a mask), the given rows are repeated.
+        """
+        rows = self._rows
+
+        def draw(tensor: torch.Tensor) -> torch.Tensor:
+            if not _has_rows(tensor, rows):
+                return tensor.detach().to(device, copy=True) if not tensor.is_meta else _filled(tensor, device)
+            shape = (count, *tensor.shape[1:])
             if tensor.is_floating_point() or tensor.is_complex():
-                return torch.randn(tensor.shape, dtype=tensor.dtype, device=device)
-            return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+                return torch.randn(shape, dtype=tensor.dtype, device=device)
+            if tensor.is_meta or not tensor.numel():
+                return torch.zeros(shape, dtype=tensor.dtype, device=device)
+            if tensor.max() > 1:
+                low, high = int(tensor.min()), int(tensor.max())
+                return torch.randint(low, high + 1, shape, device=device).to(tensor.dtype)
+            return tensor.detach()[torch.arange(count, device=tensor.device) % len(tensor)].to(device)
 
-        return self._mapped(fill)
+        return self.mapped(draw)
 
-    def _mapped(self, change: Any) -> "Arguments":
+    @property
+    def _rows(self) -> int | None:
+        """The number of rows of the first tensor, which is that of images."""
+        shape = next((shape for shape in self.shapes if shape), None)
+        return shape[0] if shape else None
+
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Arguments":
+        """Return the same with another tensor in the place of each."""
         args, kwargs = tree_map(
             lambda leaf: change(leaf) if isinstance(leaf, torch.Tensor) else leaf, (self.args, self.kwargs)
         )
@@ -117,6 +152,23 @@ def guess_input_size(model: nn.Module) -> Shape:
     return (1, channels, side, side)
 
 
+def example_arguments(model: nn.Module, example: Any) -> Arguments:
+    """Return the arguments that an example of what a forward takes stands for.
+
+    A tuple is one of positional inputs, a mapping one of keyword inputs, unless the forward takes it as it is.
+    """
+    as_one = Arguments((example,), are_values_given=True)
+    if isinstance(example, tuple):
+        return Arguments(example, are_values_given=True)
+    if not isinstance(example, Mapping):
+        return as_one
+    try:
+        inspect.signature(model.forward).bind(**example)
+    except TypeError:
+        return as_one
+    return Arguments(kwargs=dict(example), are_values_given=True)
+
+
 def shapes_of(value: Any) -> tuple[Shape, ...]:
     """List the shapes of all tensors in a nested value."""
     if isinstance(value, torch.Tensor):
@@ -133,6 +185,16 @@ def _shapes_in(input_size: InputSize) -> list[Shape]:
     raise ModelError(
         f"input_size {input_size!r} is no shape. Expected numbers as in (1, 3, 224, 224), or several such."
     )
+
+
+def _has_rows(tensor: torch.Tensor, rows: int | None) -> bool:
+    return tensor.ndim > 0 and tensor.shape[0] == rows
+
+
+def _filled(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if tensor.is_floating_point() or tensor.is_complex():
+        return torch.randn(tensor.shape, dtype=tensor.dtype, device=device)
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
 
 
 def _any_tensor(shape: Shape, dtype: torch.dtype) -> torch.Tensor:

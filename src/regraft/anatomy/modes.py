@@ -4,10 +4,13 @@ import contextlib
 import logging
 import random
 from collections.abc import Iterator
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import nn
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @contextlib.contextmanager
@@ -39,6 +42,15 @@ def thread_count(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def in_mode(model: Network, training: bool) -> Network:
+    """Put a network into a mode, and return it, whatever its own `train` and `eval` return."""
+    if training:
+        model.train()
+    else:
+        model.eval()
+    return model
 
 
 @contextlib.contextmanager

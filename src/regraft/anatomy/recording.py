@@ -1,6 +1,6 @@
 """Write down which layer of a network ran when, on what, and at what cost."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from regraft.anatomy.inputs import Arguments, Shape, shapes_of
+from regraft.anatomy.origins import OriginRecorder, Output
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,16 @@ class Trace:
             use, on the clock of `Call.began`.
         sizes: Number of elements of each parameter and buffer, by its name; lazy ones as the forward made them.
         note: How it was run, where it was not on shapes alone.
+        outputs: The tensors that came out, and the parameters that gave them; see `origins`.
+        projecting: Names of the parameters that data was multiplied with.
     """
 
     calls: tuple[Call, ...]
     first_uses: dict[str, int]
     sizes: dict[str, int] = field(default_factory=dict)
     note: str | None = None
+    outputs: tuple[Output, ...] = ()
+    projecting: frozenset[str] = frozenset()
 
 
 class Recorder:
@@ -61,7 +66,9 @@ class Recorder:
         self.twin = twin
         self.calls: list[Call] = []
         self.counter = FlopCounterMode(display=False)
-        self.watch = _ParameterWatch(self)
+        self.origins = OriginRecorder()
+        self.watch = ParameterWatch(lambda: self.now, self._note_origin)
+        self.output: Any = None
         self.now = 0
         self._running: list[tuple[str, str, int, int, tuple[Shape, ...]]] = []
         for path, module in twin.named_modules():
@@ -70,8 +77,9 @@ class Recorder:
 
     def run(self, arguments: Arguments) -> None:
         """Call the twin once, without gradients."""
+        self.origins.begin(self.twin, (arguments.args, arguments.kwargs))
         with torch.no_grad(), self.counter, self.watch:
-            self.twin(*arguments.args, **arguments.kwargs)
+            self.output = self.twin(*arguments.args, **arguments.kwargs)
 
     def result(self, note: str | None = None) -> Trace:
         """Return what was written down."""
@@ -83,7 +91,13 @@ class Recorder:
             first_uses={name: first_uses[id(tensor)] for name, tensor in named if id(tensor) in first_uses},
             sizes={name: tensor.numel() for name, tensor in tensors if not nn.parameter.is_lazy(tensor)},
             note=note,
+            outputs=self.origins.outputs(self.twin, self.output),
+            projecting=self.origins.projecting(self.twin),
         )
+
+    def _note_origin(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        running = (path for path, *_ in self._running)  # of the layers whose forwards are running, the innermost last
+        self.origins.note(func, args, kwargs, result, running)
 
     def failed_at(self) -> tuple[str, str, tuple[Shape, ...]] | None:
         """Return path, type and input shapes of the layer in which the run stopped; None where it did not begin."""
@@ -117,17 +131,23 @@ class Recorder:
         self.calls.append(Call(path, began, self.now, shapes, shapes_of(tensors), operations // 2, size))
 
 
-class _ParameterWatch(TorchDispatchMode):
+class ParameterWatch(TorchDispatchMode):
     """Sees every operation, and writes down when each parameter first takes part in one.
 
     After `protect`, an operation that would write to a parameter is refused before it happens.
+
+    Args:
+        now: Returns the moment that is written down.
+        note: Called with each operation, its arguments and its result.
     """
 
-    def __init__(self, clock: Recorder) -> None:
+    def __init__(
+        self, now: Callable[[], int] = lambda: 0, note: Callable[[Any, Any, Any, Any], None] | None = None
+    ) -> None:
         super().__init__()
         self.first_uses: dict[int, int] = {}
         self._protected: set[int] = set()
-        self._clock = clock
+        self._now, self._note = now, note
 
     def protect(self, parameters: Iterator[nn.Parameter]) -> None:
         """Refuse what would write to the memory of these parameters."""
@@ -136,10 +156,13 @@ class _ParameterWatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, nn.Parameter) and id(leaf) not in self.first_uses:
-                self.first_uses[id(leaf)] = self._clock.now
+                self.first_uses[id(leaf)] = self._now()
         if self._protected and func._schema.is_mutable:
             self._refuse_writes(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if self._note is not None:
+            self._note(func, args, kwargs or {}, result)
+        return result
 
     def _refuse_writes(self, func: Any, args: Any, kwargs: Any) -> None:
         for position, argument in enumerate(func._schema.arguments):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from regraft.anatomy.drift import is_pinned, would_move
+from regraft.anatomy.drift import follows_batch, is_pinned, would_move
 from regraft.anatomy.inputs import Inputs, InputSize, Shape
 from regraft.anatomy.recording import Call, Trace
 from regraft.anatomy.render import html_tree, text_tree
@@ -40,7 +40,8 @@ class LayerSummary:
         shared_with: First path of the same layer, where it is registered under several. Calls and costs stand there, as
             do its inner layers; its parameters count once in those of the layers around both.
         pinned: Whether it is pinned to evaluation mode, as `freeze` does.
-        moves: How it would change or draw in training although it is frozen by its flags; None where it would not.
+        moves: How it would change, draw or depend on its batch although it is frozen by its flags; None where it would
+            not.
         lazy: Whether it has parameters or buffers that the first real forward will make.
         unknown: How many of these have no known size, and are not counted.
     """
@@ -211,10 +212,14 @@ class _Rows:
             calls=len(calls),
             shared_with=shared_with,
             pinned=is_pinned(module),
-            moves=would_move(module) if is_frozen else None,
+            moves=(would_move(module) or _batch_note(module)) if is_frozen else None,
             lazy=any(is_lazy(tensor) for tensor in (*parameters, *buffers)),
             unknown=sum(self._sizes.get(id(tensor)) is None for tensor in (*parameters, *buffers)),
         )
+
+
+def _batch_note(module: nn.Module) -> str | None:
+    return "its output follows its batch" if follows_batch(module) else None
 
 
 def _ancestors(path: str) -> Iterator[str]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from regraft.anatomy.inputs import Arguments, Inputs, InputSize, arguments_for
 from regraft.anatomy.inputs import Shape as Shape
-from regraft.anatomy.modes import preserved_randomness, silenced
+from regraft.anatomy.modes import in_mode, preserved_randomness, silenced
 from regraft.anatomy.recording import Call as Call
 from regraft.anatomy.recording import Recorder, Trace
 from regraft.anatomy.twins import GHOSTS, real_twin
@@ -22,8 +22,14 @@ from regraft.errors import ForwardError
 FAKES = "torch._subclasses.fake_tensor"  # its logger prints a traceback for what is raised as an error anyway
 
 
-def trace(model: nn.Module, input_size: InputSize | None = None, *, inputs: Inputs | None = None) -> Trace:
-    """Record every call of every layer and every parameter's first use during one evaluation-mode forward.
+def trace(
+    model: nn.Module,
+    input_size: InputSize | None = None,
+    *,
+    inputs: Inputs | None = None,
+    training: bool = False,
+) -> Trace:
+    """Record every call of every layer and every parameter's first use during one forward, in evaluation mode.
 
     Where the forward cannot run on shapes alone (`if x.sum() > 0`, `.item()`, NumPy), one real forward is recorded: on
     a copy that shares only the parameters, with the values of `inputs` or random ones. `Trace.note` says so.
@@ -33,19 +39,20 @@ def trace(model: nn.Module, input_size: InputSize | None = None, *, inputs: Inpu
         input_size: Shape of the input, batch included, as in (1, 3, 224, 224), or one shape for each of several.
         inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs, nested as forward takes them. Of
             tensors only shape and dtype count; everything else is passed on. Neither this nor `input_size`: guessed.
+        training: Whether it runs in training mode instead.
 
     Raises:
         ForwardError: The forward fails; the message names the layer and the shapes that went in. Nothing was changed.
     """
     arguments = arguments_for(model, input_size, inputs)
     try:
-        return _on_shapes(model, arguments)
+        return _on_shapes(model, arguments, training)
     except _StoppedError as stopped:
         if not _has_values(model):
             raise _failure(model, arguments, stopped) from stopped.__cause__
         reason = _reason(stopped)
     try:
-        return _for_real(model, arguments, reason)
+        return _for_real(model, arguments, reason, training)
     except _StoppedError as stopped:
         raise _failure(model, arguments, stopped) from stopped.__cause__
 
@@ -58,13 +65,13 @@ class _StoppedError(Exception):
         self.recorder = recorder
 
 
-def _on_shapes(model: nn.Module, arguments: Arguments) -> Trace:
+def _on_shapes(model: nn.Module, arguments: Arguments, training: bool) -> Trace:
     recorder, problem = None, None
     for ghosts in GHOSTS:
         recorder = None
         try:
             with preserved_randomness(), unfused_attention(), silenced(FAKES), ghosts(model) as twin:
-                recorder = Recorder(twin)
+                recorder = Recorder(in_mode(twin, training))
                 recorder.run(arguments.without_values())
                 return recorder.result()
         except Exception as error:
@@ -72,11 +79,11 @@ def _on_shapes(model: nn.Module, arguments: Arguments) -> Trace:
     raise _StoppedError(recorder) from problem
 
 
-def _for_real(model: nn.Module, arguments: Arguments, reason: str) -> Trace:
+def _for_real(model: nn.Module, arguments: Arguments, reason: str, training: bool) -> Trace:
     recorder = None
     try:
         with preserved_randomness(0), unfused_attention():
-            recorder = Recorder(real_twin(model))
+            recorder = Recorder(in_mode(real_twin(model), training))
             recorder.watch.protect(model.parameters())
             recorder.run(arguments.with_values(_device(model)))
     except Exception as error:

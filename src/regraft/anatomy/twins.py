@@ -12,6 +12,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
+from regraft.anatomy.modes import in_mode
+
 OWN_HOOKS = "torch.nn.utils."  # weight norm, spectral norm and pruning compute weights in hooks: part of the forward
 
 
@@ -26,7 +28,7 @@ def meta_twin(model: nn.Module) -> Iterator[nn.Module]:
         twin = _copied(model, _shape_only)
         for layer in _lazy_layers(twin):
             layer.register_forward_pre_hook(_settle, with_kwargs=True)
-        yield twin.eval()
+        yield in_mode(twin, training=False)
 
 
 @contextlib.contextmanager
@@ -40,7 +42,7 @@ def fake_twin(model: nn.Module) -> Iterator[nn.Module]:
         twin = _copied(model, lambda tensor: _fake(tensor, fake_mode))
         for layer in _lazy_layers(twin):
             layer.register_forward_pre_hook(_settle_fakes, with_kwargs=True)
-        yield twin.eval()
+        yield in_mode(twin, training=False)
 
 
 GHOSTS = (meta_twin, fake_twin)  # ways to run a network on shapes alone, the cheapest first
@@ -54,7 +56,7 @@ def real_twin(model: nn.Module) -> nn.Module:
     twin = _copied(model, _aliased)
     for layer in _lazy_layers(twin):
         layer.register_forward_pre_hook(_settle, with_kwargs=True)
-    return twin.eval()
+    return in_mode(twin, training=False)
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
@@ -72,6 +74,8 @@ def _copied(model: nn.Module, replacement: Callable[[torch.Tensor], torch.Tensor
     for module in twin.modules():
         module._forward_hooks.clear()
         module._backward_hooks.clear()
+        if hasattr(vars(module).get("train"), "is_pinned"):  # of a pin, which would look at the flags of the copy
+            del vars(module)["train"]
         for key, hook in list(module._forward_pre_hooks.items()):
             if not type(hook).__module__.startswith(OWN_HOOKS):
                 del module._forward_pre_hooks[key]

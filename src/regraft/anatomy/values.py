@@ -10,6 +10,7 @@ from torch.fx.node import map_arg
 from torch.utils.flop_counter import FlopCounterMode
 
 from regraft.anatomy.graph import Flow, is_size
+from regraft.anatomy.inputs import Arguments
 from regraft.anatomy.modes import preserved_randomness, silenced
 from regraft.anatomy.tracing import FAKES, unfused_attention
 from regraft.anatomy.twins import GHOSTS
@@ -20,21 +21,19 @@ Sizes = dict[str, tuple[Any, Any]]
 BATCHES = (2, 3)  # numbers of images that tell what follows the batch from what does not
 
 
-def compute_values(model: nn.Module, flow: Flow, inputs: tuple[Any, ...], count: int) -> Values:
-    """Compute every value of a graph on shapes alone, for a batch of `count` images shaped as those in `inputs`."""
-    return _run(model, flow, inputs, count, counts=False)[0]
+def compute_values(model: nn.Module, flow: Flow, count: int) -> Values:
+    """Compute every value of a graph on shapes alone, for a batch of `count` images shaped as those it was made for."""
+    return _run(model, flow, count, counts=False)[0]
 
 
-def compute_costs(model: nn.Module, flow: Flow, inputs: tuple[Any, ...]) -> tuple[list[Values], dict[fx.Node, int]]:
+def compute_costs(model: nn.Module, flow: Flow) -> tuple[list[Values], dict[fx.Node, int]]:
     """Compute every value for either of `BATCHES`, and the multiply-adds that each takes for one image."""
-    few, many = (_run(model, flow, inputs, count, counts=True) for count in BATCHES)
+    few, many = (_run(model, flow, count, counts=True) for count in BATCHES)
     costs = {node: (2 * few[1][node] - many[1][node]) // 2 for node in few[1]}  # what does not grow with the batch too
     return [few[0], many[0]], costs
 
 
-def _run(
-    model: nn.Module, flow: Flow, inputs: tuple[Any, ...], count: int, *, counts: bool
-) -> tuple[Values, dict[fx.Node, int]]:
+def _run(model: nn.Module, flow: Flow, count: int, *, counts: bool) -> tuple[Values, dict[fx.Node, int]]:
     """Return every value of a graph, and the floating-point operations that each takes; 0 where nobody counts them."""
     problem: Exception | None = None
     unfused = unfused_attention if counts else nullcontext
@@ -43,9 +42,9 @@ def _run(
             with preserved_randomness(), silenced(FAKES), unfused(), ghosts(model) as twin, torch.no_grad():
                 for name, tensor in flow.constants.items():
                     setattr(twin, name, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype))
-                runner = _Interpreter(twin, flow.graph)
+                runner = Interpreter(twin, flow.graph)
                 with runner.counter if counts else nullcontext():
-                    runner.run(*(torch.empty((count, *x.shape[1:]), dtype=x.dtype) for x in inputs))
+                    runner.run(*Arguments(flow.inputs).of_batch(count).args)
                 return runner.env, runner.operations
         except Exception as error:
             problem = error
@@ -66,7 +65,7 @@ def value_key(node: fx.Node) -> str:
     return node.meta["regraft_key"]
 
 
-class _Interpreter(fx.Interpreter):
+class Interpreter(fx.Interpreter):
     """Gives layers lists that they may change, as their forwards do, and counts the operations of each node."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:

@@ -11,8 +11,10 @@ from regraft.anatomy.heads import find_heads
 from regraft.anatomy.modes import preserved_randomness
 from regraft.anatomy.paths import is_within
 from regraft.card import Recipe, Source, attach, card_of
+from regraft.checkpoint.foreign.reading import read_state_dicts
+from regraft.checkpoint.matching.load_plan import UnfitError, carry_out
 from regraft.checkpoint.matching.load_report import LoadReport
-from regraft.checkpoint.matching.loading import load_weights
+from regraft.checkpoint.matching.loading import Rules, plan_loading
 from regraft.errors import CheckpointError, EditError, ModelError, RegraftError
 from regraft.surgery.expressions import shortened
 from regraft.surgery.graft import rebuild_grafted
@@ -111,8 +113,8 @@ def _require_sane(recipe: Recipe) -> None:
     """Refuse a recipe that would keep a machine busy for hours.
 
     Raises:
-        EditError: It has more steps or parts than any network was made of, or a regular expression, which can take
-            years to say that it does not match.
+        EditError: It has more steps or parts than any network was made of, or a regular expression, which has no
+            limit.
     """
     recipes, steps, waiting = 0, 0, [recipe]
     while waiting:
@@ -152,7 +154,15 @@ def _looks_like_file(path: Path) -> bool:
 
 def _load_backbone(model: nn.Module, path: Path, name: str) -> LoadReport:
     """Load a file into a freshly built model; only the head may be missing or of another width."""
-    report = load_weights(model, path, adapt=(), min_share=0.0)
+    try:
+        plan = plan_loading(model, read_state_dicts(path), Rules(adapt=(), may_adapt=False))
+        carry_out(plan, model, min_share=0.0)
+    except UnfitError as error:
+        raise CheckpointError(
+            f"{error.problem} Look with `regraft convert {path.name} OUT.safetensors --model {name} --dry-run`, which "
+            "has options to choose and to rename, and give its result."
+        ) from error
+    report = plan.report
     heads = find_heads(model)
     absent = [*report.missing, *(name for name, _, _ in report.mismatched)]
     absent = [key for key in absent if not any(is_within(key, head) for head in heads)]

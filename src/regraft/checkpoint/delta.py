@@ -24,7 +24,7 @@ from regraft.checkpoint.format import (
     locate,
     read_header,
 )
-from regraft.checkpoint.shards import write_checkpoint
+from regraft.checkpoint.shards import require_storable, stored_state, write_checkpoint
 from regraft.errors import CheckpointError, ModelError
 from regraft.zoo import build, list_models
 
@@ -33,6 +33,18 @@ SHARD_BYTES = 5 * 2**30
 
 Place = Path | str  # a file, or the name of registered weights
 PathLike = str | os.PathLike[str]
+
+
+class MissingBaseError(CheckpointError):
+    """The base that a delta needs is not there, or is another one.
+
+    Attributes:
+        problem: The message without what to do, as only some functions can be told where a base is.
+    """
+
+    def __init__(self, problem: str, advice: str) -> None:
+        super().__init__(f"{problem} {advice}")
+        self.problem = problem
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,11 @@ def chain_of(source: Path, base: PathLike | None = None) -> list[Link]:
         base = base if base is not None and Path(base).is_dir() else None
 
 
+def merge_advice(delta: Path) -> str:
+    """Return what to do about a base that is not there, where the caller cannot say where it is."""
+    return f"or make a full file once: `regraft merge {delta.name} --out FULL.safetensors --base FILE`."
+
+
 def choose_base(base: PathLike) -> Place:
     """Say what a caller means by a base: a file, or registered weights by name.
 
@@ -159,7 +176,10 @@ def pin_base(place: Place) -> tuple[Base, Contents]:
         CheckpointError: It cannot be read, or is a chain that is too long already.
     """
     if isinstance(place, Path):
-        chain = chain_of(place)
+        try:
+            chain = chain_of(place)
+        except MissingBaseError as error:
+            raise CheckpointError(f"{error.problem} {merge_advice(place)}") from error
         if len(chain) > DEPTH_LIMIT:
             raise CheckpointError(
                 f"'{place}' is a delta over {DEPTH_LIMIT} others already, no more are read. Make a full file of it "
@@ -177,9 +197,15 @@ def pin_base(place: Place) -> tuple[Base, Contents]:
 
 
 def unshared(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return each tensor of the state dict once, on the CPU, and the names of those that are the same as another."""
+    """Return each tensor of the state dict once, on the CPU, and the names of those that are the same as another.
+
+    Raises:
+        CheckpointError: A tensor, or the extra state of a layer, is of a kind that no safetensors file holds.
+    """
     tensors, shared, first_names = {}, {}, {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    state = stored_state(model)
+    require_storable(state)
+    for name, tensor in state.items():
         first = first_names.setdefault(id(tensor), name)
         if first == name:
             plain = tensor.detach().cpu().contiguous()
@@ -240,14 +266,14 @@ def _place_of(delta: Path, base: Base, given: PathLike | None) -> Place:
     place = folder / base.name
     if place.is_file():
         if place.resolve().parent not in (folder.resolve(), delta.resolve().parent):
-            raise CheckpointError(
-                f"'{place}', the base of '{delta}', is a link to another folder. Say that it may be read: base=FILE "
-                "(--base FILE)."
+            raise MissingBaseError(
+                f"'{place}', the base of '{delta}', is a link to another folder.",
+                "Say that it may be read: base=FILE (--base FILE).",
             )
         return place
-    raise CheckpointError(
-        f"'{delta}' is a delta over {base}, which is not in '{folder}'. Put it there, or say where it is: base=FILE "
-        "(--base FILE)."
+    raise MissingBaseError(
+        f"'{delta}' is a delta over {base}, which is not in '{folder}'. Put it there,",
+        "or say where it is: base=FILE (--base FILE).",
     )
 
 
@@ -263,9 +289,9 @@ def _registered(name: str) -> nn.Module:
 
 
 def _other_base(delta: Place, pinned: Base, place: Place, digest: str) -> CheckpointError:
-    return CheckpointError(
-        f"'{delta}' is a delta over {pinned}, and '{place}' is another ({digest[:12]}…). Give the one that it was made "
-        "from: base=FILE (--base FILE)."
+    return MissingBaseError(
+        f"'{delta}' is a delta over {pinned}, and '{place}' is another ({digest[:12]}…).",
+        "Give the one that it was made from: base=FILE (--base FILE).",
     )
 
 

@@ -106,7 +106,8 @@ def diff(a: nn.Module | str | os.PathLike[str], b: nn.Module | str | os.PathLike
 
 def _tensors(source: nn.Module | str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     if isinstance(source, nn.Module):
-        return {name: tensor.detach() for name, tensor in source.state_dict().items()}
+        state = source.state_dict()
+        return {name: value.detach() for name, value in state.items() if isinstance(value, torch.Tensor)}
     return read_tensors(locate(Path(source)))[0]
 
 

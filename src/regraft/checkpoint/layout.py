@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from regraft.checkpoint.foreign.kinds import require_weights
 from regraft.errors import CheckpointError
 
 HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -32,12 +33,18 @@ DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F4": torch.float4_e2m1fn_x2,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+UNSUPPORTED = ("F6_E2M3", "F6_E3M2")  # dtypes of the safetensors library that torch has not
+PACKED = {"F4": 2}  # elements of the file in one of torch: its last side is that many times as long in the file
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,7 @@ def read_start(path: Path) -> tuple[dict[str, Any], int]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > min(size - 8, HEADER_LIMIT_BYTES):
+            require_weights(path)
             raise CheckpointError(
                 f"'{path}' is no safetensors file, or it is cut off ({size:,} bytes). Expected a file written by "
                 "`regraft train` or regraft.save."
@@ -147,9 +155,19 @@ def read_layout(path: Path) -> Layout:
 
 def _entry(path: Path, name: str, described: Any, start: int) -> Entry:
     try:
+        if described["dtype"] in UNSUPPORTED:
+            raise CheckpointError(
+                f"'{path}' holds '{name[:200]}' as {described['dtype']}, for which torch has no dtype. "
+                f"Expected one of {', '.join(DTYPES)}. Convert it where the file was made."
+            )
         dtype, shape, (first, last) = DTYPES[described["dtype"]], described["shape"], described["data_offsets"]
         sizes = [*shape, first, last]
         is_sound = len(shape) <= DIMENSION_LIMIT and all(type(size) is int and 0 <= size < SIZE_LIMIT for size in sizes)
+        packed = PACKED.get(described["dtype"], 1)
+        if is_sound and packed > 1 and shape and shape[-1] % packed == 0:
+            shape = [*shape[:-1], shape[-1] // packed]
+        elif packed > 1:
+            is_sound = False
         if is_sound and last - first == math.prod(shape) * dtype.itemsize:
             return Entry(dtype, tuple(shape), start + first, last - first)
     except (KeyError, TypeError, ValueError):

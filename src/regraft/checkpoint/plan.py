@@ -25,6 +25,7 @@ from typing import Any, cast, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 from torch import nn
 
+from regraft.anatomy.modes import in_mode
 from regraft.card import Recipe, Source, Step, attach, card_of
 from regraft.checkpoint.build import create_model
 from regraft.checkpoint.read import load
@@ -145,7 +146,7 @@ def plan_of(model: nn.Module) -> Plan:
 
 def _source(plan: Plan, trust_code: bool) -> nn.Module:
     if plan.source.endswith(SUFFIX):
-        return load(plan.source, trust_code=trust_code).train()
+        return in_mode(load(plan.source, trust_code=trust_code), True)
     if plan.source.endswith(")"):
         model = construct(plan.source, trust_code=trust_code)
         return attach(model, recipe=Recipe(source=Source(name="torch.nn", layers=plan.source)))

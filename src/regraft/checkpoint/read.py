@@ -7,14 +7,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from regraft.anatomy.modes import in_mode
 from regraft.anatomy.paths import parent_and_name
 from regraft.card import ATTRIBUTE, Recipe
 from regraft.checkpoint.contents import find_entries
 from regraft.checkpoint.delta import resolve
+from regraft.checkpoint.foreign.state_dicts import is_extra_state
 from regraft.checkpoint.format import Header, is_index, locate, read_header
 from regraft.checkpoint.layout import Entry
 from regraft.checkpoint.memory import rebuild_for
-from regraft.checkpoint.shards import shard_of
+from regraft.checkpoint.shards import shard_of, stored_state
 from regraft.errors import CheckpointError
 from regraft.freezing.pins import sync_pins
 
@@ -52,12 +54,15 @@ def load(
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     model = rebuild_for(source, recipe, shapes, kept_bytes=kept_bytes, trust_code=trust_code)
     _tie(source, model, header.shared)
-    slots = model.state_dict(keep_vars=True)
+    slots = stored_state(model)
     for name in [*slots, *tensors]:
-        _check_fit(source, name, tensors, slots)
+        if not is_extra_state(name):
+            _check_fit(source, name, tensors, slots)
     for name, slot in slots.items():
-        slot.data = tensors[name]
-    return _finish(model, header).eval().to(device)
+        if not is_extra_state(name):
+            slot.data = tensors[name]
+    _restore_extra_state(source, model, tensors)
+    return in_mode(_finish(model, header), False).to(device)
 
 
 def load_outline(path: str | os.PathLike[str], *, trust_code: bool = False) -> nn.Module:
@@ -75,14 +80,27 @@ def load_outline(path: str | os.PathLike[str], *, trust_code: bool = False) -> n
     kept_bytes = sum(entry.size for entry in entries.values())
     model = rebuild_for(source, recipe, None, kept_bytes=kept_bytes, trust_code=trust_code)
     _tie(source, model, header.shared)
-    slots = model.state_dict(keep_vars=True)
+    slots = {name: slot for name, slot in stored_state(model).items() if not is_extra_state(name)}
     known = {**entries, **{alias: entries[name] for alias, name in header.shared.items() if name in entries}}
+    known = {name: entry for name, entry in known.items() if not is_extra_state(name)}
     for name in known if header.base else [*slots, *known]:
         _check_fit(source, name, known, slots)
     for name, entry in known.items():
         if entry.dtype != slots[name].dtype:
             slots[name].data = slots[name].data.to(entry.dtype)
-    return _finish(model, header).eval()
+    return in_mode(_finish(model, header), False)
+
+
+def _restore_extra_state(source: Path, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if is_extra_state(name):
+            try:
+                model.get_submodule(name.rpartition(".")[0]).set_extra_state(tensor)
+            except Exception as error:  # whatever a class of the user's own says
+                raise CheckpointError(
+                    f"'{source}' holds '{name}', and set_extra_state refuses it: {type(error).__name__}: "
+                    f"{str(error)[:200]}. Was the class changed since?"
+                ) from error
 
 
 def _header_with_recipe(source: Path) -> tuple[Header, Recipe]:

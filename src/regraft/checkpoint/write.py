@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from regraft.card import Card, Recipe, Source, card_of
@@ -52,8 +53,8 @@ def save(
         RunError: The file cannot be written; nothing of it is left, and a previous file is as it was.
     """
     target = Path(path)
+    tensors, shared = unshared(model)  # first, as it refuses what no file can hold
     card = _described_card(model)
-    tensors, shared = unshared(model)
     header = Header(
         **card.carried,
         card=card,
@@ -129,4 +130,5 @@ def _structure(model: nn.Module) -> dict[str, object]:
         for path, layer in model.named_modules(remove_duplicate=False)
         if type(layer).__module__ in ("torch.nn.modules.conv", "torch.nn.modules.pooling")
     }
-    return {**kinds, **geometry, **{name: tensor.shape for name, tensor in model.state_dict().items()}}
+    shapes = {name: value.shape for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    return {**kinds, **geometry, **shapes}

@@ -10,6 +10,8 @@ from regraft.cli.output import guarded, require, say, say_json, say_lines
 if TYPE_CHECKING:
     from regraft.anatomy.inputs import InputSize
 
+RESIZED = {"center": "shorter side", "squash": "both sides", "border": "longer side"}
+
 
 @guarded
 def inspect(
@@ -113,7 +115,8 @@ def _describe(header: Any) -> list[str]:
     if card.preprocessing:
         images = card.preprocessing
         lines.append(
-            f"images     shorter side to {images.resize}, middle {images.size}×{images.size}, {images.interpolation}, "
+            f"images     {RESIZED[images.crop_mode]} to {images.resize}, middle {images.size}×{images.size}, "
+            f"{images.interpolation}, "
             f"mean {images.mean}, std {images.std}"
         )
     figures = {name: value for name, value in card.metrics.items() if isinstance(value, float)}

@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from regraft.card import Preprocessing
 from regraft.errors import DataError
 
-LONGEST_RATIO = 4  # of the sides; the middle of anything longer is kept, as the crop would anyway
+MAX_RATIO = 4  # of the sides; the middle of anything longer is kept, as the crop would anyway
 AHEAD = 64  # photos that are decoded before they are asked for
 REDUCTION = 2.0  # a JPEG is decoded at half, a quarter or an eighth where that is still as many times what is wanted
+TURNED_BY_A_QUARTER = (5, 6, 7, 8)  # EXIF orientations
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -38,7 +39,7 @@ class Unreadable:
 
 
 def decode(source: Path | Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
-    """Read an image and resize it so that its shorter side is `preprocessing.resize`.
+    """Read an image and resize it as `preprocessing` says; of one that is cropped to its middle, ends may be missing.
 
     A JPEG that is more than twice too large is decoded at a reduced size, which is several times faster and as sharp.
     EXIF orientation is applied, transparency is laid on white, 16-bit gray is scaled to 8 bits, the first frame of an
@@ -52,15 +53,18 @@ def decode(source: Path | Image.Image, preprocessing: Preprocessing) -> torch.Te
     """
     try:
         if isinstance(source, Image.Image):
-            image = _plain(source, preprocessing.channels)
+            image, size = _plain(source, preprocessing.channels), None
         else:
             if source.exists() and not source.is_file():
                 raise DataError("not a file")  # opening a named pipe would wait for ever
             with Image.open(source) as opened:
                 side = round(REDUCTION * preprocessing.resize)
+                size = opened.size
                 opened.draft(opened.mode, (side, side))  # of JPEG alone: other formats are decoded as they are
+                is_reduced = opened.size != size
+                size = _upright_size(opened, size) if is_reduced else None
                 image = _plain(opened, preprocessing.channels)
-        image = _resize(image, preprocessing)
+        image = _resize(image, size or image.size, preprocessing)
     except (MemoryError, DataError):
         raise
     except Exception as error:  # the decoders of so many formats raise almost anything
@@ -128,17 +132,44 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
 
 
-def _resize(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    width, height = image.size
-    if max(width, height) > LONGEST_RATIO * min(width, height):
-        side = LONGEST_RATIO * min(width, height)
-        left, top = max(0, (width - side) // 2), max(0, (height - side) // 2)
-        image = image.crop((left, top, left + min(width, side), top + min(height, side)))
-        width, height = image.size
-    # as torchvision's Resize: the longer side is cut to a whole number
-    scale = preprocessing.resize / min(width, height)
-    size = tuple(preprocessing.resize if side == min(width, height) else int(side * scale) for side in (width, height))
-    return image.resize((size[0], size[1]), FILTERS[preprocessing.interpolation])
+def _upright_size(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
+    """Return width and height after `_plain` has turned the image."""
+    orientation = None
+    with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):  # of damaged metadata
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    return size[::-1] if orientation in TURNED_BY_A_QUARTER else size
+
+
+def resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """Return width and height to which an image of that width and height is resized, in pixels.
+
+    Source: the rounding is that of `torchvision.transforms.Resize` for `center` and of timm's `ResizeKeepRatio` for
+    `border`; other orders of the same operations are a pixel off for some sizes.
+    """
+    resize = preprocessing.resize
+    if preprocessing.crop_mode == "squash":
+        return resize, resize
+    if preprocessing.crop_mode == "border":
+        ratio = max(size) / resize
+        return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))
+    short, long = min(size), max(size)
+    longer = int(resize * long / short)
+    return (resize, longer) if size[0] == short else (longer, resize)
+
+
+def _resize(image: Image.Image, size: tuple[int, int], preprocessing: Preprocessing) -> Image.Image:
+    """Resize an image; `size` is what it measured before its decoder reduced it."""
+    width, height = resized_size(size, preprocessing)
+    box = (0.0, 0.0, float(image.width), float(image.height))
+    excess = max(width, height) - MAX_RATIO * preprocessing.resize
+    if excess >= MAX_RATIO and preprocessing.crop_mode == "center":
+        cut = excess // 4 * 2  # even, so that rounding puts the crop where it would be in the whole
+        share = cut / max(width, height)
+        if width > height:
+            width, box = width - 2 * cut, (image.width * share, 0.0, image.width * (1 - share), float(image.height))
+        else:
+            height, box = height - 2 * cut, (0.0, image.height * share, float(image.width), image.height * (1 - share))
+    return image.resize((width, height), FILTERS[preprocessing.interpolation], box=box)
 
 
 def _reason(source: Path | Image.Image, error: Exception) -> str:

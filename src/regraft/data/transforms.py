@@ -1,6 +1,6 @@
 """Pixels → what a network sees: the crop that is measured on, and the versions of a photo to learn from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,11 +55,22 @@ class Versions:
             torch.default_generator.set_state(state)
 
 
-def center_crop(size: int) -> Transform:
-    """Return a function from pixels (C, H, W) to their middle (C, size, size)."""
+def center_crop(size: int, border: Sequence[int] = (0,)) -> Transform:
+    """Return a function from pixels (C, H, W) to their middle (C, size, size).
+
+    Args:
+        size: In pixels.
+        border: Color of what is added around an image that is smaller: one number, or one per channel.
+    """
 
     def crop(pixels: torch.Tensor) -> torch.Tensor:
-        _, height, width = pixels.shape
+        channels, height, width = pixels.shape
+        if height < size or width < size:
+            top, left = max(0, size - height) // 2, max(0, size - width) // 2
+            color = torch.tensor(border, dtype=pixels.dtype).view(-1, 1, 1)
+            padded = color.expand(channels, max(size, height), max(size, width)).clone()
+            padded[:, top : top + height, left : left + width] = pixels
+            pixels, (height, width) = padded, padded.shape[1:]
         top, left = round((height - size) / 2), round((width - size) / 2)
         return pixels[:, top : top + size, left : left + size]
 
@@ -77,7 +88,7 @@ def augmentation(kind: Augmentation, preprocessing: Preprocessing, views: int | 
         views: Number of random versions of each photo; None: a new one every time.
     """
     size = preprocessing.size
-    crop = center_crop(size)
+    crop = center_crop(size, preprocessing.border)
     if kind == "none":
         return Versions(kind, (crop,))
     if kind == "flip":

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from regraft.anatomy.depths import parameter_depths
-from regraft.anatomy.heads import find_heads
-from regraft.anatomy.paths import is_within
+from regraft.anatomy.heads import head_parameters
 from regraft.errors import ConfigError, SelectionError, nearest
 
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
@@ -32,8 +31,8 @@ def param_groups(
         layer_decay: Factor from each block to the one before it (see `parameter_depths`), in (0, 1]: a parameter d
             blocks before the head learns with `lr * layer_decay ** d`. Source: BEiT, https://arxiv.org/abs/2106.08254.
         backbone_lr: Learning rate of everything but the head.
-        no_decay: What is not decayed: `"bias"` (biases, other vectors, and what the model's own `no_weight_decay`
-            names), `"norm"` (parameters of normalization layers), in any combination.
+        no_decay: What is not decayed: `"bias"` (biases, other vectors, and what `no_weight_decay` of the model, or of a
+            network inside of it, names), `"norm"` (parameters of normalization layers), in any combination.
 
     Returns:
         Groups with `params`, `lr` and `weight_decay`, in the order of their first parameters.
@@ -65,8 +64,8 @@ def _rates(model: nn.Module, lr: float, layer_decay: float | None, backbone_lr: 
         deepest = max(depths.values(), default=0)
         return lambda name: lr * layer_decay ** (deepest - depths.get(name, deepest))
     if backbone_lr is not None:
-        heads = find_heads(model)
-        return lambda name: lr if any(is_within(name, head) for head in heads) else backbone_lr
+        in_heads = head_parameters(model)
+        return lambda name: lr if name in in_heads else backbone_lr
     return lambda name: lr
 
 
@@ -77,9 +76,10 @@ def undecayed_names(model: nn.Module, no_decay: tuple[str, ...]) -> set[str]:
         norms = [path for path, layer in model.named_modules() if isinstance(layer, NORM_LAYERS)]
         names |= {f"{path}.{name}" for path in norms for name, _ in model.get_submodule(path).named_parameters()}
     if "bias" in no_decay:
-        own: Any = getattr(model, "no_weight_decay", None)
         names |= {name for name, parameter in model.named_parameters() if parameter.ndim <= 1 or name.endswith("bias")}
-        names |= set(own()) if own is not None else set()
+        for path, layer in model.named_modules():  # a network inside of another module names its own as well
+            own: Any = getattr(layer, "no_weight_decay", None)
+            names |= {f"{path}.{name}".lstrip(".") for name in own()} if callable(own) else set()
     return names
 
 

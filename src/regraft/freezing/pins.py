@@ -1,102 +1,215 @@
 """Pins: frozen layers behave as in evaluation, whatever `.train()` is called later.
 
-Which layers are pinned follows from the `requires_grad` flags alone, so pins are recomputed after every change of flags
-and can never contradict them:
+Which layers are pinned follows from the `requires_grad` flags, so pins are recomputed after every change of flags, and
+whenever the mode of the model is changed, as somebody may have set flags by hand or put new layers in:
 
 - a layer with parameters (or a block of such layers) is pinned if none of them is trainable;
 - a layer without any (dropout, drop path, a norm without affine parameters) is pinned if the block around it is frozen,
   or if it lies in a frozen front: the parameters registered next after it are frozen, and so is the layer before it, if
   there is any. For a norm without affine parameters the frozen layer before it is enough, as its running statistics
-  describe nothing but that layer's output. What opens a block that is trainable as a whole belongs to that block.
+  describe nothing but that layer's output. What opens a block that is trainable as a whole belongs to that block;
+- a layer that has buffers and no parameters is pinned if it was selected itself, until it is selected for thawing, or
+  until all parameters in the block around it are trainable where parameters were selected with it;
+- one layer that stands in several places is pinned if it is frozen in any of them.
 
-A pin consists of a forward pre-hook and an instance attribute `train`. Both are plain picklable objects: the module's
-class, its state dict and `deepcopy`, `torch.save` and tracing stay as they are.
+How a layer is held is the subject of `regraft.freezing.hold`.
 """
 
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from regraft.anatomy.drift import is_pinned as is_pinned
-from regraft.anatomy.drift import stay_in_evaluation
+from regraft.anatomy.drift import rewrites_weight
+from regraft.errors import ModelError
+from regraft.freezing.hold import GUARD, HOLD, HOST, ByPath, PinState, has_foreign_hooks, is_builtin, keeps_state
 
-# Builtin layers whose forward depends on their mode. Of all other builtin layers the mode changes nothing; of layers
-# defined elsewhere it may, so those are pinned too.
-MODE_DEPENDENT = (
-    _NormBase,
-    _DropoutNd,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.RReLU,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoderLayer,
-)
+# Builtin layers whose forward depends on their mode. Of all other builtin layers the mode changes nothing, unless hooks
+# take part in their forward (spectral norm); of layers defined elsewhere it may, so those are pinned too. The mode of
+# nn.TransformerEncoderLayer decides about nothing but its fast path, and about that of the layers after it.
+MODE_DEPENDENT = (_NormBase, _DropoutNd, nn.MultiheadAttention, nn.RNNBase, nn.RReLU)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module at one of its paths.
+
+    Attributes:
+        path: Its path.
+        layer: The module.
+        frozen: Whether it is frozen there, by the rules of this file's docstring.
+        host: The module whose hooks hold it, where it can have none of its own.
+        sealed: Whether it can have no hooks of its own.
+    """
+
+    path: str
+    layer: nn.Module
+    frozen: bool
+    host: nn.Module | None
+    sealed: bool
+
+
+@dataclass(frozen=True)
+class PinPlan:
+    """What is to hold each module of a model; nothing has been changed yet."""
+
+    places: tuple[Place, ...]
+    states: tuple[tuple[nn.Module, PinState], ...]
+
+    @property
+    def pinned(self) -> list[str]:
+        """First path of each layer that is to be pinned."""
+        pinned = {id(layer) for layer, state in self.states if state.pinned}
+        return list({id(p.layer): p.path for p in reversed(self.places) if id(p.layer) in pinned}.values())[::-1]
+
+    @property
+    def frozen(self) -> list[tuple[str, nn.Module]]:
+        """Path and layer of all that is frozen."""
+        return [(place.path, place.layer) for place in self.places if place.frozen]
+
+    def require_holdable(self) -> None:
+        """Refuse what would move although it is frozen.
+
+        Raises:
+            ModelError: Something frozen is TorchScript that looks at its mode. Nothing was changed.
+        """
+        scripted = [(path, layer) for path, layer in self.frozen if isinstance(layer, torch.jit.ScriptModule)]
+        names = ", ".join(repr(path) for path, layer in scripted if _looks_at_mode(layer))
+        if names:
+            raise ModelError(
+                f"cannot freeze {names}: TorchScript that behaves differently in training (batch norm, dropout), which "
+                "nothing outside of it can keep in evaluation mode. Freeze the Python layers before torch.jit.script, "
+                "or put torch.jit.freeze(layer.eval()) in its place. Nothing was changed."
+            )
+
+    def apply(self) -> list[str]:
+        """Carry it out, and return the paths of the pinned layers."""
+        for layer, state in self.states:
+            state.apply(layer)
+        return self.pinned
+
+
+def plan_pins(
+    model: nn.Module,
+    *,
+    is_trainable: Callable[[nn.Parameter], bool] = lambda parameter: parameter.requires_grad,
+    by_path: Mapping[nn.Module, ByPath | None] = MappingProxyType({}),
+) -> PinPlan:
+    """Work out which layers are to be pinned, and how.
+
+    Args:
+        model: Any module.
+        is_trainable: What the flag of a parameter will be.
+        by_path: Layers without parameters that are now frozen for themselves, beside those that already are; None:
+            that no longer are.
+    """
+    chosen: dict[int, ByPath | None] = {id(layer): PinState.of(layer).by_path for layer in model.modules()}
+    chosen |= {id(layer): how for layer, how in by_path.items()}
+    flags: dict[int, list[bool]] = {}
+    _collect_flags(model, is_trainable, flags)
+    is_frozen = not any(flags[id(model)]) if flags[id(model)] else chosen[id(model)] is not None
+    start = Place("", model, is_frozen, model, isinstance(model, nn.TransformerEncoderLayer))
+    places = tuple(_walk(start, flags, chosen, None, flags[id(model)]))
+    return PinPlan(places, tuple(_states(model, places, chosen)))
 
 
 def sync_pins(model: nn.Module) -> list[str]:
     """Pin what the flags say is frozen, unpin the rest, and return the paths of the pinned layers."""
-    pinned = []
-    for path, layer, frozen in _walk(model, "", _is_frozen(model) is True):
-        if frozen and _depends_on_mode(layer):
-            pin(layer)
-            pinned.append(path)
-        else:
-            unpin(layer)
-    return pinned
+    return plan_pins(model).apply()
 
 
 def frozen_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """List the layers that the flags say are frozen, by the rules of this module's docstring."""
-    return [(path, layer) for path, layer, frozen in _walk(model, "", _is_frozen(model) is True) if frozen]
-
-
-def pin(layer: nn.Module) -> None:
-    """Keep `layer` in evaluation mode from now on."""
-    layer.training = False
-    if not is_pinned(layer):
-        layer.register_forward_pre_hook(stay_in_evaluation, prepend=True)
-        layer.__dict__["train"] = _PinnedTrain(layer)
+    """List the layers that the flags say are frozen, by the rules of this file's docstring."""
+    return plan_pins(model).frozen
 
 
 def unpin(layer: nn.Module) -> None:
     """Let `layer` follow `.train()` and `.eval()` again."""
-    for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is stay_in_evaluation]:
-        del layer._forward_pre_hooks[key]
-    layer.__dict__.pop("train", None)
+    PinState().apply(layer)
 
 
-class _PinnedTrain:
-    """Takes the place of a pinned layer's `train`, and always chooses evaluation mode."""
+def _states(
+    model: nn.Module, places: tuple[Place, ...], chosen: Mapping[int, ByPath | None]
+) -> Iterator[tuple[nn.Module, PinState]]:
+    layers = {id(place.layer): place.layer for place in places}
+    pinned = {id(p.layer): p for p in places if p.frozen and (chosen.get(id(p.layer)) or _depends_on_mode(p.layer))}
+    guarded = {key: place for key, place in pinned.items() if keeps_state(place.layer)}
+    hosts = {id(place.host) for place in pinned.values() if place.sealed and place.host is not None}
+    guards = {id(place.host if place.sealed else place.layer) for place in guarded.values()}
+    if guarded:  # a module around a frozen layer may write to that layer's buffers itself
+        guards.add(id(model))
+    for key, layer in layers.items():
+        hooks: frozenset[Callable[..., None]] = frozenset()
+        if key in pinned and not pinned[key].sealed:
+            hooks |= HOLD
+        if key in hosts:
+            hooks |= HOST
+        if key in guards:
+            hooks |= GUARD
+        follow = sync_pins if layer is model and pinned else None
+        yield layer, PinState(key in pinned, chosen.get(key) if key in pinned else None, follow, hooks)
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
 
-    def __call__(self, mode: bool = True) -> nn.Module:
-        return type(self.layer).train(self.layer, False)
+def _walk(
+    place: Place,
+    flags: dict[int, list[bool]],
+    chosen: Mapping[int, ByPath | None],
+    before: bool | None,
+    around: list[bool],
+) -> Iterator[Place]:
+    """Yield all modules from `place` down.
 
-
-def _walk(layer: nn.Module, path: str, frozen: bool, before: bool | None = None) -> list[tuple[str, nn.Module, bool]]:
-    """List all layers from `layer` down with whether each is frozen by the rules of this module's docstring.
-
-    `before` says whether the layer with parameters before `layer` is frozen; None: there is none.
+    `before` says whether the layer with parameters before `place` is frozen; None: there is none. `around` are the
+    flags in the innermost block around it that has any.
     """
-    children = [(name, child, [p.requires_grad for p in child.parameters()]) for name, child in layer.named_children()]
-    found = [(path, layer, frozen)]
-    for position, (name, child, flags) in enumerate(children):
-        following = next((later[0] for _, _, later in children[position + 1 :] if later), True)
-        in_front = (before is not False and not following) or (before is True and isinstance(child, _NormBase))
-        own = not any(flags) if flags else frozen or in_front
-        found += _walk(child, f"{path}.{name}" if path else name, own, False if flags and all(flags) else before)
-        before = not any(flags) if flags else before
-    return found
+    yield place
+    if isinstance(place.layer, torch.jit.ScriptModule):
+        return
+    called = not isinstance(place.layer, (nn.ModuleList, nn.ModuleDict))
+    host = place.layer if called and not place.sealed else place.host
+    children = [(name, child, flags[id(child)]) for name, child in place.layer.named_children()]
+    following = [True] * len(children)  # the flag of the parameter registered next after each of them
+    for position in range(len(children) - 2, -1, -1):
+        later = children[position + 1][2]
+        following[position] = later[0] if later else following[position + 1]
+    for (name, child, own), next_flag in zip(children, following, strict=True):
+        in_front = (before is not False and not next_flag) or (before is True and isinstance(child, _NormBase))
+        by_path = chosen.get(id(child)) == "alone" or (chosen.get(id(child)) == "among" and False in around)
+        frozen = not any(own) if own else place.frozen or in_front or by_path
+        path = f"{place.path}.{name}" if place.path else name
+        sealed = place.sealed or isinstance(child, nn.TransformerEncoderLayer)
+        inner = Place(path, child, frozen, host, sealed)
+        yield from _walk(inner, flags, chosen, False if own and all(own) else before, own or around)
+        before = not any(own) if own else before
 
 
-def _is_frozen(layer: nn.Module) -> bool | None:
-    """Say whether all parameters in `layer` are frozen; None where it has none."""
-    flags = [parameter.requires_grad for parameter in layer.parameters()]
-    return not any(flags) if flags else None
+def _collect_flags(
+    layer: nn.Module, is_trainable: Callable[[nn.Parameter], bool], flags: dict[int, list[bool]]
+) -> list[bool]:
+    """Note for each module the flag of its first parameter, and which flags others in it have, in a list."""
+    if id(layer) not in flags:
+        flags[id(layer)] = []
+        own = [is_trainable(parameter) for parameter in layer._parameters.values() if parameter is not None]
+        for child in layer.children():
+            own += _collect_flags(child, is_trainable, flags)
+        flags[id(layer)] = own[:1] + [flag for flag in (True, False) if flag in own]
+    return flags[id(layer)]
 
 
 def _depends_on_mode(layer: nn.Module) -> bool:
-    builtin = type(layer).__module__.startswith("torch.nn.modules.")
-    return isinstance(layer, MODE_DEPENDENT) or not builtin
+    if isinstance(layer, torch.jit.ScriptModule):
+        return False
+    is_known = isinstance(layer, MODE_DEPENDENT) or rewrites_weight(layer)
+    return is_known or not is_builtin(layer) or has_foreign_hooks(layer)
+
+
+def _looks_at_mode(layer: nn.Module) -> bool:
+    try:
+        return 'name="training"' in str(layer.inlined_graph)  # pyright: ignore[reportAttributeAccessIssue]
+    except RuntimeError:  # no forward
+        return any("training" in vars(part) for part in layer.modules())

@@ -3,20 +3,31 @@
 Source: Howard and Ruder 2018, https://arxiv.org/abs/1801.06146, section 3.3.
 """
 
+import glob
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from regraft.anatomy.heads import find_heads
-from regraft.anatomy.paths import is_within
+from regraft.anatomy.heads import describe_heads
 from regraft.errors import ConfigError, SelectionError
 from regraft.freezing.freeze import FreezeReport, freeze, unfreeze
 from regraft.freezing.groups import param_groups
-from regraft.freezing.patterns import select
+from regraft.freezing.patterns import PARAMETERS, select, select_parameters
+from regraft.freezing.state import FreezeState
 
 HEAD, ALL = "head", "all"
+EXPRESSION = "re:"
+CLOSED_KINDS = (  # schedules with lists or schedules of their own beside the base rates, which a new group is missing in
+    torch.optim.lr_scheduler.OneCycleLR,
+    torch.optim.lr_scheduler.CyclicLR,
+    torch.optim.lr_scheduler.SequentialLR,
+    torch.optim.lr_scheduler.ChainedScheduler,
+    torch.optim.lr_scheduler.ReduceLROnPlateau,
+    torch.optim.swa_utils.SWALR,
+)
 
 
 @dataclass(frozen=True)
@@ -47,24 +58,34 @@ class Schedule:
     def parse(cls, text: str) -> "Schedule":
         """Read `"head:3,layer4+layer3:5,all:10"`: for each stage patterns, joined by `+`, and a number of epochs.
 
-        `head` is the classifier where no layer has that name, `all` everything.
+        `head` is the classifier where no layer has that name, `all` everything. A regular expression with a `+` or a
+        comma stands in quotes.
 
         Raises:
             ConfigError: The text is of another form.
 
         >>> Schedule.parse("head:3,layer4:5,all:10").epochs
         18
+        >>> Schedule.parse("head+'re:blocks[.](8|9|1[0-9]+)':3").stages[0].patterns
+        ('head', 're:blocks[.](8|9|1[0-9]+)')
         """
         stages = []
-        for part in text.split(","):
+        for part in _split(text, ","):
             patterns, colon, epochs = part.strip().rpartition(":")
-            layers = tuple(pattern.strip() for pattern in patterns.split("+"))
-            if not colon or not all(layers) or not epochs.strip().isdecimal() or int(epochs) < 1:
+            layers = [pattern.strip() for pattern in _split(patterns, "+")]
+            is_stage = colon and all(_unquoted(layer) for layer in layers) and epochs.strip().isdecimal()
+            if not is_stage or int(epochs) < 1:
+                hint = " A regular expression with a comma needs quotes: 're:…':3." if EXPRESSION in text else ""
                 raise ConfigError(
                     f"'{part.strip()}' in the schedule '{text}' is no stage. Expected LAYERS:EPOCHS, as in "
-                    "'head:3,layer4:5,all:10'."
+                    f"'head:3,layer4:5,all:10'.{hint}"
                 )
-            stages.append(Stage(layers, int(epochs)))
+            if any(layer.startswith(EXPRESSION) for layer in layers[:-1]):
+                raise ConfigError(
+                    f"'{patterns}' in the schedule '{text}' has a + after a regular expression, which may be a part of "
+                    "it or join the next layer. Put the expression in quotes, as in \"'re:blocks[.][0-9]+'+head:3\"."
+                )
+            stages.append(Stage(tuple(map(_unquoted, layers)), int(epochs)))
         return cls(tuple(stages))
 
     @property
@@ -79,9 +100,8 @@ class Schedule:
             SelectionError: A pattern of any stage selects nothing. Nothing was changed.
         """
         layers = [_layers(model, stage) for stage in self.stages]
-        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        for stage, paths in zip(self.stages, layers, strict=True):
-            if not any(is_within(name, path) for name in names for path in paths):
+        for stage, patterns in zip(self.stages, layers, strict=True):
+            if not select_parameters(model, *patterns):
                 raise SelectionError(f"'{'+'.join(stage.patterns)}' selects no parameters: nothing to thaw.")
         freeze(model)
         return unfreeze(model, *layers[0])
@@ -112,14 +132,21 @@ class Schedule:
             What changed; None where no stage begins with this epoch.
 
         Raises:
-            ConfigError: `scheduler` is of a kind that new groups cannot join. Nothing was changed.
+            ConfigError: `scheduler` is of a kind that new groups cannot join, or the rates contradict each other.
+                Nothing was changed.
         """
         begins = 1
         for stage in self.stages:
             if begins == epoch and stage is not self.stages[0]:
                 require_growing(scheduler)
+                state = FreezeState.of(model)
                 report = unfreeze(model, *_layers(model, stage))
-                add_trainable(optimizer, param_groups(model, lr, weight_decay, **rates), scheduler)
+                try:
+                    groups = param_groups(model, lr, weight_decay, **rates)
+                except BaseException:
+                    state.put_back()
+                    raise
+                add_trainable(optimizer, groups, scheduler)
                 return report
             begins += stage.epochs
         return None
@@ -161,7 +188,7 @@ def add_group(
     optimizer.add_param_group({**group, "initial_lr": group["lr"], "lr": group["lr"] * factor})
     if scheduler is not None:
         scheduler.base_lrs.append(group["lr"])
-        if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        if isinstance(scheduler, (torch.optim.lr_scheduler.LambdaLR, torch.optim.lr_scheduler.MultiplicativeLR)):
             scheduler.lr_lambdas.append(scheduler.lr_lambdas[0])
 
 
@@ -171,10 +198,9 @@ def require_growing(scheduler: torch.optim.lr_scheduler.LRScheduler | None) -> N
     Raises:
         ConfigError: It is of such a kind.
     """
-    kinds = torch.optim.lr_scheduler
     if scheduler is None:
         return
-    if not hasattr(scheduler, "base_lrs") or isinstance(scheduler, (kinds.OneCycleLR, kinds.CyclicLR)):
+    if not hasattr(scheduler, "base_lrs") or isinstance(scheduler, CLOSED_KINDS):
         raise ConfigError(
             f"new layers cannot join the rates of a running {type(scheduler).__name__}. Use LambdaLR, StepLR, "
             "CosineAnnealingLR or another with one base rate a group. Nothing was changed."
@@ -191,7 +217,24 @@ def _layers(model: nn.Module, stage: Stage) -> list[str]:
         if pattern == ALL:
             layers.append("")
         elif pattern == HEAD and HEAD not in dict(model.named_modules()):
-            layers += find_heads(model)
+            names = dict(model.named_modules(remove_duplicate=False))
+            for head in describe_heads(model):
+                layers += [head.path] if head.path in names else [_as_pattern(head.path)]
+                layers += map(_as_pattern, head.after)
         else:
             layers += select(model, pattern)
     return layers
+
+
+def _as_pattern(parameter: str) -> str:
+    """Return the pattern of `unfreeze` that stands for one parameter."""
+    return f"{PARAMETERS}{glob.escape(parameter)}"
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split a text where the separator stands outside of quotes."""
+    return re.split(rf"{re.escape(separator)}(?=(?:[^'\"]|'[^']*'|\"[^\"]*\")*$)", text)
+
+
+def _unquoted(pattern: str) -> str:
+    return pattern[1:-1] if pattern[:1] in ("'", '"') and pattern[-1:] == pattern[:1] and len(pattern) > 1 else pattern

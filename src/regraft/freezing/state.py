@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from regraft.freezing.pins import is_pinned, pin, unpin
+from regraft.freezing.hold import PinState
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,22 +14,22 @@ class FreezeState:
     """What is frozen, what is pinned, and every layer's mode, at one moment."""
 
     flags: tuple[tuple[nn.Parameter, bool], ...]
-    layers: tuple[tuple[nn.Module, bool, bool], ...]
+    layers: tuple[tuple[nn.Module, PinState, bool], ...]
 
     @classmethod
     def of(cls, model: nn.Module) -> "FreezeState":
         """Take the state that `model` has now."""
         return cls(
             flags=tuple((parameter, parameter.requires_grad) for parameter in model.parameters()),
-            layers=tuple((layer, is_pinned(layer), layer.training) for layer in model.modules()),
+            layers=tuple((layer, PinState.of(layer), layer.training) for layer in model.modules()),
         )
 
     def put_back(self) -> None:
         """Give the parameters and layers that the model had then the state that they had."""
         for parameter, trainable in self.flags:
             parameter.requires_grad_(trainable)
-        for layer, pinned, training in self.layers:
-            (pin if pinned else unpin)(layer)
+        for layer, pins, training in self.layers:
+            pins.apply(layer)
             layer.training = training
 
 

@@ -3,22 +3,17 @@
 Everything else is constant: its value for an image is the same in every epoch, so it is computed once.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from regraft.anatomy.draws import DROPPING, RANDOM
 from regraft.anatomy.drift import is_pinned, would_move
 from regraft.anatomy.graph import Flow, is_training_flag
+from regraft.anatomy.values import value_key
 
-RANDOM = frozenset(
-    {
-        "bernoulli", "bernoulli_", "exponential_", "geometric_", "log_normal_", "multinomial", "normal", "normal_",
-        "poisson", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "random_", "randperm",
-        "rrelu", "rrelu_", "uniform_", "gumbel_softmax", "cauchy_", "fractional_max_pool2d", "fractional_max_pool3d",
-    }
-)  # fmt: skip
-DROPPING = frozenset({"alpha_dropout", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"})
 ATTENTION = "scaled_dot_product_attention"
 
 
@@ -35,11 +30,15 @@ def is_live_layer(layer: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in layer.parameters()) or not _is_settled(layer)
 
 
-def live_nodes(flow: Flow, model: nn.Module) -> set[fx.Node]:
-    """Return the values of a graph that are live while `model` trains."""
+def live_nodes(flow: Flow, model: nn.Module, dependent: Collection[str] = ()) -> set[fx.Node]:
+    """Return the values of a graph that are live while `model` trains.
+
+    `dependent` are the keys (see `value_key`) of values that are known to depend on more than their image.
+    """
     live: set[fx.Node] = set()
     for node in flow.graph.nodes:
-        if any(source in live for source in node.all_input_nodes) or _begins_to_live(node, model):
+        is_fed_by_live = any(source in live for source in node.all_input_nodes)
+        if is_fed_by_live or _begins_to_live(node, model) or (dependent and value_key(node) in dependent):
             live.add(node)
     return live
 

@@ -9,10 +9,14 @@ import torch
 from torch import fx, nn
 
 from regraft.anatomy.graph import LAYER, Flow, capture, capture_widely, tensors_from_input
+from regraft.anatomy.inputs import Arguments, example_arguments
+from regraft.anatomy.symbolic import bound
 from regraft.anatomy.tracing import trace
-from regraft.anatomy.values import BATCHES, Values, compute_costs, sizes_of, value_key
+from regraft.anatomy.values import Values, compute_costs, sizes_of, value_key
 from regraft.errors import EditError, ModelError
+from regraft.frontier.independence import dependent_values
 from regraft.frontier.liveness import live_nodes, mixed_layers
+from regraft.frontier.ports import picked, ports_of, rebuilt
 from regraft.frontier.replay import record_and_replay
 from regraft.surgery.checks import require_editable
 from regraft.surgery.middle import begin_at
@@ -20,6 +24,7 @@ from regraft.surgery.rewired import Rewired, prune, rewire, rewire_flows
 
 READ_BYTES_PER_S = {"cpu": 2e9, "cuda": 2e11}  # of cached tensors into a batch
 MULTIPLY_ADDS_PER_S = {"cpu": 2e10, "cuda": 5e12}
+NO_ROWS = "has no row for each image"
 
 
 @dataclass(frozen=True)
@@ -82,23 +87,47 @@ class Partition:
         return f"{line} ({self.note})" if self.note else line
 
 
+class NothingConstantError(EditError):
+    """All of the network is live."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A model's dataflow while it trains, and in evaluation where that differs; with the layers that were opened.
+
+    `closed` are the layers that are partly live and could not be opened.
+    """
+
+    opened: tuple[str, ...]
+    closed: tuple[str, ...]
+    flow: Flow
+    evaluation: Flow | None
+    arguments: Arguments
+
+
 def partition(model: nn.Module, example: Any) -> Partition:
     """Split `model` by what its flags say: the part that is the same in every epoch, and the part that is not.
 
     Live is what holds a trainable parameter, or draws at random or follows its batch while it trains (dropout,
     stochastic depth, batch norm), unless it is pinned as `freeze` does; and all that depends on it. Any pattern of
-    flags is followed through skip connections and branches. Where an earlier tensor is so much smaller than the
-    frontier that reading it and computing the rest again costs less, the cut is made there.
+    flags is followed through skip connections and branches. The constant part is run on a few random inputs as well:
+    what gives an image something else a second time, or beside other images, is live too, whether or not anything
+    declares it. Where an earlier tensor is so much smaller than the frontier that reading it and computing the rest
+    again costs less, the cut is made there.
 
-    A forward that cannot be traced is recorded up to its first live top-level layer and replayed from there, where it
-    takes nothing else from before.
+    What a layer returns as a list, a tuple or a dict is looked through: the frontier is the tensors in it. A forward
+    that cannot be traced is recorded up to its first live layer and replayed from there, where it takes nothing else
+    from before.
 
     Args:
         model: Any module.
-        example: One input (N, …), or a tuple of inputs. Only shapes and dtypes count; the cut holds for this shape.
+        example: One input (N, …), a tuple of positional inputs, or a dict of keyword inputs, as the forward takes them;
+            the first tensor's first dimension is that of images. Of floating-point numbers only shapes and dtypes
+            count. The cut holds for this shape, and the parts take those inputs that are given here.
 
     Raises:
-        ModelError: The forward can neither be traced nor replayed, or mixes images of a batch with one another.
+        ModelError: The forward does not take the example, can neither be traced nor replayed, or needs an input that
+            has no row for each image.
         EditError: Nothing is constant, or nothing is live. Nothing was changed.
 
     >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -108,70 +137,116 @@ def partition(model: nn.Module, example: Any) -> Partition:
     ['1']
     """
     require_editable(model)
-    inputs = example if isinstance(example, tuple) else (example,)
+    arguments = example_arguments(model, example)
+    bound(model, arguments)
     try:
-        view = view_of(model)
+        view = view_of(model, arguments)
+        values, costs = _computed(model, view, arguments)
     except ModelError as error:
-        return _untraced(model, inputs, error)
-    frontier = _frontier(view, model)
-    if not frontier:
-        raise EditError("nothing of this network is live, so there is nothing to train. Thaw a layer.")
-    if all(node.op == "placeholder" for node in frontier):
-        raise EditError("nothing of this network is constant: its first layers are trained or random.")
-    values, costs = compute_costs(model, view.flow, inputs)
-    chosen, note = _cheapest(model, view, frontier, values, costs)
+        return _untraced(model, arguments, error)
+    try:
+        return _traced(model, view, values, costs)
+    except NothingConstantError as error:
+        if not view.closed:
+            raise
+        try:  # a mixed layer could not be looked into: it is live as a whole, and may hold what is constant
+            return _untraced(model, arguments, error)
+        except ModelError:
+            raise error from None
+
+
+def _traced(model: nn.Module, view: View, values: list[Values], costs: dict[fx.Node, int]) -> Partition:
+    frontier, notes = _find_frontier(model, view, values)
+    chosen, cheaper = _cheapest(model, view, frontier, values, costs)
     spent = _spent(chosen, costs)
     return Partition(
-        prefix=_prefix(model, view, chosen).eval(),
+        prefix=_prefix(model, view, chosen, values).eval(),
         suffix=_suffix(model, view, chosen, values),
-        frontier=tuple(_cut(node, values) for node in chosen),
+        frontier=tuple(cut for node in chosen for cut in _cuts(node, values)),
         multiply_adds=(spent, sum(costs.values()) - spent),
-        note=note,
+        note="; ".join([*([cheaper] if cheaper else []), *notes]) or None,
     )
 
 
-def _untraced(model: nn.Module, inputs: tuple[Any, ...], error: ModelError) -> Partition:
-    """Split a network whose forward cannot be traced, before its first live top-level layer."""
+def _computed(model: nn.Module, view: View, arguments: Arguments) -> tuple[list[Values], dict[fx.Node, int]]:
     try:
-        prefix, suffix, boundary = record_and_replay(model, inputs)
+        return compute_costs(model, view.flow)
+    except Exception as error:  # of anybody's forward
+        trace(model, inputs=arguments.args or arguments.kwargs)  # which says where it fails, if it does
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ModelError(f"{type(model).__name__} cannot be computed on shapes alone: {reason}.") from error
+
+
+def _untraced(model: nn.Module, arguments: Arguments, error: ModelError | EditError) -> Partition:
+    """Split a network whose forward cannot be traced, before its first live layer."""
+    try:
+        prefix, suffix, boundary = record_and_replay(model, arguments)
     except ModelError as second:
         raise ModelError(f"{str(error).rstrip('.')}. Nor can it be recorded and replayed: {second}") from error
     cuts = tuple(
         Cut(f"given_{position}", boundary.layer, shape, dtype)
         for position, (shape, dtype) in enumerate(zip(boundary.shapes, boundary.dtypes, strict=True))
     )
-    calls = trace(model, inputs=tuple(x[:1] for x in inputs)).calls
-    total = next(call.multiply_adds for call in calls if call.path == "")
-    spent = sum(call.multiply_adds for call in calls if call.path in boundary.asleep)
+    calls = trace(model, inputs=arguments.args or arguments.kwargs).calls
+    rows = arguments.shapes[0][0]
+    total = next(call.multiply_adds for call in calls if call.path == "") // rows
+    spent = sum(call.multiply_adds for call in calls if call.path in boundary.asleep) // rows
     note = f"what '{boundary.layer}' is given is recorded, as the forward cannot be traced"
     return Partition(prefix, suffix, cuts, (spent, max(0, total - spent)), note)
 
 
-@dataclass(frozen=True)
-class View:
-    """A model's dataflow while it trains, and in evaluation where that differs; with the layers that were opened."""
-
-    opened: tuple[str, ...]
-    flow: Flow
-    evaluation: Flow | None
-
-
-def view_of(model: nn.Module) -> View:
+def view_of(model: nn.Module, arguments: Arguments) -> View:
     """Trace `model`, looking into as many of its mixed layers as can be traced.
 
     Raises:
         ModelError: Not even the model's own forward can be traced.
     """
-    flow, opened = capture_widely(model, mixed_layers(model), training=True, heed_pins=True)
-    return View(opened, flow, capture(model, opened, heed_pins=True) if flow.decider is not None else None)
+    mixed = mixed_layers(model)
+    flow, opened = capture_widely(model, mixed, training=True, heed_pins=True, arguments=arguments)
+    evaluation = None
+    if flow.decider is not None:
+        evaluation = capture(model, opened, heed_pins=True, arguments=arguments)
+    return View(opened, tuple(path for path in mixed if path not in opened), flow, evaluation, arguments)
 
 
-def _frontier(view: View, model: nn.Module) -> list[fx.Node]:
+def _find_frontier(model: nn.Module, view: View, values: list[Values]) -> tuple[list[fx.Node], list[str]]:
+    """Return the constant values that live ones are computed from, and what is live although nothing declares it."""
+    dependent: set[str] = set()
+    notes: list[str] = []
+    was_run = False
+    while True:
+        frontier = _frontier(view, model, dependent)
+        if not frontier:
+            raise EditError("nothing of this network is live, so there is nothing to train. Thaw a layer.")
+        if all(node.op == "placeholder" for node in frontier):
+            why = f" ({'; '.join(notes)})" if notes else ""
+            raise NothingConstantError(
+                f"nothing of this network is constant: its first layers are trained or random{why}."
+            )
+        if not was_run:
+            was_run = True
+            reasons = dependent_values(model, view.flow, _ancestors(frontier, set(view.flow.graph.nodes)))
+        else:
+            reasons = {node: NO_ROWS for node in frontier if ports_of(node, values) is None}
+        if reasons:
+            dependent |= {value_key(node) for node in reasons}
+            notes += [f"{_place(node)} {reason}, so it is computed in every epoch" for node, reason in reasons.items()]
+            inputs = [node.name for node in reasons if node.op == "placeholder"]
+            if inputs:
+                raise ModelError(
+                    f"the live part needs the input '{inputs[0]}', which has no row for each image, so it cannot be "
+                    "kept image by image. Give it such rows, or make it part of the model."
+                )
+        elif all(ports_of(node, values) is not None for node in frontier):
+            return frontier, list(dict.fromkeys(notes))
+
+
+def _frontier(view: View, model: nn.Module, dependent: Collection[str]) -> list[fx.Node]:
     """List the constant values that live ones are computed from, in the graph of training mode."""
     known = {value_key(node): node for node in view.flow.graph.nodes}
     wanted: set[fx.Node] = set()
     for flow in (view.flow, view.evaluation or view.flow):
-        live, fed = live_nodes(flow, model), tensors_from_input(flow.graph)
+        live, fed = live_nodes(flow, model, dependent), tensors_from_input(flow.graph)
         for node in flow.graph.nodes:
             if node not in live:
                 continue
@@ -186,18 +261,17 @@ def _frontier(view: View, model: nn.Module) -> list[fx.Node]:
 def _cheapest(
     model: nn.Module, view: View, frontier: list[fx.Node], values: list[Values], costs: dict[fx.Node, int]
 ) -> tuple[list[fx.Node], str | None]:
-    """Choose between the frontier and single tensors before it, by seconds for reading and for computing again."""
+    """Choose between the frontier and single values before it, by seconds for reading and for computing again."""
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
     read, compute = READ_BYTES_PER_S.get(device, 2e9), MULTIPLY_ADDS_PER_S.get(device, 2e10)
-    is_usable = all(_is_batched(node, values) for node in frontier)
-    size = sum(_cut(node, values).bytes for node in frontier) if is_usable else math.inf
-    best, best_seconds, note = frontier if is_usable else [], size / read, None
+    size = sum(cut.bytes for node in frontier for cut in _cuts(node, values))
+    best, best_seconds, note = frontier, size / read, None
     full = _spent(frontier, costs)
     least = size
     for node in _gates(view.flow.graph, frontier):
-        if not _is_batched(node, values) or _cut(node, values).bytes >= 0.9 * least:
+        if ports_of(node, values) is None or sum(cut.bytes for cut in _cuts(node, values)) >= 0.9 * least:
             continue
-        least = _cut(node, values).bytes
+        least = sum(cut.bytes for cut in _cuts(node, values))
         again = full - _spent([node], costs)
         seconds = least / read + again / compute
         if seconds < best_seconds:
@@ -205,11 +279,7 @@ def _cheapest(
             note = (
                 f"cut earlier, after '{_layer(node)}': {least / 1024:.1f} instead of {size / 1024:.1f} KiB an image, "
                 f"for {again:,} multiply-adds computed again"
-                if is_usable
-                else f"cut earlier, after '{_layer(node)}', as images are mixed where the constant part ends"
             )
-    if not best:
-        raise ModelError("its forward mixes the images of a batch with one another, so none can be kept apart.")
     return best, note
 
 
@@ -244,39 +314,52 @@ def _gates(graph: fx.Graph, frontier: list[fx.Node]) -> list[fx.Node]:
     return [node for node in reversed(found) if node not in frontier]
 
 
-def _prefix(model: nn.Module, view: View, frontier: list[fx.Node]) -> Rewired:
-    keys = [value_key(node) for node in frontier]
+def _prefix(model: nn.Module, view: View, frontier: list[fx.Node], values: list[Values]) -> Rewired:
+    wanted = [(value_key(node), port.steps) for node in frontier for port in ports_of(node, values) or ()]
 
     def change(flow: Flow) -> None:
         found = {value_key(node): node for node in flow.graph.nodes}
-        flow.set_output(tuple(found[key] for key in keys))
+        flow.set_output(tuple(picked(flow.graph, found[key], steps) for key, steps in wanted))
 
-    prefix = rewire_flows(model, [capture(model, view.opened, training=True, heed_pins=True)], change)
+    flow = capture(model, view.opened, training=True, heed_pins=True, arguments=view.arguments)
+    prefix = rewire_flows(model, [flow], change)
     prune(prefix)
     return prefix
 
 
 def _suffix(model: nn.Module, view: View, frontier: list[fx.Node], values: list[Values]) -> Rewired:
     keys, sizes = [value_key(node) for node in frontier], sizes_of(view.flow.graph, values)
-    suffix = rewire(
-        model, view.opened, lambda flow: begin_at(flow.graph, keys, sizes, model.get_submodule), heed_pins=True
-    )
+    counts = [len(ports_of(node, values) or ()) for node in frontier]
+    examples = [values[0][node] for node in frontier]
+
+    def change(flow: Flow) -> None:
+        begin_at(
+            flow.graph,
+            keys,
+            sizes,
+            model.get_submodule,
+            counts,
+            lambda graph, position, tensors: rebuilt(graph, examples[position], tensors),
+        )
+
+    suffix = rewire(model, view.opened, change, heed_pins=True, arguments=view.arguments)
     prune(suffix)
     return suffix
 
 
-def _is_batched(node: fx.Node, values: list[Values]) -> bool:
-    """Say whether a value is one tensor whose first dimension is the batch, and no other."""
-    small, large = values[0].get(node), values[1].get(node)
-    if not (isinstance(small, torch.Tensor) and isinstance(large, torch.Tensor)) or small.ndim == 0:
-        return False
-    return (small.shape[0], large.shape[0]) == BATCHES and small.shape[1:] == large.shape[1:]
-
-
-def _cut(node: fx.Node, values: list[Values]) -> Cut:
-    value = values[0][node]
-    return Cut(node.name, _layer(node), tuple(value.shape[1:]), value.dtype)
+def _cuts(node: fx.Node, values: list[Values]) -> list[Cut]:
+    return [
+        Cut("".join([node.name, *(f"[{step!r}]" for step in port.steps)]), _layer(node), port.shape, port.dtype)
+        for port in ports_of(node, values) or ()
+    ]
 
 
 def _layer(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_module" else node.meta.get(LAYER, "")
+
+
+def _place(node: fx.Node) -> str:
+    if node.op == "call_module":
+        return f"'{node.target}'"
+    layer = node.meta.get(LAYER, "")
+    return f"'{node.name}' in the forward of '{layer}'" if layer else f"'{node.name}' in its forward"

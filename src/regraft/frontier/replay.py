@@ -1,23 +1,30 @@
 """Split a network whose forward cannot be traced: record what its first live layer is given, and go on from there.
 
-The forward itself is run in either part. The prefix stops it at the first top-level layer that is live. The suffix
-runs it with the layers before that one put to sleep: what they return is not a number, and only when the live layer is
-called do the recorded tensors take over. So anything else that the forward takes from before shows up as NaN, and the
-split is refused.
+The forward itself is run in either part. The prefix stops it at the first layer that is live, however deep it lies. The
+suffix runs it with stubs in the place of the constant layers before that one: what they return is not a number, and
+only when the live layer is called do the recorded tensors take over. So anything else that the forward takes from
+before shows up as NaN, and the split is refused.
+
+The first live layer may be one inside another that is live in part. Tried are the innermost and then those around it,
+and for each of them a replay that is given none of the network's inputs, and one that is given those of whole numbers
+(tokens, masks), as later layers may need these as well.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from regraft.anatomy.graph import ancestors
+from regraft.anatomy.inputs import Arguments
 from regraft.anatomy.modes import preserved_randomness
 from regraft.anatomy.values import BATCHES
 from regraft.errors import ModelError
+from regraft.frontier.independence import difference, with_image_of
 from regraft.frontier.liveness import is_live_layer
 
 Form = tuple[TreeSpec, tuple[Any, ...]]  # of nested arguments: their structure, and what in them is no tensor
@@ -28,12 +35,13 @@ class Boundary:
     """Where the live part begins.
 
     Attributes:
-        layer: Name of the first live top-level layer.
+        layer: Path of the first live layer.
         form: How the recorded tensors are passed to it.
-        asleep: What each layer before it returns, call by call, as a function of the batch size.
-        shapes: Of the recorded tensors, without the batch.
+        asleep: What each constant layer before it returns, call by call, as a function of the batch size.
+        shapes: Of the recorded tensors, without the batch; those of the inputs that are kept come last.
         dtypes: Of the recorded tensors.
-        image: Shape and dtype of the network's own inputs, without the batch.
+        inputs: How the network itself is called.
+        kept: Positions, among the tensors that it is called with, of those that the replay is given.
     """
 
     layer: str
@@ -41,7 +49,8 @@ class Boundary:
     asleep: dict[str, tuple[Callable[[int, torch.device], Any], ...]]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
-    image: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    inputs: Arguments
+    kept: tuple[int, ...]
 
 
 class Recording(nn.Module):
@@ -54,20 +63,23 @@ class Recording(nn.Module):
         super().__init__()
         self._held = (model,)
         self.boundary = boundary
-        for name in boundary.asleep:
-            self.add_module(name, model.get_submodule(name))
-        for name, parameter in model.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        for name, buffer in model.named_buffers(recurse=False):
-            self.register_buffer(name, buffer)
+        for path in boundary.asleep:
+            self.add_module(path.replace(".", "/"), model.get_submodule(path))
+        around = [model, *(model.get_submodule(path) for path in ancestors(boundary.layer))]
+        for depth, layer in enumerate(around):
+            prefix = f"{depth}/" if depth else ""
+            for name, parameter in layer.named_parameters(recurse=False):
+                self.register_parameter(prefix + name, parameter)
+            for name, buffer in layer.named_buffers(recurse=False):
+                self.register_buffer(prefix + name, buffer)
 
     @property
     def kind(self) -> type[nn.Module]:
         """The class whose forward is recorded."""
         return type(self._held[0])
 
-    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:  # noqa: D102
-        return _recorded(self._held[0], self.boundary, inputs)
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:  # noqa: D102
+        return _recorded(self._held[0], self.boundary, args, kwargs)
 
 
 class Replay(nn.Module):
@@ -79,20 +91,21 @@ class Replay(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> Any:  # noqa: D102
         count, device = len(tensors[0]), tensors[0].device
-        inputs = [_nothing((count, *shape), dtype, device) for shape, dtype in self.boundary.image]
+        own = tensors[: len(tensors) - len(self.boundary.kept)]
+        inputs = _inputs(self.boundary, tensors[len(own) :], count, device)
         calls = [0]
 
         def take_over(_: nn.Module, args: Any, kwargs: Any) -> Any:
             calls[0] += 1
             if calls[0] > 1:
                 return None
-            return _unflattened(self.boundary.form, tensors)
+            return _unflattened(self.boundary.form, own)
 
         layer = self.model.get_submodule(self.boundary.layer)
         handle = layer.register_forward_pre_hook(take_over, with_kwargs=True, prepend=True)
         try:
             with _sleeping(self.model, self.boundary, count, device):
-                output = self.model(*inputs)
+                output = self.model(*inputs.args, **inputs.kwargs)
         finally:
             handle.remove()
         if not calls[0]:
@@ -100,12 +113,12 @@ class Replay(nn.Module):
         return output
 
 
-def record_and_replay(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[Recording, Replay, Boundary]:
-    """Split `model` before its first live top-level layer.
+def record_and_replay(model: nn.Module, arguments: Arguments) -> tuple[Recording, Replay, Boundary]:
+    """Split `model` before its first live layer.
 
     Args:
         model: A module that runs on its device.
-        inputs: Only shapes and dtypes count.
+        arguments: An example of what it is called with; see `Arguments.drawn` for what counts of the values.
 
     Raises:
         ModelError: No layer is constant before the first live one, or the forward takes more from before than what
@@ -113,85 +126,180 @@ def record_and_replay(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tup
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with preserved_randomness(0):
-        drawn = [
-            tuple(_drawn((count, *x.shape[1:]), x.dtype, device) for x in inputs) for count in BATCHES
-        ]  # real numbers: whatever cannot be traced looks at them
-        boundary = _boundary(model, drawn)
-        recording, replay = Recording(model, boundary), Replay(model, boundary)
-        with torch.no_grad():
-            _require_constant(recording, drawn[0])
-            for training in (False, True):
-                with _mode(model, training):
-                    _require_equal(model, recording, replay, drawn[0], training)
-    replay.training = model.training
-    return recording, replay, boundary
+        drawn = [arguments.drawn(count, device) for count in (*BATCHES, BATCHES[0])]
+        problem: ModelError | None = None
+        for layer in _candidates(model, drawn[0]):
+            try:
+                return _split_at(model, layer, arguments, drawn)
+            except ModelError as error:
+                problem = problem or error
+    raise problem or ModelError("its forward calls no live layer.")
 
 
-def _boundary(model: nn.Module, drawn: list[tuple[torch.Tensor, ...]]) -> Boundary:
-    live = {name for name, layer in model.named_children() if is_live_layer(layer)}
-    found = [_followed(model, live, inputs) for inputs in drawn]
-    (layer, given, before), (other_layer, other_given, other_before) = found
-    if layer is None or layer != other_layer:
-        raise ModelError("its forward calls no live layer, or not always the same one first.")
+def _split_at(
+    model: nn.Module, layer: str, arguments: Arguments, drawn: list[Arguments]
+) -> tuple[Recording, Replay, Boundary]:
+    boundary = _boundary(model, layer, arguments, drawn)
+    whole = tuple(position for position, tensor in enumerate(_tensors(arguments)) if not tensor.is_floating_point())
+    problem: ModelError | None = None
+    for kept in dict.fromkeys(((), whole)):
+        leaves = [_tensors(arguments)[position] for position in kept]
+        parts = replace(
+            boundary,
+            shapes=(*boundary.shapes, *(tuple(leaf.shape[1:]) for leaf in leaves)),
+            dtypes=(*boundary.dtypes, *(leaf.dtype for leaf in leaves)),
+            kept=kept,
+        )
+        recording, replay = Recording(model, parts), Replay(model, parts)
+        replay.training = model.training
+        try:
+            with torch.no_grad():
+                _require_constant(recording, drawn)
+                for training in (False, True):
+                    with _mode(model, training):
+                        _require_equal(model, recording, replay, drawn[2], training)
+        except ModelError as error:
+            problem = problem or error
+        else:
+            return recording, replay, parts
+    assert problem is not None
+    raise problem
+
+
+def _boundary(model: nn.Module, layer: str, arguments: Arguments, drawn: list[Arguments]) -> Boundary:
+    (given, before), (other_given, other_before) = (_followed(model, layer, inputs) for inputs in drawn[:2])
     if not before:
         raise ModelError(f"nothing is constant before its first live layer '{layer}'.")
     (tensors, form), (other_tensors, other_form) = _flattened(given), _flattened(other_given)
     is_batched = all(
         (len(a), len(b)) == BATCHES and a.shape[1:] == b.shape[1:] and not a.requires_grad
         for a, b in zip(tensors, other_tensors, strict=False)
-    )
-    if form != other_form or len(tensors) != len(other_tensors) or not tensors or not is_batched:
+        if a.ndim and b.ndim
+    ) and all(tensor.ndim for tensor in tensors)
+    if form != other_form:
+        raise ModelError(f"what its first live layer '{layer}' is given has not always the same form.")
+    if len(tensors) != len(other_tensors) or not tensors or not is_batched:
         raise ModelError(f"what its first live layer '{layer}' is given is not one row for each image.")
     if [name for name, _ in before] != [name for name, _ in other_before]:
         raise ModelError("its forward does not always call the same layers.")
     asleep: dict[str, tuple[Callable[[int, torch.device], Any], ...]] = {}
     for (name, output), (_, other) in zip(before, other_before, strict=True):
-        asleep[name] = (*asleep.get(name, ()), _sleeper(name, output, other))
+        asleep[name] = (*asleep.get(name, ()), _stub(name, output, other))
     return Boundary(
         layer,
         form,
         asleep,
         tuple(tuple(tensor.shape[1:]) for tensor in tensors),
         tuple(tensor.dtype for tensor in tensors),
-        tuple((tuple(x.shape[1:]), x.dtype) for x in drawn[0]),
+        arguments,
+        (),
     )
 
 
-def _followed(
-    model: nn.Module, live: set[str], inputs: tuple[torch.Tensor, ...]
-) -> tuple[str | None, Any, list[tuple[str, Any]]]:
-    """Run a forward up to its first live layer: that layer's name, what it is given, and what those before it gave."""
-    before: list[tuple[str, Any]] = []
-    handles = []
+def _parts(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, bool]]:
+    """List the outermost constant layers and all live ones, with whether each is live."""
     for name, layer in model.named_children():
-        if name in live:
-            handles.append(layer.register_forward_pre_hook(_stop(name), with_kwargs=True))
-        else:
-            handles.append(layer.register_forward_hook(lambda _, __, output, name=name: before.append((name, output))))
+        inner = f"{path}.{name}".lstrip(".")
+        is_live = is_live_layer(layer)
+        yield inner, layer, is_live
+        if is_live and not _is_wholly_live(layer):
+            yield from _parts(layer, inner)
+
+
+def _is_wholly_live(layer: nn.Module) -> bool:
+    flags = {parameter.requires_grad for parameter in layer.parameters()}
+    return flags == {True} or not any(True for _ in layer.children())
+
+
+def _candidates(model: nn.Module, inputs: Arguments) -> list[str]:
+    """List the layers at which the live part may begin: the first live one that is called, and those around it."""
+    running: list[str] = []
+
+    def begin(path: str, is_last: bool) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            running.append(path)
+            if is_last:
+                raise _StoppedError(path, None)
+
+        return hook
+
+    def end(path: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            raise _StoppedError(path, None)
+
+        return hook
+
+    handles = []
+    for path, layer, is_live in _parts(model):
+        if is_live:
+            handles.append(layer.register_forward_pre_hook(begin(path, _is_wholly_live(layer))))
+            handles.append(layer.register_forward_hook(end(path)))
+    _run_until_stopped(model, inputs, handles)
+    return running[::-1]
+
+
+def _followed(model: nn.Module, layer: str, inputs: Arguments) -> tuple[Any, list[tuple[str, Any]]]:
+    """Run a forward up to a layer: what that is given, and what the constant layers before it gave."""
+    before: list[tuple[str, Any]] = []
+    handles = [model.get_submodule(layer).register_forward_pre_hook(_stop(layer), with_kwargs=True)]
+    for path, part, is_live in _parts(model):
+        if not is_live:
+            handles.append(part.register_forward_hook(lambda _, __, output, path=path: before.append((path, output))))
+    stopped = _run_until_stopped(model, inputs, handles)
+    if stopped is None:
+        raise ModelError(f"its forward does not always call '{layer}'.")
+    return stopped.given, before
+
+
+def _run_until_stopped(model: nn.Module, inputs: Arguments, handles: list[Any]) -> "_StoppedError | None":
     try:
         with _mode(model, True), torch.enable_grad():
-            model(*inputs)
+            model(*inputs.args, **inputs.kwargs)
     except _StoppedError as stopped:
-        return stopped.name, stopped.given, before
+        return stopped
+    except Exception as error:  # of anybody's forward
+        raise ModelError(f"its forward fails on random inputs: {_reason(error)}.") from error
     finally:
         for handle in handles:
             handle.remove()
-    return None, None, before
+    return None
 
 
-def _recorded(model: nn.Module, boundary: Boundary, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+
+
+def _recorded(model: nn.Module, boundary: Boundary, args: Any, kwargs: Any) -> tuple[torch.Tensor, ...]:
     handle = model.get_submodule(boundary.layer).register_forward_pre_hook(_stop(boundary.layer), with_kwargs=True)
     try:
         with _mode(model, True):  # as it will be while it trains; what is frozen is pinned
-            model(*inputs)
+            model(*args, **kwargs)
     except _StoppedError as stopped:
         tensors, form = _flattened(stopped.given)
         if form != boundary.form:
             raise ModelError(f"its forward passes something else to '{boundary.layer}' than before.") from stopped
-        return tensors
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        return (*tensors, *(inputs[position] for position in boundary.kept))
     finally:
         handle.remove()
     raise ModelError(f"its forward ended without calling '{boundary.layer}'.")
+
+
+def _tensors(arguments: Arguments) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves((arguments.args, arguments.kwargs)) if isinstance(leaf, torch.Tensor)]
+
+
+def _inputs(boundary: Boundary, kept: tuple[torch.Tensor, ...], count: int, device: torch.device) -> Arguments:
+    """Return what the network is called with in a replay: the inputs that are kept, and nothing else of worth."""
+    at = dict(zip(boundary.kept, kept, strict=True))
+    position = -1
+
+    def fill(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal position
+        position += 1
+        return at[position] if position in at else _nothing(tensor.shape, tensor.dtype, device)
+
+    return boundary.inputs.of_batch(count).mapped(fill)
 
 
 class _StoppedError(Exception):
@@ -247,7 +355,7 @@ def _asleep(forward: Any, makers: tuple[Any, ...], count: int, device: torch.dev
     return run
 
 
-def _sleeper(name: str, output: Any, other: Any) -> Callable[[int, torch.device], Any]:
+def _stub(name: str, output: Any, other: Any) -> Callable[[int, torch.device], Any]:
     """Return what makes an output like these two, of batches of `BATCHES`, for a batch of any size."""
 
     def form_of(small: Any, large: Any) -> Any:
@@ -268,12 +376,6 @@ def _nothing(shape: Any, dtype: torch.dtype, device: torch.device) -> torch.Tens
     return torch.full((), float("nan") if dtype.is_floating_point else 0, dtype=dtype, device=device).expand(*shape)
 
 
-def _drawn(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    if dtype.is_floating_point:
-        return torch.randn(shape, dtype=dtype, device=device)
-    return torch.zeros(shape, dtype=dtype, device=device)
-
-
 def _flattened(given: Any) -> tuple[tuple[torch.Tensor, ...], Form]:
     leaves, structure = tree_flatten(given)
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
@@ -286,29 +388,36 @@ def _unflattened(form: Form, tensors: tuple[torch.Tensor, ...]) -> Any:
     return tree_unflatten([next(coming) if leaf is _TENSOR else leaf for leaf in leaves], structure)
 
 
-def _require_constant(recording: Recording, inputs: tuple[torch.Tensor, ...]) -> None:
-    """Record twice from different random states."""
+def _require_constant(recording: Recording, drawn: list[Arguments]) -> None:
+    """Record twice from different random states, and an image of one batch in another."""
     found = []
-    for seed in (0, 1):
+    first, other = with_image_of(*drawn[:2])
+    for seed, inputs in enumerate((first, first, other)):
         with preserved_randomness(seed):
-            found.append(recording(*inputs))
-    if not all(torch.equal(a, b) for a, b in zip(*found, strict=True)):
-        raise ModelError(f"its forward draws at random before '{recording.boundary.layer}'.")
+            found.append(recording(*inputs.args, **inputs.kwargs))
+    problem = difference(*found)
+    if problem is not None:
+        raise ModelError(f"its forward {problem} before '{recording.boundary.layer}'.")
 
 
-def _require_equal(
-    model: nn.Module, recording: Recording, replay: Replay, inputs: tuple[torch.Tensor, ...], training: bool
-) -> None:
+def _require_equal(model: nn.Module, recording: Recording, replay: Replay, inputs: Arguments, training: bool) -> None:
     """Compare the two parts with the whole, from the same random state."""
+    args, kwargs = inputs.args, inputs.kwargs
     found = []
-    for run in (lambda: replay(*recording(*inputs)), lambda: model(*inputs)):
+    for run in (lambda: replay(*recording(*args, **kwargs)), lambda: model(*args, **kwargs)):
         kept = {name: tensor.clone() for name, tensor in model.named_buffers()}  # what batch norms count and average
-        with preserved_randomness(0):
-            found.append([leaf for leaf in tree_flatten(run())[0] if isinstance(leaf, torch.Tensor)])
-        for name, tensor in model.named_buffers():
-            tensor.copy_(kept[name])
-    ours, theirs = found
-    if len(ours) != len(theirs) or not all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)):
+        try:
+            with preserved_randomness(0):
+                found.append([leaf for leaf in tree_flatten(run())[0] if isinstance(leaf, torch.Tensor)])
+        except ModelError:
+            raise
+        except Exception as error:  # of a forward that is fed with what is not a number
+            raise ModelError(f"its forward fails when it is replayed: {_reason(error)}.") from error
+        finally:
+            for name, tensor in model.named_buffers():
+                tensor.copy_(kept[name])
+    ours, reference = found
+    if len(ours) != len(reference) or not all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True)):
         mode = "training" if training else "evaluation"
         raise ModelError(
             f"its forward takes more from before '{replay.boundary.layer}' than that layer is given (in {mode} mode)."

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from regraft.anatomy.drift import stay_in_evaluation
 from regraft.anatomy.graph import ancestors
 from regraft.anatomy.paths import parent_and_name
 from regraft.errors import EditError
+from regraft.freezing.hold import PIN_HOOKS
 from regraft.surgery.constructors import as_builtin, constructor, holder_of, is_timm_leaf
 from regraft.surgery.literals import Constants, Names
 
@@ -290,7 +290,7 @@ def require_no_hooks(model: nn.Module) -> None:
     for path, layer in model.named_modules():
         hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
         for hook in hooks:
-            if hook is not stay_in_evaluation:
+            if hook not in PIN_HOOKS:
                 name = getattr(hook, "__qualname__", type(hook).__qualname__)
                 raise EditError(
                     f"'{path}' ({type(layer).__name__}) carries a forward hook ({name}), which a source file would not "

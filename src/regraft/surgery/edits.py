@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from regraft.anatomy.graph import LAYER, Flow, Visit, ancestors, crossing, nodes_in
-from regraft.anatomy.inputs import Inputs
+from regraft.anatomy.inputs import Arguments, Inputs, arguments_for
 from regraft.anatomy.paths import is_within, layer_at
 from regraft.errors import EditError, ModelError
 from regraft.surgery.checks import prove, require_editable
@@ -59,7 +59,7 @@ def truncate(
     elif drop is not None and drop < 1:
         raise EditError(f"drop is {drop}, expected the number of layers to delete, at least 1.")
     try:
-        edited = without_rest(model, after=after, drop=drop, drop_skips=drop_skips)
+        edited = without_rest(model, after=after, drop=drop, drop_skips=drop_skips, inputs=inputs)
     except ModelError:
         edited = stop_at(model, after=after, drop=drop, inputs=inputs)
     what = f"truncate after '{after}'" if after is not None else f"drop the last {drop} layers"
@@ -99,7 +99,11 @@ def append(model: nn.Module, *layers: nn.Module | int, inputs: Inputs | None = N
         flow.set_output(value)
 
     try:
-        edited = detour(model, added) if is_detoured(model) else rewire(model, (), change, added)
+        edited = (
+            detour(model, added)
+            if is_detoured(model)
+            else rewire(model, (), change, added, arguments=arguments_given(model, inputs))
+        )
     except ModelError:
         edited = detour(model, added)
     what = f"append {_listed(new)}"
@@ -157,10 +161,11 @@ def insert(
             _put_in(flow, name, visit, is_after=after is not None, place=place)
 
     try:
-        edited = rewire(model, opened_for(model, path), change, {name: new}, closed=path)
+        arguments = arguments_given(model, inputs)
+        edited = rewire(model, opened_for(model, path), change, {name: new}, closed=path, arguments=arguments)
     except ModelError as error:
         raise EditError(
-            f"cannot insert {place}: {error} Only replace, replace_head, remove, truncate and append work on a network "
+            f"cannot insert {place}: {str(error).rstrip('.')}. Only replace, replace_head, remove, truncate and append work on a network "
             "that cannot be traced. Nothing was changed."
         ) from error
     what = f"insert {type(new).__name__} {place}"
@@ -169,7 +174,12 @@ def insert(
 
 
 def without_rest(
-    model: nn.Module, *, after: str | None = None, drop: int | None = None, drop_skips: bool = False
+    model: nn.Module,
+    *,
+    after: str | None = None,
+    drop: int | None = None,
+    drop_skips: bool = False,
+    inputs: Inputs | None = None,
 ) -> Rewired:
     """Truncate a network by its graph, whatever is frozen of what is left, and without a check; see `truncate`.
 
@@ -194,9 +204,14 @@ def without_rest(
                 flow.graph.erase_node(node)
 
     opened = opened_for(model, after) if after is not None else ()
-    edited = rewire(model, opened, change, closed=after)
+    edited = rewire(model, opened, change, closed=after, arguments=arguments_given(model, inputs))
     prune(edited)
     return edited
+
+
+def arguments_given(model: nn.Module, inputs: Inputs | None) -> Arguments | None:
+    """Return what the forward is called with; None where nothing is given, so that it takes all that it requires."""
+    return None if inputs is None else arguments_for(model, inputs=inputs)
 
 
 def opened_for(model: nn.Module, path: str) -> list[str]:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from regraft.anatomy.inputs import Inputs
+from regraft.anatomy.modes import in_mode
 from regraft.card import Recipe, Source, attach, card_of
 from regraft.errors import EditError
 from regraft.surgery.checks import require_editable
@@ -70,7 +71,7 @@ def graft(
         _require_fit(head, name, width)
     grafted = Grafted(named, made if isinstance(heads, Mapping) else made[""])
     attach(grafted, recipe=_recipe(named, grafted))
-    return attach(grafted, preprocessing=preprocessing_of(first)).train(first.training)
+    return in_mode(attach(grafted, preprocessing=preprocessing_of(first)), first.training)
 
 
 def rebuild_grafted(parts: tuple[nn.Module, ...], arguments: dict[str, Any], *, trust_code: bool) -> nn.Module:

@@ -2,46 +2,55 @@
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from regraft.anatomy.class_heads import COUNTS, class_heads
 from regraft.anatomy.graph import ancestors
-from regraft.anatomy.heads import CONVOLUTIONS, find_auxiliary_heads, find_heads, width_of
+from regraft.anatomy.heads import find_auxiliary_heads, width_of
 from regraft.anatomy.inputs import Inputs
-from regraft.anatomy.paths import layer_at
+from regraft.anatomy.modes import in_mode
+from regraft.anatomy.paths import layer_at, parent_and_name
 from regraft.anatomy.tracing import Trace, trace
 from regraft.anatomy.twins import shared_copy
 from regraft.card import card_of
-from regraft.errors import EditError, nearest
+from regraft.errors import EditError, ForwardError, nearest
 from regraft.surgery.checks import prove, require_editable
 from regraft.surgery.fitting import settled
+from regraft.surgery.new_head import kept_tensors, layer_like, norm_like
 from regraft.surgery.record import finish
 from regraft.surgery.swap import with_layers
 
-COUNTS = ("num_classes", "num_labels")  # attributes in which networks keep the number of their classes
+New = int | nn.Module
 
 
 def replace_head(
     model: nn.Module,
-    new: int | nn.Module,
+    new: New | Mapping[str, New],
     *,
-    path: str | None = None,
+    path: str | Sequence[str] | None = None,
     keep: Mapping[int, int] | Mapping[str, int] | None = None,
     inputs: Inputs | None = None,
 ) -> nn.Module:
     """Return `model` with another classifier. The structure of `model` stays as it is; all other weights are shared.
 
-    The new layer has the device, the dtype and the mode of the old one, and fresh weights from torch's random state.
-    Of a network with several classifiers (distilled ones, and the auxiliary ones of Inception and GoogLeNet, which run
-    only in training) each gets a new one. What the network says about its width follows: `num_classes`, and
-    `num_labels` and the labels of a Hugging Face configuration, so that the network's own loss goes on working.
+    The new layer has the device, the dtype and the mode of the old one, and fresh weights from torch's random state. A
+    weight or spectral norm on the old one is put on it, and a norm that follows it gets its width.
+
+    Of a network with several heads each that gives scores of classes gets a new one: distilled and auxiliary ones (also
+    those of Inception and GoogLeNet, which run only in training), and a detector's scores, but not its boxes. Where it
+    is unclear which do, nothing is replaced, and the error names all. What the network says about its width follows:
+    `num_classes`, and `num_labels` and the labels of a Hugging Face configuration, so that the network's own loss goes
+    on working.
 
     Args:
         model: Any module.
-        new: The number of classes K, for a layer of the same kind as the old one that gives (N, K); or a module.
-        path: Path of the layer to replace; found by `find_heads` where not given.
+        new: The number of classes K, for a layer of the same kind as the old one that gives (N, K); or a module; or for
+            each path of a head one of these, as in `{"scores": 4, "boxes": 16}`.
+        path: Path of the layer to replace, or several; found by `class_heads` where not given.
         keep: Which old class becomes which new one, as in `{0: 0, 1: 2}`; old ones also by name, where the model's
             card has names. Their rows of weights and biases are copied bit for bit, so that a class can join without
             the others being forgotten: their scores stay as they were, up to the rounding of a matrix product of
@@ -50,7 +59,8 @@ def replace_head(
 
     Raises:
         EditError: The head is of a kind that cannot be built for another number of classes, does not fit, or has no
-            such classes to keep. Nothing was changed.
+            such classes to keep; or there are several, and it is unclear which of them give classes. Nothing was
+            changed.
         SelectionError: No layer has that path. Nothing was changed.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
@@ -61,30 +71,131 @@ def replace_head(
     )
     """
     require_editable(model)
-    if not isinstance(new, (int, nn.Module)) or isinstance(new, bool):
-        raise EditError(f"a head is a number of classes or a torch.nn.Module, not {new!r}. Nothing was changed.")
-    if isinstance(new, int) and new < 1:
-        raise EditError(f"a head needs at least 1 output, not {new}. Nothing was changed.")
+    _check_new(new, path)
     if path is None and isinstance(new, int) and not keep and getattr(model, "num_classes", None) == 0:
         edited = _with_its_own_classifier(model, new, inputs)
         if edited is not None:
             return finish(edited, "replace_head", new_outputs=True, new=new)
-    paths = [path] if path is not None else [*find_heads(model, inputs), *find_auxiliary_heads(model, inputs)]
+    targets = _targets(model, new, path, inputs)
     pairs = _pairs(model, keep or {})
-    made = {head: _new_head(model, head, _own(new, position), inputs) for position, head in enumerate(paths)}
-    edited = with_layers(model, made)
-    what = f"replace the head {', '.join(map(repr, made))}"
-    found = prove(edited, model, what, inputs)
-    settled(edited, made, found, what)
-    rows = [row for head, layer in made.items() for row in _kept_rows(model.get_submodule(head), layer, head, pairs)]
+    layers = {target.path: _new_head(model, target, inputs) for target in targets}
+    edited = with_layers(model, layers)
+    is_found = path is None and not isinstance(new, Mapping)
+    for target in targets:
+        if isinstance(target.new, int):
+            before = width_of(model.get_submodule(target.path))
+            before = before // target.scores_per_class if before is not None else None
+            _tell_width(edited, [target.path], before, target.new, is_sure=is_found)
+    what = f"replace the head {', '.join(map(repr, layers))}"
+    traced = _prove_with_followers(edited, model, targets, what, inputs)
+    settled(edited, layers, traced, what)
+    if is_found and traced is not None:
+        _require_called(edited, targets, traced, what)
+    rows = [row for head, layer in layers.items() for row in _kept_rows(model.get_submodule(head), layer, head, pairs)]
     with torch.no_grad():
         for ours, theirs in rows:
             theirs[list(pairs.values())] = ours[list(pairs)].to(theirs.dtype)
-    classes = new if isinstance(new, int) else _width(found)
-    if classes is not None:
-        _tell_width(edited, paths, width_of(model.get_submodule(paths[0])), classes, is_sure=path is None)
-    where = paths[0] if len(paths) == 1 else None  # several are found again as they were here
-    return finish(edited, "replace_head", new_outputs=True, path=where, new=new)
+    if isinstance(new, nn.Module) and (classes := _width(traced)) is not None:
+        before = width_of(model.get_submodule(targets[0].path))
+        _tell_width(edited, list(layers), before, classes, is_sure=is_found)
+    if is_found:
+        path = targets[0].path if len(targets) == 1 else None  # several are found again as they were here
+    return finish(edited, "replace_head", new_outputs=True, path=path, new=new)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What takes the place of one head.
+
+    Attributes:
+        path: Path of the head.
+        new: Number of classes, or the layer.
+        scores_per_class: How many outputs it has for each class.
+        is_idle: Whether an evaluation does not run it.
+    """
+
+    path: str
+    new: New
+    scores_per_class: int = 1
+    is_idle: bool = False
+
+
+def _check_new(new: Any, path: Any) -> None:
+    """Refuse what is no head, no path or contradicts itself."""
+    if isinstance(new, Mapping):
+        if not new or path is not None or not all(isinstance(name, str) for name in new):
+            raise EditError(
+                f"heads by path are a dict such as {{'classifier': 10}}, and exclude path=; not {new!r}"
+                f"{f' with path={path!r}' if path is not None else ''}. Nothing was changed."
+            )
+        for one in new.values():
+            _check_new(one, None)
+        return
+    if not isinstance(new, (int, nn.Module)) or isinstance(new, bool):
+        raise EditError(f"a head is a number of classes or a torch.nn.Module, not {new!r}. Nothing was changed.")
+    if isinstance(new, int) and new < 1:
+        raise EditError(f"a head needs at least 1 output, not {new}. Nothing was changed.")
+    several = path if isinstance(path, Sequence) and not isinstance(path, str) else None
+    if path is not None and not isinstance(path, str) and (not several or not all(isinstance(p, str) for p in several)):
+        raise EditError(f"path is the path of a layer or a list of such, not {path!r}. Nothing was changed.")
+
+
+def _targets(model: nn.Module, new: Any, path: str | Sequence[str] | None, inputs: Inputs | None) -> list[_Target]:
+    if isinstance(new, Mapping):
+        return [_Target(head, one) for head, one in new.items()]
+    if path is not None:
+        paths = [path] if isinstance(path, str) else list(dict.fromkeys(path))
+        return [_Target(head, _own(new, position)) for position, head in enumerate(paths)]
+    heads = class_heads(model, inputs)
+    targets = [_Target(head.path, _own(new, i), head.scores_per_class) for i, head in enumerate(heads)]
+    idle = find_auxiliary_heads(model, inputs, beside=[head.path for head in heads])
+    return [*targets, *(_Target(head, _own(new, 1), is_idle=True) for head in idle)]
+
+
+def _prove_with_followers(
+    edited: nn.Module, model: nn.Module, targets: Sequence[_Target], what: str, inputs: Inputs | None
+) -> Trace | None:
+    """Run the edited network on shapes, as `prove` does; norms that follow a head get its new width, in place."""
+    widths = [
+        (width_of(model.get_submodule(target.path)), target.new * target.scores_per_class)
+        for target in targets
+        if isinstance(target.new, int)
+    ]
+    while True:
+        try:
+            return prove(edited, model, what, inputs)
+        except EditError as error:
+            failure = error.__cause__
+            if not isinstance(failure, ForwardError) or not failure.path:
+                raise
+            old = edited.get_submodule(failure.path)
+            fitting = ((before, after) for before, after in widths if before and (after in _sides(failure)))
+            follower = next((layer for pair in fitting if (layer := norm_like(old, *pair)) is not None), None)
+            if follower is None:
+                raise
+            reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+            parent, name = parent_and_name(failure.path)
+            follower.to(reference.device, reference.dtype).train(old.training)
+            setattr(edited.get_submodule(parent), name, follower)
+
+
+def _sides(failure: ForwardError) -> set[int]:
+    return {side for shape in failure.given for side in shape[1:]}
+
+
+def _require_called(edited: nn.Module, targets: Sequence[_Target], traced: Trace, what: str) -> None:
+    """Refuse a module in a place whose forward is never called, as only its weight is read.
+
+    Raises:
+        EditError: There is such a one.
+    """
+    called = {call.path for call in traced.calls}
+    for target in targets:
+        if isinstance(target.new, nn.Module) and not target.is_idle and target.path not in called:
+            raise EditError(
+                f"cannot {what}: that layer is never called, {type(edited).__name__} only reads its weight, so a "
+                "module in its place would have no effect. Give a number of classes. Nothing was changed."
+            )
 
 
 def _with_its_own_classifier(model: nn.Module, classes: int, inputs: Inputs | None) -> nn.Module | None:
@@ -123,9 +234,13 @@ def _tell_width(model: nn.Module, heads: Sequence[str], before: int | None, clas
             spoke_of_it = attributes.get(name) in (before, 0) or (before is None and not owner)
             if isinstance(attributes.get(name), int) and (spoke_of_it or (is_sure and not owner)):
                 attributes[name] = classes
-    config: Any = getattr(model, "config", None)
+        _tell_labels(getattr(model.get_submodule(owner), "config", None), before, classes, is_sure=is_sure)
+
+
+def _tell_labels(config: Any, before: int | None, classes: int, *, is_sure: bool) -> None:
+    """Set the labels of a Hugging Face configuration, whose `num_labels` counts these, in place."""
     if not hasattr(config, "id2label") or not hasattr(config, "label2id"):
-        return  # Hugging Face's, whose `num_labels` counts these
+        return
     if is_sure or before in (None, len(config.id2label)):
         config.id2label = {index: f"LABEL_{index}" for index in range(classes)}
         config.label2id = {label: index for index, label in config.id2label.items()}
@@ -156,11 +271,9 @@ def _kept_rows(
     """Return the tensors of the old and of the new head in which rows stand for classes; none where none are kept."""
     if not pairs:
         return []
-    tensors = [(getattr(old, name, None), getattr(new, name, None)) for name in ("weight", "bias")]
-    found = [(ours, theirs) for ours, theirs in tensors if ours is not None and theirs is not None]
-    are_alike = all((ours is None) == (theirs is None) for ours, theirs in tensors)
+    tensors = kept_tensors(old, new)
     have, want = width_of(old), width_of(new)
-    if have is None or want is None or not are_alike or any(a.shape[1:] != b.shape[1:] for a, b in found):
+    if have is None or want is None or tensors is None:
         raise EditError(
             f"no classes of '{path}' can be kept: it is a {type(old).__name__}, and another {type(new).__name__} takes "
             "its place. Give a number of classes. Nothing was changed."
@@ -172,7 +285,7 @@ def _kept_rows(
                     f"keep names the {known} class {index!r}, expected a number from 0 to {limit - 1} "
                     f"('{path}' has {have} classes, its successor {want}). Nothing was changed."
                 )
-    return found
+    return tensors
 
 
 def _own(new: int | nn.Module, position: int) -> int | nn.Module:
@@ -180,32 +293,26 @@ def _own(new: int | nn.Module, position: int) -> int | nn.Module:
     return copy.deepcopy(new) if position and isinstance(new, nn.Module) else new
 
 
-def _new_head(model: nn.Module, path: str, new: int | nn.Module, inputs: Inputs | None) -> nn.Module:
+def _new_head(model: nn.Module, target: _Target, inputs: Inputs | None) -> nn.Module:
+    path, new = target.path, target.new
+    if isinstance(new, int) and path in dict(model.named_parameters()):
+        raise EditError(
+            f"the head is '{path}', a parameter that {type(model).__name__} multiplies with itself, so its width is up "
+            "to that code. Change it there, or name the layer to replace with path=. Nothing was changed."
+        )
     old = layer_at(model, path)
-    reference = next(old.parameters(), next(model.parameters(), None))
+    reference = next((p for p in old.parameters() if p.is_floating_point()), None)
+    if reference is None:
+        reference = next((p for p in model.parameters() if p.is_floating_point()), None)
     if isinstance(new, nn.Module):
         layer = new
-    elif isinstance(old, nn.LazyLinear):
-        layer = nn.LazyLinear(new, bias=old.bias is not None)
-    elif isinstance(old, nn.Linear):
-        layer = nn.Linear(old.in_features, new, bias=old.bias is not None)
     elif isinstance(old, nn.Identity):
         layer = nn.Linear(_width_into(model, path, inputs), new)
-    elif isinstance(old, CONVOLUTIONS) and old.groups == 1:
-        layer = _convolution(old, new)
     else:
-        raise EditError(
-            f"the head '{path}' is a {type(old).__name__}, which cannot be built for {new} classes. "
-            "Pass a module in its place, or the path of another layer. Nothing was changed."
-        )
-    return (layer if reference is None else layer.to(reference.device, reference.dtype)).train(old.training)
-
-
-def _convolution(old: nn.Conv1d | nn.Conv2d | nn.Conv3d, classes: int) -> nn.Module:
-    kind: Any = next(kind for kind in CONVOLUTIONS if isinstance(old, kind))
-    names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-    settings = {name: getattr(old, name) for name in names}
-    return kind(old.in_channels, classes, bias=old.bias is not None, **settings)
+        layer = layer_like(old, new * target.scores_per_class, path)
+    if reference is not None:
+        layer.to(reference.device, reference.dtype)
+    return in_mode(layer, old.training)
 
 
 def _width_into(model: nn.Module, path: str, inputs: Inputs | None) -> int:

@@ -305,7 +305,8 @@ def _prove(layer: nn.Module, made: nn.Module, text: str, *, tied: bool) -> None:
 
 
 def _shapes(layer: nn.Module) -> dict[str, Any]:
-    tensors = layer.state_dict(keep_vars=True)
+    state = layer.state_dict(keep_vars=True)  # in which layers may also keep what is no tensor
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     return {name: None if is_lazy(tensor) else tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
@@ -313,5 +314,6 @@ def _ties(layer: nn.Module) -> set[frozenset[str]]:
     """Return the groups of names that stand for one tensor."""
     names: dict[int, set[str]] = {}
     for name, tensor in layer.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), set()).add(name)
+        if isinstance(tensor, torch.Tensor):
+            names.setdefault(id(tensor), set()).add(name)
     return {frozenset(group) for group in names.values() if len(group) > 1}

@@ -6,13 +6,21 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from regraft.anatomy.graph import is_size, tidy
 from regraft.anatomy.values import BATCHES, Sizes, value_key
 from regraft.errors import ModelError
 
 
-def begin_at(graph: fx.Graph, keys: Sequence[str], sizes: Sizes, layer_of: Callable[[str], nn.Module]) -> None:
+def begin_at(
+    graph: fx.Graph,
+    keys: Sequence[str],
+    sizes: Sizes,
+    layer_of: Callable[[str], nn.Module],
+    counts: Sequence[int] | None = None,
+    rebuild: Callable[[fx.Graph, int, Callable[[], fx.Node]], Any] | None = None,
+) -> None:
     """Let a graph take values from its middle as its inputs, and erase what came before, in place.
 
     Args:
@@ -21,23 +29,38 @@ def begin_at(graph: fx.Graph, keys: Sequence[str], sizes: Sizes, layer_of: Calla
         sizes: What the sizes are that the graph reads, see `sizes_of`: those read from what is erased are written in as
             numbers, but for that of the batch.
         layer_of: Returns the layer at a path.
+        counts: How many tensors each value holds, all of which become inputs; None: each is one.
+        rebuild: Makes the value at a position from its tensors, which it takes one by one.
 
     Raises:
         ModelError: The rest needs other values as well.
     """
-    found = {value_key(node): node for node in graph.nodes}
+    known: dict[str, list[fx.Node]] = {}  # a layer that is called twice on the same gives the same key twice
+    for node in graph.nodes:
+        known.setdefault(value_key(node), []).append(node)
     olds = [node for node in graph.nodes if node.op == "placeholder"]
-    with graph.inserting_before(next(iter(graph.nodes))):
-        news = [graph.placeholder(f"value_{position}") for position in range(len(keys))]
-    for key, new in zip(keys, news, strict=True):
-        if key in found:
-            found[key].replace_all_uses_with(new)
+    first = next(iter(graph.nodes))
+    with graph.inserting_before(first):
+        news = [graph.placeholder(f"value_{position}") for position in range(sum(counts or [1] * len(keys)))]
+    coming = iter(news)
+    for position, key in enumerate(keys):
+        with graph.inserting_before(first):
+            new = rebuild(graph, position, lambda: next(coming)) if rebuild else next(coming)
+        for node in known.get(key, ()):
+            _replace(node, new)
     _settle_sizes(graph, sizes, news[0])
     tidy(graph, layer_of, effects_of=_descendants(news))
     for old in olds:
         if old.users:
             raise ModelError(f"what comes after the cut needs the input '{old.name}' itself as well.")
         graph.erase_node(old)
+
+
+def _replace(old: fx.Node, new: Any) -> None:
+    """Let all that use a value use another one, which may be a container of values."""
+    for user in list(old.users):
+        user.args = map_arg(user.args, lambda node: new if node is old else node)
+        user.kwargs = map_arg(user.kwargs, lambda node: new if node is old else node)
 
 
 def _descendants(nodes: list[fx.Node]) -> set[fx.Node]:

@@ -61,6 +61,8 @@ def apply_step(model: nn.Module, step: Step, *, trust_code: bool = False) -> nn.
 def _built(value: Any, trust_code: bool) -> Any:
     if isinstance(value, list):
         return [layer for item in value for layer in _all_built(item, trust_code)]
+    if isinstance(value, dict):
+        return {path: _built(layer, trust_code) for path, layer in value.items()}
     return construct(value, trust_code=trust_code) if isinstance(value, str) else value
 
 

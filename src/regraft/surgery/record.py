@@ -1,5 +1,6 @@
 """What ends every edit: the recipe that the model carries gains a step, and its pins follow."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -36,4 +37,6 @@ def finish(edited: nn.Module, operation: Any, *, new_outputs: bool, **arguments:
 def _plain(value: Any) -> Any:
     if isinstance(value, nn.Module):
         return describe(value, tied=True)
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from regraft.anatomy.graph import Flow, capture, capture_widely, containers, tidy
+from regraft.anatomy.inputs import Arguments
 from regraft.anatomy.paths import is_within
 from regraft.anatomy.twins import shared_copy
 from regraft.errors import ForwardError
@@ -71,6 +72,7 @@ def rewire(
     *,
     closed: str | None = None,
     heed_pins: bool = False,
+    arguments: Arguments | None = None,
 ) -> Rewired:
     """Return `model` with another dataflow. The structure of `model` stays as it is, and its weights are shared.
 
@@ -82,20 +84,21 @@ def rewire(
         closed: Path of the layer that is not looked into where all others are: what is looked into first is as little
             as possible, and as much as possible where that cannot be traced.
         heed_pins: See `capture`.
+        arguments: See `capture`.
 
     Raises:
         ModelError: The forward cannot be traced. Nothing was changed.
     """
     try:
-        flows = [capture(model, opened, heed_pins=heed_pins)]
+        flows = [capture(model, opened, heed_pins=heed_pins, arguments=arguments)]
     except ForwardError:
         wide = [path for path in containers(model) if closed is None or not is_within(path, closed)]
-        flow, widely = capture_widely(model, {*opened, *wide}, heed_pins=heed_pins)
+        flow, widely = capture_widely(model, {*opened, *wide}, heed_pins=heed_pins, arguments=arguments)
         if not set(opened) <= set(widely):
             raise  # what has to be looked into is what cannot be traced
         flows, opened = [flow], widely
     if flows[0].decider is not None:
-        flows.append(capture(model, opened, training=True, heed_pins=heed_pins))
+        flows.append(capture(model, opened, training=True, heed_pins=heed_pins, arguments=arguments))
     return rewire_flows(model, flows, change, added)
 
 

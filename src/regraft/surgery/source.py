@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import regraft
 from regraft.anatomy.graph import Flow, capture
 from regraft.anatomy.inputs import Arguments, Inputs, arguments_for
-from regraft.anatomy.modes import preserved_randomness
+from regraft.anatomy.modes import in_mode, preserved_randomness
 from regraft.anatomy.tracing import trace
 from regraft.anatomy.twins import real_twin, shared_copy
 from regraft.card import card_of
@@ -277,7 +277,7 @@ def _gives_the_same(maker: Any, model: nn.Module, given: Arguments) -> bool:
         fed = values.with_values(device)  # copies, as a forward may write to its input
         expected = run(real_twin(model))
         fed = values.with_values(device)
-        if _equal(run(made.to(device).eval()), expected):
+        if _equal(run(in_mode(made.to(device), False)), expected):
             return True
         fed = values.with_values(device)
         return not _equal(run(real_twin(model)), expected)  # a network that differs from itself proves nothing

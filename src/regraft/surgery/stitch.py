@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from regraft.anatomy.inputs import Inputs, Shape, guess_input_size
-from regraft.anatomy.modes import evaluation_mode
+from regraft.anatomy.modes import evaluation_mode, in_mode
 from regraft.anatomy.paths import layer_at
 from regraft.card import Recipe, Source, attach, card_of
 from regraft.errors import EditError, ModelError
@@ -82,7 +82,7 @@ def stitch(
     reference = next((p for p in front.parameters() if p.is_floating_point()), None)
     if reference is not None:
         own.to(reference.device, reference.dtype)
-    stitched = Stitched(head, own.train(front.training), rest)
+    stitched = Stitched(head, in_mode(own, front.training), rest)
     _prove(stitched, front, cut, given, wanted, inputs)
     if batches is not None:
         fit_adapter(stitched, seen, batches)

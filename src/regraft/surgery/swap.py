@@ -13,6 +13,7 @@ from regraft.anatomy.tracing import trace
 from regraft.anatomy.twins import shared_copy
 from regraft.errors import EditError, ForwardError
 from regraft.freezing.patterns import select
+from regraft.surgery.calls import leave_fast_paths, require_calls
 from regraft.surgery.checks import prove, require_editable
 from regraft.surgery.fitting import fitted, settled
 from regraft.surgery.record import finish
@@ -46,7 +47,7 @@ def replace(
 
     Raises:
         SelectionError: The path or pattern selects nothing.
-        EditError: The network does not run with the new layer. Nothing was changed.
+        EditError: The network does not run with the new layer, or never calls it. Nothing was changed.
 
     >>> model = replace(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "type:ReLU", nn.Tanh())
     >>> model[1]
@@ -65,7 +66,10 @@ def replace(
     put = {one: made[id(layers[one])] for one in paths}
     edited = with_layers(model, put)
     what = f"replace {_listed(paths)}"
-    settled(edited, put, prove(edited, model, what, inputs), what)
+    run = prove(edited, model, what, inputs)
+    require_calls(edited, put, model, run, inputs)
+    leave_fast_paths(edited, put, model)
+    settled(edited, put, run, what)
     # One by one where a regular expression selected them: a recipe in a file of others may hold none.
     steps = {path: new} if isinstance(new, nn.Module) and not path.startswith("re:") else put
     for where, layer in steps.items():

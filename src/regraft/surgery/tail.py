@@ -30,13 +30,14 @@ def tail(model: nn.Module, after: str, *, inputs: Inputs | None = None) -> Rewir
         if over:
             raise EditError(crossed(flow, after, [value], over, has_choice=False))
         if not found:  # those of evaluation hold for training as well
-            given = arguments_for(model, inputs=inputs)
-            found.append(sizes_of(flow.graph, [compute_values(model, flow, given.args, count) for count in BATCHES]))
+            found.append(sizes_of(flow.graph, [compute_values(model, flow, count) for count in BATCHES]))
         begin_at(flow.graph, [value_key(value)], found[0], model.get_submodule)
 
     try:
-        back = rewire(model, opened_for(model, after), change, closed=after)
+        back = rewire(
+            model, opened_for(model, after), change, closed=after, arguments=arguments_for(model, inputs=inputs)
+        )
     except ModelError as error:
-        raise EditError(f"cannot begin after '{after}': {error} Nothing was changed.") from error
+        raise EditError(f"cannot begin after '{after}': {str(error).rstrip('.')}. Nothing was changed.") from error
     prune(back)
     return back

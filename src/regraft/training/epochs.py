@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from regraft.anatomy.modes import preserved_randomness
+from regraft.anatomy.modes import in_mode, preserved_randomness
 from regraft.card import attach
 from regraft.errors import DataError, Interrupted, LossError, RunError
 from regraft.progress import Progress
@@ -26,6 +26,7 @@ from regraft.training.run_folder import RunFolder
 from regraft.training.signals import Signals, StopAsked
 from regraft.training.standing import Best, Standing
 from regraft.training.state import Found, Origin, changing_tensors, put_back, take_state
+from regraft.training.targets import class_labels, ignored_label, kind_of
 
 
 @dataclass
@@ -95,7 +96,7 @@ def train(run: Run, found: Found | None) -> FitResult:
     assert best is not None
     best.put_back(job.model)
     return FitResult(
-        model=job.model.eval(),
+        model=in_mode(job.model, False),
         plan=job.plan,
         config=config.updated(**run.origin.chosen),
         history=tuple(run.standing.history),
@@ -131,7 +132,7 @@ def _one_epoch(run: Run, epoch: int, faults: Faults, keeper: Keeper) -> None:
             progress=run.progress,
         )
     with standing.phase("validation"):
-        outputs, targets = score(job.live, _to_measure_on(run, faults), job.live_engine)
+        outputs, targets = _comparable(job, *score(job.live, _to_measure_on(run, faults), job.live_engine))
         found = measure(outputs, targets, _class_names(job, outputs))
         _require_finite(found, job)
     lr, seconds = job.optimizer.param_groups[0]["lr"], time.perf_counter() - began
@@ -291,6 +292,21 @@ def _class_names(job: Job, outputs: torch.Tensor) -> tuple[str, ...] | None:
     if job.material.task == "regression":
         return None
     return job.material.classes or tuple(map(str, range(outputs.shape[1])))
+
+
+def _comparable(job: Job, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the metrics compare: scores and classes without those that the loss ignores, or numbers.
+
+    Raises:
+        DataError: A label is none of the classes.
+    """
+    if job.material.task == "regression":
+        return (outputs.sigmoid() if kind_of(job.criterion) == "logits" else outputs), targets
+    ignored = ignored_label(job.criterion)
+    labels = class_labels(outputs, targets, ignored=ignored)
+    if ignored is None or not bool((labels == ignored).any()):
+        return outputs, labels
+    return outputs[labels != ignored], labels[labels != ignored]
 
 
 def _epoch_line(standing: Standing, epochs: int, *, is_best: bool) -> str:

@@ -78,7 +78,8 @@ def evaluate(
     if not isinstance(data, (str, os.PathLike)):
         batches = torch.utils.data.DataLoader(data, batch_size) if isinstance(data, torch.utils.data.Dataset) else data
         outputs, targets = _score(model, batches, engine)
-        regression = targets.is_floating_point()
+        task = card_of(model).task
+        regression = task == "regression" if task is not None else targets.is_floating_point()
         names = card_of(model).classes or tuple(map(str, range(outputs.shape[-1])))
         return measure(outputs, targets, None if regression else names)
     card = _require_task(model)
@@ -141,7 +142,7 @@ def _predict_opened(
 ) -> list[Prediction]:
     """Predict images that are open already, and the photos of paths among them, in order."""
     preprocessing = preprocessing_of(model)
-    crop = center_crop(preprocessing.size)
+    crop = center_crop(preprocessing.size, preprocessing.border)
     pixels, paths = [], []
     for number, item in enumerate(items):
         for source in [item] if isinstance(item, Image.Image) else _files(item):

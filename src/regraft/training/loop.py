@@ -10,12 +10,22 @@ import torch
 from torch import nn
 
 from regraft.anatomy.modes import evaluation_mode, preserved_randomness
-from regraft.errors import LossError, ModelError, RunError
+from regraft.errors import DataError, LossError, ModelError, RunError
 from regraft.progress import SILENT, Progress
 from regraft.training.config import OnNan
-from regraft.training.losses import Loss, check_loss
+from regraft.training.losses import Loss, is_mean_over_samples
+from regraft.training.micro_batch import (
+    LONELY,
+    Batch,
+    Inputs,
+    LonelySample,
+    backward_in_parts,
+    lonely_samples,
+    mixed,
+    rows,
+)
+from regraft.training.targets import batch_loss
 
-Inputs = torch.Tensor | tuple[torch.Tensor, ...]
 HALVES = (torch.float16, torch.bfloat16)
 
 WAYS_OUT = (
@@ -62,6 +72,7 @@ class Tally:
         count: Number of photos.
         skipped: Number of steps that were left out, as their loss or gradient was not finite.
         at_a_time: Photos that go through the network together, where memory has no room for a batch.
+        min_at_a_time: Fewest that it can learn from together; 2 once batch norm has refused a single one.
     """
 
     steps: int = 0
@@ -69,6 +80,7 @@ class Tally:
     count: int = 0
     skipped: int = 0
     at_a_time: int | None = None
+    min_at_a_time: int = 1
 
     @property
     def mean(self) -> float:
@@ -93,7 +105,8 @@ def train_epoch(
     """Pass over the batches once, one optimizer step each, and return the mean loss per photo.
 
     A batch for which the device has no memory goes through the network in parts, whose gradients are added up: the
-    step is that of the whole batch, but for layers that look at several photos together (batch norm).
+    step is that of the whole batch, whatever the loss, but for layers that look at several photos together (batch
+    norm). A batch of a single photo, from which such a layer cannot learn, is left out.
 
     Args:
         model: What is trained.
@@ -110,6 +123,7 @@ def train_epoch(
 
     Raises:
         LossError: The loss is not one number, or not finite; the message says at which step, and in which layer.
+        DataError: A label is none of the classes, or no batch has as many photos as batch norm needs.
         RunError: The device has no memory for a single photo.
     """
     model.train()
@@ -117,9 +131,14 @@ def train_epoch(
     for inputs, targets in batches:
         tally.steps += 1
         targets = targets.to(engine.device)
-        batch = _mixed(inputs, targets, mixup)
+        batch = mixed(inputs, targets, mixup)
         optimizer.zero_grad()
-        loss = _backward(model, batch, criterion, scaler, engine, tally, progress)
+        try:
+            loss = _backward(model, batch, criterion, scaler, engine, tally, progress)
+        except LonelySample:
+            _leave_out(optimizer, schedule)
+            progress.say("left out   a batch of one photo: batch norm cannot learn from one alone")
+            continue
         if math.isfinite(loss) and (on_nan == "stop" or _has_finite_gradients(optimizer, scaler)):
             scaler.step(optimizer)
             scaler.update()
@@ -132,83 +151,83 @@ def train_epoch(
                 f"{_first_at_fault(model, batch.inputs, engine)} {WAYS_OUT}"
             )
         else:
-            optimizer.zero_grad()
             tally.skipped += 1
-            optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # or the schedule would warn
+            _leave_out(optimizer, schedule)
+            continue
         schedule.step()
+    if tally.steps and not tally.count and not tally.skipped:
+        raise DataError(LONELY)
     if tally.skipped and not tally.count:
         raise LossError("no step of this epoch had a finite loss and gradient. Try a tenth of the learning rate.")
     return tally.mean
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Inputs, targets, the targets of what was mixed in, and the share of the first."""
-
-    inputs: Inputs
-    targets: torch.Tensor
-    others: torch.Tensor
-    share: float
-
-    def parts(self, size: int | None) -> Iterator["_Batch"]:
-        """Yield the batch in parts of at most that many photos."""
-        count = len(self.targets)
-        if size is None or size >= count:
-            yield self
-            return
-        for start in range(0, count, size):
-            part = slice(start, start + size)
-            yield _Batch(_rows(self.inputs, part), self.targets[part], self.others[part], self.share)
+def _leave_out(optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
+    """Go on to the next step without changing a weight."""
+    optimizer.zero_grad()
+    optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # or the schedule would warn
+    schedule.step()
 
 
 def _backward(
     model: nn.Module,
-    batch: _Batch,
+    batch: Batch,
     criterion: Loss,
     scaler: torch.amp.GradScaler,
     engine: Engine,
     tally: Tally,
     progress: Progress,
 ) -> float:
-    """Compute the gradients of a batch, in as many parts as memory asks for, and return its mean loss."""
-    count = len(batch.targets)
+    """Compute the gradients of a batch, split in half as often as memory runs out, and return its loss.
+
+    Raises:
+        LonelySample: The batch is a single sample, and the network cannot learn from one.
+    """
+    count = len(batch)
+
+    def forward(inputs: Inputs) -> torch.Tensor:
+        size = len(inputs if isinstance(inputs, torch.Tensor) else inputs[0])
+        with lonely_samples(model, size), engine.autocast():
+            return main_output(run(model, inputs, engine))
+
+    def loss_of(outputs: torch.Tensor, part: Batch) -> torch.Tensor:
+        with engine.autocast():
+            loss = batch_loss(criterion, outputs, part.targets)
+            if part.share < 1:
+                loss = part.share * loss + (1 - part.share) * batch_loss(criterion, outputs, part.others)
+        return loss
+
     while True:
-        total = 0.0
         try:
-            for part in batch.parts(tally.at_a_time):
-                with engine.autocast():
-                    output = main_output(run(model, part.inputs, engine))
-                    loss = check_loss(criterion(output, part.targets))
-                    if part.share < 1:
-                        loss = part.share * loss + (1 - part.share) * criterion(output, part.others)
-                share = len(part.targets) / count
-                total += loss.item() * share
-                if not math.isfinite(total):
-                    return total
-                scaler.scale(loss if share == 1 else loss * share).backward()
-            return total
+            parts = batch.split(tally.at_a_time or count, min_size=tally.min_at_a_time)
+            is_mean = len(parts) == 1 or is_mean_over_samples(criterion, batch.targets)
+            return backward_in_parts(forward, loss_of, model, batch, parts, scaler.scale, is_mean=is_mean)
         except torch.OutOfMemoryError as error:
             at_a_time = min(count, tally.at_a_time or count)
-            tally.at_a_time = _fewer(at_a_time, engine, error)
+            tally.at_a_time = _fewer(at_a_time, engine, error, min_at_a_time=tally.min_at_a_time)
+            said = f"{engine.device} has none for {at_a_time} photos at a time: {tally.at_a_time} from here on"
+        except LonelySample:
+            if count == 1:
+                raise
+            tally.min_at_a_time, tally.at_a_time = 2, max(2, tally.at_a_time or 2)
+            said = "batch norm cannot learn from one photo alone: two or more from here on"
         for parameter in model.parameters():
             parameter.grad = None
         _free_memory(engine)
-        progress.say(
-            f"memory     {engine.device} has none for {at_a_time} photos at a time: {tally.at_a_time} from here on, in "
-            f"steps of {count} photos as before"
-        )
+        progress.say(f"memory     {said}, in steps of {count} photos as before")
 
 
-def _fewer(at_a_time: int, engine: Engine, error: torch.OutOfMemoryError) -> int:
+def _fewer(at_a_time: int, engine: Engine, error: torch.OutOfMemoryError, *, min_at_a_time: int = 1) -> int:
     """Return half as many photos, for which there may be memory.
 
     Raises:
-        RunError: It was a single one.
+        RunError: It was a single one, or as few as batch norm needs.
     """
-    if at_a_time == 1:
+    if at_a_time <= min_at_a_time:
         reason = str(error).partition("\n")[0]
+        photos = "a single photo" if min_at_a_time == 1 else "two photos, and batch norm cannot learn from one alone"
         raise RunError(
-            f"{engine.device} has no memory for a single photo ({reason}). Try a smaller --image-size, freeze "
+            f"{engine.device} has no memory for {photos} ({reason}). Try a smaller --image-size, freeze "
             "more layers, or use a smaller network."
         ) from error
     return (at_a_time + 1) // 2
@@ -218,10 +237,6 @@ def _free_memory(engine: Engine) -> None:
     """Give back what torch keeps of the device's memory; called when no error holds on to tensors any more."""
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _rows(inputs: Inputs, part: slice) -> Inputs:
-    return inputs[part] if isinstance(inputs, torch.Tensor) else tuple(tensor[part] for tensor in inputs)
 
 
 def _has_finite_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
@@ -264,18 +279,6 @@ def _is_finite(value: object) -> bool:
     return all(bool(x.isfinite().all()) for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point())
 
 
-def _mixed(inputs: Inputs, targets: torch.Tensor, mixup: float) -> _Batch:
-    """Mix another example of the batch into each."""
-    if mixup == 0:
-        return _Batch(inputs, targets, targets, 1.0)
-    share = float(torch.distributions.Beta(mixup, mixup).sample())
-    order = torch.randperm(len(targets))
-    given = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
-    mixed = tuple(torch.lerp(x[order.to(x.device)], x, share) if x.is_floating_point() else x for x in given)
-    others = targets[order.to(targets.device)]
-    return _Batch(mixed[0] if isinstance(inputs, torch.Tensor) else mixed, targets, others, share)
-
-
 def score(
     model: nn.Module, batches: Iterable[tuple[Inputs, torch.Tensor]], engine: Engine
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -288,6 +291,7 @@ def score(
 
     Raises:
         RunError: The device has no memory for a single photo.
+        DataError: A batch is a single photo, and a norm without running statistics needs more.
     """
     outputs: list[torch.Tensor] = []
     expected: list[torch.Tensor] = []
@@ -301,14 +305,20 @@ def score(
 def _scores(model: nn.Module, inputs: Inputs, count: int, engine: Engine) -> list[torch.Tensor]:
     """Return the scores of that many photos, in as many parts as memory asks for."""
     try:
-        return [main_output(run(model, inputs, engine)).float().cpu()]
+        with lonely_samples(model, count):
+            return [main_output(run(model, inputs, engine)).float().cpu()]
+    except LonelySample as error:
+        raise DataError(
+            "a batch that is measured is a single sample, which a norm without running statistics cannot take. Use "
+            "another batch size."
+        ) from error
     except torch.OutOfMemoryError as error:
         fewer = _fewer(count, engine, error)
     _free_memory(engine)
     first, second = slice(0, fewer), slice(fewer, count)
     return [
-        *_scores(model, _rows(inputs, first), fewer, engine),
-        *_scores(model, _rows(inputs, second), count - fewer, engine),
+        *_scores(model, rows(inputs, first), fewer, engine),
+        *_scores(model, rows(inputs, second), count - fewer, engine),
     ]
 
 

@@ -12,6 +12,19 @@ from regraft.zoo import import_object
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+MEANS = (
+    nn.CrossEntropyLoss,
+    nn.NLLLoss,
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    nn.BCELoss,
+    nn.BCEWithLogitsLoss,
+    nn.MultiMarginLoss,
+    nn.MultiLabelSoftMarginLoss,
+    nn.SoftMarginLoss,
+)
 NAMES = {"classification": ("cross-entropy", "focal"), "regression": ("mse", "l1", "huber")}
 
 
@@ -51,9 +64,9 @@ def build_loss(name: str | None, task: Task, *, label_smoothing: float = 0.0, tr
     losses: dict[str, Loss] = {
         "cross-entropy": nn.CrossEntropyLoss(label_smoothing=label_smoothing),
         "focal": FocalLoss(),
-        "mse": _on_columns(nn.MSELoss()),
-        "l1": _on_columns(nn.L1Loss()),
-        "huber": _on_columns(nn.HuberLoss()),
+        "mse": OnColumns(nn.MSELoss()),
+        "l1": OnColumns(nn.L1Loss()),
+        "huber": OnColumns(nn.HuberLoss()),
     }
     return losses[name]
 
@@ -74,6 +87,32 @@ def check_loss(value: object) -> torch.Tensor:
     return value
 
 
-def _on_columns(loss: Loss) -> Loss:
-    """Let targets (N,) meet outputs (N, 1), which would otherwise broadcast to (N, N)."""
-    return lambda outputs, targets: loss(outputs, targets.to(outputs.dtype).reshape(outputs.shape))
+class OnColumns(nn.Module):
+    """A loss that compares outputs (N, 1) with targets (N,), which would otherwise broadcast to (N, N)."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Map outputs and as many targets to one number."""
+        return self.loss(outputs, targets.to(outputs.dtype).reshape(outputs.shape))
+
+
+def is_mean_over_samples(loss: Loss, targets: torch.Tensor) -> bool:
+    """Return whether a loss is known to be the mean of a loss of each sample, each counted the same.
+
+    Then the mean of two halves' losses is the loss of the whole. Of what is not known, such as a function or a class
+    of the user's own, this says False.
+
+    Args:
+        loss: The loss.
+        targets: What it is computed for; targets that a loss ignores do not count.
+    """
+    loss = loss.loss if isinstance(loss, OnColumns) else loss
+    if type(loss) is FocalLoss:
+        return True
+    if type(loss) not in MEANS or getattr(loss, "reduction", "") != "mean" or getattr(loss, "weight", None) is not None:
+        return False
+    ignored = getattr(loss, "ignore_index", None)
+    return ignored is None or targets.is_floating_point() or not bool((targets == ignored).any())

@@ -1,11 +1,13 @@
 """What is learned from and measured on: folders, tables, datasets and loaders → batches."""
 
-from collections.abc import Iterable, Sequence, Sized
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from regraft.card import Preprocessing
@@ -13,7 +15,7 @@ from regraft.data.decode import Unreadable
 from regraft.data.folders import Listing, Task, list_data
 from regraft.data.photos import Photos, SeededShuffle
 from regraft.data.transforms import augmentation
-from regraft.errors import DataError
+from regraft.errors import DataError, ModelError
 from regraft.frontier.key import checksum
 from regraft.frontier.partition import Partition
 from regraft.frontier.store import Store
@@ -22,9 +24,12 @@ from regraft.training.config import TrainConfig
 from regraft.training.extract import Extractor
 from regraft.training.features import FeatureBatches, Features
 from regraft.training.loop import Inputs
+from regraft.training.losses import Loss
 from regraft.training.lost import Partial, tolerant_loader
 from regraft.training.pixels import read_or_find_photos
+from regraft.training.randomness import random_states, set_random_states
 from regraft.training.result import ComputedOnce
+from regraft.training.targets import labels_in_memory, require_labels, task_of
 
 MEASURED_AT_A_TIME = 256
 
@@ -100,6 +105,7 @@ class Material:
         photos: The photos to learn from and those to measure on, where the data is photos.
         frontier: What was computed once for all epochs; None where the whole network runs in each.
         not_once_because: Why it does; None where there is nothing to say.
+        first_targets: Of the first batch to learn from; None for photos.
     """
 
     train: Iterable[Any]
@@ -112,6 +118,7 @@ class Material:
     photos: tuple[Photos, Photos] | None = None
     frontier: Frontier | None = None
     not_once_because: str | None = None
+    first_targets: torch.Tensor | None = None
 
 
 def list_if_folder(data: Any, config: TrainConfig) -> Listing | None:
@@ -184,11 +191,9 @@ def _given_material(data: Any, config: TrainConfig, extractor: Extractor | None)
         if isinstance(found, Sized) and len(found) == 0:
             raise DataError(f"the {part} data is empty. Give at least one batch.")
     _, targets = first_batch(batches)
-    dataset = getattr(train, "dataset", train)
     if targets.is_floating_point():
-        return Material(batches, measured, "regression", None)
-    names = getattr(dataset, "classes", None)
-    return Material(batches, measured, "classification", tuple(map(str, names)) if names else None)
+        return Material(batches, measured, "regression", None, first_targets=targets)
+    return Material(batches, measured, "classification", _names(train), first_targets=targets)
 
 
 def _photo_material(train: Photos, validation: Photos, config: TrainConfig, frontier: Frontier | None) -> Material:
@@ -233,13 +238,127 @@ def first_batch(batches: Iterable[Any]) -> tuple[Inputs, torch.Tensor]:
     if isinstance(batches, FeatureBatches):
         return next(iter(batches))
     found = (batch.batch if isinstance(batch, Partial) else batch for batch in batches)
-    first = next((batch for batch in found if batch is not None), None)
-    if not (isinstance(first, (tuple, list)) and len(first) == 2 and all(isinstance(x, torch.Tensor) for x in first)):
+    try:
+        first = next((batch for batch in found if batch is not None), None)
+    except TypeError as error:
+        if "default_collate" not in str(error):
+            raise
         raise DataError(
-            f"the training data yields {type(first).__name__}, expected pairs (inputs, targets) of tensors: "
-            "let the dataset return tensors, as with torchvision.transforms.ToTensor()."
-        )
+            f"the items of the training data cannot be put into a batch: {error}. Let the dataset return tensors and "
+            "numbers, or give the loader a collate_fn."
+        ) from error
+    _require_pair(first, "training")
     return first[0], first[1]
+
+
+def _require_pair(batch: Any, part: str) -> None:
+    is_sequence = isinstance(batch, (tuple, list))
+    if is_sequence and len(batch) == 2 and all(isinstance(tensor, torch.Tensor) for tensor in batch):
+        return
+    if isinstance(batch, Mapping):
+        kind = f"a {type(batch).__name__} with {', '.join(map(repr, batch)) or 'nothing'}"
+        advice = "wrap it in a dataset, or give the loader a collate_fn, that returns the two"
+    elif is_sequence and len(batch) != 2:
+        kind = f"a {type(batch).__name__} of {len(batch)}"
+        advice = "let the dataset return the two, without a third"
+    elif is_sequence:
+        kind = f"a {type(batch).__name__} of {' and '.join(type(entry).__name__ for entry in batch)}"
+        advice = "let the dataset return tensors and numbers, as with torchvision.transforms.ToTensor()"
+    else:
+        kind, advice = type(batch).__name__, "let the dataset return tensors, as with torchvision.transforms.ToTensor()"
+    raise DataError(f"the {part} data yields {kind}, expected pairs (inputs, targets) of tensors: {advice}.")
+
+
+def with_task(material: Material, loss: Loss | None, loss_name: str | None) -> Material:
+    """Return datasets and loaders with the task that their targets and the loss call for; folders have one already.
+
+    Raises:
+        DataError: The targets are not what the loss compares, or may be two things.
+    """
+    if material.photos is not None:
+        return material
+    assert material.first_targets is not None
+    targets = material.first_targets
+    with _states_put_back(material.validation):
+        measured = _peek(material.validation)
+        if measured is not None:
+            _require_pair(measured, "validation")
+    task = task_of(material.task, loss, loss_name, targets, None if measured is None else measured[1])
+    if task == "classification" and measured is not None and measured[1].is_floating_point() and measured[1].ndim != 2:
+        raise DataError(
+            f"the validation targets are {str(measured[1].dtype).removeprefix('torch.')}, and the training targets are "
+            "classes. Let both return classes (N,) of integers."
+        )
+    if task == material.task:
+        return material
+    return replace(material, task=task, classes=None if task == "regression" else _names(material.train))
+
+
+def _require_known_labels(material: Material, classes: int, ignored: int | None) -> None:
+    """Refuse labels that are none of the classes, as far as they are known without reading data.
+
+    Raises:
+        DataError: One is none of them; the message names it and the part of the data.
+    """
+    if material.photos is not None:
+        return
+    for part, batches in (("training ", material.train), ("validation ", material.validation)):
+        labels = labels_in_memory(batches)
+        if labels is None:
+            with _states_put_back(batches):
+                batch = _peek(batches)
+            labels = batch[1] if batch is not None else None
+        if labels is not None and (labels.ndim == 1 or labels.shape[1:].numel() == 1):
+            require_labels(labels, classes, ignored=ignored, part=part)
+
+
+def require_scores(
+    model: nn.Module, output: torch.Tensor, targets: torch.Tensor, material: Material, ignored: int | None
+) -> None:
+    """Refuse outputs that are no scores (N, K) of the data's classes, and labels of which there is no score.
+
+    Raises:
+        ModelError: The outputs are none, or of more or fewer classes than the data has.
+        DataError: A label is none of the classes.
+    """
+    if output.ndim != 2:
+        raise ModelError(
+            f"{type(model).__name__} gives outputs of shape {tuple(output.shape)} for {len(targets)} samples, expected "
+            "scores (N, K) of K classes. End the network with nn.Flatten and nn.Linear, or return floats as targets "
+            "to predict numbers."
+        )
+    labels = targets if targets.ndim != 2 or targets.shape[1] == 1 else targets.argmax(1)
+    labels = labels[labels != ignored] if ignored is not None else labels
+    known = material.classes is not None
+    wanted = len(material.classes) if material.classes is not None else int(labels.max()) + 1 if len(labels) else 0
+    if targets.ndim == 2 and targets.shape[1] > 1:
+        known, wanted = True, targets.shape[1]
+    if output.shape[1] < wanted or (known and output.shape[1] != wanted):
+        raise ModelError(
+            f"{type(model).__name__} gives {output.shape[1]} scores, the data has {wanted} classes. "
+            f"Use model = regraft.replace_head(model, {wanted})."
+        )
+    _require_known_labels(material, output.shape[1], ignored)
+
+
+def _peek(batches: Any) -> Any:
+    """Return the first batch where looking at it costs little and loses nothing; else None."""
+    is_cheap = isinstance(batches, (list, tuple)) or (isinstance(batches, DataLoader) and batches.num_workers == 0)
+    return next(iter(batches), None) if is_cheap else None
+
+
+@contextlib.contextmanager
+def _states_put_back(*batches: Any) -> Iterator[None]:
+    states = random_states(*batches)
+    try:
+        yield
+    finally:
+        set_random_states(states, *batches)
+
+
+def _names(batches: Any) -> tuple[str, ...] | None:
+    names = getattr(getattr(batches, "dataset", batches), "classes", None)
+    return tuple(map(str, names)) if names else None
 
 
 def _require_readable(unreadable: list[Unreadable], count: int, limit: float) -> None:

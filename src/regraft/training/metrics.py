@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from regraft.data.folders import Task
+from regraft.errors import DataError
+from regraft.training.targets import class_labels
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,15 @@ def measure(outputs: torch.Tensor, targets: torch.Tensor, classes: Sequence[str]
 
     Args:
         outputs: Scores (N, K) for classification, or numbers (N,) or (N, 1) for regression.
-        targets: Classes (N,) of int64, or numbers (N,).
+        targets: Classes (N,) of any integer type, one-hot rows (N, K), or numbers (N,).
         classes: Names of the K classes; None for regression.
+
+    Raises:
+        DataError: A label is none of the classes, or there is not one number for each output.
     """
-    return _measure_numbers(outputs, targets) if classes is None else _measure_classes(outputs, targets, classes)
+    if classes is None:
+        return _measure_numbers(outputs, targets)
+    return _measure_classes(outputs, class_labels(outputs, targets), classes)
 
 
 def reliability(outputs: torch.Tensor, targets: torch.Tensor, bins: int = 10) -> list[tuple[float, float, int]]:
@@ -121,6 +128,11 @@ def _measure_classes(outputs: torch.Tensor, targets: torch.Tensor, classes: Sequ
 
 def _measure_numbers(outputs: torch.Tensor, targets: torch.Tensor) -> Metrics:
     expected = targets.double().flatten()
+    if outputs.numel() != expected.numel():
+        raise DataError(
+            f"the outputs have the shape {tuple(outputs.shape)} and the targets {tuple(targets.shape)}: expected one "
+            "target for each output."
+        )
     errors = outputs.double().flatten() - expected
     squared = errors.square().mean().item()
     spread = (expected - expected.mean()).square().mean().item()

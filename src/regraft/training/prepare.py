@@ -29,7 +29,7 @@ from regraft.training.extract import Extractor
 from regraft.training.features import FeatureBatches
 from regraft.training.loop import Engine, choose_engine
 from regraft.training.losses import Loss, build_loss
-from regraft.training.material import Material
+from regraft.training.material import Material, with_task
 from regraft.training.result import Plan
 from regraft.training.sweep import DECAYS, Sweep, ridge_obstacle, ridge_start, sweep_heads
 from regraft.training.trial import try_one_batch
@@ -118,7 +118,7 @@ def prepare_model(
         built = model
     if config.image_size is not None:
         known = preprocessing_of(built)
-        resize = max(config.image_size, round(config.image_size * known.resize / known.size))
+        resize = max(1, round(config.image_size * known.resize / known.size))
         attach(built, preprocessing=known.model_copy(update={"size": config.image_size, "resize": resize}))
     if config.unfreeze_all:
         unfreeze(built)
@@ -141,6 +141,7 @@ def prepare_job(
     trust_code: bool,
 ) -> Job:
     """Put loss, optimizer and schedule beside model and data, audit them, and try one batch."""
+    material = with_task(material, loss, config.loss)
     criterion = loss or build_loss(
         config.loss, material.task, label_smoothing=config.label_smoothing, trust_code=trust_code
     )

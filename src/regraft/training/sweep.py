@@ -26,6 +26,7 @@ from regraft.training.closed_form import is_solvable, linear_head, ridge
 from regraft.training.features import FeatureBatches
 from regraft.training.loop import main_output
 from regraft.training.losses import Loss
+from regraft.training.targets import fit_targets
 
 RATES = (1e-5, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # with the least, a start from ridge regression stays what it is
 DECAYS = (0.05, 1.0)
@@ -119,7 +120,8 @@ def sweep_heads(
         by_fold = tuple(tensor.unflatten(0, rows.shape) for tensor in tensors)
 
         def loss_of(parameters: Any, tensors: tuple[torch.Tensor, ...], targets: torch.Tensor) -> torch.Tensor:
-            return loss(main_output(functional_call(live, parameters, tensors)), targets)
+            outputs = main_output(functional_call(live, parameters, tensors))
+            return loss(outputs, fit_targets(loss, outputs, targets))
 
         # Each choice has targets of its own, as losses such as F.mse_loss fail under vmap where scores alone are many.
         of_choices = vmap(loss_of, in_dims=(0, None, 0), randomness="different")

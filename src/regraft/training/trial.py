@@ -4,11 +4,13 @@ import torch
 from torch import nn
 
 from regraft.anatomy.modes import evaluation_mode
-from regraft.errors import ConfigError, LossError, ModelError
+from regraft.errors import ConfigError, LossError, ModelError, RegraftError
 from regraft.training.config import TrainConfig
 from regraft.training.loop import Engine, Inputs, main_output, run
-from regraft.training.losses import Loss, check_loss
-from regraft.training.material import Material, first_batch
+from regraft.training.losses import Loss
+from regraft.training.material import Material, first_batch, require_scores
+from regraft.training.micro_batch import require_learnable
+from regraft.training.targets import batch_loss, ignored_label
 from regraft.training.weight_types import type_names
 
 
@@ -29,6 +31,7 @@ def try_one_batch(
             f"--mixup {config.mixup:g} mixes images or features of floating numbers, and the inputs are "
             f"{type_names(_several(inputs))}. Leave the option out, or give inputs that are scaled."
         )
+    require_learnable(live, lambda: run(live, inputs, engine), len(targets))
     with evaluation_mode(live), torch.no_grad(), engine.autocast():
         try:
             output = main_output(run(live, inputs, engine))
@@ -39,16 +42,12 @@ def try_one_batch(
                 f"weights in {type_names(model.parameters())}): {reason}. Give inputs of the shape and type that it "
                 "was made for."
             ) from error
-        if material.task == "classification" and output.ndim == 2:
-            known = material.classes is not None
-            wanted = len(material.classes) if material.classes is not None else int(targets.max()) + 1
-            if output.shape[1] < wanted or (known and output.shape[1] != wanted):
-                raise ModelError(
-                    f"{type(model).__name__} gives {output.shape[1]} scores, the data has {wanted} classes. "
-                    f"Use model = regraft.replace_head(model, {wanted})."
-                )
+        if material.task == "classification":
+            require_scores(model, output, targets, material, ignored_label(criterion))
         try:
-            loss = criterion(output, targets)
+            batch_loss(criterion, output, targets)
+        except RegraftError:
+            raise
         except Exception as error:  # of anybody's code
             reason = str(error).partition("\n")[0]
             advice = "Use model = regraft.replace_head(model, 1)." if material.task == "regression" else "Pass another."
@@ -56,7 +55,6 @@ def try_one_batch(
                 f"the loss fails on scores of shape {tuple(output.shape)} ({type_names([output])}) and targets of "
                 f"shape {tuple(targets.shape)} ({type_names([targets])}): {reason}. {advice}"
             ) from error
-        check_loss(loss)
 
 
 def _several(inputs: Inputs) -> tuple[torch.Tensor, ...]:

@@ -9,6 +9,7 @@ import itertools
 import math
 import pickle
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # how pickles of Python 2 are read
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -31,11 +32,13 @@ STORAGES = {
     "BoolStorage": torch.bool,
     "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
+    "UntypedStorage": torch.uint8,
 }
 DEPTH_LIMIT = 200  # layers within layers
-VISIT_LIMIT = 200_000  # layers in all; a few objects that hold each other twice could keep one busy for ever
+VISIT_LIMIT = 200_000  # layers in all, however often the same object is met
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # what older torch.save begins with, as torch.serialization has it
 
+Check = Callable[[str], None]  # raises where a name that stands for nothing here is refused
 Fetch = Callable[[str, torch.dtype, int], torch.Tensor]  # key, dtype, number of elements → flat tensor
 
 
@@ -98,17 +101,21 @@ class _Names(dict[Any, Any]):
 class InertUnpickler(pickle.Unpickler):
     """Unpickles tensors, containers and plain values; everything else becomes `Inert`."""
 
-    def __init__(self, file: IO[bytes], fetch: Fetch) -> None:
+    def __init__(self, file: IO[bytes], fetch: Fetch, check: Check = lambda name: None) -> None:
         super().__init__(file, encoding="utf-8")
-        self._fetch = fetch
+        self._fetch, self._check = fetch, check
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what a name stands for here; nothing is imported."""
-        if module == "torch" and name in STORAGES:
+        module, name = NAME_MAPPING.get((module, name)) or (IMPORT_MAPPING.get(module, module), name)  # of Python 2
+        if module in ("torch", "torch.storage") and name in STORAGES:
             return STORAGES[name]
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
         function = KNOWN.get((module, name))
         if function is not None:
             return _Known(function)
+        self._check(f"{module}.{name}")
         return type("Inert", (Inert,), {"origin": f"{module}.{name}"})
 
     def persistent_load(self, pid: Any) -> Any:
@@ -138,8 +145,20 @@ def read_pickled(path: Path) -> Any:
     Raises:
         CheckpointError: It is damaged, or no such file.
     """
-    content = _from_archive(path) if zipfile.is_zipfile(path) else _from_legacy(path)
-    return _plain(content, {})
+    return _plain(read_inert(path), {})
+
+
+def read_inert(path: Path, check: Check = lambda name: None) -> Any:
+    """Read a file of torch.save whatever it holds, with an `Inert` in the place of each object that is no plain data.
+
+    Args:
+        path: The file.
+        check: Is called with each name that stands for nothing here, and may raise a CheckpointError.
+
+    Raises:
+        CheckpointError: It is damaged, or no such file, or `check` refuses it.
+    """
+    return _from_archive(path, check) if zipfile.is_zipfile(path) else _from_legacy(path, check)
 
 
 def tensors_within(value: Any) -> dict[str, torch.Tensor]:
@@ -193,7 +212,7 @@ def _mapping(value: Any) -> dict[Any, Any]:
     return dict(value) if isinstance(value, Mapping) else {}
 
 
-def _from_archive(path: Path) -> Any:
+def _from_archive(path: Path, check: Check = lambda name: None) -> Any:
     """Unpickle `data.pkl` of the zip archives that torch.save and torch.jit.save write."""
     size = path.stat().st_size
     try:
@@ -216,7 +235,7 @@ def _from_archive(path: Path) -> Any:
                 return storages[key][: count * dtype.itemsize].view(dtype)
 
             with archive.open(_stored(members[main])) as file:
-                return InertUnpickler(file, fetch).load()
+                return InertUnpickler(file, fetch, check).load()
     except CheckpointError:
         raise
     except Exception as error:  # a hostile or a damaged file can make an unpickler raise anything
@@ -229,7 +248,7 @@ def _stored(info: zipfile.ZipInfo) -> zipfile.ZipInfo:
     return info
 
 
-def _from_legacy(path: Path) -> Any:
+def _from_legacy(path: Path, check: Check) -> Any:
     """Unpickle what torch.save wrote before 1.6: a few pickles in a row, then the bytes of each storage."""
     size = path.stat().st_size
     storages: dict[str, tuple[torch.dtype, torch.Tensor]] = {}
@@ -247,7 +266,7 @@ def _from_legacy(path: Path) -> Any:
                 raise pickle.UnpicklingError("it does not begin as torch.save begins")
             for _ in range(2):  # the protocol, and what machine it was
                 InertUnpickler(file, fetch).load()
-            content = InertUnpickler(file, fetch).load()
+            content = InertUnpickler(file, fetch, check).load()
             for key in InertUnpickler(file, fetch).load():
                 count = int.from_bytes(file.read(8), "little")
                 dtype, flat = storages[key]
@@ -257,6 +276,8 @@ def _from_legacy(path: Path) -> Any:
                 if raw:
                     flat.copy_(torch.frombuffer(bytearray(raw), dtype=dtype))
         return content
+    except CheckpointError:
+        raise
     except Exception as error:
         raise _damaged(path, error) from error
 
@@ -276,6 +297,35 @@ def _tensor(flat: torch.Tensor, offset: int, size: Sequence[int], stride: Sequen
     return torch.as_strided(flat, tuple(size), tuple(stride), offset)
 
 
+def _viewed(
+    flat: torch.Tensor,
+    offset: int,
+    size: Sequence[int],
+    stride: Sequence[int],
+    grad: Any,
+    hooks: Any,
+    dtype: Any,
+    *_: Any,
+) -> torch.Tensor:
+    """Rebuild a tensor of a dtype that has no storage of its own, as the eight-bit floats."""
+    if not isinstance(dtype, torch.dtype) or flat.nbytes % dtype.itemsize:
+        raise pickle.UnpicklingError("a tensor of no known dtype")
+    return _tensor(flat.view(dtype), offset, size, stride)
+
+
+def _of_type(function: Any, kind: Any, arguments: Sequence[Any], *_: Any) -> Any:
+    """Rebuild a tensor that had attributes, which are left out; one of another class stays inert."""
+    plain = function(*arguments) if isinstance(function, _Known) else None
+    return plain if getattr(kind, "origin", "") == "torch.Tensor" else Inert(plain)
+
+
+def _encoded(text: str, encoding: str = "") -> bytes:
+    """Return the bytes that pickles of protocol 2 keep as text."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError("bytes in another encoding than latin1")
+    return text.encode("latin1")
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -287,6 +337,8 @@ def _first(value: Any, *_: Any) -> Any:
 KNOWN: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _viewed,
+    ("torch._tensor", "_rebuild_from_type_v2"): _of_type,
     ("torch._utils", "_rebuild_parameter"): _first,
     ("torch._utils", "_rebuild_parameter_with_state"): _first,
     ("torch.jit._pickle", "restore_type_tag"): _first,
@@ -294,6 +346,11 @@ KNOWN: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("torch.jit._pickle", "build_intlist"): _first,
     ("torch", "Size"): tuple,
     ("collections", "OrderedDict"): _Names,
+    ("collections", "defaultdict"): lambda *_: _Names(),
+    ("collections", "Counter"): lambda counts=(), *_: _Names(counts),
+    ("_codecs", "encode"): _encoded,
     ("builtins", "set"): set,
-    ("__builtin__", "set"): set,
+    ("builtins", "complex"): complex,
+    ("torch", "device"): lambda *_: None,
+    ("torch.serialization", "_get_layout"): lambda *_: None,
 }

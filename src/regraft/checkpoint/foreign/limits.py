@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import IO, Any, cast
 
+from regraft.checkpoint.foreign.kinds import require_torch_zip
 from regraft.checkpoint.foreign.pickles import check_legacy, check_pickle
 from regraft.checkpoint.format import is_safetensors
 from regraft.checkpoint.layout import read_layout
@@ -47,6 +48,7 @@ def _check_zip(path: Path, file: IO[bytes], size: int) -> None:
             raise _damaged(path, f"its list of entries takes more than {DIRECTORY_LIMIT_BYTES:,} bytes")
         with zipfile.ZipFile(file) as archive:
             _check_entries(path, archive, size)
+            require_torch_zip(path, archive.namelist())
             if any(entry.filename.endswith(".npy") for entry in archive.infolist()):
                 _check_arrays(path, archive, size)
             else:

@@ -1,12 +1,12 @@
 """What a pickle of torch would build: found without building it, and made plain afterwards.
 
-torch's weights-only unpickler runs no code, but trusts numbers: a storage may be said to be longer than the bytes that
-are there, a view larger than any memory, and a hundred bytes of pickle can stand for values whose hash takes years.
-Here the instructions are followed on paper: of each value only its size and depth are known.
+torch's weights-only unpickler runs no code, but what it builds, and for how long, is for the file to say. Here the
+instructions are followed on paper first: of each value only its size and depth are known, and both have limits.
 """
 
 import pickletools
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # how pickles of Python 2 are read, by torch as well
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ DEEPEST = 50  # tuples within each other
 LARGEST = 1_000_000  # values in one tuple, those within it included
 LONGEST_NAME = 1000  # characters
 FREE_BYTES = 2**20  # that a tensor may take beyond what is stored of it, as a number that was expanded does
+EXTRA_STATE = "_extra_state"  # how the name of the extra state of a layer ends
 LEGACY_PICKLES = 5  # magic number, version, machine, content, names of storages
 
 _CALLS = frozenset(
@@ -121,11 +122,28 @@ def _plain(path: Path, value: Any, known: dict[int, Any], depth: int) -> Any:
         names = [item for item in dict.items(value) if type(item[0]) in (str, int)]
         if any(isinstance(name, str) and len(name) > LONGEST_NAME for name, _ in names):
             raise _refused(path, f"it has a name of more than {LONGEST_NAME:,} characters")
-        known[id(value)] = {name: _plain(path, item, known, depth + 1) for name, item in names}
+        known[id(value)] = {
+            name: item if _is_extra_state(name, item) else _plain(path, item, known, depth + 1) for name, item in names
+        }
     elif isinstance(value, (list, tuple)):
         known[id(value)] = None
         known[id(value)] = [_plain(path, item, known, depth + 1) for item in value]
     return known.get(id(value))
+
+
+def _is_extra_state(name: Any, value: Any) -> bool:
+    """Return whether a value is the extra state of a layer, and of types that it may have as they are."""
+    return isinstance(name, str) and name.endswith(EXTRA_STATE) and _is_simple(value, 0)
+
+
+def _is_simple(value: Any, depth: int) -> bool:
+    if depth > DEEPEST:
+        return False
+    if value is None or type(value) in (bool, int, float, complex, str, bytes):
+        return True
+    if type(value) in (dict, OrderedDict):
+        return all(_is_simple(key, depth + 1) and _is_simple(item, depth + 1) for key, item in value.items())
+    return type(value) in (list, tuple, set) and all(_is_simple(item, depth + 1) for item in value)
 
 
 def _tensor(path: Path, tensor: torch.Tensor) -> torch.Tensor:
@@ -134,7 +152,12 @@ def _tensor(path: Path, tensor: torch.Tensor) -> torch.Tensor:
         raise _refused(path, f"it holds a tensor of the class {type(tensor).__name__}")
     plain = torch.Tensor.detach(tensor)
     if plain.layout is not torch.strided or plain.is_quantized or plain.is_nested or plain.device.type != "cpu":
-        kind = "quantized" if plain.is_quantized else str(plain.layout).removeprefix("torch.")
+        if plain.is_quantized:
+            raise CheckpointError(
+                f"'{path}' holds quantized weights (torch.ao, {str(plain.dtype).removeprefix('torch.')}). Expected "
+                "plain ones. Call dequantize() on them where the file was made, and save the result."
+            )
+        kind = str(plain.layout).removeprefix("torch.")
         raise _refused(path, f"it holds a tensor that is {kind} on '{plain.device}', expected a plain one with values")
     taken, there = plain.numel() * plain.itemsize, plain.untyped_storage().nbytes()
     if taken > max(there, FREE_BYTES):
@@ -232,7 +255,7 @@ class _Reader:
         known = NAME_MAPPING.get((module, last))
         module, last = known if known is not None else (IMPORT_MAPPING.get(module, module), last)
         name = f"{module}.{last}"
-        if len(name) > LONGEST_NAME:  # torch would search it for as many seconds as it has thousands, squared
+        if len(name) > LONGEST_NAME:
             raise _refused(self._path, f"it names something of {len(name):,} characters")
         is_type = module in ("torch", "torch.storage") and (
             last.endswith("Storage") or last.islower() or last[:1] == "Q"

@@ -11,9 +11,11 @@ from typing import Any, Literal
 import torch
 
 from regraft.checkpoint.foreign.inert import read_pickled, read_torchscript
+from regraft.checkpoint.foreign.kinds import describe_folder, require_weights
 from regraft.checkpoint.foreign.limits import check_container
+from regraft.checkpoint.foreign.objects import read_beside_objects
 from regraft.checkpoint.foreign.pickles import made_plain
-from regraft.checkpoint.foreign.state_dicts import StateDict, StateDicts, Tensors, listed, state_dicts_of
+from regraft.checkpoint.foreign.state_dicts import StateDict, StateDicts, Tensors, listed, split_extra, state_dicts_of
 from regraft.checkpoint.format import KEY, is_safetensors, read_header
 from regraft.checkpoint.shards import lies_beside
 from regraft.errors import CheckpointError
@@ -56,16 +58,21 @@ def read_state_dicts(path: Path, *, tensors_only: bool = False) -> StateDicts:
     """
     if path.is_dir():
         path = next((path / name for name in FOLDER_FILES if (path / name).is_file()), path)
+    if path.is_dir():
+        raise CheckpointError(f"'{path}' is a folder, and {describe_folder(path)}")
     if not path.is_file():
         raise CheckpointError(f"no file '{path}' (looked from {Path.cwd()}). Give the path of a file with weights.")
     kind = kind_of(path)
+    if kind == "torch":
+        require_weights(path)
     if kind == "index":
         return _read_shards(path)
     if kind == "safetensors" and read_header(path) is not None:
         return _read_own(path)  # which checks its layout itself
     check_container(path)
     if kind == "safetensors":
-        return StateDicts(path, (StateDict((), _read_safetensors(path), is_ordered=False),))
+        tensors, extra = split_extra(_read_safetensors(path))
+        return StateDicts(path, (StateDict((), tensors, is_ordered=False, extra=extra),))
     if kind == "npz":
         tensors, skipped = _read_arrays(path)
         return StateDicts(path, (StateDict((), tensors),), left_out=skipped)
@@ -103,6 +110,8 @@ def kind_of(path: Path) -> Kind:
 
 def unwrapping(entry: StateDict) -> list[str]:
     """Say what was taken off to get at a state dict."""
+    if entry.parts:
+        return [f"put together from the entries {', '.join(map(repr, entry.parts))}"]
     return [f"taken from the entry '{key}'" for key in entry.path]
 
 
@@ -112,12 +121,8 @@ def _read_torch(path: Path) -> Any:
             warnings.simplefilter("ignore")  # about the age of the file's format
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        if isinstance(error, pickle.UnpicklingError) and (foreign := FOREIGN_NAME.search(str(error))):
-            raise CheckpointError(
-                f"'{path}' holds more than tensors ({foreign[1]}), and reading it would run code from it. "
-                "Its tensors can be taken out without running any: tensors_only=True (--tensors-only), or "
-                f"`regraft convert {path.name} OUT.safetensors --tensors-only`."
-            ) from error
+        if isinstance(error, pickle.UnpicklingError) and FOREIGN_NAME.search(str(error)):
+            return made_plain(path, read_beside_objects(path), path.stat().st_size)
         reason = "no pickle that holds tensors" if isinstance(error, pickle.UnpicklingError) else str(error)
         raise CheckpointError(
             f"'{path}' cannot be read as weights: {type(error).__name__}: {reason.partition(chr(10))[0][:200]}. "
@@ -164,9 +169,14 @@ def _read_arrays(path: Path) -> tuple[Tensors, tuple[str, ...]]:
 
 def _read_own(path: Path) -> StateDicts:
     """Read a checkpoint of regraft, with all that it is based on."""
-    from regraft.checkpoint.delta import resolve  # whose bases may be files of others
+    from regraft.checkpoint.delta import MissingBaseError, merge_advice, resolve  # whose bases may be files of others
 
-    return StateDicts(path, (StateDict((), resolve(path).expanded(), is_ordered=False),))
+    try:
+        whole = resolve(path).expanded()
+    except MissingBaseError as error:
+        raise CheckpointError(f"{error.problem} {merge_advice(path)}") from error
+    tensors, extra = split_extra(whole)
+    return StateDicts(path, (StateDict((), tensors, is_ordered=False, extra=extra),))
 
 
 def _read_shards(path: Path) -> StateDicts:

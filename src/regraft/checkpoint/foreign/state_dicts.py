@@ -3,7 +3,7 @@
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ WRAPPERS = (
 )
 TRAINING = re.compile(r"(^|_)(optim\w*|\w*sched\w*|scaler|loops|hyper_parameters|rng\w*|amp)(_|$)")  # how that stood
 DEPTH = 5
+EXTRA_STATE = "_extra_state"  # as torch calls it in a state dict
 
 Tensors = dict[str, torch.Tensor]
 
@@ -39,11 +40,17 @@ class StateDict:
         path: The keys under which it lies, outermost first; empty for a file that is one.
         tensors: Its tensors by name.
         is_ordered: Whether they stand in the order in which the network registered them; safetensors sorts them.
+        parts: Keys of the entries that it was put together from; empty for one that lies in the file so.
+        sources: Of one that was put together, what the file calls each tensor.
+        extra: What `get_extra_state` of layers returned, by name: any plain data.
     """
 
     path: tuple[str, ...]
     tensors: Tensors
     is_ordered: bool = True
+    parts: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -129,6 +136,17 @@ def state_dicts_of(content: Any, path: Path) -> StateDicts:
     return StateDicts(path, entries, left_out)
 
 
+def is_extra_state(name: str) -> bool:
+    """Return whether a name of a state dict stands for what `get_extra_state` of a layer returned."""
+    return name.rpartition(".")[2] == EXTRA_STATE
+
+
+def split_extra(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
+    """Return the weights among some tensors, and the extra states of layers."""
+    extra = {name: tensor for name, tensor in tensors.items() if is_extra_state(name)}
+    return {name: tensor for name, tensor in tensors.items() if name not in extra}, extra
+
+
 def tensors_of(content: Mapping[Any, Any]) -> Tensors:
     """Return what is a tensor in a dict, by name."""
     return {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
@@ -140,19 +158,34 @@ def listed(entries: Sequence[StateDict]) -> str:
 
 
 def _find(content: Mapping[Any, Any], path: tuple[str, ...], seen: set[int]) -> Iterator[StateDict]:
-    if len(path) > DEPTH or id(content) in seen:
+    if len(path) > DEPTH or id(content) in seen or {"state", "param_groups"} <= content.keys():  # of an optimizer
         return
     seen.add(id(content))
     own = tensors_of(content)
-    nested = [(str(key), value) for key, value in content.items() if isinstance(value, Mapping)]
-    below = [entry for key, value in nested if _may_hold_weights(key) for entry in _find(value, (*path, key), seen)]
+    nested = [
+        (key, value)
+        for name, item in content.items()
+        if not is_extra_state(str(name))
+        for key, value in _mappings(str(name), item)
+    ]
+    below = [entry for key, value in nested if may_hold_weights(key) for entry in _find(value, (*path, key), seen)]
     if "callbacks" in path:
         below = [entry for entry in below if entry.is_average]
     numbers_beside = below and all(tensor.ndim == 0 for tensor in own.values())  # a best accuracy and the like
     if own and not numbers_beside and ("callbacks" not in path or StateDict(path, own).is_average):
-        yield StateDict(path, own)
+        extra = {str(name): value for name, value in content.items() if is_extra_state(str(name))}
+        yield StateDict(path, {name: own[name] for name in own if name not in extra}, extra=extra)
     yield from below
 
 
-def _may_hold_weights(key: str) -> bool:
+def _mappings(key: str, value: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """List the dicts under a key: the value itself, or those in a list."""
+    if isinstance(value, Mapping):
+        yield key, value
+    elif isinstance(value, (list, tuple)):
+        yield from ((f"{key}.{position}", item) for position, item in enumerate(value) if isinstance(item, Mapping))
+
+
+def may_hold_weights(key: str) -> bool:
+    """Return whether a key can stand for weights; how a training stood is none."""
     return not TRAINING.search(key.lower())

@@ -63,13 +63,22 @@ class Fitter:
         return None
 
     def is_other_head(self, name: str, tensor: torch.Tensor) -> bool:
-        """Say whether `name` belongs to a classifier, and differs from the file's in the number of classes alone."""
+        """Return whether `name` belongs to a classifier, and differs from the file's in the number of classes alone."""
         slot = self._slots[name]
         is_alike = tensor.ndim == slot.ndim > 0 and tensor.shape[1:] == slot.shape[1:]
-        return is_alike and self.is_in_head(name)
+        return is_alike and self.is_in_output(name)
+
+    def is_in_output(self, name: str) -> bool:
+        """Return whether `name` belongs to the layer that gives the classes: the last one of a head."""
+        if not self.is_in_head(name):
+            return False
+        assert self._heads is not None
+        head = next(head for head in self._heads if is_within(name, head))
+        last = [slot for slot in self._slots if is_within(slot, head)][-1]
+        return name.rpartition(".")[0] == last.rpartition(".")[0]
 
     def is_in_head(self, name: str) -> bool:
-        """Say whether `name` belongs to a classifier of the model."""
+        """Return whether `name` belongs to a classifier of the model."""
         if self._heads is None:
             try:
                 self._heads = [*find_heads(self._model), *find_auxiliary_heads(self._model)]

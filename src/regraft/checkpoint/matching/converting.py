@@ -8,13 +8,14 @@ from typing import Literal
 
 from torch import nn
 
-from regraft.anatomy.modes import preserved_randomness
+from regraft.anatomy.modes import in_mode, preserved_randomness
 from regraft.card import attach, card_of
 from regraft.checkpoint.foreign.reading import read_state_dicts, unwrapping
 from regraft.checkpoint.foreign.state_dicts import StateDicts, Tensors, listed
 from regraft.checkpoint.matching.adapting import shape
+from regraft.checkpoint.matching.load_plan import LoadPlan, carry_out
 from regraft.checkpoint.matching.load_report import LoadReport, Match, Sureness, some
-from regraft.checkpoint.matching.loading import LoadPlan, Rules, carry_out, plan_loading, renamed
+from regraft.checkpoint.matching.loading import Rules, plan_loading, renamed
 from regraft.checkpoint.matching.naming import without_wrappers
 from regraft.checkpoint.shards import write_tensors
 from regraft.checkpoint.write import save
@@ -76,7 +77,7 @@ def convert(
                 {"format": "pt"},
             )
         return replace(report, dry_run=dry_run)
-    rules = Rules(rename or {}, match, entry, accept, adapt=())
+    rules = Rules(rename or {}, match, entry, accept, adapt=(), may_adapt=False)
     return _into_network(model, contents, rules, target, trust_code=trust_code, dry_run=dry_run)
 
 
@@ -93,7 +94,7 @@ def _into_network(
     if recipe is not None:
         weights = recipe.source.model_copy(update={"weights": contents.path.name})
         attach(network, recipe=recipe.model_copy(update={"source": weights}))
-    save(network.eval(), target)
+    save(in_mode(network, False), target)
     return plan.report
 
 

@@ -1,8 +1,8 @@
 """What of a file went into a model, and what did not: a plain value that prints as a table and as JSON."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Sureness = Literal["certain", "likely", "guess"]
@@ -57,6 +57,8 @@ class LoadReport:
         missing: Names that the model has and the file lacks; those keep their values.
         unexpected: Names that the file has and the model lacks.
         mismatched: (name, shape in the file, shape in the model); those keep their values.
+        gaps: Names of the parameters outside of the head that keep their values; a warning names them as well.
+        reasons: By name, why a mismatched tensor does not fit where that is not its shape.
         notes: What was unwrapped or stripped on the way, and what probably explains the differences.
         matches: Which tensor of the file belongs to which of the model, and how sure that is; also those that were not
             taken because they are not sure enough.
@@ -81,6 +83,8 @@ class LoadReport:
     cause: str = ""
     suggestion: str = ""
     dry_run: bool = False
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    gaps: tuple[str, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -102,9 +106,10 @@ class LoadReport:
             if names:
                 counts += f", {len(names)} {word} ({some(names)})"
         for name, theirs, ours in self.mismatched[:3]:
-            counts += f", '{name}' is {theirs} in the file and {ours} in the model"
+            why = self.reasons.get(name, f"is {theirs} in the file and {ours} in the model")
+            counts += f", '{name}' {why}"
         if len(self.mismatched) > 3:
-            counts += f", and {len(self.mismatched) - 3} more of another shape"
+            counts += f", and {len(self.mismatched) - 3} more that do not fit"
         return "; ".join([counts, *self.notes])
 
     def to_dict(self) -> dict[str, Any]:

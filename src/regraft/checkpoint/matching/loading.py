@@ -1,29 +1,30 @@
 """Load a file's weights into a model: read, propose, check, and only then copy."""
 
-import contextlib
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
+from regraft.checkpoint.foreign.quantized import dequantized
 from regraft.checkpoint.foreign.reading import read_state_dicts, unwrapping
-from regraft.checkpoint.foreign.state_dicts import StateDict, StateDicts, Tensors, listed
+from regraft.checkpoint.foreign.state_dicts import EXTRA_STATE, StateDict, StateDicts, Tensors, listed
 from regraft.checkpoint.matching.adapting import Adaptable, Fitter, shape
 from regraft.checkpoint.matching.alignment import COUNTER
 from regraft.checkpoint.matching.diagnosis import diagnose
-from regraft.checkpoint.matching.load_report import SURENESS, Adaptation, LoadReport, Match, Sureness
+from regraft.checkpoint.matching.library_names import renamed_by_libraries
+from regraft.checkpoint.matching.load_plan import MIN_SHARE, LoadPlan, UnfitError, carry_out, slots_of
+from regraft.checkpoint.matching.load_report import SURENESS, Adaptation, LoadReport, Match, Sureness, some
 from regraft.checkpoint.matching.mapping import Proposal, match_shapes, propose
-from regraft.checkpoint.matching.naming import Shapes
+from regraft.checkpoint.matching.naming import strip_wrapper_parts
+from regraft.checkpoint.matching.parts import joined_parts
 from regraft.errors import CheckpointError
-
-MIN_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Rules:
     entry: str | None = None
     accept: Sureness = "certain"
     adapt: Collection[Adaptable] = ("positions", "stem")
+    may_adapt: bool = True  # whether the function that was called has `adapt`, for advice to name it
 
     def __post_init__(self) -> None:
         problem = None
@@ -46,21 +48,6 @@ class Rules:
             problem = f"adapt is {self.adapt!r}, expected some of 'positions', 'stem', 'head' in a tuple"
         if problem:
             raise CheckpointError(f"{problem}. Nothing was changed.")
-
-
-@dataclass(frozen=True)
-class LoadPlan:
-    """What will be loaded into a model, before anything is.
-
-    Attributes:
-        values: The tensors to copy, by their names in the model; shapes fit, dtypes may not yet.
-        report: What will be so.
-        theirs: Shape by name in the file.
-    """
-
-    values: Tensors
-    report: LoadReport
-    theirs: Shapes
 
 
 def load_weights(
@@ -116,6 +103,7 @@ def load_weights(
     if dry_run:
         return replace(plan.report, dry_run=True)
     carry_out(plan, model, min_share=min_share, strict=strict)
+    _warn_of_gaps(plan.report, model)
     return plan.report
 
 
@@ -125,22 +113,68 @@ def plan_loading(model: nn.Module, contents: StateDicts, rules: Rules) -> LoadPl
     Raises:
         CheckpointError: An option is wrong, the model has nothing to load into, or the file holds several networks.
     """
-    slots = _slots(model)
+    slots = slots_of(model)
+    joined = joined_parts(contents.entries, {name: shape(slot) for name, slot in slots.items()})
+    wanted = [entry for entry in joined if rules.entry in (None, entry.key)]
+    whole = [(entry, _planned(model, slots, contents, entry, rules)) for entry in wanted]
+    if rules.entry is not None and whole:
+        return whole[0][1]
     choices = contents.choices(rules.entry)
-    return _best([_planned(model, slots, contents, chosen, rules) for chosen in choices], contents, choices)
+    plans = [_planned(model, slots, contents, chosen, rules) for chosen in choices]
+    if not whole:
+        return _best(plans, contents, choices)
+    in_parts = _best_in_parts(whole, contents)
+    most = max(len(plan.report.loaded) for plan in plans)
+    plan = in_parts if len(in_parts.report.loaded) > most else _best(plans, contents, choices)
+    _require_all_parts(plan, in_parts, contents)
+    return plan
 
 
-def carry_out(plan: LoadPlan, model: nn.Module, *, min_share: float = MIN_SHARE, strict: bool = False) -> None:
-    """Check a plan and copy its tensors into the model.
+def _best_in_parts(whole: Sequence[tuple[StateDict, LoadPlan]], contents: StateDicts) -> LoadPlan:
+    """Return the plan that fills the most.
 
     Raises:
-        CheckpointError: It does not fit well enough, or a tensor cannot be written. Nothing was changed.
+        UnfitError: Another one fills as much, with other parts.
     """
-    if not 0 <= min_share <= 1:
-        raise CheckpointError(f"min_share is {min_share!r}, expected a number from 0 to 1. Nothing was changed.")
-    slots = _slots(model)
-    _require_fit(plan, model, slots, min_share, strict=strict)
-    _copy(slots, plan.values, plan.report.path)
+    entry, best = max(whole, key=lambda pair: (len(pair[1].report.loaded), not pair[0].is_average))
+    for other, plan in whole:
+        if other.is_average and not entry.is_average:
+            continue
+        if len(plan.report.loaded) == len(best.report.loaded) and not set(other.parts) & set(entry.parts):
+            raise UnfitError(
+                f"'{contents.path}' holds several networks in parts: '{entry.key}' and '{other.key}'.",
+                "Choose one with entry=KEY (--entry KEY).",
+            )
+    return best
+
+
+def _require_all_parts(plan: LoadPlan, joined: LoadPlan, contents: StateDicts) -> None:
+    """Check that no part of a file is left aside that may belong to what a plan leaves as it is.
+
+    Raises:
+        CheckpointError: There is one.
+    """
+    waiting = [match for match in joined.report.proposed if match.name in plan.report.missing]
+    if waiting:
+        raise UnfitError(
+            f"'{contents.path}' keeps a network in parts: {listed(contents.entries)}. One of them has "
+            f"'{waiting[0].source}', which may be '{waiting[0].name}' of the model, but that is no more "
+            f"than {waiting[0].sure}.",
+            "Look with dry_run=True (--dry-run), or rename the parts with rename={…} (--rename), or take one alone "
+            "with entry=KEY (--entry KEY).",
+        )
+
+
+def _warn_of_gaps(report: LoadReport, model: nn.Module) -> None:
+    """Warn where parameters outside of the head keep their values; a head for other classes is expected to."""
+    if report.share >= 1 or not report.gaps:
+        return
+    warnings.warn(
+        f"{len(report.gaps)} tensors of {type(model).__name__} ({some(report.gaps)}), {1 - report.share:.1%} of its "
+        f"parameters without the head, keep the values that they had: '{report.path}' has nothing certain for them. "
+        f"{report.cause}",
+        stacklevel=3,
+    )
 
 
 def renamed(tensors: Tensors, rules: Mapping[str, str], path: Path) -> Tensors:
@@ -168,29 +202,16 @@ def renamed(tensors: Tensors, rules: Mapping[str, str], path: Path) -> Tensors:
     return tensors
 
 
-def _slots(model: nn.Module) -> Tensors:
-    """Return the tensors of a model that can be filled.
-
-    Raises:
-        CheckpointError: Some have no memory to load into.
-    """
-    slots = {name: slot for name, slot in model.state_dict(keep_vars=True).items() if isinstance(slot, torch.Tensor)}
-    for name, slot in slots.items():
-        if is_lazy(slot):
-            raise CheckpointError(
-                f"'{name}' of {type(model).__name__} is lazy: it has no shape yet. Run the model once on an input, "
-                "then load. Nothing was changed."
-            )
-        if slot.is_meta:
-            raise CheckpointError(
-                f"'{name}' of {type(model).__name__} is on the meta device, which has no memory to load into. Use "
-                "model.to_empty(device='cpu') first. Nothing was changed."
-            )
-    return slots
-
-
 def _planned(model: nn.Module, slots: Tensors, contents: StateDicts, chosen: StateDict, rules: Rules) -> LoadPlan:
+    plain, notes = dequantized(chosen.tensors, slots, contents.path)
+    chosen, contents = replace(chosen, tensors=plain), replace(contents, notes=(*contents.notes, *notes))
     tensors = renamed(chosen.tensors, rules.rename, contents.path)
+    original = dict(zip(tensors, chosen.tensors, strict=True))
+    who: dict[str, str] = {}
+    if rules.match == "names":
+        before = {id(tensor): name for name, tensor in tensors.items()}
+        tensors, who = renamed_by_libraries(model, tensors, slots)
+        original = {name: original.get(before.get(id(tensor), name), name) for name, tensor in tensors.items()}
     theirs = {name: shape(tensor) for name, tensor in tensors.items()}
     ours = {name: shape(slot) for name, slot in slots.items()}
     by_shape = rules.match == "shapes"
@@ -199,29 +220,46 @@ def _planned(model: nn.Module, slots: Tensors, contents: StateDicts, chosen: Sta
     fitter = Fitter(model, slots, held, rules.adapt)
     values, matches, mismatched, adapted = _fitted(found, tensors, slots, fitter, "guess" if by_shape else rules.accept)
     report = _report(slots, contents, chosen, found, fitter, (values, matches, mismatched, adapted))
-    original = dict(zip(tensors, chosen.tensors, strict=True))
-    matches = tuple(replace(pair, source=original[pair.source]) for pair in report.matches)
-    return LoadPlan(values, replace(report, matches=matches), theirs)
+    rest = [entry for entry in contents.entries if entry.key not in (chosen.key, *chosen.parts)]
+    cause, suggestion = diagnose(report, found, fitter, rest, may_adapt=rules.may_adapt)
+    report = replace(report, cause=cause, suggestion=suggestion)
+    matches = tuple(
+        replace(
+            pair,
+            source=chosen.sources.get(original[pair.source], original[pair.source]),
+            reason=f"as {who[pair.source]} while loading" if pair.source in who else pair.reason,
+        )
+        for pair in report.matches
+    )
+    extra, absent, surplus = _extra_states(model, chosen.extra)
+    report = replace(
+        report,
+        matches=matches,
+        loaded=(*report.loaded, *(f"{path}.{EXTRA_STATE}".lstrip(".") for path in extra)),
+        missing=(*report.missing, *absent),
+        unexpected=(*report.unexpected, *surplus),
+    )
+    return LoadPlan(values, report, theirs, extra)
 
 
 def _fitted(
     found: Proposal, tensors: Tensors, slots: Tensors, fitter: Fitter, accept: Sureness
-) -> tuple[Tensors, list[Match], list[str], list[Adaptation]]:
-    """Make each pair fit; return what to load, the pairs, the names that do not fit, and what was changed."""
+) -> tuple[Tensors, list[Match], dict[str, str], list[Adaptation]]:
+    """Make each pair fit; return what to load, the pairs, what does not fit with the reason, and what was changed."""
     values: Tensors = {}
     matches: list[Match] = []
-    mismatched: list[str] = []
+    mismatched: dict[str, str] = {}
     adapted: list[Adaptation] = []
     for pair in found.matches:
         tensor, slot = tensors[pair.source], slots[pair.name]
         is_taken = SURENESS.index(pair.sure) <= SURENESS.index(accept)
-        if not _same_kind(tensor, slot):
-            mismatched.append(pair.name)
+        if not same_kind(tensor, slot):
+            mismatched[pair.name] = f"is {_dtype(tensor.dtype)} in the file and {_dtype(slot.dtype)} in the model"
             continue
         if tensor.shape != slot.shape:
             made = fitter.fit(pair.name, tensor)
             if made is None:
-                mismatched.append(pair.name)
+                mismatched[pair.name] = ""
                 continue
             tensor = made[0]
             if is_taken:
@@ -244,14 +282,16 @@ def _report(
     chosen: StateDict,
     found: Proposal,
     fitter: Fitter,
-    parts: tuple[Tensors, list[Match], list[str], list[Adaptation]],
+    parts: tuple[Tensors, list[Match], dict[str, str], list[Adaptation]],
 ) -> LoadReport:
     values, matches, mismatched, adapted = parts
     filled = {id(slots[name]) for name in values}  # tied tensors are filled together
     used = {match.source for match in found.matches}
     shapes = {match.name: match.shape for match in found.matches}
-    others = tuple(entry.key for entry in contents.entries if entry.key and entry.key != chosen.key)
-    report = LoadReport(
+    others = tuple(
+        entry.key for entry in contents.entries if entry.key and entry.key not in (chosen.key, *chosen.parts)
+    )
+    return LoadReport(
         path=str(contents.path),
         loaded=tuple(name for name in slots if id(slots[name]) in filled),
         missing=tuple(
@@ -264,14 +304,18 @@ def _report(
             + [found.names[match.source] for match in matches if not match.loaded]
         ),
         mismatched=tuple((name, shapes[name], shape(slots[name])) for name in mismatched),
+        reasons={name: reason for name, reason in mismatched.items() if reason},
         notes=(*contents.notes, *unwrapping(chosen), *found.notes),
         matches=tuple(matches),
         adapted=tuple(adapted),
         left_out=tuple(dict.fromkeys((*contents.left_out, *others))),
         share=_share(slots, filled, fitter),
+        gaps=tuple(
+            name
+            for name, slot in slots.items()
+            if isinstance(slot, nn.Parameter) and id(slot) not in filled and not fitter.is_in_head(name)
+        ),
     )
-    cause, suggestion = diagnose(report, found, fitter, [entry for entry in contents.entries if entry is not chosen])
-    return replace(report, cause=cause, suggestion=suggestion)
 
 
 def _share(slots: Tensors, filled: set[int], fitter: Fitter) -> float:
@@ -294,72 +338,41 @@ def _best(plans: list[LoadPlan], contents: StateDicts, choices: Sequence[StateDi
     if ranked[0].report.share > ranked[1].report.share and ranked[1].report.share < MIN_SHARE:
         return ranked[0]
     fit = ", ".join(f"{plan.report.share:.0%}" for plan in plans)
-    raise CheckpointError(
-        f"'{contents.path}' holds several state dicts that fit: {listed(choices)}, which would fill "
-        f"{fit} of the model. Choose one with entry=KEY (--entry KEY). Nothing was changed."
+    raise UnfitError(
+        f"'{contents.path}' holds several state dicts: {listed(choices)}, which would fill {fit} of the model.",
+        "Choose one with entry=KEY (--entry KEY).",
     )
 
 
-def _require_fit(plan: LoadPlan, model: nn.Module, slots: Tensors, min_share: float, *, strict: bool) -> None:
-    report, kind = plan.report, type(model).__name__
-    advice = " ".join(f"{text}." for text in (report.cause, report.suggestion) if text)
-    if not plan.values and not report.proposed:
-        raise CheckpointError(
-            f"nothing in '{report.path}' fits {kind}: the file has {_listed(plan.theirs)}, the model "
-            f"{_listed({name: shape(slot) for name, slot in slots.items()})}. Give the architecture that the file was "
-            "trained with, or rename={…}. Nothing was changed."
-        )
-    if strict and (report.missing or report.unexpected or report.mismatched):
-        raise CheckpointError(
-            f"'{report.path}' does not fit {kind} in all: {report.headline()}. {advice} Nothing was changed.".replace(
-                "  ", " "
-            )
-        )
-    if not plan.values:
-        raise CheckpointError(
-            f"nothing in '{report.path}' is certain to fit {kind}. {advice} Look with dry_run=True (--dry-run). "
-            "Nothing was changed."
-        )
-    if report.share < min_share:
-        raise CheckpointError(
-            f"only {report.share:.1%} of the parameters of {kind} would be loaded from '{report.path}', expected at "
-            f"least {min_share:.0%}. {advice} Look with dry_run=True (--dry-run), or allow less with min_share=. "
-            "Nothing was changed."
-        )
-    _require_one_value_for_tied(plan, slots)
+def _extra_states(model: nn.Module, held: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Find the layers to which the extra states of a file belong.
+
+    Returns:
+        Values by the layers' paths; names that the file lacks; names that the model lacks.
+    """
+    base = nn.Module.get_extra_state
+    keeping = [path for path, layer in model.named_modules() if type(layer).get_extra_state is not base]
+    ours = {f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE: path for path in keeping}
+    plain_ours = {plain: name for name, plain in strip_wrapper_parts(ours).items()}
+    values: dict[str, Any] = {}
+    surplus = []
+    for source, plain in strip_wrapper_parts(held).items():
+        near = [
+            name
+            for now, name in plain_ours.items()
+            if f".{now}".endswith(f".{plain}") or f".{plain}".endswith(f".{now}")
+        ]
+        name = plain_ours.get(plain) or (near[0] if len(near) == 1 else None)
+        if name is None:
+            surplus.append(source)
+        else:
+            values[ours[name]] = held[source]
+    absent = [name for name, path in ours.items() if path not in values]
+    return values, absent, surplus
 
 
-def _require_one_value_for_tied(plan: LoadPlan, slots: Tensors) -> None:
-    first: dict[int, str] = {}
-    for name, value in plan.values.items():
-        other = first.setdefault(id(slots[name]), name)
-        if other != name and value is not plan.values[other] and not torch.equal(value, plan.values[other]):
-            raise CheckpointError(
-                f"'{other}' and '{name}' are one tensor in the model, and two different ones in "
-                f"'{plan.report.path}'. Untie them, or rename one of them in the file. Nothing was changed."
-            )
-
-
-def _copy(slots: Tensors, values: Tensors, path: str) -> None:
-    """Copy all, or put everything back and say why."""
-    before: list[tuple[torch.Tensor, torch.Tensor]] = []
-    with torch.no_grad():
-        try:
-            for name, value in values.items():
-                before.append((slots[name], slots[name].detach().clone()))
-                slots[name].copy_(value)
-        except BaseException as error:
-            for slot, old in before:
-                with contextlib.suppress(RuntimeError):  # of the one that cannot be written, and so was not
-                    slot.copy_(old)
-            if not isinstance(error, Exception):
-                raise
-            name, reason = list(values)[len(before) - 1], str(error).partition("\n")[0]
-            raise CheckpointError(f"'{name}' cannot be loaded from '{path}': {reason}. Nothing was changed.") from error
-
-
-def _same_kind(tensor: torch.Tensor, slot: torch.Tensor) -> bool:
-    """Say whether both hold numbers of a kind, so that a cast loses no more than precision; counters may be either."""
+def same_kind(tensor: torch.Tensor, slot: torch.Tensor) -> bool:
+    """Return whether a cast between both loses no more than precision; single numbers may be of any kind."""
     if slot.ndim == tensor.ndim == 0:
         return True
     return tensor.is_floating_point() == slot.is_floating_point() and tensor.is_complex() == slot.is_complex()
@@ -367,7 +380,3 @@ def _same_kind(tensor: torch.Tensor, slot: torch.Tensor) -> bool:
 
 def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _listed(shapes: Shapes) -> str:
-    return ", ".join(f"'{name}' {found}" for name, found in list(shapes.items())[:2])

@@ -87,7 +87,7 @@ def match_shapes(theirs: Shapes, ours: Shapes, *, is_ordered: bool = True) -> Pr
     if len(left) * len(right) > CELLS:
         raise CheckpointError(
             f"{len(left):,} layers of the file and {len(right):,} of the model are too many to pair by shape. "
-            "Give rename={…}. Nothing was changed."
+            "Give rename={…} (--rename). Nothing was changed."
         )
     if is_ordered:
         pairs, choices = align(left, right, by_name=False)
@@ -105,7 +105,7 @@ def match_shapes(theirs: Shapes, ours: Shapes, *, is_ordered: bool = True) -> Pr
         reason = "" if is_ordered else " The file does not keep the order of layers."
         raise CheckpointError(
             f"by order and shape, '{right[position].path}' of the model may be {names} of the file or another"
-            f"{others}.{reason} Rename what names can tell, with rename={{…}}. Nothing was changed."
+            f"{others}.{reason} Rename what names can tell, with rename={{…}} (--rename). Nothing was changed."
         )
     paired = {j for _, j in pairs}
     unpaired = [unit.path for j, unit in enumerate(right) if j not in paired]

@@ -124,6 +124,16 @@ def without_wrappers(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     return current, notes
 
 
+def strip_wrapper_parts(names: Iterable[str]) -> dict[str, str]:
+    """Take wrapper parts off, where that makes no two names one."""
+    current = {name: name for name in names}
+    for part in WRAPPER_PARTS:
+        plain = {name: _without(now, part) for name, now in current.items()}
+        if len(set(plain.values())) == len(plain):
+            current = plain
+    return current
+
+
 def _without_parts(theirs: Shapes, ours: Shapes) -> tuple[dict[str, str], dict[str, str], list[str]]:
     """Take the parts of wrappers off the names on both sides, where that makes no two names one.
 

@@ -1,0 +1,53 @@
+"""What draws random numbers, and whether something has drawn."""
+
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+RANDOM = frozenset(
+    {
+        "bernoulli", "bernoulli_", "exponential_", "geometric_", "log_normal_", "multinomial", "normal", "normal_",
+        "poisson", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "random_", "randperm",
+        "rrelu", "rrelu_", "uniform_", "gumbel_softmax", "cauchy_", "fractional_max_pool2d", "fractional_max_pool3d",
+        "binomial", "fractional_max_pool2d_with_indices", "fractional_max_pool3d_with_indices",
+    }
+)  # fmt: skip
+DROPPING = frozenset({"alpha_dropout", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"})
+
+State = tuple[bytes, Any, bytes, int]
+
+
+def random_state() -> State:
+    """Return the state of the global generators of torch (CPU), Python and NumPy as comparable values."""
+    kind = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), kind[1].tobytes(), int(kind[2])
+
+
+def generator_states(layers: Iterable[nn.Module]) -> dict[str, Any]:
+    """Return the states of the generators that layers hold, or that the modules of their forwards do."""
+    return {name: _state(generator) for name, generator in _generators(layers)}
+
+
+def _generators(layers: Iterable[nn.Module]) -> Iterator[tuple[str, Any]]:
+    kinds = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+    for position, layer in enumerate(layers):
+        for name, value in vars(layer).items():
+            if isinstance(value, kinds):
+                yield f"{position}.{name}", value
+        for name, value in getattr(type(layer).forward, "__globals__", {}).items():
+            if isinstance(value, kinds):
+                yield f"{type(layer).__module__}:{name}", value
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, torch.Generator):
+        return generator.get_state().numpy().tobytes()
+    if isinstance(generator, np.random.RandomState):
+        return repr(generator.get_state(legacy=False))
+    return repr(generator.bit_generator.state)

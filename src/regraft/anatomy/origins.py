@@ -1,0 +1,228 @@
+"""Which parameters were the last to mix features on the way to each output of a network.
+
+Every operation of one forward is seen as it is dispatched. An operation that multiplies data with parameters (a matrix
+product, a convolution, a lookup) is a *projection*: its result originates in that projection alone. All others
+(activations, norms, scales, sums, concatenations, views) pass on where their inputs originate, and note the parameters
+that took part. A projection whose result goes into another one on the way to an output is no origin of it: in a
+residual stream only the last block counts. The origins of the outputs are the heads, whatever the layers are called, wherever
+they are registered, and whether they are modules or bare parameters.
+
+Origins are kept for memory, not for tensors: views share memory, and a write into a part of a tensor reaches all of it.
+Tried and dropped: the layer that ends last. A module that holds parameters beside its layers (the class token of a
+vision transformer) ends after its own classifier, and of several heads only one is last.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
+
+FACTORS: dict[str, tuple[int, ...]] = {  # the arguments of an operation that are multiplied with one another
+    "mm": (0, 1), "bmm": (0, 1), "mv": (0, 1), "dot": (0, 1), "vdot": (0, 1), "matmul": (0, 1), "linear": (0, 1),
+    "addmm": (1, 2), "addmv": (1, 2), "baddbmm": (1, 2), "addbmm": (1, 2), "addr": (1, 2),
+    "convolution": (0, 1), "_convolution": (0, 1), "embedding": (0, 1), "_embedding_bag": (0, 1),
+    "_embedding_bag_forward_only": (0, 1), "_trilinear": (0, 1, 2),
+}  # fmt: skip
+PASSING = frozenset(  # mix no features although they take data and parameters, and are not element by element
+    (
+        *("cat", "stack", "copy", "expand", "gather", "index", "_unsafe_index", "index_put", "index_copy", "index_add"),
+        *("index_select", "masked_fill", "slice_scatter", "select_scatter", "where", "max", "min"),
+    )
+)
+PASSING_WORDS = ("norm", "attention", "scatter", "prelu", "grid_sampler", "roi_")  # in the names of fused operations
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One multiplication of data with parameters.
+
+    Attributes:
+        parameters: For each parameter its names: several where it is shared.
+        running: Paths of the layers whose forwards were running, the innermost last.
+    """
+
+    parameters: tuple[tuple[str, ...], ...]
+    running: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A projection that an output originates in, and the parameters that took part after it (norms, scales)."""
+
+    projection: Projection
+    after: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of a network's output.
+
+    Attributes:
+        name: Where it stands in the output, as in `['aux']` or `[0]`; empty where it is the output itself.
+        shape: Its shape, batch included.
+        origins: Where it originates, in the order of execution.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    origins: tuple[Origin, ...]
+
+
+@dataclass
+class _Value:
+    """What is known of a piece of memory.
+
+    Attributes:
+        is_data: Whether it depends on the network's inputs.
+        parameters: Identities of the parameters that it was computed from; of data, only where no projection came yet.
+        origins: For data: each projection (by its number; None for the inputs) with the parameters that came after it.
+    """
+
+    is_data: bool
+    parameters: frozenset[int]
+    origins: Mapping[int | None, frozenset[int]]
+
+
+NOTHING = _Value(False, frozenset(), {})
+
+
+class OriginRecorder:
+    """Notes where each piece of memory originates, operation by operation."""
+
+    def __init__(self) -> None:
+        self._values: dict[Any, _Value] = {}
+        self._projections: list[tuple[frozenset[int], tuple[str, ...], frozenset[int]]] = []
+        self._kept: dict[int, nn.Parameter] = {}  # alive, so that no other takes their identity
+        self._contracted: set[int] = set()
+
+    def begin(self, model: nn.Module, inputs: Any) -> None:
+        """Mark the tensors among the inputs of the network as data, and those of the model as what they are."""
+        for parameter in model.parameters():
+            if not nn.parameter.is_lazy(parameter):
+                self._values[_memory(parameter)] = self._value(parameter)
+        for tensor in _tensors(inputs):
+            self._values[_memory(tensor)] = _Value(True, frozenset(), {None: frozenset()})
+
+    def note(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, running: Iterable[str]
+    ) -> None:
+        """Note one operation, after it was carried out."""
+        inputs = [self._value(tensor) for tensor in _tensors((args, kwargs))]
+        results = list(_tensors(result))
+        value = _merged(inputs)
+        if value.is_data and value.parameters:
+            factors = self._factors(func, args, kwargs, results)
+            if factors:
+                value = self._project(factors, value, tuple(running))
+            else:
+                after = {key: passed | value.parameters for key, passed in value.origins.items()}
+                value = _Value(True, frozenset(), after)
+        for tensor in results:
+            self._values[_memory(tensor)] = value
+
+    def outputs(self, model: nn.Module, result: Any) -> tuple[Output, ...]:
+        """Return where each tensor of the network's output originates."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+
+        def named(identities: Iterable[int]) -> list[tuple[str, ...]]:
+            return sorted(tuple(names[identity]) for identity in identities if identity in names)
+
+        leaves = [(keystr(path), leaf) for path, leaf in _leaves_with_paths(result) if isinstance(leaf, torch.Tensor)]
+        values = [self._value(leaf) for _, leaf in leaves]
+        reached = self._upstream({number for value in values for number in value.origins if number is not None})
+        outputs = []
+        for (name, leaf), value in zip(leaves, values, strict=True):
+            own = sorted(number for number in value.origins if number is not None and number not in reached)
+            origins = []
+            for number in own:
+                parameters, running, _ = self._projections[number]
+                after = tuple(name for shared in named(value.origins[number]) for name in shared)
+                origins.append(Origin(Projection(tuple(named(parameters)), running), after))
+            outputs.append(Output(name, tuple(leaf.shape), tuple(origins)))
+        return tuple(outputs)
+
+    def projecting(self, model: nn.Module) -> frozenset[str]:
+        """Return the names of all parameters that took part in a projection."""
+        every = model.named_parameters(remove_duplicate=False)
+        return frozenset(name for name, parameter in every if id(parameter) in self._contracted)
+
+    def _value(self, tensor: torch.Tensor) -> _Value:
+        if isinstance(tensor, nn.Parameter):
+            self._kept[id(tensor)] = tensor
+            return _Value(False, frozenset({id(tensor)}), {})
+        return self._values.get(_memory(tensor), NOTHING)
+
+    def _factors(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[Any]) -> frozenset[int]:
+        """Return the parameters that an operation multiplies data with; none where it mixes no features."""
+        name = func._schema.name.partition("::")[2]
+        bare = name.rstrip("_")
+        if bare in PASSING or any(word in name for word in PASSING_WORDS):
+            return frozenset()
+        if torch.Tag.pointwise in func.tags:
+            # The product with each row of a weight, as in `(x[:, None] * self.prototypes).sum(-1)`.
+            data = [tensor for tensor in _tensors((args, kwargs)) if self._value(tensor).is_data]
+            is_outer = results and results[0].numel() > max(tensor.numel() for tensor in data)
+            taking = [tensor for tensor in _tensors((args, kwargs)) if not self._value(tensor).is_data]
+            if not is_outer or max((tensor.ndim for tensor in taking), default=0) < 2:
+                return frozenset()
+            factors = taking
+        elif bare in FACTORS:
+            factors = [args[position] for position in FACTORS[bare] if position < len(args)]
+            if not any(self._value(tensor).is_data for tensor in factors):
+                return frozenset()
+        else:
+            factors = [tensor for tensor in _tensors((args, kwargs)) if tensor.ndim > 1]
+        found = frozenset[int]().union(*(self._static(tensor) for tensor in factors))
+        if not found:
+            return found
+        return found.union(*(self._static(tensor) for tensor in _tensors((args, kwargs))))
+
+    def _static(self, tensor: torch.Tensor) -> frozenset[int]:
+        value = self._value(tensor)
+        return frozenset() if value.is_data else value.parameters
+
+    def _project(self, factors: frozenset[int], value: _Value, running: tuple[str, ...]) -> _Value:
+        parents = frozenset(number for number in value.origins if number is not None)
+        self._projections.append((factors, running, parents))
+        self._contracted |= factors
+        return _Value(True, frozenset(), {len(self._projections) - 1: frozenset()})
+
+    def _upstream(self, numbers: set[int]) -> set[int]:
+        """Return all projections that others of `numbers` were fed from."""
+        reached: set[int] = set()
+        waiting = [parent for number in numbers for parent in self._projections[number][2]]
+        while waiting:
+            number = waiting.pop()
+            if number not in reached:
+                reached.add(number)
+                waiting += self._projections[number][2]
+        return reached
+
+
+def _merged(values: list[_Value]) -> _Value:
+    parameters = frozenset[int]().union(*(value.parameters for value in values)) if values else frozenset()
+    origins: dict[int | None, frozenset[int]] = {}
+    for value in values:
+        for number, after in value.origins.items():
+            origins[number] = origins.get(number, frozenset()) | after
+    return _Value(any(value.is_data for value in values), parameters, origins)
+
+
+def _leaves_with_paths(value: Any) -> Iterator[tuple[Any, Any]]:
+    yield from tree_flatten_with_path(value)[0]
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+
+
+def _memory(tensor: torch.Tensor) -> Any:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse, quantized or of a subclass without memory of its own
+        return id(tensor)

@@ -1,0 +1,40 @@
+"""Modules that only carry another network: what is asked of them is asked of the network inside."""
+
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+CARRIERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+
+
+def unwrapped(model: nn.Module) -> tuple[str, nn.Module]:
+    """Return the network inside of `torch.compile`, `DataParallel`, `DistributedDataParallel` and `AveragedModel`.
+
+    Returns:
+        Its path within `model`, empty where nothing wraps it, and the network.
+
+    >>> unwrapped(nn.DataParallel(nn.Linear(2, 2)))
+    ('module', Linear(in_features=2, out_features=2, bias=True))
+    """
+    names = []
+    while (name := _carried(model)) is not None:
+        names.append(name)
+        model = model.get_submodule(name)
+    return ".".join(names), model
+
+
+def sole_child(model: nn.Module) -> str | None:
+    """Return the name of the one child that holds every parameter of `model`; None where there is no such child.
+
+    >>> sole_child(nn.Sequential(nn.Flatten(), nn.Linear(2, 2)))
+    '1'
+    """
+    if next(model.parameters(recurse=False), None) is not None:
+        return None
+    holders = [name for name, child in model.named_children() if next(child.parameters(), None) is not None]
+    return holders[0] if len(holders) == 1 else None
+
+
+def _carried(model: nn.Module) -> str | None:
+    if "_orig_mod" in model._modules:  # of torch.compile; its class lives in torch._dynamo, slow to import
+        return "_orig_mod"
+    return "module" if isinstance(model, CARRIERS) else None

@@ -1,0 +1,180 @@
+"""Read a file whose tensors lie beside other objects: numbers of NumPy, dates, paths, namespaces, configurations.
+
+torch's weights-only unpickler refuses all of these, although most checkpoints that people train have one. They are read
+with the inert unpickler, which imports and calls nothing, and become plain data or None. What is read so is an
+allowlist: names of Python, NumPy and torch that stand for data, and classes of other packages, of which only the state
+is kept. A file that names anything else of Python (`os.system`, `builtins.eval`) is refused, although it would not run:
+nobody wants weights from it.
+"""
+
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regraft.checkpoint.foreign.inert import Inert, read_inert
+from regraft.checkpoint.foreign.state_dicts import DEPTH, WRAPPERS, may_hold_weights
+from regraft.errors import CheckpointError
+
+# fmt: off
+DATA: Mapping[str, frozenset[str]] = {  # of Python itself: by module, the names that stand for data
+    "builtins": frozenset((
+        "set", "frozenset", "slice", "complex", "range", "xrange", "object", "list", "dict", "tuple", "int", "long",
+        "float", "str", "unicode", "bytes", "bool", "Ellipsis", "NotImplemented", "type",
+    )),
+    "collections": frozenset(("OrderedDict", "defaultdict", "Counter", "deque", "ChainMap", "UserDict", "UserList")),
+    "argparse": frozenset(("Namespace",)),
+    "types": frozenset(("SimpleNamespace", "MappingProxyType")),
+    "datetime": frozenset(("datetime", "date", "time", "timedelta", "timezone")),
+    "zoneinfo": frozenset(("ZoneInfo", "ZoneInfo._unpickle")),
+    "decimal": frozenset(("Decimal",)),
+    "fractions": frozenset(("Fraction",)),
+    "uuid": frozenset(("UUID", "SafeUUID")),
+    "copyreg": frozenset(("_reconstructor", "__newobj__")),
+    "_codecs": frozenset(("encode",)),
+    "enum": frozenset(("Enum", "IntEnum", "StrEnum", "Flag", "IntFlag")),
+    "array": frozenset(("array", "_array_reconstructor")),
+    "re": frozenset(("_compile",)),
+    "functools": frozenset(("partial",)),
+    "logging": frozenset(("getLogger", "Logger")),
+    "typing": frozenset(("Any", "List", "Dict", "Tuple", "Optional", "Union")),
+}
+PATHS = frozenset(("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath"))
+# fmt: on
+LIBRARIES = ("torch.nn.", "torch.optim.", "torch.distributions.", "numpy.random.")  # objects that are left out
+NUMPY_CALLS = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
+MAX_NUMBER_BYTES = 16  # of one element of an array
+
+
+class Refused(CheckpointError):
+    """A file names something that no file of weights needs."""
+
+
+def read_beside_objects(path: Path) -> Any:
+    """Read a file of torch.save as dicts, lists, plain values and tensors; every other object becomes None.
+
+    Raises:
+        Refused: It names what is no data, or its weights lie in an object: a whole module, or a tensor of a class of
+            another library.
+        CheckpointError: It is damaged.
+    """
+    content = read_inert(path, lambda name: _require_data(path, name))
+    if isinstance(content, Inert) and not content.entries:
+        raise _more_than_tensors(path, content.origin)
+    return _plain(path, content, (), {})
+
+
+def more_than_tensors(path: Path, name: str) -> str:
+    """Return the message for a file whose weights cannot be had without running code from it."""
+    return (
+        f"'{path}' holds more than tensors ({name}), and reading it would run code from it. Its tensors can be taken "
+        f"out without running any: `regraft convert {path.name} OUT.safetensors --tensors-only`."
+    )
+
+
+def is_data(name: str) -> bool:
+    """Return whether a name that a pickle refers to stands for data, or for a class of which only the state is kept.
+
+    >>> [is_data(name) for name in ("argparse.Namespace", "my_project.config.Config", "os.system", "builtins.eval")]
+    [True, True, False, False]
+    """
+    module, _, last = name.rpartition(".")
+    top = name.partition(".")[0]
+    if top in DATA or top in sys.stdlib_module_names:
+        return last in DATA.get(module, ()) or (top == "pathlib" and last in PATHS)
+    if top == "torch":
+        return name.startswith(LIBRARIES) or name in ("torch.Generator", "torch._C.Generator", "torch.Tensor")
+    if top == "numpy":
+        return name.startswith(LIBRARIES) or module == "numpy" or (module in NUMPY_CALLS and last in NUMPY_NAMES)
+    return "." in name
+
+
+NUMPY_NAMES = ("scalar", "_reconstruct", "_frombuffer")
+
+
+def _require_data(path: Path, name: str) -> None:
+    if not is_data(name):
+        raise _more_than_tensors(path, name)
+
+
+def _more_than_tensors(path: Path, name: str) -> Refused:
+    return Refused(more_than_tensors(path, name))
+
+
+def _plain(path: Path, value: Any, place: tuple[str, ...], known: dict[int, Any]) -> Any:
+    """Replace objects by their entries or None; arrays that stand where weights stand become tensors."""
+    if isinstance(value, (list, tuple)) and len(place) <= DEPTH:
+        return [_plain(path, item, (*place, str(position)), known) for position, item in enumerate(value)]
+    entries = value.entries if isinstance(value, Inert) else value
+    if isinstance(value, Inert) and not entries:
+        return _left_out(path, value, place)
+    if not isinstance(entries, Mapping) or len(place) > DEPTH:
+        return value if not isinstance(value, Inert) else None
+    if id(value) in known:
+        return known[id(value)]
+    known[id(value)] = None  # for one that holds itself
+    is_state_dict = any(isinstance(item, torch.Tensor) for item in entries.values())
+    arrays = {key: array for key, item in entries.items() if (array := _array(item)) is not None}
+    if arrays and len(arrays) + sum(isinstance(item, torch.Tensor) for item in entries.values()) == len(entries):
+        entries = {**entries, **arrays}
+    if is_state_dict and may_hold_weights(".".join(place)):
+        for key, item in entries.items():
+            if isinstance(item, Inert) and _holds_tensors(item):
+                raise Refused(
+                    f"'{path}' holds '{key}' as a {item.origin}, a tensor of another class, as quantized weights are. "
+                    "Expected plain tensors. Load the file with the library that it is from, dequantize it, and keep "
+                    "the result with torch.save."
+                )
+    known[id(value)] = {key: _plain(path, item, (*place, str(key)), known) for key, item in entries.items()}
+    return known[id(value)]
+
+
+def _left_out(path: Path, value: Inert, place: tuple[str, ...]) -> None:
+    """Return None for an object beside the weights.
+
+    Raises:
+        Refused: It is where the weights are expected, and holds tensors, as a whole module does.
+    """
+    if place and place[-1] in WRAPPERS and may_hold_weights(".".join(place)) and _holds_tensors(value):
+        raise _more_than_tensors(path, value.origin)
+
+
+def _holds_tensors(value: Any) -> bool:
+    return any(isinstance(item, torch.Tensor) for item in _within(value, 0))
+
+
+def _within(value: Any, depth: int) -> Iterator[Any]:
+    """List what is in an object, as deep as files keep weights."""
+    yield value
+    if depth > DEPTH:
+        return
+    items: list[Any] = []
+    if isinstance(value, Inert):
+        items = [*value.arguments, value.state, *value.entries.values(), *value.elements]
+    elif isinstance(value, Mapping):
+        items = list(value.values())
+    elif isinstance(value, (list, tuple)):
+        items = list(value)
+    for item in items[:10_000]:
+        yield from _within(item, depth + 1)
+
+
+def _array(value: Any) -> torch.Tensor | None:
+    """Return the numbers of a pickled NumPy array as a tensor; None for anything else, and for text and objects."""
+    import numpy as np
+
+    if not isinstance(value, Inert) or not value.origin.endswith("multiarray._reconstruct"):
+        return None
+    try:
+        _, shape, described, is_fortran, raw = value.state
+        dtype = np.dtype(str(described.arguments[0])).newbyteorder(described.state[1])
+        is_sound = dtype.kind in "fiub" and dtype.itemsize <= MAX_NUMBER_BYTES and isinstance(raw, bytes)
+        if not is_sound or math.prod(shape) * dtype.itemsize != len(raw):
+            return None
+        array = np.frombuffer(raw, dtype).reshape(shape, order="F" if is_fortran else "C")
+        return torch.from_numpy(np.array(array, dtype=dtype.newbyteorder("="), order="C"))
+    except (TypeError, ValueError, AttributeError, IndexError):
+        return None

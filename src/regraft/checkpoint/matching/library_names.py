@@ -1,0 +1,206 @@
+"""What a library renames while it loads its own files: older versions, and the formats of those who trained them.
+
+Each library has its own mechanism, and that is what runs here, on names and tensors of the file alone:
+
+- torch: `_load_from_state_dict` of a layer, and the pre-hooks registered on it, run on a copy of the layer whose
+  parameters have no memory. torchvision's ViT renames `mlp.linear_1` so, and weight norms their older names.
+- timm: `checkpoint_filter_fn` of the module that the network comes from, which knows the files of its authors.
+- transformers: the conversions that `from_pretrained` applies.
+
+What a library itself renames is certain. Where none of it fills more of the model, the file is taken as it is.
+"""
+
+import copy
+import inspect
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from regraft.anatomy.modes import preserved_randomness
+from regraft.checkpoint.foreign.state_dicts import Tensors
+from regraft.checkpoint.matching.adapting import POSITIONS
+from regraft.checkpoint.matching.naming import WRAPPER_PARTS, fit_names, strip_wrapper_parts
+from regraft.checkpoint.matching.reparametrized import without_reparametrization
+
+FILTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained", "_convert_state_dict")
+OPTIONS = ("adapt_layer_scale",)  # of a filter, which some families of a module set
+EXTRA_STATE = "_extra_state"
+TABLES: tuple[tuple[str, str], ...] = (  # what libraries rename outside of their layers: torchvision's densenet, and
+    # the norm layers of TensorFlow, which Hugging Face's and others' files of converted networks have
+    (r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$", r"\1\2"),
+    (r"^(.*(?i:norm|bn|ln)\w*)\.gamma$", r"\1.weight"),
+    (r"^(.*(?i:norm|bn|ln)\w*)\.beta$", r"\1.bias"),
+    (r"^(.*)\.moving_mean$", r"\1.running_mean"),
+    (r"^(.*)\.moving_var(?:iance)?$", r"\1.running_var"),
+)
+
+Conversion = Callable[[nn.Module, Tensors, Mapping[str, torch.Tensor]], Tensors | None]
+
+
+def renamed_by_libraries(model: nn.Module, tensors: Tensors, slots: Tensors) -> tuple[Tensors, dict[str, str]]:
+    """Return tensors under the names that the model's library gives them while loading, and who renamed each.
+
+    Args:
+        model: It is not changed.
+        tensors: Of the file, by name.
+        slots: Of the model, by name.
+    """
+    slots = {now: slots[name] for name, now in strip_wrapper_parts(slots).items()}
+    stripped = {now: tensors[name] for name, now in strip_wrapper_parts(tensors).items()}
+    best, who = tensors, {}
+    most = _filled(_fitted_names(tensors, slots), slots)
+    for library, start in _starts(model, tensors, stripped, slots):
+        named = _fitted_names(start, slots)
+        origin = {id(tensor): library for tensor in start.values()} if start is not tensors else {}
+        for source, convert in STEPS:
+            after = _quiet(convert, model, named, slots)
+            if after is not None and _filled(after, slots) > _filled(named, slots):
+                before = {id(tensor): name for name, tensor in named.items()}
+                origin |= {id(t): source for name, t in after.items() if before.get(id(t)) != name}
+                named = after
+        if _filled(named, slots) > most:
+            most, best = _filled(named, slots), named
+            old = {id(tensor): name for name, tensor in tensors.items()}
+            who = {name: origin[id(t)] for name, t in named.items() if id(t) in origin and old.get(id(t)) != name}
+    return best, who
+
+
+def _starts(model: nn.Module, tensors: Tensors, stripped: Tensors, slots: Tensors) -> Iterator[tuple[str, Tensors]]:
+    """List what to begin with: the file as it is, and as the filters of libraries give it."""
+    yield "", tensors
+    core = _core(model)
+    for convert in _timm_filters(core):
+        after = _quiet(convert, core, stripped, slots)
+        if after is not None and after.keys() != stripped.keys():
+            # Positions of another image size are for the caller to allow.
+            resized = {
+                n for n in stripped if n in after and POSITIONS.search(n) and stripped[n].shape != after[n].shape
+            }
+            yield "timm does", {**after, **{name: stripped[name] for name in resized}}
+    if type(core).__module__.startswith("transformers."):
+        after = _quiet(_by_transformers, core, stripped, core.state_dict())
+        if after is not None and after.keys() != stripped.keys():
+            yield "transformers does", after
+
+
+def _core(model: nn.Module) -> nn.Module:
+    """Return the network of a library inside of wrappers; the model itself where there is none, or several."""
+    libraries = ("timm.models.", "transformers.models.")
+    inside = [layer for layer in model.modules() if type(layer).__module__.startswith(libraries)]
+    top = [
+        layer for layer in inside if not any(layer is not other and layer in set(other.modules()) for other in inside)
+    ]
+    return top[0] if len(top) == 1 else model
+
+
+def _fitted_names(tensors: Tensors, slots: Tensors) -> Tensors:
+    """Return tensors under the names that they have in the model, without what wrappers put on them."""
+    theirs, ours = ({name: tuple(t.shape) for name, t in each.items()} for each in (tensors, slots))
+    names = fit_names(theirs, ours).names
+    return (
+        {names[name]: tensor for name, tensor in tensors.items()} if len(set(names.values())) == len(names) else tensors
+    )
+
+
+def _filled(tensors: Tensors, slots: Tensors) -> int:
+    return sum(name in slots and (slots[name].shape == tensor.shape) for name, tensor in tensors.items())
+
+
+def _quiet(
+    convert: Conversion, model: nn.Module, tensors: Tensors, slots: Mapping[str, torch.Tensor]
+) -> Tensors | None:
+    """Run a conversion; None where it fails, as on files that it was not made for."""
+    with preserved_randomness(), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            after = convert(model, dict(tensors), slots)
+        except Exception:  # code of libraries, on names that they do not know
+            return None
+    is_sound = isinstance(after, Mapping) and all(isinstance(value, torch.Tensor) for value in after.values())
+    return dict(after) if is_sound and after is not None else None
+
+
+def _by_layers(model: nn.Module, tensors: Tensors, slots: Mapping[str, torch.Tensor]) -> Tensors:
+    """Run what the layers of a model do with a state dict before they load it."""
+    for path, layer in model.named_modules():
+        is_plain = type(layer)._load_from_state_dict is nn.Module._load_from_state_dict
+        is_torchs = type(layer).__module__.startswith("torch.nn.modules.")  # which only add what a file lacks
+        if (is_plain or is_torchs) and not layer._load_state_dict_pre_hooks:
+            continue
+        shadow = copy.copy(layer)
+        shadow._parameters = {name: _meta(value) for name, value in layer._parameters.items()}  # pyright: ignore
+        shadow._buffers = {name: _meta(value) for name, value in layer._buffers.items()}
+        prefix = "".join(f"{part}." for part in path.split(".") if part and part not in WRAPPER_PARTS)
+        shadow._load_from_state_dict(tensors, prefix, {}, False, [], [], [])
+    return tensors
+
+
+def _meta(value: torch.Tensor | None) -> torch.Tensor | None:
+    if value is None:
+        return None
+    empty = torch.empty_like(value, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(value, nn.Parameter) else empty
+
+
+def _timm_filters(model: nn.Module) -> Iterator[Conversion]:
+    module = sys.modules.get(type(model).__module__)
+    if module is None or not module.__name__.startswith("timm.models."):
+        return
+    for name in FILTERS:
+        function = getattr(module, name, None)
+        if not callable(function):
+            continue
+        known = inspect.signature(function).parameters
+        for options in ({}, *({option: True} for option in OPTIONS if option in known)):
+            yield _filter(function, options, takes_model="model" in known)
+
+
+def _filter(function: Callable[..., Any], options: Mapping[str, bool], *, takes_model: bool) -> Conversion:
+    def convert(model: nn.Module, tensors: Tensors, slots: Mapping[str, torch.Tensor]) -> Tensors | None:
+        return function(tensors, *([model] if takes_model else []), **options)
+
+    return convert
+
+
+def _by_transformers(model: Any, tensors: Tensors, slots: Mapping[str, torch.Tensor]) -> Tensors:
+    """Apply the conversions of `from_pretrained`."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    every = get_model_conversion_mapping(model)
+    renamings = [one for one in every if isinstance(one, WeightRenaming)]
+    converters = [one for one in every if isinstance(one, WeightConverter)]
+    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+    result: Tensors = {}
+    waiting: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        now, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, dict(slots))
+        if pattern is None:
+            result[now] = tensor
+        else:
+            waiting.setdefault(now, copy.deepcopy(by_pattern[pattern])).add_tensor(now, name, pattern, tensor)
+    for first, converter in waiting.items():
+        for now, value in converter.convert(first, model=model, config=model.config).items():
+            result[now] = value[0] if isinstance(value, list) else value
+    return result
+
+
+def _by_tables(model: nn.Module, tensors: Tensors, slots: Mapping[str, torch.Tensor]) -> Tensors:
+    result: Tensors = {}
+    for name, tensor in tensors.items():
+        spellings = (re.sub(pattern, new, name) for pattern, new in TABLES)
+        now = next((now for now in spellings if now != name and now in slots and now not in tensors), name)
+        result[now] = tensor
+    return result
+
+
+STEPS: tuple[tuple[str, Conversion], ...] = (
+    ("the model's own layers do", _by_layers),
+    ("its library does", _by_tables),
+    ("weight norm, spectral norm or pruning does", without_reparametrization),
+)

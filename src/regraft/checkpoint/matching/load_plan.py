@@ -1,0 +1,153 @@
+"""What will be loaded into a model: check it, and then copy all of it or nothing."""
+
+import contextlib
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from regraft.checkpoint.foreign.state_dicts import Tensors, is_extra_state
+from regraft.checkpoint.matching.adapting import shape
+from regraft.checkpoint.matching.load_report import LoadReport
+from regraft.checkpoint.matching.naming import Shapes
+from regraft.errors import CheckpointError
+
+MIN_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What will be loaded into a model, before anything is.
+
+    Attributes:
+        values: The tensors to copy, by their names in the model; shapes fit, dtypes may not yet.
+        report: What will be so.
+        theirs: Shape by name in the file.
+        extra: What `set_extra_state` of layers will be given, by the layers' paths.
+    """
+
+    values: Tensors
+    report: LoadReport
+    theirs: Shapes
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class UnfitError(CheckpointError):
+    """A file does not fit a model as it was asked for.
+
+    Attributes:
+        problem: What does not fit, and why.
+    """
+
+    def __init__(self, problem: str, advice: str) -> None:
+        super().__init__(" ".join(part for part in (problem, advice, "Nothing was changed.") if part))
+        self.problem = problem
+
+
+def carry_out(plan: LoadPlan, model: nn.Module, *, min_share: float = MIN_SHARE, strict: bool = False) -> None:
+    """Check a plan and copy its tensors into the model.
+
+    Raises:
+        CheckpointError: It does not fit well enough, or a tensor cannot be written. Nothing was changed.
+    """
+    if not 0 <= min_share <= 1:
+        raise CheckpointError(f"min_share is {min_share!r}, expected a number from 0 to 1. Nothing was changed.")
+    slots = slots_of(model)
+    _require_fit(plan, model, slots, min_share, strict=strict)
+    _copy(model, slots, plan)
+
+
+def slots_of(model: nn.Module) -> Tensors:
+    """Return the tensors of a model that can be filled.
+
+    Raises:
+        CheckpointError: Some have no memory to load into.
+    """
+    state = model.state_dict(keep_vars=True)
+    slots = {name: slot for name, slot in state.items() if isinstance(slot, torch.Tensor) and not is_extra_state(name)}
+    for name, slot in slots.items():
+        if is_lazy(slot):
+            raise CheckpointError(
+                f"'{name}' of {type(model).__name__} is lazy: it has no shape yet. Run the model once on an input, "
+                "then load. Nothing was changed."
+            )
+        if slot.is_meta:
+            raise CheckpointError(
+                f"'{name}' of {type(model).__name__} is on the meta device, which has no memory to load into. Use "
+                "model.to_empty(device='cpu') first. Nothing was changed."
+            )
+    return slots
+
+
+def _require_fit(plan: LoadPlan, model: nn.Module, slots: Tensors, min_share: float, *, strict: bool) -> None:
+    report, kind = plan.report, type(model).__name__
+    cause = f" {report.cause}." if report.cause else ""
+    suggestion = f"{report.suggestion}." if report.suggestion else ""
+    if not plan.values and not report.proposed:
+        raise UnfitError(
+            f"nothing in '{report.path}' fits {kind}: the file has {_listed(plan.theirs)}, the model "
+            f"{_listed({name: shape(slot) for name, slot in slots.items()})}.{cause}",
+            "Give the architecture that the file was trained with, or rename={…} (--rename).",
+        )
+    if strict and (report.missing or report.unexpected or report.mismatched):
+        raise UnfitError(f"'{report.path}' does not fit {kind} in all: {report.headline()}.{cause}", suggestion)
+    if not plan.values:
+        raise UnfitError(
+            f"nothing in '{report.path}' is certain to fit {kind}.{cause}",
+            f"{suggestion} Look with dry_run=True (--dry-run).".lstrip(),
+        )
+    if report.share < min_share:
+        raise UnfitError(
+            f"only {report.share:.1%} of the parameters of {kind} would be loaded from '{report.path}', expected at "
+            f"least {min_share:.0%}.{cause}",
+            f"{suggestion} Look with dry_run=True (--dry-run), or allow less with min_share=.".lstrip(),
+        )
+    _require_one_value_for_tied(plan, slots)
+
+
+def _require_one_value_for_tied(plan: LoadPlan, slots: Tensors) -> None:
+    first: dict[int, str] = {}
+    for name, value in plan.values.items():
+        other = first.setdefault(id(slots[name]), name)
+        if other != name and value is not plan.values[other] and not torch.equal(value, plan.values[other]):
+            raise CheckpointError(
+                f"'{other}' and '{name}' are one tensor in the model, and two different ones in "
+                f"'{plan.report.path}'. Untie them, or rename one of them in the file. Nothing was changed."
+            )
+
+
+def _copy(model: nn.Module, slots: Tensors, plan: LoadPlan) -> None:
+    """Copy all, or put everything back and say why."""
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    states: list[tuple[nn.Module, Any]] = []
+    name = ""
+    with torch.no_grad():
+        try:
+            for name, value in plan.values.items():
+                before.append((slots[name], slots[name].detach().clone()))
+                slots[name].copy_(value)
+            for name, value in plan.extra.items():
+                layer = model.get_submodule(name)
+                states.append((layer, copy.deepcopy(layer.get_extra_state())))
+                layer.set_extra_state(copy.deepcopy(value))
+        except BaseException as error:
+            for layer, state in states:
+                with contextlib.suppress(Exception):  # of the layer that refused a state, and so kept its own
+                    layer.set_extra_state(state)
+            for slot, old in before:
+                with contextlib.suppress(RuntimeError):  # of the one that cannot be written, and so was not
+                    slot.copy_(old)
+            if not isinstance(error, Exception):
+                raise
+            reason = str(error).partition("\n")[0]
+            raise CheckpointError(
+                f"'{name}' cannot be loaded from '{plan.report.path}': {reason}. Nothing was changed."
+            ) from error
+
+
+def _listed(shapes: Shapes) -> str:
+    return ", ".join(f"'{name}' {found}" for name, found in list(shapes.items())[:2])

@@ -1,0 +1,112 @@
+"""Put together a file that keeps a state dict for each part of a network, as `{"encoder": …, "decoder": …}`.
+
+Each part goes where its key says: `encoder_state_dict` to the layer `encoder`, wherever that lies in the model. A part
+whose key names no layer goes to the only place where all its names and shapes fit, or to the root where its key is a
+usual one (`model`). A part that finds no place keeps its key in front of its names, so that nothing of it is lost: the
+load doctor proposes what it can, and the report names the rest.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+
+from regraft.checkpoint.foreign.state_dicts import WRAPPERS, StateDict, Tensors
+from regraft.checkpoint.matching.naming import Shapes, strip_wrapper_parts
+
+ENDING = re.compile(
+    r"[._](state_?dict|state|sd|weights?|params?|parameters|model|net|network|module|ckpt)$", re.IGNORECASE
+)
+BEGINNING = re.compile(r"^(state_?dict|sd|weights|params|model|net|network)[._]", re.IGNORECASE)
+HALF = 0.5  # of the names of a part that fit below a layer, for its key to mean that layer
+MIN_PARTS = 2
+
+
+def joined_parts(entries: Sequence[StateDict], ours: Shapes) -> list[StateDict]:
+    """Return a state dict for each group of parts that lie beside each other in a file, with the names of the model.
+
+    Args:
+        entries: All state dicts of a file. Averages of the weights are no parts.
+        ours: Shape by name in the model.
+    """
+    return [joined for group in _groups(entries) if (joined := _joined(group, ours)) is not None]
+
+
+def _groups(entries: Sequence[StateDict]) -> Iterator[list[StateDict]]:
+    """List the state dicts below each common key, with the tensors that lie there themselves."""
+    parents = {entry.path[:depth] for entry in entries for depth in range(len(entry.path))}
+    for parent in sorted(parents, key=lambda path: (len(path), path)):
+        below = [entry for entry in entries if entry.path[: len(parent)] == parent]
+        if not StateDict(parent, {}).is_average:
+            below = [entry for entry in below if not entry.is_average]
+        if len(below) >= MIN_PARTS and _common_path(below) == parent:
+            yield below
+
+
+def _joined(parts: Sequence[StateDict], ours: Shapes) -> StateDict | None:
+    common = _common_path(parts)
+    tensors: Tensors = {}
+    sources: dict[str, str] = {}
+    placed = []
+    roots = 0
+    for part in parts:
+        keys = part.path[len(common) :]
+        names = strip_wrapper_parts(part.tensors)
+        shapes = {names[name]: tuple(tensor.shape) for name, tensor in part.tensors.items()}
+        place = _place(keys, shapes, ours)
+        if place is None:
+            place = ".".join(keys)
+        else:
+            placed.append(part)
+        roots += place == "" and bool(keys)
+        prefix = f"{place}." if place else ""
+        for name, tensor in part.tensors.items():
+            if prefix + names[name] in tensors:
+                return None  # two of them claim one place: they are alternatives, as a student and a teacher
+            tensors[prefix + names[name]] = tensor
+            sources[prefix + names[name]] = ".".join([*keys, name])
+    if not placed or roots > 1:
+        return None
+    is_ordered = all(part.is_ordered for part in parts)
+    return StateDict(common, tensors, is_ordered, parts=tuple(part.key for part in parts if part.path), sources=sources)
+
+
+def _place(keys: Sequence[str], shapes: Shapes, ours: Shapes) -> str | None:
+    """Return the layer that a part belongs to; None where nothing says it for sure."""
+    if not keys:
+        return ""
+    layers = {name[: place - 1] for name in ours for place in _dots(name)}
+    for spelling in _spellings(keys):
+        known = [layer for layer in layers if f".{layer}".lower().endswith(f".{spelling}".lower())]
+        fits = {layer: _fit(shapes, ours, layer) for layer in known}
+        best = max(fits.values(), default=0.0)
+        chosen = [layer for layer, fit in fits.items() if fit == best]
+        if best >= HALF and len(chosen) == 1:
+            return chosen[0]
+    if keys[-1] in WRAPPERS and _fit(shapes, ours, "") >= HALF:
+        return ""
+    whole = [layer for layer in ("", *layers) if _fit(shapes, ours, layer) == 1]
+    return whole[0] if len(whole) == 1 else None
+
+
+def _spellings(keys: Sequence[str]) -> Iterator[str]:
+    """List what layer some keys may mean, the most literal first."""
+    text = ".".join(keys)
+    yield text
+    short = ENDING.sub("", text)
+    yield short
+    yield BEGINNING.sub("", short)
+    yield ENDING.sub("", keys[-1])
+
+
+def _fit(shapes: Shapes, ours: Shapes, layer: str) -> float:
+    prefix = f"{layer}." if layer else ""
+    return sum(ours.get(prefix + name) == shape for name, shape in shapes.items()) / max(1, len(shapes))
+
+
+def _dots(name: str) -> Iterator[int]:
+    return (match.end() for match in re.finditer(r"\.", name))
+
+
+def _common_path(parts: Sequence[StateDict]) -> tuple[str, ...]:
+    columns = zip(*(part.path for part in parts), strict=False)
+    return tuple(keys[0] for keys in takewhile(lambda keys: len(set(keys)) == 1, columns))

@@ -1,0 +1,271 @@
+"""What a batch's targets are, for a loss and for the metrics: classes by their numbers, or numbers.
+
+Loaders yield targets of many kinds: `int32` and `bool`, columns (N, 1), one-hot rows, `float64` from Python's floats.
+Where it is known what a loss takes, they are turned into that; what cannot be meant is refused by name. Losses of the
+user's own are given the targets as they are.
+"""
+
+from collections.abc import Callable, Iterable, Sized
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset, default_collate
+
+from regraft.data.folders import Task
+from regraft.errors import DataError
+from regraft.training.losses import FocalLoss, Loss, OnColumns, check_loss
+
+Kind = Literal["classes", "numbers", "logits", "unknown"]
+
+OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss, FocalLoss)
+OF_NUMBERS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, OnColumns)
+FUNCTIONS: dict[Callable[..., Any], Kind] = {
+    F.cross_entropy: "classes",
+    F.nll_loss: "classes",
+    F.multi_margin_loss: "classes",
+    F.mse_loss: "numbers",
+    F.l1_loss: "numbers",
+    F.smooth_l1_loss: "numbers",
+    F.huber_loss: "numbers",
+    F.binary_cross_entropy: "numbers",
+    F.binary_cross_entropy_with_logits: "logits",
+}
+MAX_SCANNED = 1_000_000  # labels that are looked at before training, where they lie in memory
+
+
+def kind_of(loss: Loss | None) -> Kind:
+    """Return what a loss compares outputs with.
+
+    Returns:
+        `classes` (N,) for outputs (N, K); `numbers` of the outputs' shape, or `logits` where a sigmoid of the outputs
+        is compared with them; `unknown` for a loss of the user's own.
+    """
+    if type(loss) in OF_CLASSES:
+        return "classes"
+    if type(loss) in OF_NUMBERS:
+        return "numbers"
+    if type(loss) is nn.BCEWithLogitsLoss:
+        return "logits"
+    return FUNCTIONS.get(loss, "unknown") if loss is not None else "unknown"
+
+
+def ignored_label(loss: Loss | None) -> int | None:
+    """Return the label of samples that a loss leaves out; None where it has none."""
+    default = -100 if loss in (F.cross_entropy, F.nll_loss) else None  # torch's
+    label = getattr(loss, "ignore_index", default)
+    return label if isinstance(label, int) else None
+
+
+def fit_targets(loss: Loss, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return targets in the type and shape in which a known loss takes them; no value changes.
+
+    Raises:
+        DataError: There are more or fewer numbers than outputs.
+    """
+    kind = kind_of(loss)
+    if kind == "classes":
+        if targets.is_floating_point() or _is_row_per_sample(outputs, targets):
+            return targets.to(outputs.dtype)
+        return _flat(targets, outputs).long()
+    if kind == "unknown":
+        return targets
+    if targets.numel() != outputs.numel():
+        raise DataError(
+            f"the outputs have the shape {tuple(outputs.shape)} and the targets {tuple(targets.shape)}, which "
+            f"{_name(loss)} cannot compare. Expected one target for each output. Use a network with as many outputs "
+            "as there are targets, as in regraft.replace_head(model, 1)."
+        )
+    return targets.to(outputs.dtype).reshape(outputs.shape)
+
+
+def batch_loss(criterion: Loss, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the loss of outputs and targets, of which known losses get the type and shape that they take.
+
+    Raises:
+        LossError: It is not one number.
+        DataError: A label is none of the classes, or the targets do not fit the outputs.
+    """
+    if kind_of(criterion) == "classes":
+        require_labels(targets, outputs.shape[1] if outputs.ndim > 1 else 0, ignored=ignored_label(criterion))
+    return check_loss(criterion(outputs, fit_targets(criterion, outputs, targets)))
+
+
+def class_labels(outputs: torch.Tensor, targets: torch.Tensor, *, ignored: int | None = None) -> torch.Tensor:
+    """Return targets as classes (N,) of int64; of one-hot or soft targets (N, K) the likeliest class.
+
+    Args:
+        outputs: (N, K).
+        targets: Classes (N,) or (N, 1) of any integer type, or shares (N, K).
+        ignored: A label that may stand outside of 0 to K - 1.
+
+    Raises:
+        DataError: A label is none of the K classes, or the targets have another shape.
+    """
+    if _is_row_per_sample(outputs, targets) and (targets.is_floating_point() or has_one_hot_rows(targets)):
+        return targets.argmax(1)
+    labels = _flat(targets, outputs)
+    if labels.ndim != 1 or labels.is_floating_point():
+        raise DataError(
+            f"the targets are {_described(targets)}, expected classes (N,) of integers, or shares (N, K) of the "
+            f"{outputs.shape[1]} classes, for outputs of the shape {tuple(outputs.shape)}."
+        )
+    require_labels(labels, outputs.shape[1], ignored=ignored)
+    return labels.long()
+
+
+def require_labels(labels: torch.Tensor, classes: int, *, ignored: int | None = None, part: str = "") -> None:
+    """Refuse labels that are none of the classes.
+
+    Args:
+        labels: Of any integer type and shape.
+        classes: Number of classes K; labels are 0 to K - 1.
+        ignored: A label that may stand outside of them.
+        part: Where they come from, as in `validation `.
+
+    Raises:
+        DataError: One is none of them; the message names it.
+    """
+    if labels.is_floating_point() or labels.numel() == 0:
+        return
+    labels = labels.long()
+    wrong = (labels < 0) | (labels >= classes)
+    if ignored is not None:
+        wrong &= labels != ignored
+    if bool(wrong.any()):
+        label = int(labels[wrong].flatten()[0])
+        advice = (
+            "Number the classes from 0; to leave samples out, pass loss=nn.CrossEntropyLoss(ignore_index=…)"
+            if label < 0
+            else "Number the classes from 0 without gaps, or use a network with more outputs: "
+            f"regraft.replace_head(model, {int(labels.max()) + 1})"
+        )
+        raise DataError(
+            f"the {part}data has the label {label}, the network has {classes} outputs: expected labels from 0 to "
+            f"{classes - 1}. {advice}."
+        )
+
+
+def task_of(
+    task: Task, loss: Loss | None, loss_name: str | None, targets: torch.Tensor, validation: torch.Tensor | None
+) -> Task:
+    """Return whether targets are classes or numbers, from what the loss compares and what the targets are.
+
+    Args:
+        task: What the type of the training targets suggests.
+        loss: The caller's; None for one by name.
+        loss_name: Its name, where it has one.
+        targets: Of the first batch.
+        validation: Of the first batch that is measured, where it can be looked at.
+
+    Raises:
+        DataError: The targets are not what the loss compares, or may be two things.
+    """
+    kind = kind_of(loss)
+    if kind == "logits" and not targets.is_floating_point():
+        raise DataError(
+            f"the targets are {_described(targets)}, and {_name(loss)} compares outputs with floats from 0 to 1. "
+            "Use one output for each class and cross-entropy, or return targets.float()."
+        )
+    if kind in ("numbers", "logits"):
+        return "regression"
+    if kind == "classes":
+        if targets.is_floating_point() and (targets.ndim != 2 or targets.shape[1] < 2):
+            raise DataError(
+                f"the targets are {_described(targets)}, and {_name(loss)} compares outputs with classes (N,) of "
+                "integers, or with shares (N, K). Return targets.long(), or pass loss='mse' to predict numbers."
+            )
+        _require_one_class(targets)
+        return "classification"
+    if not targets.is_floating_point():
+        _require_one_class(targets)
+        return task
+    if validation is not None and not validation.is_floating_point() and targets.ndim == 2:
+        return "classification"  # of which the training data is mixed
+    if loss is not None or loss_name is not None or targets.ndim != 2 or targets.shape[1] < 2:
+        return task
+    return _task_of_rows(targets)
+
+
+def _require_one_class(targets: torch.Tensor) -> None:
+    is_of_rows = targets.ndim == 2 and targets.shape[1] > 1 and not targets.is_floating_point()
+    if is_of_rows and not has_one_hot_rows(targets):
+        raise DataError(
+            f"the targets are {_described(targets)}, with several classes a sample or none. Expected classes (N,) of "
+            "integers. To learn several classes at once, return targets.float() and pass loss=nn.BCEWithLogitsLoss()."
+        )
+
+
+def _task_of_rows(targets: torch.Tensor) -> Task:
+    """Tell one-hot rows from numbers."""
+    if has_one_hot_rows(targets):
+        return "classification"
+    is_binary = bool(((targets == 0) | (targets == 1)).all())
+    has_unit_sum = bool(torch.allclose(targets.sum(1), targets.new_ones(()), atol=1e-3) and (targets >= 0).all())
+    if is_binary or has_unit_sum:
+        what = "rows of 0 and 1 with several classes each" if is_binary else "rows of shares that add up to 1"
+        choice = "nn.BCEWithLogitsLoss()" if is_binary else "nn.CrossEntropyLoss()"
+        raise DataError(
+            f"the targets are {_described(targets)}: {what}, which may be classes or numbers. Pass loss={choice} to "
+            "learn classes, or loss='mse' to predict the numbers."
+        )
+    return "regression"
+
+
+def labels_in_memory(data: Any) -> torch.Tensor | None:
+    """Return all labels of a dataset or loader whose items lie in memory, without reading anything; else None."""
+    if isinstance(data, DataLoader):
+        if data.batch_size is None or data.collate_fn is not default_collate:
+            return None
+        return labels_in_memory(data.dataset)
+    if isinstance(data, Sized) and len(data) > MAX_SCANNED:
+        return None
+    if isinstance(data, TensorDataset):
+        return data.tensors[1] if len(data.tensors) == 2 else None
+    if isinstance(data, Subset):
+        labels = labels_in_memory(data.dataset)
+        return labels[torch.as_tensor(data.indices)] if labels is not None else None
+    if isinstance(data, ConcatDataset):
+        return _joined(labels_in_memory(part) for part in data.datasets)
+    if isinstance(data, (list, tuple)) and all(isinstance(item, (tuple, list)) and len(item) == 2 for item in data):
+        return _joined(_as_labels(item[1]) for item in data)
+    return None
+
+
+def has_one_hot_rows(targets: torch.Tensor) -> bool:
+    """Return whether each row of targets (N, K) has a single 1 and else 0."""
+    return bool(((targets == 0) | (targets == 1)).all()) and bool((targets.sum(1) == 1).all())
+
+
+def _is_row_per_sample(outputs: torch.Tensor, targets: torch.Tensor) -> bool:
+    return outputs.ndim == 2 and targets.shape == outputs.shape and outputs.shape[1] > 1
+
+
+def _as_labels(value: Any) -> torch.Tensor | None:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _joined(parts: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
+    labels = list(parts)
+    if any(part is None or part.is_floating_point() for part in labels) or not labels:
+        return None
+    return torch.cat([cast(torch.Tensor, part).flatten().long() for part in labels])
+
+
+def _flat(targets: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """Return a column (N, 1) of classes as (N,)."""
+    is_column = outputs.ndim == 2 and targets.ndim == 2 and targets.shape[1] == 1
+    return targets.squeeze(1) if is_column else targets
+
+
+def _described(targets: torch.Tensor) -> str:
+    return f"{str(targets.dtype).removeprefix('torch.')} of the shape {tuple(targets.shape)}"
+
+
+def _name(loss: Any) -> str:
+    loss = loss.loss if isinstance(loss, OnColumns) else loss
+    return getattr(loss, "__name__", type(loss).__name__)
