@@ -263,9 +263,7 @@ def test_fit_refuses_several_outputs_for_a_number(tmp_path: Path) -> None:
     rows = [f"{file.relative_to(tmp_path)},{number}" for number, file in enumerate(files)]
     (tmp_path / "table.csv").write_text("\n".join(["path,target", *rows]))
     for options in ({}, {"head_start": "ridge"}):
-        with pytest.raises(
-            LossError, match=r"scores of shape \(32, 2\) .* Use model = regraft.replace_head\(model, 1\)"
-        ):
+        with pytest.raises(DataError, match=r"outputs have the shape \(32, 2\) .* regraft.replace_head\(model, 1\)"):
             regraft.fit(built("cnn, head"), tmp_path / "table.csv", out=str(tmp_path / "run"), device="cpu", **options)
     assert not (tmp_path / "run").exists()
 
