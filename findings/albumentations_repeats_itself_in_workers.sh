@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # In a DataLoader with workers, albumentations draws the same in every worker and in every epoch.
 #
-# Versions: albumentations 2.0.8, torch 2.15.0, Python 3.11, Linux (workers are forked).
+# Versions: albumentations 2.0.8, torchvision 0.29.2, torch 2.15.0, Python 3.11, Linux (workers are forked).
 # Expected: augmentation is new for each photo and in each epoch; torch seeds each worker differently each time, and
 #     torchvision's transforms follow that.
 # Seen:
@@ -12,7 +12,7 @@
 #     version for the whole training, the same as a photo of another worker: the time for augmentation is spent, and
 #     the curves look ordinary.
 set -euo pipefail
-packages="torch==2.15.0 albumentations==2.0.8 numpy==2.4.6"
+packages="torch==2.15.0 torchvision==0.29.2 albumentations==2.0.8 numpy==2.4.6"
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python=${FINDINGS_PYTHON:-}

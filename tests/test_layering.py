@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "regraft"
 LEVELS = (
     {"errors", "progress"},
     {"card"},
+    {"preprocessing"},
     {"zoo"},
     {"anatomy", "data"},
     {"freezing"},

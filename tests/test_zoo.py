@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from regraft import Preprocessing, create_model, list_models, summary
 from regraft.card import attach, card_of
 from regraft.data.decode import decode
 from regraft.data.transforms import center_crop, normalize
-from regraft.errors import ModelError, TrustError
+from regraft.errors import ConfigError, ModelError, TrustError
+from regraft.training.config import TrainConfig
 from regraft.zoo import build, import_object, preprocessing_of
 
 OWN = """
@@ -201,3 +203,70 @@ def test_listing_models_downloads_nothing(tmp_path: Path) -> None:
     environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=200)
     assert not list(tmp_path.rglob("*.pth"))
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_1", "timm/test_vit"])
+def test_create_model_takes_none_for_no_weights(name: str) -> None:
+    torch.manual_seed(1)
+    ours = create_model(name, weights=None)
+    torch.manual_seed(1)
+    theirs = create_model(name, weights="none")
+    assert all(identical(t, theirs.state_dict()[key]) for key, t in ours.state_dict().items())
+    assert card_of(ours) == card_of(theirs)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        models.ResNet18_Weights.DEFAULT,
+        models.ResNet18_Weights.IMAGENET1K_V1,
+        "ResNet18_Weights.IMAGENET1K_V1",
+        "ResNet18_Weights.DEFAULT",
+        "DEFAULT",
+        "default",
+    ],
+)
+def test_create_model_takes_torchvisions_own_names_of_weights(weights: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def get_model(name: str, weights: object, **options: object) -> nn.Module:
+        asked.append(weights)
+        return models.resnet18(weights=None)
+
+    monkeypatch.setattr(models, "get_model", get_model)
+    create_model("resnet18", weights=weights)
+    assert asked == [models.ResNet18_Weights.IMAGENET1K_V1]
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "message"),
+    [
+        ("resnet18", models.ResNet50_Weights.DEFAULT, "ResNet50_Weights.IMAGENET1K_V2 are weights of another network"),
+        ("resnet18", "ResNet50_Weights.DEFAULT", "'resnet18' takes ResNet18_Weights"),
+        ("timm/test_vit", models.ResNet18_Weights.DEFAULT, "'timm/test_vit' is no network of torchvision"),
+        ("resnet18", True, "weights is a bool, expected a name, a file, or None"),
+        ("resnet18", {"fc.bias": torch.ones(2)}, "weights is a dict.*load_weights"),
+    ],
+)
+def test_create_model_refuses_weights_of_another_kind(name: str, weights: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        create_model(name, weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pretrained": True}, "no argument 'pretrained' .*Pass weights='default'"),
+        ({"num_class": 3}, "no argument 'num_class' .*Nearest: 'num_classes'"),
+        ({"in_chans": 1}, "replace_stem"),
+        ({"xyzzy": 1}, "It takes weights, num_classes and trust_code"),
+    ],
+)
+def test_create_model_refuses_arguments_that_it_does_not_have(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create_model("resnet18", weights=None, **options)
+
+
+@pytest.mark.parametrize("weights", [None, "none"])
+def test_fit_takes_none_for_no_weights(weights: object) -> None:
+    assert TrainConfig(weights=weights).weights == "none"  # type: ignore[arg-type]

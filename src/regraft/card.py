@@ -104,6 +104,14 @@ class Preprocessing(_Plain):
         """Color of the border around an image that is smaller than the crop, 0 to 255 per channel."""
         return tuple(round(255 * value) if self.crop_mode == "border" else 0 for value in self.mean)
 
+    def summary(self) -> str:
+        """Return all of it in one line, in words."""
+        sides = {"center": "shorter side", "squash": "both sides", "border": "longer side"}[self.crop_mode]
+        return (
+            f"{sides} to {self.resize}, middle {self.size}×{self.size}, {self.interpolation}, mean {self.mean}, "
+            f"std {self.std}"
+        )
+
     @property
     def input_size(self) -> tuple[int, int, int, int]:
         """Shape of one image as the network takes it, batch included: (1, C, H, W)."""

@@ -12,6 +12,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -20,6 +21,7 @@ from torch import nn
 
 from regraft.card import Preprocessing, Recipe, Source, attach, card_of
 from regraft.errors import InputError, ModelError, TrustError, nearest
+from regraft.preprocessing import is_processor, of_processor, of_timm, of_transformers
 
 TIMM = "timm/"
 TIMM_NAME = re.compile(r"\w+(\.[\w-]+)?")  # and a tag; anything else could be a place to load from
@@ -62,33 +64,84 @@ def build(name: str, *, weights: str = "none", trust_code: bool = False) -> nn.M
     return attach(model, recipe=Recipe(source=source), preprocessing=preprocessing)
 
 
-def preprocessing_of(model: nn.Module) -> Preprocessing:
-    """Say how images are prepared for `model`: what its card says, or what its own attributes suggest.
+def weights_name(name: str, weights: object) -> str | Path:
+    """Return weights as a name or a file, from what people pass: None, torchvision's enums, or the names of those.
 
-    A class of the user's own may carry an attribute `preprocessing` (a `Preprocessing` or a dict of its fields). timm's
-    `pretrained_cfg` is understood. Otherwise ImageNet's usual values are taken, with one channel where the first
+    Raises:
+        ModelError: They are of another network, or no weights at all.
+    """
+    if weights is None:
+        return "none"
+    if isinstance(weights, Path):
+        return weights
+    if isinstance(weights, Enum):
+        kind, weights = type(weights).__name__, weights.name
+    elif isinstance(weights, str):
+        kind, _, member = weights.rpartition(".")
+        if not kind.endswith("_Weights") or Path(weights).exists():
+            return "default" if weights == "DEFAULT" else weights
+        weights = member
+    else:
+        raise ModelError(
+            f"weights is a {type(weights).__name__}, expected a name, a file, or None. Pass weights='default' for "
+            "pretrained weights; give tensors that you have to regraft.load_weights(model, …)."
+        )
+    from torchvision import models
+
+    known = models.get_model_weights(name).__name__ if name in _torchvision_names() else None
+    if kind != known:
+        what = f"takes {known}" if known else "is no network of torchvision"
+        raise ModelError(f"{kind}.{weights} are weights of another network: '{name}' {what}.")
+    return "default" if weights == "DEFAULT" else weights
+
+
+def preprocessing_of(model: nn.Module) -> Preprocessing:
+    """Return how images are prepared for `model`: what its card says, or what its own attributes suggest.
+
+    A class of the user's own may carry an attribute `preprocessing` (a `Preprocessing`, a dict of its fields, or an
+    image processor of transformers). timm's `pretrained_cfg` is understood, and so are networks of transformers, also
+    where they are part of the model. Otherwise ImageNet's usual values are taken, with one channel where the first
     convolution has one.
     """
+    return _preprocessing_and_source(model)[0]
+
+
+def preprocessing_source(model: nn.Module) -> str | None:
+    """Return where the preprocessing of a network of transformers was read, in words; None for any other."""
+    return _preprocessing_and_source(model)[1]
+
+
+def _preprocessing_and_source(model: nn.Module) -> tuple[Preprocessing, str | None]:
     known = card_of(model).preprocessing
     if known is not None:
-        return known
+        return known, None
     own = getattr(model, "preprocessing", None)
     if isinstance(own, Preprocessing):
-        return own
-    if isinstance(own, dict):
+        return own, None
+    if isinstance(own, dict) or is_processor(own):
         try:
-            return Preprocessing(**own)
+            return (Preprocessing(**own) if isinstance(own, dict) else of_processor(own)), None
         except ValueError as error:
             raise ModelError(
                 f"the attribute `preprocessing` of {type(model).__name__} is not usable: {error}"
             ) from error
-    timm_config = getattr(model, "pretrained_cfg", None)
-    if isinstance(timm_config, dict) and "input_size" in timm_config:
-        return _timm_preprocessing(timm_config)
     first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
-    if first is not None and first.in_channels == 1:
-        return Preprocessing(mean=(0.5,), std=(0.5,))
-    return Preprocessing()
+    is_gray = first is not None and first.in_channels == 1
+    for layer in model.modules():
+        timm_config = getattr(layer, "pretrained_cfg", None)
+        if isinstance(timm_config, dict) and timm_config.get("input_size") and timm_config.get("mean"):
+            return _in_gray(of_timm(timm_config), is_gray), None
+        if (reading := of_transformers(layer)) is not None:
+            return _in_gray(reading[0], is_gray), reading[1]
+    return (Preprocessing(mean=(0.5,), std=(0.5,)) if is_gray else Preprocessing()), None
+
+
+def _in_gray(preprocessing: Preprocessing, is_gray: bool) -> Preprocessing:
+    """Return preprocessing for gray images where a network takes them, whatever it was trained on before."""
+    if not is_gray or preprocessing.channels == 1:
+        return preprocessing
+    averages = {name: (sum(getattr(preprocessing, name)) / 3,) for name in ("mean", "std")}
+    return preprocessing.model_copy(update=averages)
 
 
 def import_object(reference: str, *, trust_code: bool) -> Any:
@@ -181,19 +234,7 @@ def _build_timm(name: str, weights: str) -> tuple[nn.Module, Preprocessing, str]
     except RuntimeError as error:
         raise ModelError(f"timm cannot build '{bare}': {error}") from error
     config = cast("dict[str, Any]", model.pretrained_cfg)
-    return model, _timm_preprocessing(config), (config.get("tag") or "default") if pretrained else "none"
-
-
-def _timm_preprocessing(config: dict[str, Any]) -> Preprocessing:
-    size = config["input_size"][-1]
-    return Preprocessing(
-        size=size,
-        resize=max(1, int(size / (config.get("crop_pct") or 0.875))),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        interpolation=config.get("interpolation") or "bicubic",
-        crop_mode=config.get("crop_mode") or "center",
-    )
+    return model, of_timm(config), (config.get("tag") or "default") if pretrained else "none"
 
 
 def _torchvision_names() -> list[str]:

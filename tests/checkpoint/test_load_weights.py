@@ -278,8 +278,8 @@ HOSTILE: dict[str, Callable[[Path, Path], object]] = {
     ("write", "message"),
     [
         ("whole module", "holds more than tensors (tiny.PlainCnn), and reading it would run code from it"),
-        ("reduce", "holds more than tensors (marking.leave_mark), and reading it would run code from it"),
-        ("reduce, legacy", "holds more than tensors (marking.leave_mark), and reading it would run code from it"),
+        ("reduce", "holds more than tensors (posix.mkdir), and reading it would run code from it"),
+        ("reduce, legacy", "holds more than tensors (posix.mkdir), and reading it would run code from it"),
         ("plain pickle", "cannot be read as weights"),
     ],
 )

@@ -90,6 +90,51 @@ def test_linked_folders_and_files_are_listed_and_circles_are_not_followed(tmp_pa
     assert [(name, train + validation) for name, train, validation in found.counts()] == [("cats", 3), ("dogs", 4)]
 
 
+def test_links_are_followed_wherever_they_lie_and_no_photo_is_listed_twice(tmp_path: Path) -> None:
+    touch(tmp_path / "disk", *numbered("tabby", 2), *numbered("wild/lynx", 2))
+    touch(tmp_path / "data", *numbered("cats", 2), *numbered("dogs", 2))
+    cats = tmp_path / "data" / "cats"
+    (cats / "more").symlink_to(tmp_path / "disk")
+    (cats / "again").symlink_to(tmp_path / "disk" / "tabby")  # which `more` has listed, or will
+    (tmp_path / "disk" / "back").symlink_to(tmp_path / "data")
+    (tmp_path / "disk" / "itself").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "wild" / "loop").symlink_to("loop")
+    found = [os.path.realpath(path) for path in photos_in(cats)]
+    expected = [*cats.glob("*.png"), *(tmp_path / "disk").rglob("[0-9]*.png")]
+    assert sorted(found) == sorted(os.path.realpath(path) for path in [*expected, tmp_path / "disk/wild/loop"])
+    assert photos_in(cats) == photos_in(cats)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Thumbs.db",
+        "thumbs.db",
+        "desktop.ini",
+        "Desktop.ini",
+        ".DS_Store",
+        "._000.png",
+        "__MACOSX/._000.png",
+        "@eaDir/000.png",
+        "Icon\r",
+    ],
+)
+def test_what_systems_leave_behind_is_no_photo_and_no_class(name: str, tmp_path: Path) -> None:
+    touch(tmp_path, *numbered("a", 2), *numbered("b", 2), f"a/{name}", f"a/deep/{name}", name)
+    found = list_data(tmp_path)
+    assert found.classes == ("a", "b")
+    assert {sample.path.name for sample in found.train + found.validation} == {"000.png", "001.png"}
+    touch(tmp_path, f"c/{name}")
+    with pytest.raises(DataError, match=r"no photos for 'c' in .*, hidden files and those of the system left aside"):
+        list_data(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["0.JPG", "0.JPEG", "0.Png", "0.jfif", "0", "0.jpg.download"])
+def test_the_ending_of_a_name_decides_nothing(name: str, tmp_path: Path) -> None:
+    touch(tmp_path, f"a/{name}", "a/1.png", "b/0.png", "b/1.png")
+    assert [sum(counts) for _, *counts in list_data(tmp_path).counts()] == [2, 2]
+
+
 def listing_of(tmp_path: Path, text: str) -> Listing:
     (tmp_path / "table.csv").write_text(text)
     return list_data(tmp_path / "table.csv")

@@ -1,4 +1,4 @@
-"""Frozen means bit-identical on every family: a small member of each is half frozen, trained, and compared.
+"""Frozen means bit-identical on every family: a small member of each is half frozen, split, trained, and compared.
 
 The table that this run makes is `docs/families.md`; `make families` writes it anew.
 """
@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -18,9 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from oracles import identical
 from regraft.anatomy.depths import parameter_depths
+from regraft.anatomy.modes import evaluation_mode
 from regraft.errors import RegraftError
 from regraft.freezing import freeze
 from regraft.freezing.pins import frozen_layers
+from regraft.frontier import partition
 from regraft.zoo import build, preprocessing_of
 
 pytestmark = pytest.mark.slow
@@ -49,6 +52,35 @@ TIMM = """
     xcit_nano_12_p8_224
 """
 NAMES = [*TORCHVISION.split(), *(f"timm/{name}" for name in TIMM.split())]
+TRANSFORMER = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+TOKENS = {**TRANSFORMER, "image_size": 64, "patch_size": 16}
+STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 2, 2, 1]}
+LEVIT = {"hidden_sizes": [16, 24, 32], "num_attention_heads": [1, 1, 2], "key_dim": [8, 8, 8], "depths": [2, 2, 2]}
+CVT = {"embed_dim": [8, 16, 24], "num_heads": [1, 2, 2], "depth": [1, 2, 3]}
+MOBILEVIT = {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 12, 16, 16, 24, 32], "image_size": 64}
+HUGGING_FACE: dict[
+    str, tuple[str, dict[str, Any]]
+] = {  # networks of a few thousand parameters, made without a download
+    "vit": ("ViTForImageClassification", TOKENS),
+    "deit": ("DeiTForImageClassification", TOKENS),
+    "beit": ("BeitForImageClassification", TOKENS),
+    "dinov2": ("Dinov2ForImageClassification", TOKENS),
+    "clip": ("CLIPForImageClassification", {"vision_config": TOKENS}),
+    "siglip": ("SiglipForImageClassification", {"vision_config": TOKENS}),
+    "swin": (
+        "SwinForImageClassification",
+        {"embed_dim": 16, "depths": [1, 1, 2], "num_heads": [1, 2, 4], "window_size": 4, "image_size": 64},
+    ),
+    "convnext": ("ConvNextForImageClassification", STAGES),
+    "resnet": ("ResNetForImageClassification", {**STAGES, "embedding_size": 8, "layer_type": "basic"}),
+    "regnet": ("RegNetForImageClassification", {**STAGES, "embedding_size": 8, "groups_width": 8}),
+    "poolformer": ("PoolFormerForImageClassification", STAGES),
+    "mobilenet_v2": ("MobileNetV2ForImageClassification", {"depth_multiplier": 0.25, "image_size": 64}),
+    "levit": ("LevitForImageClassification", {**LEVIT, "image_size": 64}),
+    "cvt": ("CvtForImageClassification", CVT),
+    "mobilevit": ("MobileViTForImageClassification", MOBILEVIT),
+}
+ALL_NAMES = [*NAMES, *(f"transformers/{name}" for name in HUGGING_FACE)]
 
 
 @dataclass(frozen=True)
@@ -61,21 +93,22 @@ class Row:
     until: str = ""
     share: float = 0.0
     problem: str = ""
+    split: str = ""
 
     def cells(self) -> str:
         figures = (f"{self.parameters:,}", f"`{self.until}`", f"{self.share:.0%}") if self.until else ("", "", "")
-        return " | ".join((self.family, f"`{self.name}`", *figures, self.problem or "bit-identical"))
+        return " | ".join((self.family, f"`{self.name}`", *figures, self.problem or "bit-identical", self.split))
 
 
 @pytest.fixture(scope="module")
 def rows() -> Iterator[dict[str, Row]]:
     found: dict[str, Row] = {}
     yield found
-    if os.environ.get("REGRAFT_WRITE_FAMILIES") and len(found) == len(NAMES):
+    if os.environ.get("REGRAFT_WRITE_FAMILIES") and len(found) == len(ALL_NAMES):
         write_table(list(found.values()))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL_NAMES)
 def test_what_is_frozen_stays_bit_identical(name: str, rows: dict[str, Row]) -> None:
     known = (
         {line.split("`")[1]: line for line in TABLE.read_text().splitlines() if "`" in line} if TABLE.exists() else {}
@@ -86,6 +119,7 @@ def test_what_is_frozen_stays_bit_identical(name: str, rows: dict[str, Row]) -> 
     if not os.environ.get("REGRAFT_WRITE_FAMILIES"):
         assert name in known, f"docs/families.md lacks {name}: run `make families`"
         assert row.problem == "" or row.problem.partition(":")[0] in known[name]
+        assert row.split in known[name]
 
 
 def test_every_family_of_both_libraries_is_in_the_list() -> None:
@@ -96,10 +130,11 @@ def test_every_family_of_both_libraries_is_in_the_list() -> None:
 
 def freeze_half_and_train(name: str) -> Row:
     try:
-        model = build(name)
+        model = build_any(name)
         inputs = images(model)
         until = middle(model)
         report = freeze(model, until=until)
+        split = split_in_two(model, inputs)
     except (RegraftError, RuntimeError, AssertionError, ValueError, AttributeError, TypeError) as error:
         return Row(name, family(name), problem=f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}")
     frozen = {key for key, parameter in model.named_parameters() if not parameter.requires_grad}
@@ -113,7 +148,43 @@ def freeze_half_and_train(name: str) -> Row:
     trained = {key: p for key, p in model.named_parameters() if p.grad is not None and p.detach().abs().sum() > 0}
     assert trained
     assert [key for key in trained if identical(before[key], after[key])] == []
-    return Row(name, family(name), report.total, until, report.frozen / report.total)
+    return Row(name, family(name), report.total, until, report.frozen / report.total, split=split)
+
+
+def split_in_two(model: nn.Module, inputs: torch.Tensor) -> str:
+    """Say where the frontier lies; the two parts have to give what the whole gives, and no image may need another."""
+    try:
+        parts = partition(model, inputs)
+    except RegraftError as error:
+        return f"{type(error).__name__}: {str(error)[:300]}".replace("|", "/").replace("\n", " ")
+    with torch.no_grad(), evaluation_mode(model), evaluation_mode(parts.suffix):
+        kept = parts.prefix(inputs)
+        ours, whole = (
+            [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+            for output in (parts.suffix(*kept), model(inputs))
+        )
+        turned = parts.prefix(inputs.flip(0))
+    assert all(identical(a, b) for a, b in zip(ours, whole, strict=True))
+    assert all(torch.allclose(a, b.flip(0), atol=1e-3) for a, b in zip(kept, turned, strict=True))
+    constant, live = parts.multiply_adds
+    places = ", ".join(f"`{cut.layer or cut.name}`" for cut in parts.frontier)
+    how = " recorded" if "recorded" in (parts.note or "") else ""
+    return (
+        f"{constant / (constant + live):.0%} constant, before {places}{how}"
+        if how
+        else (f"{constant / (constant + live):.0%} constant, after {places}")
+    )
+
+
+def build_any(name: str) -> nn.Module:
+    library, _, kind = name.partition("/")
+    if library != "transformers":
+        return build(name)
+    import transformers
+
+    class_name, options = HUGGING_FACE[kind]
+    network = getattr(transformers, class_name)
+    return network(network.config_class(num_labels=5, **options))
 
 
 def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -157,24 +228,35 @@ def train(model: nn.Module, inputs: torch.Tensor) -> None:
 def family(name: str) -> str:
     if name.startswith("timm/"):
         return "timm " + timm.model_entrypoint(name.removeprefix("timm/")).__module__.rpartition(".")[2]
+    if name.startswith("transformers/"):
+        return name.replace("/", " ")
     return "torchvision " + torchvision.models.get_model_builder(name).__module__.rpartition(".")[2]
 
 
 def write_table(rows: list[Row]) -> None:
-    kinds = {kind: [row for row in rows if row.family.startswith(kind)] for kind in ("torchvision", "timm")}
+    kinds = {
+        kind: [row for row in rows if row.family.startswith(kind)] for kind in ("torchvision", "timm", "transformers")
+    }
     totals = [f"{sum(not row.problem for row in kind)} of {len(kind)} of {name}" for name, kind in kinds.items()]
+    import transformers
+
     versions = f"torch {torch.__version__.partition('+')[0]}, torchvision {torchvision.__version__.partition('+')[0]}"
     lines = [
         "# Families",
         "",
         "One small member of every classification family, with random weights: frozen up to the layer in the middle,",
         "three steps of SGD with momentum and weight decay in training mode, then every frozen tensor, buffers",
-        "included, is compared bit by bit, and every trained one must have moved. `make families` writes this page.",
+        "included, is compared bit by bit, and every trained one must have moved. Before that, `partition` splits it:",
+        "the two parts must give what the whole gives, bit for bit, and no image of a batch may need another in the",
+        "constant part. The last column says how much of the multiply-adds that part has, and where it ends. The",
+        "networks of transformers have a few thousand parameters and are made from their configuration.",
+        "`make families` writes this page.",
         "",
-        f"{' and '.join(totals)} families pass ({versions}, timm {timm.__version__}).",
+        f"{', '.join(totals[:-1])} and {totals[-1]} families pass",
+        f"({versions}, timm {timm.__version__}, transformers {transformers.__version__}).",
         "",
-        "| family | member | parameters | frozen until | frozen | outcome |",
-        "|---|---|---:|---|---:|---|",
+        "| family | member | parameters | frozen until | frozen | outcome | partition |",
+        "|---|---|---:|---|---:|---|---|",
         *(f"| {row.cells()} |" for row in sorted(rows, key=lambda row: row.family)),
     ]
     TABLE.write_text("\n".join(lines) + "\n")

@@ -147,9 +147,8 @@ def guess_input_size(model: nn.Module) -> Shape:
     channels = first.in_channels if isinstance(first, nn.Conv2d) else 0
     if not 0 < channels <= MOST_CHANNELS:  # unknown yet, or registered first but no stem of images
         channels = preprocessing.channels
-    own_side = getattr(model, "image_size", None)  # as torchvision's vision transformers say it
-    side = own_side if isinstance(own_side, int) and card_of(model).preprocessing is None else preprocessing.size
-    return (1, channels, side, side)
+    sides = _own_sides(model) if card_of(model).preprocessing is None else None
+    return (1, channels, *(sides or (preprocessing.size, preprocessing.size)))
 
 
 def example_arguments(model: nn.Module, example: Any) -> Arguments:
@@ -167,6 +166,18 @@ def example_arguments(model: nn.Module, example: Any) -> Arguments:
     except TypeError:
         return as_one
     return Arguments(kwargs=dict(example), are_values_given=True)
+
+
+def _own_sides(model: nn.Module) -> tuple[int, int] | None:
+    """Read the height and width of images from a network that says them, as vision transformers do."""
+    for layer in (model, *model.children()):
+        for name in ("image_size", "img_size"):
+            value = getattr(layer, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value, value
+            if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(side, int) for side in value):
+                return value[0], value[1]
+    return None
 
 
 def shapes_of(value: Any) -> tuple[Shape, ...]:

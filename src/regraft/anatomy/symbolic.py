@@ -14,7 +14,7 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, cast
 
 import torch
@@ -84,7 +84,7 @@ class Tracer(fx.Tracer):
         self._require_no_draw()
         return graph
 
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:  # noqa: D102
         root: Any = self.root
         args, kwargs = self._stand_ins(root)
         for path, layer in root.named_modules():
@@ -125,12 +125,13 @@ class Tracer(fx.Tracer):
         self.inputs += (value,)
         return _opened(self.create_proxy("placeholder", name, (), {}), value)
 
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:  # noqa: D102
         try:
             path = self.path_of_module(m)
         except NameError:  # made in the forward, so it is no layer of the model
             return forward(*args, **kwargs)
         self._require_no_draw()
+        _unproxied((args, kwargs))  # an attribute of a proxy becomes a node when it is used: here, not in the layer
         before, self.path = self.path, path
         if id(m) in self._opened:
             output = forward(*args, **kwargs)
@@ -141,15 +142,22 @@ class Tracer(fx.Tracer):
         self.visits.append(Visit(path, *_unproxied((args, kwargs, output))))
         return output
 
-    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:  # noqa: D102
         proxy = super().create_proxy(*args, **kwargs)
         proxy.node.meta[LAYER] = self.path
         return proxy
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+    def create_arg(self, a: Any) -> Any:
+        """Write a dataclass that is a dict, as the outputs of transformers are, as one of its kind."""
+        if isinstance(a, dict) and is_dataclass(a):
+            kwargs = {str(key): self.create_arg(value) for key, value in a.items()}
+            return self.create_node("call_function", type(a), (), kwargs)
+        return super().create_arg(a)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: D102
         return id(m) not in self._opened
 
-    def to_bool(self, obj: fx.Proxy) -> bool:
+    def to_bool(self, obj: fx.Proxy) -> bool:  # noqa: D102
         target = str(obj.node.target)
         if obj.node.op != "get_attr" or not is_training_flag(target):
             return super().to_bool(obj)

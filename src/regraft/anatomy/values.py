@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -73,18 +74,18 @@ class Interpreter(fx.Interpreter):
         self.counter = FlopCounterMode(display=False)
         self.operations: dict[fx.Node, int] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> Any:  # noqa: D102
         before = self.counter.get_total_flops()
         result = super().run_node(n)
         self.operations[n] = self.counter.get_total_flops() - before
         return result
 
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:  # noqa: D102
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         return tuple(_mutable(value) for value in args), {name: _mutable(value) for name, value in kwargs.items()}
 
 
 def _mutable(value: Any) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, immutable_list):
         return [_mutable(item) for item in value]
-    return {key: _mutable(item) for key, item in value.items()} if isinstance(value, dict) else value
+    return {key: _mutable(item) for key, item in value.items()} if isinstance(value, immutable_dict) else value

@@ -1,6 +1,7 @@
 """Names, recipes and weights → modules."""
 
 import contextlib
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,24 @@ from regraft.checkpoint.foreign.reading import read_state_dicts
 from regraft.checkpoint.matching.load_plan import UnfitError, carry_out
 from regraft.checkpoint.matching.load_report import LoadReport
 from regraft.checkpoint.matching.loading import Rules, plan_loading
-from regraft.errors import CheckpointError, EditError, ModelError, RegraftError
+from regraft.errors import CheckpointError, ConfigError, EditError, ModelError, RegraftError, nearest
 from regraft.surgery.expressions import shortened
 from regraft.surgery.graft import rebuild_grafted
 from regraft.surgery.head import replace_head
 from regraft.surgery.layerspec import construct
 from regraft.surgery.recipe import apply_step
 from regraft.surgery.stitch import rebuild_stitched
-from regraft.zoo import PYTHON, build
+from regraft.zoo import PYTHON, build, weights_name
 
 MOST_STEPS = 64  # in a recipe; each costs a run on shapes
 MOST_PARTS = 32
+OTHER_WORDS = {  # of torchvision, timm and transformers
+    "pretrained": "Pass weights='default' for pretrained weights, weights='none' for none.",
+    "checkpoint_path": "Pass weights=FILE.",
+    "in_chans": "Use regraft.replace_stem on the network that is built.",
+    "num_labels": "Pass num_classes.",
+    "drop_rate": "Build the network with timm, and pass the module on.",
+}
 # What constructors set parameters with: the methods of a tensor, and the functions of torch.nn.init.
 # fmt: off
 FILLS = frozenset((
@@ -37,22 +45,33 @@ FILLS = frozenset((
 
 
 def create_model(
-    name: str, *, weights: str | Path = "default", num_classes: int | None = None, trust_code: bool = False
+    name: str,
+    *,
+    weights: str | Path | Enum | None = "default",
+    num_classes: int | None = None,
+    trust_code: bool = False,
+    **unknown: Any,
 ) -> nn.Module:
     """Create a network by name, with pretrained weights and, where wanted, a new head.
 
     Args:
         name: `"resnet18"` (torchvision), `"timm/NAME"`, `"py:path/file.py:Class"` or `"py:package.module:Class"`.
         weights: `"default"` (what its library recommends, downloaded where needed), `"none"`, the name of registered
-            weights such as `"IMAGENET1K_V2"`, or a file. A file must fit in everything but the head.
+            weights such as `"IMAGENET1K_V2"` or torchvision's `ResNet18_Weights.IMAGENET1K_V1`, or a file. None is
+            `"none"`. A file must fit in everything but the head.
         num_classes: Number of outputs K of a new head, which starts from fresh weights; None keeps the head.
         trust_code: Whether a class of your own (`py:…`) may be imported.
 
+        **unknown: Refused; arguments of other libraries' functions are named with what stands for them here.
+
     Raises:
         ModelError: The name is unknown, the class cannot be built, or weights cannot be downloaded.
+        ConfigError: There is an argument that this function does not have.
         CheckpointError: The file cannot be read, or belongs to another architecture.
         TrustError: The name is `py:…` and `trust_code` is false.
     """
+    _refuse(unknown)
+    weights = weights_name(name, weights)
     path = Path(weights)
     from_file = str(weights) not in ("default", "none") and (isinstance(weights, Path) or _looks_like_file(path))
     model = build(name, weights="none" if from_file else str(weights), trust_code=trust_code)
@@ -61,6 +80,13 @@ def create_model(
     if num_classes is not None:
         model = replace_head(model, num_classes)
     return model
+
+
+def _refuse(unknown: dict[str, Any]) -> None:
+    for argument, value in unknown.items():
+        hint = nearest(argument, ("weights", "num_classes", "trust_code"))
+        advice = OTHER_WORDS.get(argument) or hint or "It takes weights, num_classes and trust_code."
+        raise ConfigError(f"create_model has no argument '{argument}' (given as {value!r}). {advice}")
 
 
 def rebuild(recipe: Recipe, *, trust_code: bool = False, unset: bool = False) -> nn.Module:

@@ -10,8 +10,6 @@ from regraft.cli.output import guarded, require, say, say_json, say_lines
 if TYPE_CHECKING:
     from regraft.anatomy.inputs import InputSize
 
-RESIZED = {"center": "shorter side", "squash": "both sides", "border": "longer side"}
-
 
 @guarded
 def inspect(
@@ -113,12 +111,7 @@ def _describe(header: Any) -> list[str]:
     if card.classes:
         lines.append(f"classes    {len(card.classes)}: {', '.join(card.classes)}")
     if card.preprocessing:
-        images = card.preprocessing
-        lines.append(
-            f"images     {RESIZED[images.crop_mode]} to {images.resize}, middle {images.size}×{images.size}, "
-            f"{images.interpolation}, "
-            f"mean {images.mean}, std {images.std}"
-        )
+        lines.append(f"images     {card.preprocessing.summary()}")
     figures = {name: value for name, value in card.metrics.items() if isinstance(value, float)}
     if figures:
         lines.append("validation " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))

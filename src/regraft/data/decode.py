@@ -137,7 +137,7 @@ def _upright_size(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
     orientation = None
     with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):  # of damaged metadata
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    return size[::-1] if orientation in TURNED_BY_A_QUARTER else size
+    return (size[1], size[0]) if orientation in TURNED_BY_A_QUARTER else size
 
 
 def resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:

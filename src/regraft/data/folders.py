@@ -14,6 +14,13 @@ from regraft.errors import DataError
 
 TRAIN_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "valid", "validation")
+# By Windows, macOS, Synology and ext4; names in lower case.
+# fmt: off
+LEFT_BEHIND = frozenset((
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "icon\r", "@eadir", "$recycle.bin",
+    "system volume information", "lost+found",
+))
+# fmt: on
 
 Target = int | float
 Task = Literal["classification", "regression"]
@@ -126,12 +133,42 @@ def list_numbered(path: str | os.PathLike[str]) -> tuple[Sample, ...]:
 
 
 def photos_in(folder: Path) -> list[Path]:
-    """List all files below a folder in a fixed order, without hidden ones."""
-    found = []
+    """List all files below a folder in a fixed order, without hidden ones and those that systems leave behind.
+
+    Linked folders are followed, but for those that lead to a folder that is listed already, or around it.
+    """
+    return _photos_below(folder, (), set())
+
+
+def _photos_below(folder: Path, around: tuple[Path, ...], seen: set[str]) -> list[Path]:
+    """List files below a folder, those in linked folders last.
+
+    Args:
+        folder: Where to look.
+        around: The folders, without links, from which links have led here.
+        seen: Folders, without links, that were listed before; those that are listed now are added.
+    """
+    photos, links = [], []
+    around = (*around, folder.resolve())
     for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(parent, name) for name in sorted(files) if not name.startswith(".")]
-    return found
+        here = os.path.realpath(parent)
+        if here in seen:
+            folders.clear()
+            continue
+        seen.add(here)
+        folders[:] = sorted(name for name in folders if not _is_left_behind(name))
+        photos += [Path(parent, name) for name in sorted(files) if not _is_left_behind(name)]
+        links += [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
+    for link in links:
+        target = link.resolve()
+        if not any(one.is_relative_to(target) for one in around):
+            photos += _photos_below(link, around, seen)
+    return photos
+
+
+def _is_left_behind(name: str) -> bool:
+    """Return whether a file or folder is hidden, or one that a system writes beside photos."""
+    return name.startswith(".") or name.lower() in LEFT_BEHIND
 
 
 def stratified_split(
@@ -161,7 +198,7 @@ def _find(root: Path, names: Sequence[str]) -> Path | None:
 
 
 def _subfolders(root: Path) -> list[Path]:
-    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not _is_left_behind(entry.name))
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
@@ -186,7 +223,10 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 def _samples(folder: Path, classes: Sequence[str], *, at_least: int = 1) -> tuple[Sample, ...]:
     files = {name: photos_in(folder / name) for name in classes}
     if empty := [name for name, found in files.items() if not found]:
-        raise DataError(f"no photos for {_names(set(empty))} in '{folder}'. Add some, or remove the folder.")
+        raise DataError(
+            f"no photos for {_names(set(empty))} in '{folder}', hidden files and those of the system left aside. Add "
+            "some, or remove the folder."
+        )
     if few := [name for name, found in files.items() if len(found) < at_least]:
         raise DataError(
             f"only one photo for {_names(set(few))} in '{folder}': it cannot be both learned from and measured on. "

@@ -1,5 +1,6 @@
 """What an optimizer gets: the trainable parameters, grouped, and nothing else."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -11,6 +12,8 @@ from regraft.anatomy.heads import head_parameters
 from regraft.errors import ConfigError, SelectionError, nearest
 
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+
+MOMENTUM = 0.9  # that timm's own factory gives to optimizers that have one
 
 
 def param_groups(
@@ -111,10 +114,12 @@ def build_optimizer(
     """
     maker: Any = optimizer_class(name_or_class) if isinstance(name_or_class, str) else name_or_class
     groups = param_groups(model, lr, weight_decay, layer_decay, backbone_lr=backbone_lr)
+    name = getattr(maker, "__name__", name_or_class)  # which timm's ready-made variants lack
+    if maker is torch.optim.Muon:
+        _require_matrices(model)
     try:
         return maker(groups, lr=lr, **options)
     except (TypeError, ValueError) as error:
-        name = getattr(maker, "__name__", name_or_class)  # which timm's ready-made variants lack
         raise ConfigError(f"{name} does not take {options or {'lr': lr}}: {error}.") from error
 
 
@@ -139,9 +144,21 @@ def optimizer_class(name: str) -> Any:
         hint = nearest(bare, {*known, *timms}) or f"torch.optim has {', '.join(known)}."
         raise ConfigError(f"no optimizer '{name}' in torch.optim or timm. {hint}")
     try:
-        return cast(Any, timm_optim).get_optimizer_class(bare)
+        maker = cast(Any, timm_optim).get_optimizer_class(bare)
+        has_momentum = cast(Any, timm_optim).get_optimizer_info(bare).has_momentum
     except AssertionError as error:  # it needs a library or a device that is not here
         raise ConfigError(f"the optimizer '{name}' cannot be used here: {error}. Choose another, as adamw.") from error
+    return functools.partial(maker, momentum=MOMENTUM) if has_momentum else maker
+
+
+def _require_matrices(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.ndim != 2:
+            raise ConfigError(
+                f"torch's Muon trains matrices alone, and '{name}' has the shape {tuple(parameter.shape)}. Use "
+                "timm/muon, which trains matrices and kernels by Muon and the rest by AdamW, or freeze the others. "
+                "Nothing was changed."
+            )
 
 
 def _nothing_trainable(model: nn.Module) -> str:

@@ -1,7 +1,7 @@
 """Pins: frozen layers behave as in evaluation, whatever `.train()` is called later.
 
 Which layers are pinned follows from the `requires_grad` flags, so pins are recomputed after every change of flags, and
-whenever the mode of the model is changed, as somebody may have set flags by hand or put new layers in:
+whenever the model goes into training mode, as somebody may have set flags by hand or put new layers in:
 
 - a layer with parameters (or a block of such layers) is pinned if none of them is trainable;
 - a layer without any (dropout, drop path, a norm without affine parameters) is pinned if the block around it is frozen,

@@ -25,9 +25,14 @@ def mixed_layers(model: nn.Module) -> list[str]:
     return [path for path, layer in model.named_modules() if path and _is_mixed(layer)]
 
 
-def is_live_layer(layer: nn.Module) -> bool:
-    """Say whether what a layer gives may differ from epoch to epoch for the same input, while the model trains."""
-    return any(parameter.requires_grad for parameter in layer.parameters()) or not _is_settled(layer)
+def is_live_layer(layer: nn.Module, unused: Collection[nn.Parameter] = ()) -> bool:
+    """Return whether what a layer gives may differ from epoch to epoch for the same input, while the model trains.
+
+    `unused` are parameters that the forward is known not to use.
+    """
+    ignored = {id(parameter) for parameter in unused}
+    is_trained = any(parameter.requires_grad and id(parameter) not in ignored for parameter in layer.parameters())
+    return is_trained or not _is_settled(layer)
 
 
 def live_nodes(flow: Flow, model: nn.Module, dependent: Collection[str] = ()) -> set[fx.Node]:

@@ -146,8 +146,8 @@ def partition(model: nn.Module, example: Any) -> Partition:
         return _untraced(model, arguments, error)
     try:
         return _traced(model, view, values, costs)
-    except NothingConstantError as error:
-        if not view.closed:
+    except (ModelError, NothingConstantError) as error:
+        if isinstance(error, NothingConstantError) and not view.closed:
             raise
         try:  # a mixed layer could not be looked into: it is live as a whole, and may hold what is constant
             return _untraced(model, arguments, error)
@@ -173,7 +173,7 @@ def _computed(model: nn.Module, view: View, arguments: Arguments) -> tuple[list[
         return compute_costs(model, view.flow)
     except Exception as error:  # of anybody's forward
         trace(model, inputs=arguments.args or arguments.kwargs)  # which says where it fails, if it does
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = f"{type(error).__name__} {str(error).strip().partition(chr(10))[0]}".strip()
         raise ModelError(f"{type(model).__name__} cannot be computed on shapes alone: {reason}.") from error
 
 
@@ -218,10 +218,12 @@ def _find_frontier(model: nn.Module, view: View, values: list[Values]) -> tuple[
         frontier = _frontier(view, model, dependent)
         if not frontier:
             raise EditError("nothing of this network is live, so there is nothing to train. Thaw a layer.")
-        if all(node.op == "placeholder" for node in frontier):
+        if all(node.op == "placeholder" or ports_of(node, values) == [] for node in frontier):
+            first = next((user for node in frontier for user in node.users), None)
+            where = f"; the first is {_place(first)}" if first is not None else ""
             why = f" ({'; '.join(notes)})" if notes else ""
             raise NothingConstantError(
-                f"nothing of this network is constant: its first layers are trained or random{why}."
+                f"nothing of this network is constant: its first layers are trained or random{where}{why}."
             )
         if not was_run:
             was_run = True
@@ -269,7 +271,7 @@ def _cheapest(
     full = _spent(frontier, costs)
     least = size
     for node in _gates(view.flow.graph, frontier):
-        if ports_of(node, values) is None or sum(cut.bytes for cut in _cuts(node, values)) >= 0.9 * least:
+        if not ports_of(node, values) or sum(cut.bytes for cut in _cuts(node, values)) >= 0.9 * least:
             continue
         least = sum(cut.bytes for cut in _cuts(node, values))
         again = full - _spent([node], costs)

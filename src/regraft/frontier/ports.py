@@ -23,9 +23,10 @@ class Port:
 
 
 def ports_of(node: fx.Node, values: Sequence[Values]) -> list[Port] | None:
-    """List the tensors in a value; None where not all of it is tensors with one row for each image.
+    """List the tensors in a value; None where it cannot be kept image by image.
 
-    Lists, tuples and mappings are looked through, and plain values in them have to be the same for every batch.
+    Lists, tuples and mappings are looked through. Tensors need one row for each image; plain values, such as the number
+    of patches in a column, have to be the same for every batch, and are written in where they are used.
 
     Args:
         node: The value.
@@ -72,18 +73,16 @@ def _ports(small: Any, large: Any, steps: tuple[Step, ...]) -> list[Port] | None
     if isinstance(small, Mapping):
         if list(small) != list(large) or not all(isinstance(key, (int, str)) for key in small):
             return None
-        return _joined([_ports(small[key], large[key], (*steps, key)) for key in small], steps)
+        return _joined([_ports(small[key], large[key], (*steps, key)) for key in small])
     if isinstance(small, (list, tuple)):
         if len(small) != len(large):
             return None
         pairs = enumerate(zip(small, large, strict=True))
-        return _joined([_ports(a, b, (*steps, position)) for position, (a, b) in pairs], steps)
-    is_plain = steps and (small is None or isinstance(small, (bool, int, float, str)))
+        return _joined([_ports(a, b, (*steps, position)) for position, (a, b) in pairs])
+    is_plain = small is None or isinstance(small, (bool, int, float, str))
     return [] if is_plain and small == large else None
 
 
-def _joined(parts: list[list[Port] | None], steps: tuple[Step, ...]) -> list[Port] | None:
-    if any(part is None for part in parts):
-        return None
-    ports = [port for part in parts if part for port in part]
-    return ports if ports or steps else None
+def _joined(parts: list[list[Port] | None]) -> list[Port] | None:
+    ports = [part for part in parts if part is not None]
+    return [port for part in ports for port in part] if len(ports) == len(parts) else None

@@ -17,16 +17,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from regraft.anatomy.graph import ancestors
 from regraft.anatomy.inputs import Arguments
 from regraft.anatomy.modes import preserved_randomness
+from regraft.anatomy.tracing import trace
 from regraft.anatomy.values import BATCHES
-from regraft.errors import ModelError
+from regraft.errors import ForwardError, ModelError
 from regraft.frontier.independence import difference, with_image_of
 from regraft.frontier.liveness import is_live_layer
+from regraft.frontier.stubs import Asleep, nothing, sleeping, stub
 
+Part = tuple[str, nn.Module, bool]  # path, layer, whether it is live
 Form = tuple[TreeSpec, tuple[Any, ...]]  # of nested arguments: their structure, and what in them is no tensor
 
 
@@ -46,7 +49,7 @@ class Boundary:
 
     layer: str
     form: Form
-    asleep: dict[str, tuple[Callable[[int, torch.device], Any], ...]]
+    asleep: Asleep
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
     inputs: Arguments
@@ -104,7 +107,7 @@ class Replay(nn.Module):
         layer = self.model.get_submodule(self.boundary.layer)
         handle = layer.register_forward_pre_hook(take_over, with_kwargs=True, prepend=True)
         try:
-            with _sleeping(self.model, self.boundary, count, device):
+            with sleeping(self.model, self.boundary.asleep, count, device):
                 output = self.model(*inputs.args, **inputs.kwargs)
         finally:
             handle.remove()
@@ -128,29 +131,30 @@ def record_and_replay(model: nn.Module, arguments: Arguments) -> tuple[Recording
     with preserved_randomness(0):
         drawn = [arguments.drawn(count, device) for count in (*BATCHES, BATCHES[0])]
         problem: ModelError | None = None
-        for layer in _candidates(model, drawn[0]):
+        parts = list(_parts(model, _unused(model, arguments)))
+        for layer in _candidates(model, drawn[0], parts):
             try:
-                return _split_at(model, layer, arguments, drawn)
+                return _split_at(model, layer, arguments, drawn, parts)
             except ModelError as error:
                 problem = problem or error
     raise problem or ModelError("its forward calls no live layer.")
 
 
 def _split_at(
-    model: nn.Module, layer: str, arguments: Arguments, drawn: list[Arguments]
+    model: nn.Module, layer: str, arguments: Arguments, drawn: list[Arguments], parts: list[Part]
 ) -> tuple[Recording, Replay, Boundary]:
-    boundary = _boundary(model, layer, arguments, drawn)
+    boundary = _boundary(model, layer, arguments, drawn, parts)
     whole = tuple(position for position, tensor in enumerate(_tensors(arguments)) if not tensor.is_floating_point())
     problem: ModelError | None = None
     for kept in dict.fromkeys(((), whole)):
         leaves = [_tensors(arguments)[position] for position in kept]
-        parts = replace(
+        with_inputs = replace(
             boundary,
             shapes=(*boundary.shapes, *(tuple(leaf.shape[1:]) for leaf in leaves)),
             dtypes=(*boundary.dtypes, *(leaf.dtype for leaf in leaves)),
             kept=kept,
         )
-        recording, replay = Recording(model, parts), Replay(model, parts)
+        recording, replay = Recording(model, with_inputs), Replay(model, with_inputs)
         replay.training = model.training
         try:
             with torch.no_grad():
@@ -161,13 +165,15 @@ def _split_at(
         except ModelError as error:
             problem = problem or error
         else:
-            return recording, replay, parts
+            return recording, replay, with_inputs
     assert problem is not None
     raise problem
 
 
-def _boundary(model: nn.Module, layer: str, arguments: Arguments, drawn: list[Arguments]) -> Boundary:
-    (given, before), (other_given, other_before) = (_followed(model, layer, inputs) for inputs in drawn[:2])
+def _boundary(
+    model: nn.Module, layer: str, arguments: Arguments, drawn: list[Arguments], parts: list[Part]
+) -> Boundary:
+    (given, before), (other_given, other_before) = (_followed(model, layer, inputs, parts) for inputs in drawn[:2])
     if not before:
         raise ModelError(f"nothing is constant before its first live layer '{layer}'.")
     (tensors, form), (other_tensors, other_form) = _flattened(given), _flattened(other_given)
@@ -182,9 +188,9 @@ def _boundary(model: nn.Module, layer: str, arguments: Arguments, drawn: list[Ar
         raise ModelError(f"what its first live layer '{layer}' is given is not one row for each image.")
     if [name for name, _ in before] != [name for name, _ in other_before]:
         raise ModelError("its forward does not always call the same layers.")
-    asleep: dict[str, tuple[Callable[[int, torch.device], Any], ...]] = {}
+    asleep: Asleep = {}
     for (name, output), (_, other) in zip(before, other_before, strict=True):
-        asleep[name] = (*asleep.get(name, ()), _stub(name, output, other))
+        asleep[name] = (*asleep.get(name, ()), stub(name, output, other))
     return Boundary(
         layer,
         form,
@@ -196,14 +202,25 @@ def _boundary(model: nn.Module, layer: str, arguments: Arguments, drawn: list[Ar
     )
 
 
-def _parts(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, bool]]:
+def _unused(model: nn.Module, arguments: Arguments) -> list[nn.Parameter]:
+    """List the trainable parameters that the forward uses in neither mode."""
+    used: set[str] = set()
+    for training in (False, True):
+        try:
+            used |= set(trace(model, inputs=arguments.args or arguments.kwargs, training=training).first_uses)
+        except ForwardError:
+            return []
+    return [p for name, p in model.named_parameters() if p.requires_grad and name not in used]
+
+
+def _parts(model: nn.Module, unused: list[nn.Parameter], path: str = "") -> Iterator[Part]:
     """List the outermost constant layers and all live ones, with whether each is live."""
     for name, layer in model.named_children():
         inner = f"{path}.{name}".lstrip(".")
-        is_live = is_live_layer(layer)
+        is_live = is_live_layer(layer, unused)
         yield inner, layer, is_live
         if is_live and not _is_wholly_live(layer):
-            yield from _parts(layer, inner)
+            yield from _parts(layer, unused, inner)
 
 
 def _is_wholly_live(layer: nn.Module) -> bool:
@@ -211,7 +228,7 @@ def _is_wholly_live(layer: nn.Module) -> bool:
     return flags == {True} or not any(True for _ in layer.children())
 
 
-def _candidates(model: nn.Module, inputs: Arguments) -> list[str]:
+def _candidates(model: nn.Module, inputs: Arguments, parts: list[Part]) -> list[str]:
     """List the layers at which the live part may begin: the first live one that is called, and those around it."""
     running: list[str] = []
 
@@ -230,7 +247,7 @@ def _candidates(model: nn.Module, inputs: Arguments) -> list[str]:
         return hook
 
     handles = []
-    for path, layer, is_live in _parts(model):
+    for path, layer, is_live in parts:
         if is_live:
             handles.append(layer.register_forward_pre_hook(begin(path, _is_wholly_live(layer))))
             handles.append(layer.register_forward_hook(end(path)))
@@ -238,11 +255,11 @@ def _candidates(model: nn.Module, inputs: Arguments) -> list[str]:
     return running[::-1]
 
 
-def _followed(model: nn.Module, layer: str, inputs: Arguments) -> tuple[Any, list[tuple[str, Any]]]:
+def _followed(model: nn.Module, layer: str, inputs: Arguments, parts: list[Part]) -> tuple[Any, list[tuple[str, Any]]]:
     """Run a forward up to a layer: what that is given, and what the constant layers before it gave."""
     before: list[tuple[str, Any]] = []
     handles = [model.get_submodule(layer).register_forward_pre_hook(_stop(layer), with_kwargs=True)]
-    for path, part, is_live in _parts(model):
+    for path, part, is_live in parts:
         if not is_live:
             handles.append(part.register_forward_hook(lambda _, __, output, path=path: before.append((path, output))))
     stopped = _run_until_stopped(model, inputs, handles)
@@ -297,7 +314,7 @@ def _inputs(boundary: Boundary, kept: tuple[torch.Tensor, ...], count: int, devi
     def fill(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal position
         position += 1
-        return at[position] if position in at else _nothing(tensor.shape, tensor.dtype, device)
+        return at[position] if position in at else nothing(tensor.shape, tensor.dtype, device)
 
     return boundary.inputs.of_batch(count).mapped(fill)
 
@@ -326,54 +343,6 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in before:
             module.training = mode
-
-
-@contextlib.contextmanager
-def _sleeping(model: nn.Module, boundary: Boundary, count: int, device: torch.device) -> Iterator[None]:
-    """Let the layers before the boundary return nothing of worth, and compute nothing."""
-    layers = {name: model.get_submodule(name) for name in boundary.asleep}
-    before = {name: vars(layer).get("forward") for name, layer in layers.items()}
-    for name, layer in layers.items():
-        layer.__dict__["forward"] = _asleep(layer.forward, boundary.asleep[name], count, device)
-    try:
-        yield
-    finally:
-        for name, layer in layers.items():
-            if before[name] is None:
-                del layer.__dict__["forward"]
-            else:
-                layer.__dict__["forward"] = before[name]
-
-
-def _asleep(forward: Any, makers: tuple[Any, ...], count: int, device: torch.device) -> Callable[..., Any]:
-    coming = iter(makers)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        make = next(coming, None)
-        return forward(*args, **kwargs) if make is None else make(count, device)
-
-    return run
-
-
-def _stub(name: str, output: Any, other: Any) -> Callable[[int, torch.device], Any]:
-    """Return what makes an output like these two, of batches of `BATCHES`, for a batch of any size."""
-
-    def form_of(small: Any, large: Any) -> Any:
-        if not isinstance(small, torch.Tensor):
-            return lambda count, device: small
-        sizes = [(a, b) for a, b in zip(small.shape, large.shape, strict=True)]
-        if not small.is_floating_point() or any(a != b and (a, b) != BATCHES for a, b in sizes):
-            raise ModelError(f"layer '{name}' returns something that cannot be left out.")
-        dtype = small.dtype
-        return lambda count, device: _nothing([a if a == b else count for a, b in sizes], dtype, device)
-
-    forms = tree_map(form_of, output, other)
-    return lambda count, device: tree_map(lambda make: make(count, device), forms)
-
-
-def _nothing(shape: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return a tensor of NaN (0 for whole numbers) that takes no memory."""
-    return torch.full((), float("nan") if dtype.is_floating_point else 0, dtype=dtype, device=device).expand(*shape)
 
 
 def _flattened(given: Any) -> tuple[tuple[torch.Tensor, ...], Form]:

@@ -13,8 +13,9 @@ def adapter_for(given: Shape, wanted: Shape, *, is_fitted: bool = False) -> nn.S
     """Build an adapter between two shapes, batch included: maps (N, C, H, W), tokens (N, T, D) or vectors (N, D).
 
     Maps are resampled (average pooling down, bilinear up), then changed in width by a 1×1 convolution with batch norm;
-    tokens and vectors in width by a linear layer. A map becomes tokens row by row, and tokens a map where they fill a
-    square, a class token in front left out. Weights keep the variance of what goes through (Glorot).
+    tokens and vectors in width by a linear layer. A map becomes tokens row by row, and tokens a map where they fill one
+    of the other side's proportions or a square, a class token in front left out. Weights keep the variance of what goes
+    through (Glorot).
 
     Args:
         given: What comes in.
@@ -73,24 +74,24 @@ def _steps(given: Shape, wanted: Shape, is_fitted: bool) -> list[nn.Module] | No
         case 4, 4:
             return [*_resample(given, wanted), *_width(given[1], wanted[1], is_fitted)]
         case 4, 3:
-            side = _side(wanted[1])
-            if side is None:
+            grid = _grid(wanted[1], given[2:])
+            if grid is None:
                 return None
-            shape = (given[0], wanted[2], side, side)
+            shape = (given[0], wanted[2], *grid)
             flat = [nn.Flatten(2), Transpose()]
             return [
                 *_resample(given, shape),
                 *_width(given[1], wanted[2], is_fitted),
                 *flat,
-                *_class_token(wanted, side),
+                *_class_token(wanted, grid),
             ]
         case 3, 4:
-            side = _side(given[1])
-            if side is None:
+            grid = _grid(given[1], wanted[2:])
+            if grid is None:
                 return None
-            drop = [WithoutFirst()] if side * side < given[1] else []
-            shape = (given[0], given[2], side, side)
-            unflat = [Transpose(), nn.Unflatten(2, (side, side))]
+            drop = [WithoutFirst()] if math.prod(grid) < given[1] else []
+            shape = (given[0], given[2], *grid)
+            unflat = [Transpose(), nn.Unflatten(2, grid)]
             return [*drop, *unflat, *_resample(shape, wanted), *_width(given[2], wanted[1], is_fitted)]
         case 4, 2:
             return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(given[1], wanted[1])]
@@ -117,14 +118,18 @@ def _width(given: int, wanted: int, is_fitted: bool) -> list[nn.Module]:
     return [] if given == wanted and not is_fitted else [nn.Conv2d(given, wanted, 1), nn.BatchNorm2d(wanted)]
 
 
-def _class_token(wanted: Shape, side: int) -> list[nn.Module]:
-    return [ClassToken(wanted[2])] if side * side < wanted[1] else []
+def _class_token(wanted: Shape, grid: tuple[int, int]) -> list[nn.Module]:
+    return [ClassToken(wanted[2])] if math.prod(grid) < wanted[1] else []
 
 
-def _side(tokens: int) -> int | None:
-    """Return the side of the square that so many tokens fill, a class token in front aside."""
-    for count in (tokens, tokens - 1):
-        side = math.isqrt(max(count, 0))
-        if side and side * side == count:
-            return side
+def _grid(tokens: int, like: tuple[int, ...]) -> tuple[int, int] | None:
+    """Return the height and width of the map that so many tokens fill, a class token in front aside.
+
+    That is a map of the proportions of `like` (H, W), or else a square.
+    """
+    for height, width in (like, (1, 1)):
+        for count in (tokens, tokens - 1):
+            rows = math.isqrt(max(count, 0) * height // width)
+            if rows and rows * width % height == 0 and rows * (rows * width // height) == count:
+                return rows, rows * width // height
     return None

@@ -80,7 +80,8 @@ def leave_fast_paths(edited: nn.Module, put: Mapping[str, nn.Module], model: nn.
                 if missing:
                     raise EditError(
                         f"cannot replace '{path}': nn.TransformerEncoderLayer reads '{missing[0]}' of it, which a "
-                        f"{type(new).__name__} does not have. Derive it from nn.MultiheadAttention. Nothing was changed."
+                        f"{type(new).__name__} does not have. Derive it from nn.MultiheadAttention. "
+                        "Nothing was changed."
                     )
             layer.activation_relu_or_gelu = 0  # what it asks first of all that rules the kernel out
 

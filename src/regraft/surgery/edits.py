@@ -12,6 +12,7 @@ from torch import fx, nn
 from regraft.anatomy.graph import LAYER, Flow, Visit, ancestors, crossing, nodes_in
 from regraft.anatomy.inputs import Arguments, Inputs, arguments_for
 from regraft.anatomy.paths import is_within, layer_at
+from regraft.anatomy.tracing import trace
 from regraft.errors import EditError, ModelError
 from regraft.surgery.checks import prove, require_editable
 from regraft.surgery.detour import detour, is_detoured, stop_at
@@ -164,9 +165,11 @@ def insert(
         arguments = arguments_given(model, inputs)
         edited = rewire(model, opened_for(model, path), change, {name: new}, closed=path, arguments=arguments)
     except ModelError as error:
+        if not _is_called(model, path, inputs):
+            raise EditError(f"cannot insert {place}: that layer is never called. Nothing was changed.") from error
         raise EditError(
-            f"cannot insert {place}: {str(error).rstrip('.')}. Only replace, replace_head, remove, truncate and append work on a network "
-            "that cannot be traced. Nothing was changed."
+            f"cannot insert {place}: {str(error).rstrip('.')}. Only replace, replace_head, remove, truncate and "
+            "append work on a network that cannot be traced. Nothing was changed."
         ) from error
     what = f"insert {type(new).__name__} {place}"
     settled(edited, {name: new}, prove(edited, model, what, inputs), what)
@@ -282,8 +285,8 @@ def crossed(
 
 def _main_output(flow: Flow, model: nn.Module) -> fx.Node:
     value = flow.output
-    if isinstance(value, fx.Node) and hasattr(value.target, "_fields"):  # a named tuple that the forward makes
-        value = value.args
+    if isinstance(value, fx.Node) and isinstance(value.target, type):  # a named tuple or the like that it makes
+        value = value.args or value.kwargs
     if isinstance(value, fx.Node):
         return value
     nodes = nodes_in(value)
@@ -293,6 +296,14 @@ def _main_output(flow: Flow, model: nn.Module) -> fx.Node:
         f"cannot append to {type(model).__name__}: it gives a {type(value).__name__} of {len(nodes)} values, expected "
         "one tensor. Truncate it after the layer whose output you want first. Nothing was changed."
     )
+
+
+def _is_called(model: nn.Module, path: str, inputs: Inputs | None) -> bool:
+    """Return whether the forward calls a layer, or cannot be run, so that nothing is known."""
+    try:
+        return any(is_within(call.path, path) for call in trace(model, inputs=inputs).calls)
+    except ModelError:
+        return True
 
 
 def _put_in(flow: Flow, name: str, visit: Visit, *, is_after: bool, place: str) -> None:

@@ -7,9 +7,17 @@ import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from regraft.anatomy.heads import CONVOLUTIONS
 from regraft.anatomy.inputs import Inputs, Shape
 from regraft.anatomy.tracing import Trace, trace
 from regraft.errors import EditError
+
+CHANNELS_FIRST = (
+    *CONVOLUTIONS,
+    nn.GroupNorm,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)
 
 
 def fitted(model: nn.Module, layers: Sequence[nn.Module | int], inputs: Inputs | None = None) -> list[nn.Module]:
@@ -24,7 +32,8 @@ def fitted(model: nn.Module, layers: Sequence[nn.Module | int], inputs: Inputs |
         if isinstance(layer, int) and not isinstance(layer, bool):
             if position:
                 raise EditError(f"{layer} classes are asked for after other layers. Give a layer, or the number alone.")
-            layer = classifier(output_shape(model, inputs), layer)
+            shape = output_shape(model, inputs)
+            layer = classifier(shape, layer, are_channels_last=_are_channels_last(model, shape, inputs))
         if isinstance(layer, type):
             raise EditError(f"{layer.__name__} is a class. Give a layer made from it, as in {layer.__name__}(…).")
         if not isinstance(layer, nn.Module):
@@ -39,8 +48,13 @@ def fitted(model: nn.Module, layers: Sequence[nn.Module | int], inputs: Inputs |
     return made
 
 
-def classifier(shape: Shape, classes: int) -> nn.Module:
+def classifier(shape: Shape, classes: int, *, are_channels_last: bool = False) -> nn.Module:
     """Build a linear classifier for outputs of a shape, batch included, pooled to vectors where they are none.
+
+    Args:
+        shape: (N, D), maps (N, C, H, W) or tokens (N, T, D).
+        classes: Number of outputs K.
+        are_channels_last: Whether maps are (N, H, W, C) instead.
 
     Raises:
         EditError: There is no usual way from such a shape to a vector.
@@ -52,17 +66,33 @@ def classifier(shape: Shape, classes: int) -> nn.Module:
         raise EditError(f"a classifier needs at least 1 output, not {classes}. Nothing was changed.")
     if len(shape) == 2:
         return nn.Linear(shape[1], classes)
-    if len(shape) == 4 and shape[2] == shape[3]:
+    if len(shape) == 4 and not are_channels_last:
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(shape[1], classes))
     if len(shape) == 3:  # tokens (N, T, D)
         return nn.Sequential(nn.AdaptiveAvgPool2d((1, shape[2])), nn.Flatten(), nn.Linear(shape[2], classes))
-    if len(shape) == 4 and shape[1] == shape[2]:  # maps with channels last (N, H, W, C)
+    if len(shape) == 4:
         pool = (nn.Flatten(1, 2), nn.AdaptiveAvgPool2d((1, shape[3])), nn.Flatten())
         return nn.Sequential(*pool, nn.Linear(shape[3], classes))
     raise EditError(
         f"the network gives {shape}, expected (N, D), maps (N, C, H, W) or tokens (N, T, D) to put a classifier on. "
         "Give layers of your own. Nothing was changed."
     )
+
+
+def _are_channels_last(model: nn.Module, shape: Shape, inputs: Inputs | None) -> bool:
+    """Return whether maps are (N, H, W, C), by the last layer that has a width and works on such, or on the other."""
+    if len(shape) != 4:
+        return False
+    for call in sorted(trace(model, inputs=inputs).calls, key=lambda call: -call.ended):
+        layer = model.get_submodule(call.path)
+        if isinstance(layer, CHANNELS_FIRST) or type(layer).__name__.endswith("2d"):
+            return False
+        width = layer.out_features if isinstance(layer, nn.Linear) else None
+        if isinstance(layer, nn.LayerNorm):
+            width = layer.normalized_shape[-1]
+        if width == shape[3]:
+            return True
+    return False
 
 
 def output_shape(model: nn.Module, inputs: Inputs | None = None) -> Shape:

@@ -73,7 +73,7 @@ def stitch(
         layer_at(part, path)
     _require_alike(front, back)
     try:
-        head, seen = without_rest(front, after=cut[0]), without_rest(back, after=cut[1])
+        head, seen = without_rest(front, after=cut[0], inputs=inputs), without_rest(back, after=cut[1])
     except ModelError as error:
         raise EditError(f"cannot stitch at '{cut[0]}' and '{cut[1]}': {error} Nothing was changed.") from error
     rest = tail(back, cut[1])

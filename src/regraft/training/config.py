@@ -1,6 +1,7 @@
 """Every option of a training run, with its default, as one value that a TOML file can hold."""
 
 import tomllib
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -112,6 +113,13 @@ class TrainConfig(BaseModel):
     checkpoint_minutes: float = Field(default=5.0, ge=0, allow_inf_nan=False)
     keep_last: int = Field(default=2, ge=1)
     out: str | None = None
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _names_weights(cls, weights: Any) -> Any:
+        if weights is None:
+            return "none"
+        return str(weights) if isinstance(weights, (Enum, Path)) else weights
 
     @field_validator("data", "model", "weights", "loss", "out")
     @classmethod

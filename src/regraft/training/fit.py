@@ -11,6 +11,7 @@ import torch._dynamo  # all of the compiler, which optimizers import at their fi
 from torch import nn
 
 from regraft.anatomy.modes import preserved_randomness
+from regraft.card import attach
 from regraft.data.folders import Listing
 from regraft.errors import ConfigError, ModelError
 from regraft.freezing.schedule import Schedule
@@ -33,7 +34,7 @@ from regraft.training.signals import Signals
 from regraft.training.standing import Standing
 from regraft.training.state import Origin, check_state, find_run
 from regraft.training.weight_types import engine_for, require_trainable_types
-from regraft.zoo import preprocessing_of
+from regraft.zoo import preprocessing_of, preprocessing_source
 
 
 def fit(
@@ -125,6 +126,9 @@ def _prepare(
     with standing.phase("model"):
         built = prepare_model(model, listing, config, trust_code=trust_code)
         require_trainable_types(built, thaws_all=config.unfreeze is not None)
+        if listing is not None and (source := preprocessing_source(built)) is not None:
+            attach(built, preprocessing=preprocessing_of(built))
+            progress.say(f"images     {preprocessing_of(built).summary()}; from {source}")
         engine = replace(engine_for(built, config.device, config.precision), has_channels_last=config.fast)
         built.to(engine.device)
     with standing.phase("reading"):

@@ -247,14 +247,13 @@ def first_batch(batches: Iterable[Any]) -> tuple[Inputs, torch.Tensor]:
             f"the items of the training data cannot be put into a batch: {error}. Let the dataset return tensors and "
             "numbers, or give the loader a collate_fn."
         ) from error
-    _require_pair(first, "training")
-    return first[0], first[1]
+    return _require_pair(first, "training")
 
 
-def _require_pair(batch: Any, part: str) -> None:
+def _require_pair(batch: Any, part: str) -> tuple[Inputs, torch.Tensor]:
     is_sequence = isinstance(batch, (tuple, list))
     if is_sequence and len(batch) == 2 and all(isinstance(tensor, torch.Tensor) for tensor in batch):
-        return
+        return batch[0], batch[1]
     if isinstance(batch, Mapping):
         kind = f"a {type(batch).__name__} with {', '.join(map(repr, batch)) or 'nothing'}"
         advice = "wrap it in a dataset, or give the loader a collate_fn, that returns the two"

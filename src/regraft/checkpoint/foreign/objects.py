@@ -3,8 +3,8 @@
 torch's weights-only unpickler refuses all of these, although most checkpoints that people train have one. They are read
 with the inert unpickler, which imports and calls nothing, and become plain data or None. What is read so is an
 allowlist: names of Python, NumPy and torch that stand for data, and classes of other packages, of which only the state
-is kept. A file that names anything else of Python (`os.system`, `builtins.eval`) is refused, although it would not run:
-nobody wants weights from it.
+is kept. A file that names anything else of Python (`os.getcwd`, `builtins.print`) is refused, although it would not
+run: nobody wants weights from it.
 """
 
 import math
@@ -78,7 +78,7 @@ def more_than_tensors(path: Path, name: str) -> str:
 def is_data(name: str) -> bool:
     """Return whether a name that a pickle refers to stands for data, or for a class of which only the state is kept.
 
-    >>> [is_data(name) for name in ("argparse.Namespace", "my_project.config.Config", "os.system", "builtins.eval")]
+    >>> [is_data(name) for name in ("argparse.Namespace", "my_project.config.Config", "os.getcwd", "builtins.print")]
     [True, True, False, False]
     """
     module, _, last = name.rpartition(".")

@@ -84,8 +84,8 @@ def _shapes(report: LoadReport, fitter: Fitter, *, may_adapt: bool) -> Iterator[
     alike = [name for name, _, _ in others if name in report.reasons]
     if alike:
         yield (
-            f"{len(alike)} tensors hold another kind of numbers ({some(alike)}: the first "
-            f"{report.reasons[alike[0]]}), as in a quantized network",
+            f"{len(alike)} tensors hold another kind of numbers ({some(alike)}), as in a quantized network: "
+            f"'{alike[0]}' {report.reasons[alike[0]]}",
             "",
         )
     rest = [entry for entry in others if entry not in turned and entry[0] not in alike]

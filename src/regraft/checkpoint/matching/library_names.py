@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from regraft.anatomy.modes import preserved_randomness
+from regraft.anatomy.paths import is_within
 from regraft.checkpoint.foreign.state_dicts import Tensors
 from regraft.checkpoint.matching.adapting import POSITIONS
 from regraft.checkpoint.matching.naming import WRAPPER_PARTS, fit_names, strip_wrapper_parts
@@ -54,6 +55,8 @@ def renamed_by_libraries(model: nn.Module, tensors: Tensors, slots: Tensors) -> 
     stripped = {now: tensors[name] for name, now in strip_wrapper_parts(tensors).items()}
     best, who = tensors, {}
     most = _filled(_fitted_names(tensors, slots), slots)
+    if most == len(slots):
+        return best, who
     for library, start in _starts(model, tensors, stripped, slots):
         named = _fitted_names(start, slots)
         origin = {id(tensor): library for tensor in start.values()} if start is not tensors else {}
@@ -91,11 +94,11 @@ def _starts(model: nn.Module, tensors: Tensors, stripped: Tensors, slots: Tensor
 def _core(model: nn.Module) -> nn.Module:
     """Return the network of a library inside of wrappers; the model itself where there is none, or several."""
     libraries = ("timm.models.", "transformers.models.")
-    inside = [layer for layer in model.modules() if type(layer).__module__.startswith(libraries)]
-    top = [
-        layer for layer in inside if not any(layer is not other and layer in set(other.modules()) for other in inside)
-    ]
-    return top[0] if len(top) == 1 else model
+    top: list[str] = []
+    for path, layer in model.named_modules():
+        if type(layer).__module__.startswith(libraries) and not any(is_within(path, other) for other in top):
+            top.append(path)
+    return model.get_submodule(top[0]) if len(top) == 1 else model
 
 
 def _fitted_names(tensors: Tensors, slots: Tensors) -> Tensors:
