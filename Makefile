@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test slow fuzz families check bench docs clean
+.PHONY: install demo test slow gpu fuzz families check bench docs clean
 .DEFAULT_GOAL := install
 
 install: $(INSTALLED)
@@ -26,6 +26,10 @@ test: install
 
 slow: install
 	$(BIN)/python -m pytest -m slow
+
+# On a machine with a CUDA device; each test is skipped with a reason elsewhere.
+gpu: install
+	$(BIN)/python -m pytest -o addopts= -q --strict-markers -rs -m gpu
 
 fuzz: install
 	@if command -v uv >/dev/null; then uv=uv; else uv=$(BIN)/uv; fi; \

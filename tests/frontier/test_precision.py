@@ -18,6 +18,7 @@ def test_the_error_stays_below_its_bound(precision: Precision, seed: int, scale:
         torch.randn(rows, 3, 4, generator=generator) * scale,
         torch.randint(9, (rows, 2), generator=generator),
         torch.zeros(rows, 5),
+        torch.randn(rows, generator=generator) * scale,  # one number for each image
     ]
     kept = packed(tensors, precision)
     assert sum(x.nbytes for x in kept) == sum(packed_bytes(rows, x.shape[1:], x.dtype, precision) for x in tensors)
@@ -25,5 +26,6 @@ def test_the_error_stays_below_its_bound(precision: Precision, seed: int, scale:
     assert torch.equal(again[1], tensors[1])
     assert torch.equal(again[2], tensors[2])
     assert again[0].dtype == torch.float32
-    largest = tensors[0].flatten(1).abs().amax(1)
-    assert ((again[0] - tensors[0]).flatten(1).abs().amax(1) <= BOUNDS[precision] * largest).all()
+    for kept_again, tensor in ((again[0], tensors[0].flatten(1)), (again[3][:, None], tensors[3][:, None])):
+        largest = tensor.abs().amax(1)
+        assert ((kept_again.flatten(1) - tensor).abs().amax(1) <= BOUNDS[precision] * largest).all()

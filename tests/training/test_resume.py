@@ -124,6 +124,15 @@ RUNS: dict[str, Callable[[Any], tuple[nn.Module, Any, dict[str, Any]]]] = {
     "gradual unfreezing, not cached": lambda f: (net(), f("photos"), {"unfreeze": "head:1,all:2", "cache": False}),
     "numbers": lambda f: (net(1), f("table"), {"loss": "huber"}),
     "bf16": lambda _: (net(3), (dataset(20), dataset(9, 1)), {"precision": "bf16"}),
+    "fp16, with a scaler": lambda _: (net(3), (dataset(20), dataset(9, 1)), {"precision": "fp16"}),
+    "cached features in bf16": lambda f: (net(frozen=("conv1", "bn1")), f("photos"), {"precision": "bf16"}),
+    "a head that is chosen in bf16": lambda f: (
+        net(frozen=HEAD),
+        f("more_photos"),
+        {"lr": None, "precision": "bf16", "cache_precision": "int8"},
+    ),
+    "weights in bfloat16": lambda f: (net(frozen=("conv1", "bn1")).bfloat16(), f("photos"), {}),
+    "weights in float64": lambda _: (net(3).double(), (dataset(20), dataset(9, 1)), {"mixup": 0.4}),
 } | {name: lambda _, name=name: (net(3), (dataset(20), dataset(9, 1)), {"optimizer": name}) for name in OPTIMIZERS}
 
 

@@ -21,11 +21,9 @@ from regraft.errors import ConfigError
 from regraft.training import sweep
 from regraft.training.closed_form import PENALTIES, ridge
 from regraft.training.features import FeatureBatches, Features
-from regraft.training.loop import Engine
 from regraft.training.sweep import Choice, ridge_start, sweep_heads
 from training.test_features import Lines, half_frozen, run, write_photos
 
-ENGINE = Engine(torch.device("cpu"))
 COUNT, WIDTH = 60, 6
 
 
@@ -47,7 +45,7 @@ def options(**changed: Any) -> dict[str, Any]:
 
 def test_each_head_is_what_torchs_own_optimizer_makes_of_it() -> None:
     head, data = nn.Linear(WIDTH, 3), batches()
-    found = sweep_heads(head, data, F.cross_entropy, ENGINE, **options())
+    found = sweep_heads(head, data, F.cross_entropy, **options())
     assert found is not None
     generator = torch.Generator().manual_seed(3)
     folds = torch.randperm(COUNT, generator=generator).view(5, 12)
@@ -81,7 +79,7 @@ def test_each_head_is_what_torchs_own_optimizer_makes_of_it() -> None:
 def test_the_network_and_the_random_state_stay_as_they_are(random_state: Any) -> None:
     live = nn.Sequential(nn.Dropout(0.3), nn.Linear(WIDTH, 3))
     before, state = copy.deepcopy(live.state_dict()), random_state()
-    assert sweep_heads(live, batches(), F.cross_entropy, ENGINE, **options()) is not None
+    assert sweep_heads(live, batches(), F.cross_entropy, **options()) is not None
     assert all(torch.equal(before[name], tensor) for name, tensor in live.state_dict().items())
     assert random_state() == state
     assert all(parameter.grad is None for parameter in live.parameters())
@@ -89,12 +87,12 @@ def test_the_network_and_the_random_state_stay_as_they_are(random_state: Any) ->
 
 def test_what_cannot_be_trained_side_by_side_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = nn.Sequential(nn.Linear(WIDTH, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
-    assert sweep_heads(norm, batches(), F.cross_entropy, ENGINE, **options()) is None
+    assert sweep_heads(norm, batches(), F.cross_entropy, **options()) is None
     monkeypatch.setattr(sweep, "MOST_PARAMETERS", 10)
-    assert sweep_heads(nn.Linear(WIDTH, 3), batches(), F.cross_entropy, ENGINE, **options()) is None
+    assert sweep_heads(nn.Linear(WIDTH, 3), batches(), F.cross_entropy, **options()) is None
     monkeypatch.undo()
     monkeypatch.setattr(sweep, "FEWEST_PHOTOS", COUNT + 1)
-    assert sweep_heads(nn.Linear(WIDTH, 3), batches(), F.cross_entropy, ENGINE, **options()) is None
+    assert sweep_heads(nn.Linear(WIDTH, 3), batches(), F.cross_entropy, **options()) is None
 
 
 def drawn_regression(count: int, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,7 +164,7 @@ def test_ridge_tells_classes_apart_and_is_no_surer_than_it_should_be() -> None:
     (rows,), targets = data.pick(torch.arange(COUNT), torch.zeros(COUNT, dtype=torch.int64))
     found = ridge(rows, targets, 3)
     assert found is not None
-    scores = F.linear(rows, *found)
+    scores = F.linear(rows.double(), *found)
     assert (scores.argmax(1) == targets).float().mean() > 0.85
     losses = {factor: float(F.cross_entropy(factor * scores, targets)) for factor in (0.3, 1.0)}
     assert losses[1.0] < losses[0.3]
@@ -188,7 +186,7 @@ def test_ridge_is_for_one_linear_layer(live: nn.Module, is_linear: bool) -> None
     assert (start is not None) == is_linear
     if start is not None:
         assert set(start) == {name for name, _ in live.named_parameters()}
-    found = sweep_heads(live, batches(), F.cross_entropy, ENGINE, **options(may_start_from_ridge=True))
+    found = sweep_heads(live, batches(), F.cross_entropy, **options(may_start_from_ridge=True))
     assert found is not None
     assert any(choice.starts_from_ridge for choice in found.tried) == is_linear
 

@@ -17,7 +17,7 @@ from regraft.checkpoint.digest import tensor_digest
 from regraft.frontier.replay import Recording
 from regraft.surgery.rewired import Rewired
 
-VERSION = 1  # of how values are computed and stored, notes included
+VERSION = 2  # of how values are computed and stored, notes included
 
 
 def features_key(prefix_digest: str, files: Sequence[Path], **circumstances: Any) -> str:

@@ -28,7 +28,7 @@ def packed(tensors: Sequence[torch.Tensor], precision: Precision) -> list[torch.
         if precision == "full" or not tensor.is_floating_point():
             found.append(tensor)
         elif precision == "int8":
-            rows = tensor.float().flatten(1)
+            rows = tensor.float().reshape(len(tensor), -1)  # (N, numbers of a row), of (N,) as well
             largest = rows.abs().amax(1)
             steps = (rows / largest.clamp(min=1e-30)[:, None] * STEPS).round()
             found += [steps.to(torch.int8).view(tensor.shape), largest]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from regraft.anatomy.modes import evaluation_mode
 
-MOST_NUMBERS = 20_000_000  # of the features, in float64
+MOST_NUMBERS = 20_000_000  # of the features, of the targets, and of the versions of all photos on each other; float64
 MOST_DIRECTIONS = 1_024  # of the eigenvalue problem
 PENALTIES = torch.logspace(-3, 3, 13, dtype=torch.float64)  # times the mean squared singular value
 LEAST_SPREAD = 1e-9
@@ -31,7 +31,9 @@ def linear_head(live: nn.Module, features: tuple[torch.Tensor, ...]) -> tuple[st
     if len(owners) != 1 or len(features) != 1 or features[0].ndim != 2:
         return None
     layer = live.get_submodule(owners[0])
-    if type(layer) is not nn.Linear or layer.bias is None or layer.in_features != features[0].shape[1]:
+    if type(layer) is not nn.Linear or layer.bias is None:
+        return None
+    if layer.in_features != features[0].shape[1] or layer.weight.dtype != features[0].dtype:
         return None
     with evaluation_mode(live), torch.no_grad():
         output = live(*features)
@@ -39,22 +41,29 @@ def linear_head(live: nn.Module, features: tuple[torch.Tensor, ...]) -> tuple[st
     return (owners[0], layer) if is_all else None
 
 
+def is_solvable(photos: int, width: int, outputs: int, *, views: int = 1) -> bool:
+    """Return whether `ridge` is worth its time and memory for that many photos, features D, outputs K and versions."""
+    count = photos * views
+    is_small = count * max(width, outputs, views) <= MOST_NUMBERS and min(count, width) <= MOST_DIRECTIONS
+    return is_small and photos >= 2
+
+
 def ridge(
     features: torch.Tensor, targets: torch.Tensor, outputs: int, *, views: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Solve for the weight (K, D) and bias (K,) of a linear layer.
+    """Solve for the weight (K, D) and bias (K,) of a linear layer, in float64 whatever the features are.
 
     Args:
         features: (N, D).
-        targets: (N,) of int64 classes, or of floats.
+        targets: (N,) of int64 classes below K, or of floats, where K is 1.
         outputs: K.
         views: Number of rows that show the same photo; they follow each other.
 
     Returns:
-        None where the problem is too large to be worth it.
+        None where the problem is too large to be worth it (see `is_solvable`), and where a feature is not finite.
     """
     count, width = features.shape
-    if count * width > MOST_NUMBERS or min(count, width) > MOST_DIRECTIONS or count < 2 * views:
+    if not is_solvable(count // views, width, outputs, views=views) or not bool(features.isfinite().all()):
         return None
     inputs = features.double()
     wanted = F.one_hot(targets, outputs).double() if not targets.is_floating_point() else targets.double()[:, None]
@@ -66,7 +75,8 @@ def ridge(
     by_photo = left.unflatten(0, (-1, views))
     itself = torch.eye(views, dtype=left.dtype, device=left.device)
     best: tuple[float, torch.Tensor, torch.Tensor] | None = None
-    for penalty in PENALTIES.to(inputs.device) * squares.mean():
+    least = torch.finfo(squares.dtype).tiny  # where no feature tells one photo from another
+    for penalty in PENALTIES.to(inputs.device) * squares.mean().clamp(min=least):
         shrunk = squares / (squares + penalty)
         fitted = left @ (shrunk[:, None] * projected)
         leverage = (by_photo * shrunk) @ by_photo.mT + 1 / count  # (P, V, V): of the versions of a photo on each other
@@ -82,4 +92,4 @@ def ridge(
     stretch = 1.0
     if not targets.is_floating_point():
         stretch = min(STRETCHES.tolist(), key=lambda factor: float(F.cross_entropy(factor * predicted, targets)))
-    return (weight * stretch).to(features.dtype), (bias * stretch).to(features.dtype)
+    return weight * stretch, bias * stretch

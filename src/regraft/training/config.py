@@ -77,7 +77,8 @@ class TrainConfig(CheckedFields):
             folded into them; equal up to rounding.
         loss: `cross-entropy`, `focal`; for numbers `mse`, `l1`, `huber`; None: the first of the task; or `py:…`.
         label_smoothing: Of the cross-entropy, in [0, 1).
-        precision: Of the forward pass; `auto` is bf16 where a GPU has it, else fp32.
+        precision: Of the forward pass of weights in float32; `auto` is bf16 where a GPU has it, else fp32. A head of
+            one layer on what is computed once stays in float32.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
         workers: Loading processes; None: as many as are useful.
         seed: Decides the split, the new head's first weights, the order and the random changes.

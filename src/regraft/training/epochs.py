@@ -125,14 +125,14 @@ def _one_epoch(run: Run, epoch: int, faults: Faults, keeper: Keeper) -> None:
             job.optimizer,
             job.schedule,
             job.scaler,
-            job.engine,
+            job.live_engine,
             mixup=run.config.mixup,
             on_nan=run.config.on_nan,
             tally=standing.tally,
             progress=run.progress,
         )
     with standing.phase("validation"):
-        outputs, targets = _comparable(job, *score(job.live, _to_measure_on(run, faults), job.engine))
+        outputs, targets = _comparable(job, *score(job.live, _to_measure_on(run, faults), job.live_engine))
         found = measure(outputs, targets, _class_names(job, outputs))
         _require_finite(found, job)
     lr, seconds = job.optimizer.param_groups[0]["lr"], time.perf_counter() - began

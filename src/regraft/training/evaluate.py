@@ -16,11 +16,12 @@ from regraft.data.decode import Unreadable, decode, quiet_decoders
 from regraft.data.folders import Sample, list_labelled, list_numbered, photos_in
 from regraft.data.photos import loader, read_photos
 from regraft.data.transforms import center_crop, normalize
-from regraft.errors import DataError, ModelError
+from regraft.errors import DataError, ModelError, RegraftError
 from regraft.progress import SILENT, Progress
-from regraft.training.loop import choose_engine, score
+from regraft.training.loop import Engine, score
 from regraft.training.material import pairs_of
 from regraft.training.metrics import Metrics, measure
+from regraft.training.weight_types import engine_for, type_names
 from regraft.zoo import preprocessing_of
 
 BATCH_SIZE = 32
@@ -78,11 +79,11 @@ def evaluate(
     check_minimum(evaluate, 1, batch_size=batch_size)
     batch_size = int(batch_size)  # torch takes none of NumPy's
     check_weights(evaluate, "model", model)
-    engine = choose_engine(device, "fp32")
+    engine = engine_for(model, device)
     model.to(engine.device)
     if not isinstance(data, (str, os.PathLike)):
         batches = torch.utils.data.DataLoader(data, batch_size) if isinstance(data, torch.utils.data.Dataset) else data
-        outputs, targets = score(model, pairs_of(batches), engine)
+        outputs, targets = _score(model, pairs_of(batches), engine)
         task = card_of(model).task
         regression = task == "regression" if task is not None else targets.is_floating_point()
         if not regression:
@@ -95,7 +96,7 @@ def evaluate(
     photos, unreadable = read_photos(samples, preprocessing_of(model), classes=card.classes, progress=progress)
     _tell_skipped(unreadable, progress)
     batches = progress.track(loader(photos, batch_size), "evaluating", -(-len(photos) // batch_size))
-    outputs, targets = score(model, batches, engine)
+    outputs, targets = _score(model, batches, engine)
     return measure(outputs, targets, card.classes)
 
 
@@ -129,12 +130,12 @@ def predict(
     batch_size = int(batch_size)  # torch takes none of NumPy's
     check_weights(predict, "model", model)
     card = _require_task(model)
-    engine = choose_engine(device, "fp32")
+    engine = engine_for(model, device)
     model.to(engine.device)
     if isinstance(images, torch.Tensor):
         if images.ndim != 4:
             raise DataError(f"the images have the shape {tuple(images.shape)}, expected (N, C, H, W).")
-        outputs, _ = score(model, [(images, torch.zeros(len(images)))], engine)
+        outputs, _ = _score(model, [(images, torch.zeros(len(images)))], engine)
         return _predictions(outputs, [None] * len(images), card, top)
     items = list(images) if isinstance(images, (list, tuple)) else [images]
     if not items:
@@ -145,7 +146,7 @@ def predict(
     photos, unreadable = read_photos(samples, preprocessing_of(model), progress=progress)
     _tell_skipped(unreadable, progress)
     batches = progress.track(loader(photos, batch_size), "predicting", -(-len(photos) // batch_size))
-    outputs, _ = score(model, batches, engine)
+    outputs, _ = _score(model, batches, engine)
     return _predictions(outputs, [sample.path for sample in photos.samples], card, top)
 
 
@@ -171,6 +172,20 @@ def _predict_opened(
                 paths.append(source if isinstance(source, Path) else None)
     found = predict(model, normalize(torch.stack(pixels), preprocessing), top=top, device=device)
     return [replace(one, path=path) for one, path in zip(found, paths, strict=True)]
+
+
+def _score(model: nn.Module, batches: Any, engine: Engine) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return outputs and targets as `score` does; what the model cannot take is said with its types."""
+    try:
+        return score(model, batches, engine)
+    except (RegraftError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of a user's own network or dataset
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ModelError(
+            f"{type(model).__name__} (weights in {type_names(model.parameters())}) fails on these inputs: {reason}. "
+            "Give inputs of the shape and type that it was made for, or convert it with model.float()."
+        ) from error
 
 
 def _require_task(model: nn.Module) -> Card:

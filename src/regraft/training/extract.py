@@ -1,7 +1,9 @@
 """Compute the frontier's tensors for every photo once, or find what an earlier run computed."""
 
+import contextlib
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from regraft.frontier.speed import faster
 from regraft.frontier.store import Rows, Store
 from regraft.progress import SILENT, Progress
 from regraft.training.features import Features
-from regraft.training.loop import Engine, main_output
+from regraft.training.loop import HALVES, Engine, main_output
 from regraft.zoo import preprocessing_of
 
 BATCH = {"cpu": 16, "cuda": 256}  # photos that go through the constant part at a time
@@ -60,10 +62,14 @@ class Extractor:
         progress: Progress = SILENT,
     ) -> None:
         self.preprocessing = preprocessing_of(model)
-        self.parts: Partition = partition(model, torch.empty(self.preprocessing.input_size))
+        self._input_dtype = engine.input_dtype or torch.float32
+        example = torch.empty(self.preprocessing.input_size, dtype=self._input_dtype)
+        self.parts: Partition = partition(model, example)
         self.engine, self.store, self.progress = engine, store, progress
         self.precision: Precision = precision
         self._model, self._is_proven = model, False
+        self._has_halves = any(parameter.dtype in HALVES for parameter in model.parameters())
+        fast = fast and not self._has_halves  # folded into another, a weight of 16 bits is rounded once more
         self._fast, self._keep_pixels = fast, keep_pixels
         self._digest = network_digest(self.parts.prefix) if store is not None else ""
         self._prefix = faster(self.parts.prefix) if fast else self.parts.prefix
@@ -123,14 +129,19 @@ class Extractor:
         return self._features(rows, note, photos, began, was_found=False)
 
     def run(self, pixels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Compute the frontier of a few photos, each (C, size, size) of uint8, on the model's device."""
-        with torch.inference_mode(), self.engine.autocast():
+        """Compute the frontier of a few photos, each (C, size, size) of uint8, on the model's device.
+
+        Raises:
+            ModelError: The constant part fails.
+            torch.OutOfMemoryError: There is no memory for that many.
+        """
+        with _failing_in_words("its constant part"), torch.inference_mode(), self.engine.autocast():
             return [tensor.contiguous() for tensor in self._prefix(self._batch(pixels))]
 
     def _batch(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
         batch = normalize(torch.stack(list(pixels)), self.preprocessing)
         layout = torch.channels_last if self.engine.has_channels_last else torch.contiguous_format
-        return batch.to(self.engine.device, memory_format=layout)
+        return batch.to(self.engine.device, self._input_dtype, memory_format=layout)
 
     def _key(self, files: Sequence[Path], versions: Versions) -> str:
         if self.store is None:
@@ -152,6 +163,7 @@ class Extractor:
     def _keeping(self, key: str, count: int, versions: Versions) -> Keeping:
         assert versions.count is not None
         rows = count * versions.count
+        # At most, as autocast halves some of the tensors, and which ones is known when they are computed.
         size = sum(packed_bytes(rows, cut.shape, cut.dtype, self.precision) for cut in self.parts.frontier)
         keeping = Keeping(self.store, key, size, in_memory=size < MEMORY_BYTES, progress=self.progress)
         if keeping.has_place:
@@ -175,7 +187,7 @@ class Extractor:
         assert photos.versions.count is not None
         features = Features(
             rows,
-            tuple(getattr(torch, name) for name in note["dtypes"]),
+            tuple(cut.dtype for cut in self.parts.frontier),
             self.precision,
             note["error"],
             photos.versions.count,
@@ -183,36 +195,62 @@ class Extractor:
             note["seconds"],
             was_found,
             place,
+            self.engine.device,
         )
         self._check(features, photos)
         return features
 
     def _check(self, features: Features, photos: Photos) -> None:
-        """Compute a few photos again, with the constant part and, once, with the whole network.
+        """Compute a few photos again with the constant part, and, once, with both parts and with the whole network.
+
+        The second comparison is made outside of autocast, with nothing that was kept: what autocast and fewer bits
+        round grows from layer to layer, and would have to be told apart from what is wrong.
 
         Raises:
-            ModelError: What is kept differs from either: something draws at random, or mixes the images of a batch,
-                and nothing declares it.
+            ModelError: Values differ: something draws at random, or mixes the images of a batch, and nothing declares
+                it. Or they are not finite.
         """
         indices = torch.arange(CHECKED) * (len(photos) - 1) // max(1, CHECKED - 1)
         batch = self._batch([photos.versions.of(index, photos.decoded(index), 0) for index in indices.tolist()])
-        kept = tuple(tensor.to(batch.device) for tensor in features.pick(indices * features.views))
-        suffix = self.parts.suffix
-        with evaluation_mode(self._model), evaluation_mode(suffix), torch.no_grad(), self.engine.autocast():
-            pairs = list(zip(kept, self._prefix(batch), strict=True))
+        kept, suffix = features.pick(indices * features.views), self.parts.suffix
+        of_weights = TOLERANCES["bf16" if self._has_halves else "full"]
+        is_mixed = self.engine.autocast_dtype is not None
+        tolerance = max(TOLERANCES[self.precision], TOLERANCES["bf16"] if is_mixed else of_weights)
+        with evaluation_mode(self._model), evaluation_mode(suffix), torch.no_grad():
+            with self.engine.autocast():
+                again = self._prefix(batch)
+            for ours, theirs in zip(kept, again, strict=True):
+                _require_same(ours, theirs, tolerance)
             if not self._is_proven:
-                whole = torch.cat([main_output(self._model(photo)) for photo in batch.split(1)])
-                pairs.append((main_output(suffix(*kept)), whole))
-        is_low = self.engine.autocast_dtype is not None
-        tolerance = max(TOLERANCES[self.precision], TOLERANCES["bf16"] if is_low else 0.0)
-        for ours, theirs in pairs:
-            distance = (ours.float() - theirs.float()).abs().max()
-            if not distance <= tolerance * theirs.float().abs().max().clamp(min=1e-6):
-                raise ModelError(
-                    "the network does not give the same values for the same photo twice (they differ by "
-                    f"{distance:.2g}), although nothing in it is declared to be random"
-                )
+                with _failing_in_words("it, outside of autocast," if is_mixed else "it"):
+                    whole = torch.cat([main_output(self._model(photo)) for photo in batch.split(1)])
+                    parted = suffix(*(self._prefix(batch) if is_mixed else again))
+                _require_same(main_output(parted), whole, of_weights)
         self._is_proven = True
+
+
+@contextlib.contextmanager
+def _failing_in_words(what: str) -> Iterator[None]:
+    """Raise a ModelError where a forward fails inside the block, but for lack of memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"{what} fails: {reason}") from error
+
+
+def _require_same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
+    """Raise a ModelError where values differ by more than a share of the largest."""
+    distance, largest = (ours.float() - theirs.float()).abs().max(), theirs.float().abs().max()
+    if not largest.isfinite():
+        raise ModelError(f"what is constant is not finite for some photo ({largest:g}, in {theirs.dtype})")
+    if not distance <= tolerance * largest.clamp(min=1e-6):
+        raise ModelError(
+            f"the network does not give the same values for the same photo twice (they differ by {distance:.2g}), "
+            "although nothing in it is declared to be random"
+        )
 
 
 class _Extraction:
@@ -223,7 +261,6 @@ class _Extraction:
         self._extractor, self._versions, self._views, self._keeping = extractor, versions, versions.count, keeping
         self._batch = BATCH.get(extractor.engine.device.type, 16)
         self._waiting: list[torch.Tensor] = []
-        self._dtypes: list[str] = []
         self._count, self._error, self._began = 0, 0.0, time.perf_counter()
 
     def add(self, pixels: torch.Tensor) -> None:
@@ -234,14 +271,22 @@ class _Extraction:
             self._flush()
 
     def finish(self, unreadable: dict[int, str]) -> tuple[tuple[Rows, ...], dict[str, Any]]:
-        """Return the rows of all photos that were taken, and what is noted beside them."""
+        """Return the rows of all photos that were taken, and what is noted beside them.
+
+        Raises:
+            ModelError: Some value has no place in the bits that were asked for, or all of them none in memory.
+        """
         while self._waiting:
             self._flush()
+        precision = self._extractor.precision
+        if math.isinf(self._error):
+            raise ModelError(
+                f"what is constant holds values that {precision} has no room for; --cache-precision bf16 has"
+            )
         parts = self._extractor.parts
         holds = f"{self._count} photos × {self._views} at {', '.join(cut.place for cut in parts.frontier)}"
         note = {
             "unreadable": unreadable,
-            "dtypes": self._dtypes,
             "error": self._error,
             "seconds": time.perf_counter() - self._began,
             "holds": holds,
@@ -256,9 +301,9 @@ class _Extraction:
         while True:
             try:
                 found = self._extractor.run(self._waiting[: self._batch])
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
                 if self._batch == 1:
-                    raise
+                    raise ModelError(f"{self._extractor.engine.device} has no memory for a single photo") from error
                 self._batch = self._batch // 2
             else:
                 self._waiting = self._waiting[self._batch :]
@@ -268,7 +313,6 @@ class _Extraction:
         found = self._run()
         precision = self._extractor.precision
         kept = packed(found, precision)
-        self._dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in found]
         if precision != "full":
             again = unpacked(kept, [tensor.dtype for tensor in found], precision)
             self._error = max(self._error, *(_distance(a, b) for a, b in zip(again, found, strict=True)))

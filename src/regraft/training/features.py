@@ -1,4 +1,9 @@
-"""The frontier's tensors for every photo, and batches of them for the live part."""
+"""The frontier's tensors for every photo, and batches of them for the live part.
+
+However features are computed and kept (mixed precision, 16 or 8 bits, on a GPU, in memory, in a file), they are handed
+out in one form: on the device of the network, in the types that its constant part gives outside of autocast. These are
+what the weights of the live part expect, be they called inside of autocast, which casts by itself, or outside of it.
+"""
 
 import math
 from collections.abc import Iterator
@@ -10,6 +15,8 @@ from regraft.data.photos import Photos, SeededShuffle, leaves_one
 from regraft.frontier.precision import Precision, unpacked
 from regraft.frontier.store import Rows
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Features:
@@ -17,7 +24,7 @@ class Features:
 
     Attributes:
         tensors: What is kept of the frontier, rows (N * V, …); see `packed`.
-        dtypes: Types of the frontier's tensors.
+        dtypes: Types in which the frontier's tensors are handed out.
         precision: How they are kept.
         error: Largest difference between a value and what is kept of it, as a share of the largest value of its tensor.
         views: Number of versions V of each photo.
@@ -25,6 +32,7 @@ class Features:
         cost_s: What it took to compute them, be it in an earlier run.
         was_found: Whether an earlier run had computed them.
         place: `memory`, `disk`, or the name of a device.
+        device: Where they are handed out.
     """
 
     tensors: tuple[Rows, ...]
@@ -36,6 +44,7 @@ class Features:
     cost_s: float
     was_found: bool
     place: str
+    device: torch.device = CPU
 
     @property
     def where(self) -> str:
@@ -47,9 +56,15 @@ class Features:
         """Bytes of all rows."""
         return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.tensors)
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of all tensors, as it is handed out."""
+        return sum(tensor.nbytes for tensor in self.pick(torch.zeros(1, dtype=torch.int64)))
+
     def pick(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return some rows of each tensor of the frontier, on the device where they are kept."""
-        return unpacked([tensor[rows.to(tensor.device)] for tensor in self.tensors], self.dtypes, self.precision)
+        """Return some rows of each tensor of the frontier, on `device` and in `dtypes`."""
+        kept = [tensor[rows.to(tensor.device)].to(self.device) for tensor in self.tensors]
+        return unpacked(kept, self.dtypes, self.precision)
 
 
 class FeatureBatches:
@@ -66,9 +81,7 @@ class FeatureBatches:
         self, features: Features, photos: Photos, batch_size: int, sampler: SeededShuffle | None = None
     ) -> None:
         self.features, self.dataset, self.batch_size, self.sampler = features, photos, batch_size, sampler
-        self.targets = torch.tensor([sample.target for sample in photos.samples])
-        if any(isinstance(tensor, torch.Tensor) and tensor.is_cuda for tensor in features.tensors):
-            self.targets = self.targets.to(features.place)
+        self.targets = torch.tensor([sample.target for sample in photos.samples]).to(features.device)
         self._drops_last = sampler is not None and leaves_one(len(photos), batch_size)
 
     def __len__(self) -> int:

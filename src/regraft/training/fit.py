@@ -19,7 +19,7 @@ from regraft.freezing.schedule import Schedule
 from regraft.progress import SILENT, Progress
 from regraft.training.config import TrainConfig
 from regraft.training.epochs import Run, train
-from regraft.training.loop import Engine, channels_last, choose_engine
+from regraft.training.loop import Engine, channels_last
 from regraft.training.material import Material, list_if_folder, read_material
 from regraft.training.prepare import (
     Job,
@@ -34,6 +34,7 @@ from regraft.training.run_folder import RunFolder
 from regraft.training.signals import Signals
 from regraft.training.standing import Standing
 from regraft.training.state import Origin, check_state, find_run
+from regraft.training.weight_types import engine_for, require_trainable_types
 from regraft.zoo import preprocessing_of, preprocessing_source
 
 
@@ -133,10 +134,11 @@ def _prepare(
     """Build the network, read the data, and put together what a training loop needs."""
     with standing.phase("model"):
         built = prepare_model(model, listing, config, trust_code=trust_code)
+        require_trainable_types(built, thaws_all=config.unfreeze is not None)
         if listing is not None and (source := preprocessing_source(built)) is not None:
             attach(built, preprocessing=preprocessing_of(built))
             progress.say(f"images     {preprocessing_of(built).summary()}; from {source}")
-        engine = replace(choose_engine(config.device, config.precision), has_channels_last=config.fast)
+        engine = replace(engine_for(built, config.device, config.precision), has_channels_last=config.fast)
         built.to(engine.device)
     with standing.phase("reading"):
         material = _read(built, data, listing, config, engine, progress)

@@ -11,7 +11,7 @@ from torch import nn
 
 from regraft.anatomy.modes import evaluation_mode, preserved_randomness
 from regraft.arguments import usable_device
-from regraft.errors import DataError, LossError, ModelError, RegraftError, RunError
+from regraft.errors import DataError, LossError, ModelError, RunError
 from regraft.progress import SILENT, Progress
 from regraft.training.config import OnNan
 from regraft.training.losses import Loss, is_mean_over_samples
@@ -26,6 +26,8 @@ from regraft.training.micro_batch import (
     rows,
 )
 from regraft.training.targets import batch_loss
+
+HALVES = (torch.float16, torch.bfloat16)
 
 WAYS_OUT = (
     "Try a tenth of the learning rate, --precision fp32, or look for extreme values in the data and the loss; "
@@ -42,11 +44,13 @@ class Engine:
         autocast_dtype: bfloat16 or float16 for mixed precision; None for plain float32.
         has_channels_last: Whether maps (N, C, H, W) have their channels last in memory, with which convolutions are
             faster, and equal up to rounding.
+        input_dtype: What floating images are cast to; None: nothing.
     """
 
     device: torch.device
     autocast_dtype: torch.dtype | None = None
     has_channels_last: bool = False
+    input_dtype: torch.dtype | None = None
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which forward passes run."""
@@ -55,9 +59,8 @@ class Engine:
         return torch.autocast(self.device.type, self.autocast_dtype)
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Return a gradient scaler; it scales nothing unless the precision is float16 on a GPU."""
-        enabled = self.autocast_dtype == torch.float16 and self.device.type == "cuda"
-        return torch.amp.GradScaler(self.device.type, enabled=enabled)
+        """Return a gradient scaler; it scales nothing unless the precision is float16."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
 
 
 @dataclass
@@ -140,6 +143,7 @@ def train_epoch(
         if math.isfinite(loss) and (on_nan == "stop" or _has_finite_gradients(optimizer, scaler)):
             scaler.step(optimizer)
             scaler.update()
+            optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # a scaler may leave a step out
             tally.total, tally.count = tally.total + loss * len(targets), tally.count + len(targets)
         elif on_nan == "stop":
             rate = optimizer.param_groups[0]["lr"]
@@ -322,21 +326,12 @@ def _scores(model: nn.Module, inputs: Inputs, count: int, engine: Engine) -> lis
 def run(model: nn.Module, inputs: Inputs, engine: Engine) -> Any:
     """Call `model` with one tensor, or with several, on the engine's device.
 
-    Raises:
-        ModelError: Its forward fails.
+    One tensor is a batch of images, which become what the weights are; several are features, which are that already.
     """
-    given = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
-    placed = [_placed(tensor, engine) for tensor in given]
-    try:
-        return model(*placed)
-    except (RegraftError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a user's own network, on a user's own inputs
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ModelError(
-            f"{type(model).__name__} fails on a batch of shape {', '.join(str(tuple(x.shape)) for x in given)}: "
-            f"{reason}. Give inputs of the shape that it was made for."
-        ) from error
+    if not isinstance(inputs, torch.Tensor):
+        return model(*(_placed(tensor, engine) for tensor in inputs))
+    is_cast = engine.input_dtype is not None and inputs.is_floating_point()
+    return model(_placed(inputs, engine).to(engine.input_dtype if is_cast else inputs.dtype))
 
 
 @contextlib.contextmanager
@@ -365,9 +360,16 @@ def _placed(tensor: torch.Tensor, engine: Engine) -> torch.Tensor:
 def main_output(output: Any) -> torch.Tensor:
     """Take the scores out of what a model returns: a tensor, a tuple that begins with it, or an object with `.logits`.
 
+    Scores of 16 bits come back in float32, so that a loss rounds neither its sum nor the targets that it is given.
+
     Raises:
         ModelError: It is none of these.
     """
+    scores = _scores_in(output)
+    return scores.float() if scores.dtype in HALVES else scores
+
+
+def _scores_in(output: Any) -> torch.Tensor:
     if isinstance(output, torch.Tensor):
         return output
     logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)

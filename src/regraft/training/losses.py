@@ -71,25 +71,6 @@ def build_loss(name: str | None, task: Task, *, label_smoothing: float = 0.0, tr
     return losses[name]
 
 
-def compute_loss(criterion: Loss, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return what a loss says of some outputs.
-
-    Raises:
-        LossError: It fails on them, or is not one number.
-    """
-    try:
-        value = criterion(outputs, targets)
-    except (RegraftError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a user's own function, on a user's own targets
-        raise LossError(
-            f"the loss fails on outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)} "
-            f"({targets.dtype}): {str(error) or type(error).__name__}. Give targets that it takes, as classes (N,) of "
-            "int64 from 0 to K - 1 for K scores."
-        ) from error
-    return check_loss(value)
-
-
 def check_loss(value: object) -> torch.Tensor:
     """Return `value` if it is a tensor with one element.
 

@@ -4,20 +4,19 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from regraft.anatomy.heads import find_heads, head_parameters
-from regraft.anatomy.modes import evaluation_mode
 from regraft.card import ATTRIBUTE, attach, card_of
 from regraft.checkpoint.build import create_model
 from regraft.data.folders import Listing, Task
 from regraft.data.photos import Photos
 from regraft.data.transforms import is_random
-from regraft.errors import ConfigError, EditError, LossError, ModelError
+from regraft.errors import ConfigError, EditError, ModelError
 from regraft.freezing.audit import audit
 from regraft.freezing.freeze import freeze, settle, unfreeze
 from regraft.freezing.groups import build_optimizer, optimizer_class
@@ -28,13 +27,13 @@ from regraft.progress import Progress
 from regraft.training.config import FINE_TUNE_LR, HEAD_LR, SCRATCH_LR, HeadStart, TrainConfig
 from regraft.training.extract import Extractor
 from regraft.training.features import FeatureBatches
-from regraft.training.loop import Engine, Inputs, choose_engine, main_output, run
+from regraft.training.loop import Engine, choose_engine
 from regraft.training.losses import Loss, build_loss
-from regraft.training.material import Material, first_batch, require_scores, with_task
-from regraft.training.micro_batch import require_learnable
+from regraft.training.material import Material, with_task
 from regraft.training.result import Plan
-from regraft.training.sweep import DECAYS, Sweep, ridge_start, sweep_heads
-from regraft.training.targets import batch_loss, ignored_label
+from regraft.training.sweep import DECAYS, Sweep, ridge_obstacle, ridge_start, sweep_heads
+from regraft.training.trial import try_one_batch
+from regraft.training.weight_types import type_names
 from regraft.zoo import preprocessing_of
 
 WARM_UP_SHARE = 0.05
@@ -67,6 +66,11 @@ class Job:
     unfreezing: Schedule | None
     sweep: Sweep | None
     head_start: HeadStart
+
+    @property
+    def live_engine(self) -> Engine:
+        """Where and in which precision the live part is computed."""
+        return _live_engine(self.engine, self.live, self.material)
 
 
 def check_options(config: TrainConfig, task: Task | None, *, trust_code: bool) -> None:
@@ -144,31 +148,33 @@ def prepare_job(
     live = material.frontier.parts.suffix if material.frontier is not None else model
     if isinstance(criterion, nn.Module):
         criterion.to(engine.device)
+    try_one_batch(model, live, material, criterion, _live_engine(engine, live, material), config)
+    start = _required_ridge_start(live, material) if config.head_start == "ridge" else None
     is_head_alone = config.lr is None and _is_head_alone_trained(model, live)
     rates = _rates(model, config, is_head_alone=is_head_alone)
     sweep = None
     if config.lr is None and is_head_alone and isinstance(material.train, FeatureBatches) and _is_sweepable(config):
+        if config.head_start == "auto":
+            start = ridge_start(live, material.train, torch.arange(len(material.train.dataset)))
         sweep = sweep_heads(
             live,
             material.train,
             criterion,
-            engine,
             epochs=config.epochs,
             decays=(config.weight_decay,) if "weight_decay" in config.model_fields_set else DECAYS,
-            may_start_from_ridge=config.head_start == "auto",
+            may_start_from_ridge=config.head_start == "auto" and start is not None,  # all photos may be too many
             seed=config.seed,
         )
         if sweep is not None:
             rates = {**rates, "lr": sweep.best.lr, "weight_decay": sweep.best.weight_decay}
-    head_start: HeadStart = "given"
-    if config.head_start == "ridge" or (sweep is not None and sweep.best.starts_from_ridge):
-        head_start = "ridge"
+    is_ridge = config.head_start == "ridge" or (sweep is not None and sweep.best.starts_from_ridge)
     optimizer = build_optimizer(config.optimizer, model, **rates)
     if findings := audit(model, optimizer):
         raise ModelError(f"{type(model).__name__} cannot be trained as it is: {findings[0]}")
-    _try_one_batch(live, material, criterion, engine)
-    if head_start == "ridge":
-        _start_from_ridge(live, material)
+    if is_ridge and start is not None:
+        with torch.no_grad():
+            for name, value in start.items():
+                live.get_parameter(name).copy_(value)
     attach(model, classes=material.classes, task=material.task, preprocessing=preprocessing_of(model))
     return Job(
         model=model,
@@ -183,7 +189,7 @@ def prepare_job(
         rates=rates,
         unfreezing=Schedule.parse(config.unfreeze) if config.unfreeze is not None else None,
         sweep=sweep,
-        head_start=head_start,
+        head_start="ridge" if is_ridge else "given",
     )
 
 
@@ -223,36 +229,6 @@ def _rates(model: nn.Module, config: TrainConfig, *, is_head_alone: bool) -> dic
     }
 
 
-def _try_one_batch(model: nn.Module, material: Material, criterion: Loss, engine: Engine) -> None:
-    """Run the model and the loss on one batch, so that what does not fit is said before the first epoch."""
-    inputs, targets = first_batch(material.train)
-    targets = targets.to(engine.device)
-    require_learnable(model, lambda: run(model, inputs, engine), len(targets))
-    with evaluation_mode(model), torch.no_grad(), engine.autocast():
-        try:
-            output = main_output(run(model, inputs, engine))
-        except (RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ModelError(
-                f"{type(model).__name__} fails on a batch of shape {_shapes(inputs)}: {reason}. "
-                "Give inputs of the shape that it was made for."
-            ) from error
-        if material.task == "classification":
-            require_scores(model, output, targets, material, ignored_label(criterion))
-        try:
-            batch_loss(criterion, output, targets)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            reason = str(error).partition("\n")[0]
-            raise LossError(
-                f"the loss fails on outputs of shape {tuple(output.shape)} and targets of shape {tuple(targets.shape)} "
-                f"and type {targets.dtype}: {reason}. Pass another loss, or let the dataset return what it takes."
-            ) from error
-
-
-def _shapes(inputs: Inputs) -> str:
-    return ", ".join(str(tuple(one.shape)) for one in ([inputs] if isinstance(inputs, torch.Tensor) else inputs))
-
-
 def make_extractor(
     model: nn.Module, data: Any, config: TrainConfig, engine: Engine, progress: Progress
 ) -> tuple[Extractor | None, str | None]:
@@ -280,27 +256,30 @@ def make_extractor(
         )
     except (ModelError, EditError) as error:
         return None, str(error)
+    except (RuntimeError, TypeError, ValueError) as error:  # of its forward, on shapes alone: tried anew on a batch
+        return None, str(error).partition("\n")[0]
     return extractor, None
 
 
-def _start_from_ridge(live: nn.Module, material: Material) -> None:
-    """Give a linear head the weights that ridge regression on all photos to learn from gives.
+def _required_ridge_start(live: nn.Module, material: Material) -> dict[str, torch.Tensor]:
+    """Return the weights that ridge regression on all photos to learn from gives a linear head.
 
     Raises:
-        ConfigError: What is trained is no linear layer on features that are computed once.
+        ConfigError: What is trained is no linear layer on features that are computed once, or they are too many.
     """
     batches = material.train
-    found = None
     if isinstance(batches, FeatureBatches):
-        found = ridge_start(live, batches, torch.arange(len(batches.dataset)))
-    if found is None:
-        raise ConfigError(
-            "--head-start ridge needs a linear head on features that are computed once, and few enough of them. "
-            "Freeze everything but the last layer, or leave the option out."
-        )
-    with torch.no_grad():
-        for name, value in found.items():
-            live.get_parameter(name).copy_(value)
+        rows = torch.arange(len(batches.dataset))
+        start, reason = ridge_start(live, batches, rows), ridge_obstacle(live, batches, rows)
+        if start is not None:
+            return start
+        reason = reason or "not all of the features are finite"
+    else:
+        reason = material.not_once_because or "nothing is computed once"
+    raise ConfigError(
+        f"--head-start ridge needs a linear head on features that are computed once, and few enough of them: {reason}. "
+        "Freeze everything but the last layer, or leave the option out."
+    )
 
 
 def _is_sweepable(config: TrainConfig) -> bool:
@@ -317,10 +296,24 @@ def _default_lr(model: nn.Module, *, is_head_alone: bool) -> float:
 def _is_head_alone_trained(model: nn.Module, live: nn.Module) -> bool:
     if all(parameter.requires_grad for parameter in model.parameters()):
         return False
-    if live is not model and sum(any(True for _ in layer.parameters(False)) for layer in live.modules()) == 1:
-        return True  # of what comes after the frontier, one layer has parameters
+    if live is not model and _is_one_layer(live):
+        return True
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return names <= head_parameters(model)
+
+
+def _is_one_layer(live: nn.Module) -> bool:
+    """Return whether of what comes after the frontier, one layer has parameters."""
+    return sum(any(True for _ in layer.parameters(False)) for layer in live.modules()) == 1
+
+
+def _live_engine(engine: Engine, live: nn.Module, material: Material) -> Engine:
+    """Return the engine of the live part: a single layer on what was computed once stays out of autocast.
+
+    It takes no time either way, and in 16 bits a score or a predicted number would be wrong by 0.4 % of itself.
+    """
+    is_head = material.frontier is not None and _is_one_layer(live)
+    return replace(engine, autocast_dtype=None) if is_head else engine
 
 
 def _schedule(
@@ -341,8 +334,10 @@ def _schedule(
 def _plan(model: nn.Module, name: str | None, material: Material, lr: float, engine: Engine) -> Plan:
     recipe = card_of(model).recipe
     listing = material.listing
-    precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[engine.autocast_dtype]
     parameters = list(model.parameters())
+    precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[engine.autocast_dtype]
+    if engine.input_dtype not in (None, torch.float32):
+        precision = f"in {type_names(parameters)}, as its weights are"
     return Plan(
         model=name or (recipe.source.name if recipe else type(model).__name__),
         weights=recipe.source.weights if recipe else "as given",

@@ -5,6 +5,9 @@ measures it on that one, and does so for every fold. A linear head starts from i
 regression gives; on few photos these are hard to beat, and the least rate leaves them as they are. One call trains all
 of these heads (`torch.func.vmap`), which costs little more than training one, as a head is so small that calling it
 takes longer than computing it. The validation photos are not touched.
+
+All of it is computed in the type of the head's own weights, whatever the precision of the run: so small a head gains
+nothing from fewer bits, and what is compared are differences of losses.
 """
 
 import copy
@@ -19,9 +22,9 @@ from torch.func import functional_call, vmap
 
 from regraft.anatomy.modes import preserved_randomness
 from regraft.freezing.groups import undecayed_names
-from regraft.training.closed_form import MOST_NUMBERS, linear_head, ridge
+from regraft.training.closed_form import is_solvable, linear_head, ridge
 from regraft.training.features import FeatureBatches
-from regraft.training.loop import Engine, main_output
+from regraft.training.loop import main_output
 from regraft.training.losses import Loss
 from regraft.training.targets import fit_targets
 
@@ -78,7 +81,6 @@ def sweep_heads(
     live: nn.Module,
     batches: FeatureBatches,
     criterion: Loss,
-    engine: Engine,
     *,
     epochs: int,
     decays: tuple[float, ...],
@@ -90,11 +92,10 @@ def sweep_heads(
     Args:
         live: The part of a network that takes the features.
         batches: Features and targets to learn from.
-        criterion: The loss.
-        engine: Where and in which precision.
+        criterion: The loss, which has been tried on the head; its own state stays as it is.
         epochs: Passes over the features in the run itself; more than `MOST_EPOCHS` are not tried.
         decays: Weight decays to try, of weight matrices.
-        may_start_from_ridge: Whether that start is tried as well, where `live` is one linear layer.
+        may_start_from_ridge: Whether that start is tried as well, where every fold has one.
         seed: Decides the folds, the order of the photos, and the first weights.
 
     Returns:
@@ -102,8 +103,8 @@ def sweep_heads(
     """
     size = sum(parameter.numel() for parameter in live.parameters() if parameter.requires_grad)
     photos = min(len(batches.dataset), MOST_PHOTOS)
-    row_bytes = batches.features.bytes / max(1, len(batches.dataset) * batches.features.views)
-    is_large = 2 * size * len(decays) * len(RATES) * FOLDS > MOST_PARAMETERS or photos * row_bytes > MOST_BYTES
+    is_large = 2 * size * len(decays) * len(RATES) * FOLDS > MOST_PARAMETERS
+    is_large |= photos * batches.features.row_bytes > MOST_BYTES
     if is_large or photos < FEWEST_PHOTOS:
         return None
     generator = torch.Generator().manual_seed(seed)
@@ -112,18 +113,20 @@ def sweep_heads(
     with preserved_randomness(seed):
         tried, heads = _first_heads(live, batches, learned, decays, may_start_from_ridge=may_start_from_ridge)
     optimizer = _AdamW(heads, tried, undecayed_names(live, ("bias", "norm")))
+    loss = copy.deepcopy(criterion) if isinstance(criterion, nn.Module) else criterion
 
     def losses_of(rows: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         tensors, targets = batches.pick(rows.flatten(), draws.flatten())
         by_fold = tuple(tensor.unflatten(0, rows.shape) for tensor in tensors)
 
         def loss_of(parameters: Any, tensors: tuple[torch.Tensor, ...], targets: torch.Tensor) -> torch.Tensor:
-            with engine.autocast():
-                outputs = main_output(functional_call(live, parameters, tensors))
-                return criterion(outputs, fit_targets(criterion, outputs, targets))
+            outputs = main_output(functional_call(live, parameters, tensors))
+            return loss(outputs, fit_targets(loss, outputs, targets))
 
-        of_choices = vmap(loss_of, in_dims=(0, None, None), randomness="different")
-        return vmap(of_choices, randomness="different")(heads, by_fold, targets.view(rows.shape))
+        # Each choice has targets of its own, as losses such as F.mse_loss fail under vmap where scores alone are many.
+        of_choices = vmap(loss_of, in_dims=(0, None, 0), randomness="different")
+        by_choice = targets.view(rows.shape)[:, None].expand(-1, len(tried), -1)
+        return vmap(of_choices, randomness="different")(heads, by_fold, by_choice)
 
     try:
         with preserved_randomness(seed):
@@ -136,7 +139,7 @@ def sweep_heads(
             live.eval()
             with torch.no_grad():
                 found = losses_of(folds, torch.zeros_like(folds))  # (F, P)
-    except (RuntimeError, ValueError):  # batch norm in the head, a loss that branches, …
+    except Exception:  # batch norm in the head, a loss that branches or leaves torch, memory, …
         return None
     finally:
         live.train()
@@ -170,10 +173,10 @@ def _first_heads(
 ) -> tuple[tuple[Choice, ...], dict[str, torch.Tensor]]:
     """Return the choices, and the parameters (F, P, …) of a head for each of F folds and P choices."""
     drawn = [_first_weights(live, fold) for fold in range(FOLDS)]
-    solved = [ridge_start(live, batches, rows) for rows in learned] if may_start_from_ridge else []
+    solved = [ridge_start(live, batches, rows) for rows in learned] if may_start_from_ridge else [None]
     by_fold = [[weights] for weights in drawn]
-    for starts, weights in zip(by_fold, solved, strict=False):
-        starts += [weights] if weights is not None else []
+    if None not in solved:
+        by_fold = [[weights, start] for weights, start in zip(drawn, solved, strict=True)]
     pairs = [(rate, decay) for decay in decays for rate in RATES]
     tried = tuple(Choice(*pair, bool(start)) for start in range(len(by_fold[0])) for pair in pairs)
     heads = {
@@ -183,16 +186,36 @@ def _first_heads(
     return tried, {name: tensor.requires_grad_() for name, tensor in heads.items()}
 
 
+def ridge_obstacle(live: nn.Module, batches: FeatureBatches, rows: torch.Tensor) -> str | None:
+    """Return in words why `ridge` cannot give `live` its first weights on some photos; None where it can be tried."""
+    features, targets = batches.pick(rows[:2], torch.zeros_like(rows[:2]))
+    head, views = linear_head(live, features), batches.features.views
+    if head is None:
+        return "what is trained is not one linear layer with a bias"
+    width, outputs = head[1].in_features, head[1].out_features
+    if targets.is_floating_point() and outputs != 1:
+        return f"the head gives {outputs} values for one number"
+    if not is_solvable(len(rows), width, outputs, views=views):
+        return (
+            f"{len(rows)} photos × {views} with {width} features and {outputs} outputs are too many or too few for it"
+        )
+    return None
+
+
 def ridge_start(live: nn.Module, batches: FeatureBatches, rows: torch.Tensor) -> dict[str, torch.Tensor] | None:
-    """Return first weights by `ridge` on some photos in all of their versions; None where `live` is no linear layer."""
-    head = linear_head(live, batches.pick(rows[:2], torch.zeros_like(rows[:2]))[0])
-    if head is None or len(rows) * batches.features.views * head[1].in_features > MOST_NUMBERS:
+    """Return first weights by `ridge` on some photos in all of their versions; None where it cannot give any."""
+    if ridge_obstacle(live, batches, rows) is not None:
         return None
     views = batches.features.views
     (features,), targets = batches.pick(rows.repeat_interleave(views), torch.arange(views).repeat(len(rows)))
+    head = linear_head(live, (features[:2],))
+    assert head is not None
     path, layer = head
-    found = ridge(features, targets, layer.out_features, views=views)
-    return None if found is None else {f"{path}.weight".lstrip("."): found[0], f"{path}.bias".lstrip("."): found[1]}
+    solution = ridge(features, targets, layer.out_features, views=views)
+    if solution is None:
+        return None
+    weight, bias = (tensor.to(layer.weight.dtype) for tensor in solution)
+    return {f"{path}.weight".lstrip("."): weight, f"{path}.bias".lstrip("."): bias}
 
 
 def _first_weights(live: nn.Module, number: int) -> dict[str, torch.Tensor]:
@@ -237,8 +260,9 @@ class _AdamW:
 
 
 def _beside(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Give one value for each head the form that it multiplies a parameter of all heads in."""
-    return values.to(parameter.device, parameter.dtype).reshape(*values.shape, *[1] * (parameter.ndim - values.ndim))
+    """Give one value for each head, of 32 bits at least, the form that it multiplies a parameter of all heads in."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return values.to(parameter.device, dtype).reshape(*values.shape, *[1] * (parameter.ndim - values.ndim))
 
 
 def _steps(rows: torch.Tensor, batch_size: int, epochs: int, generator: torch.Generator) -> Iterator[torch.Tensor]:

@@ -1,0 +1,487 @@
+"""Training in fewer bits, and of weights in other types, is training in float32 up to rounding.
+
+The oracles are loops written by hand on plain forwards, and scikit-learn on what a forward hook sees.
+"""
+
+import csv
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.linear_model import LogisticRegression, Ridge
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+import regraft
+import tiny
+from frontier.test_partition import NETS, PATTERNS, make
+from regraft.errors import ConfigError, LossError, ModelError
+from regraft.training import loop
+from regraft.training.loop import choose_engine, main_output
+from training.test_features import Lines
+
+PRECISIONS = {"fp32": 1e-4, "bf16": 0.02, "fp16": 3e-3}  # how far a mean loss may be from that of the loop in float32
+KEPT = {"full": 0.0, "bf16": 0.02, "fp16": 3e-3, "int8": 0.02}
+HALF_SIZE = {"size": tiny.SIDE, "resize": tiny.SIDE, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+STEPS: dict[str, Any] = {
+    "optimizer": "sgd",
+    "lr": 0.02,
+    "schedule": "constant",
+    "weight_decay": 0.0,
+    "augment": "none",
+    "batch_size": 1000,  # all photos at once, so that their order does not matter
+    "epochs": 3,
+}
+
+
+def write_photos(root: Path, count: int, classes: int = 2, side: int = tiny.SIDE, measured: int = 8) -> Path:
+    """Write noise of the size that networks take, whose brightness tells the classes apart but for some."""
+    drawn = np.random.default_rng(5)
+    for part, number_of_photos in (("train", count), ("val", measured)):
+        for label in range(classes):
+            folder = root / part / f"class{label:03}"
+            folder.mkdir(parents=True)
+            for number in range(number_of_photos):
+                base = drawn.normal(100 + 60 * label / classes, 25)
+                pixels = np.clip(base + drawn.normal(0, 40, (side, side, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number:03}.png")
+    return root
+
+
+def read_photos(root: Path, part: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read them with Pillow alone: images (N, 3, H, W), normalized, and classes (N,)."""
+    images, targets = [], []
+    for label, folder in enumerate(sorted((root / part).iterdir())):
+        for file in sorted(folder.iterdir()):
+            pixels = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+            images.append((pixels.float() / 255 - 0.5) / 0.5)
+            targets.append(label)
+    return torch.stack(images), torch.tensor(targets)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("few"), 12)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("many"), 48, measured=25)
+
+
+def without_cuda() -> bool:
+    return not torch.cuda.is_available()
+
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(without_cuda(), reason="there is no CUDA device here")]
+    ),
+]
+
+
+def cnn(*frozen: str) -> nn.Module:
+    model = tiny.PlainCnn(num_classes=2)
+    model.dropout.p = 0.0  # or the loop by hand would have to draw the same
+    if frozen:
+        regraft.freeze(model, *frozen)
+    return model
+
+
+def vit(*frozen: str) -> nn.Module:
+    model = tiny.RootToken()
+    model.block.self_attn.dropout = 0.0
+    for layer in model.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0
+    model = regraft.replace_head(model, 2)
+    if frozen:
+        regraft.freeze(model, *frozen)
+    return model
+
+
+BUILT: dict[str, Callable[[], nn.Module]] = {
+    "cnn, head": lambda: cnn("conv*", "bn*"),
+    "cnn, half": lambda: cnn("conv1", "bn1"),
+    "vit, head": lambda: vit("patches", "block", "norm", "params:cls_token", "params:positions"),
+    "vit, half": lambda: vit("patches", "params:cls_token", "params:positions"),
+}
+
+
+def built(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(1)
+    return BUILT[name]().to(dtype)
+
+
+def loop_by_hand(
+    model: nn.Module, train: tuple[torch.Tensor, torch.Tensor], validation: tuple[torch.Tensor, torch.Tensor]
+) -> list[tuple[float, float]]:
+    """Train as `STEPS` say, and return the loss before each step and the one measured after it."""
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(STEPS["epochs"]):
+        model.train()
+        optimizer.zero_grad()
+        loss = F.cross_entropy(main_output(model(train[0])), train[1])
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            losses.append(
+                (loss.item(), F.cross_entropy(main_output(model.eval()(validation[0])), validation[1]).item())
+            )
+    return losses
+
+
+def assert_near(result: regraft.FitResult, expected: list[tuple[float, float]], tolerance: float) -> None:
+    found = [(record.train_loss, record.validation.loss) for record in result.history]
+    assert np.abs(np.array(found) - np.array(expected)).max() <= tolerance, (found, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", BUILT)
+def test_fit_on_cached_features_is_the_loop_by_hand(name: str, precision: str, device: str, few: Path) -> None:
+    expected = loop_by_hand(built(name), read_photos(few, "train"), read_photos(few, "val"))
+    for kept, rounding in KEPT.items():
+        lines = Lines()
+        options = {**STEPS, "precision": precision, "cache_precision": kept, "device": device}
+        result = regraft.fit(built(name), few, progress=lines, **options)
+        assert "computed once" in lines
+        assert_near(result, expected, PRECISIONS[precision] + rounding)
+        if kept in ("bf16", "fp16"):
+            continue
+        again = Lines()
+        found = regraft.fit(built(name), few, progress=again, **options)
+        assert "found in the cache" in again
+        assert [record.train_loss for record in found.history] == pytest.approx(
+            [record.train_loss for record in result.history], abs=0 if device == "cpu" else 1e-4
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("pattern", ["head", "half"])
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.filterwarnings("ignore")  # of constructors
+def test_fit_on_cached_features_of_an_architecture_is_the_loop_by_hand(
+    name: str, pattern: str, precision: str, tmp_path: Path
+) -> None:
+    photos = write_photos(tmp_path, 6, side=NETS[name], measured=3)
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        network = regraft.replace_head(make(name), 2)
+        network.preprocessing = {**HALF_SIZE, "size": NETS[name], "resize": NETS[name]}  # pyright: ignore
+        for layer in network.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0.0
+        PATTERNS[pattern](network)
+        return network
+
+    expected = loop_by_hand(model(), read_photos(photos, "train"), read_photos(photos, "val"))
+    for kept, rounding in KEPT.items():
+        lines = Lines()
+        options = {**STEPS, "precision": precision, "cache_precision": kept, "device": "cpu"}
+        result = regraft.fit(model(), photos, progress=lines, **options)
+        assert "computed once" in lines
+        assert_near(result, expected, PRECISIONS[precision] + rounding)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["cnn, head", "vit, head"])
+def test_the_main_job_does_as_well_as_logistic_regression(name: str, precision: str, device: str, many: Path) -> None:
+    model, lines = built(name), Lines()
+    features: list[torch.Tensor] = []
+    handle = model.get_submodule("fc" if name == "cnn, head" else "head").register_forward_pre_hook(
+        lambda _, given: features.append(given[0].detach())
+    )
+    (images, targets), (measured, expected) = (read_photos(many, part) for part in ("train", "val"))
+    with torch.no_grad():
+        model.eval()(images)
+        model(measured)
+    handle.remove()
+    oracle = LogisticRegression(max_iter=2000).fit(features[0].numpy(), targets.numpy())
+    accuracy = oracle.score(features[1].numpy(), expected.numpy())
+    result = regraft.fit(model, many, progress=lines, precision=precision, device=device, epochs=5)
+    assert "chosen     learning rate" in lines  # heads were trained side by side, whatever the precision
+    assert result.validation.accuracy is not None
+    assert result.validation.accuracy >= accuracy - 2 / len(expected)
+    evaluated = regraft.evaluate(result.model, many / "val", device=device)
+    assert evaluated.accuracy == pytest.approx(result.validation.accuracy, abs=2 / len(expected))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_fit_starts_from_the_same_ridge_regression_in_each_precision(precision: str, many: Path) -> None:
+    weights = []
+    for one in ("fp32", precision):
+        options = {"precision": one, "head_start": "ridge", "lr": 1e-9, "epochs": 1, "weight_decay": 0.0}
+        weights.append(regraft.fit(built("cnn, head"), many, device="cpu", **options).model.get_parameter("fc.weight"))
+    distance = (weights[0] - weights[1]).norm() / weights[0].norm()
+    assert distance < {"fp32": 1e-6, "bf16": 0.2, "fp16": 0.02}[precision]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kept", ["full", "int8"])
+def test_fit_that_unfreezes_is_the_loop_by_hand(precision: str, kept: str, few: Path) -> None:
+    torch.manual_seed(1)
+    model, (images, targets), measured = cnn(), read_photos(few, "train"), read_photos(few, "val")
+    expected, stages = [], (("fc",), ("fc", "conv2"), ("fc", "conv2", "bn2", "conv1", "bn1"))
+    for stage in stages:
+        for name, layer in model.named_children():
+            layer.requires_grad_(name in stage)
+        layers = [layer for name, layer in model.named_children() if name not in stage]
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
+        model.train()
+        [layer.eval() for layer in layers]
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), targets)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            expected.append((loss.item(), F.cross_entropy(model.eval()(measured[0]), measured[1]).item()))
+    torch.manual_seed(1)
+    options = {**STEPS, "unfreeze": "head:1,conv2:1,all:1", "backbone_lr": 0.02, "device": "cpu"}
+    result = regraft.fit(cnn(), few, precision=precision, cache_precision=kept, **options)
+    assert_near(result, expected, PRECISIONS[precision] + KEPT[kept])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_fit_keeps_numbers_that_16_bits_would_round(precision: str, tmp_path: Path) -> None:
+    rows, drawn = [], np.random.default_rng(0)
+    for number in range(60):
+        level = drawn.uniform(0, 255)
+        pixels = np.clip(level + drawn.normal(0, 9, (tiny.SIDE, tiny.SIDE, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        rows.append((f"{number}.png", f"{1000 + level / 64:.4f}", "val" if number % 4 == 0 else "train"))
+    with (tmp_path / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "target", "split"), *rows])
+    torch.manual_seed(1)
+    model = tiny.PlainCnn(num_classes=1)
+    regraft.freeze(model, "conv*", "bn*")
+    lines = Lines()
+    result = regraft.fit(model, tmp_path / "table.csv", precision=precision, device="cpu", epochs=3, progress=lines)
+    assert "chosen     learning rate" in lines
+    assert result.validation.rmse is not None
+    assert result.validation.rmse < 0.2  # bfloat16 has 996, 1000, 1004
+
+
+def test_a_gpu_takes_by_itself_what_a_cpu_takes_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_bf16, precision in ((True, "bf16"), (False, "fp32")):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "is_bf16_supported", lambda has_bf16=has_bf16: has_bf16)
+            patch.setattr(loop.torch, "empty", lambda *_, **__: None)
+            engine = choose_engine("auto", "auto")
+        assert engine.device.type == "cuda"
+        assert engine.autocast_dtype == choose_engine("cpu", precision).autocast_dtype
+
+
+# Weights in other types
+
+
+OWN = {torch.float64: 1e-5, torch.bfloat16: 0.03}
+
+
+@pytest.mark.parametrize("dtype", OWN, ids=str)
+@pytest.mark.parametrize("name", BUILT)
+def test_fit_of_weights_in_another_type_is_the_loop_by_hand(
+    name: str, dtype: torch.dtype, few: Path, tmp_path: Path
+) -> None:
+    expected = loop_by_hand(built(name), read_photos(few, "train"), read_photos(few, "val"))
+    lines = Lines()
+    result = regraft.fit(built(name, dtype), few, device="cpu", progress=lines, out=str(tmp_path / "run"), **STEPS)
+    assert "computed once" in lines
+    assert_near(result, expected, OWN[dtype])
+    assert {parameter.dtype for parameter in result.model.parameters()} == {dtype}
+    assert result.plan.device == f"cpu in {str(dtype).removeprefix('torch.')}, as its weights are"
+    images, targets = read_photos(few, "val")
+    with torch.no_grad():
+        scores = result.model(images.to(dtype)).float()
+    assert (
+        regraft.evaluate(result.model, few / "val", device="cpu").accuracy
+        == (scores.argmax(1) == targets).float().mean()
+    )
+    labels = [found.label for found in regraft.predict(result.model, images, device="cpu")]
+    assert labels == [f"class{index:03}" for index in scores.argmax(1).tolist()]
+
+
+@pytest.mark.parametrize("dtype", OWN, ids=str)
+@pytest.mark.parametrize("data", ["images", "words"])
+def test_fit_of_weights_in_another_type_on_datasets(data: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    targets = torch.arange(24) % 2
+    if data == "images":
+        inputs = torch.randn(24, 3, tiny.SIDE, tiny.SIDE) + targets[:, None, None, None]
+        model = cnn()
+    else:
+        inputs = torch.randint(9, (24, 5)) + 9 * targets[:, None]
+        model = nn.Sequential(nn.Embedding(18, 4), nn.Flatten(), nn.Linear(20, 2))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = loop_by_hand(model, (inputs, targets), (inputs, targets))
+    model.load_state_dict(state)
+    pair = TensorDataset(inputs, targets)
+    assert_near(regraft.fit(model.to(dtype), (pair, pair), device="cpu", **STEPS), expected, OWN[dtype])
+    assert regraft.evaluate(model, pair, device="cpu").count == 24
+
+
+@pytest.mark.parametrize("dtype", OWN, ids=str)
+def test_the_main_job_of_weights_in_another_type(dtype: torch.dtype, many: Path) -> None:
+    lines = Lines()
+    result = regraft.fit(built("cnn, head", dtype), many, device="cpu", progress=lines, epochs=3)
+    assert "chosen     learning rate" in lines
+    reference = regraft.fit(built("cnn, head"), many, device="cpu", epochs=3)
+    assert result.validation.accuracy == pytest.approx(reference.validation.accuracy, abs=0.04)
+    state = result.model.state_dict()
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+
+
+def test_inputs_in_float64_meet_weights_in_float32() -> None:
+    pair = TensorDataset(torch.randn(20, 3, tiny.SIDE, tiny.SIDE, dtype=torch.float64), torch.arange(20) % 2)
+    result = regraft.fit(cnn(), (pair, pair), device="cpu", **STEPS)
+    assert regraft.evaluate(result.model, pair, device="cpu").accuracy == result.history[-1].validation.accuracy
+
+
+class InParts(nn.Module):
+    """A front in 16 bits and a head in float32, which casts between them, or leaves that to autocast."""
+
+    preprocessing = HALF_SIZE
+
+    def __init__(self, dtype: torch.dtype, *, casts: bool) -> None:
+        super().__init__()
+        self.front, self.head, self.casts = nn.Conv2d(3, 6, 3, dtype=dtype), nn.Linear(6, 2), casts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.front(x)).mean((2, 3))
+        return self.head(x.float() if self.casts else x)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fit_of_a_frozen_front_in_16_bits_and_a_head_in_float32(dtype: torch.dtype, precision: str, many: Path) -> None:
+    model, lines = InParts(dtype, casts=True), Lines()
+    regraft.freeze(model, "front")
+    before = model.front.weight.clone()
+    result = regraft.fit(model, many, device="cpu", precision=precision, progress=lines, epochs=2)
+    assert "computed once" in lines
+    assert "chosen     learning rate" in lines
+    assert torch.equal(before, model.front.weight)
+    assert regraft.evaluate(result.model, many / "val", device="cpu").accuracy == result.validation.accuracy
+
+
+def test_fit_of_types_that_meet_under_autocast_alone(few: Path, tmp_path: Path) -> None:
+    model, lines = InParts(torch.bfloat16, casts=False), Lines()
+    regraft.freeze(model, "front")
+    with pytest.raises(ModelError, match=r"fails on a batch of shape .* \(float32; weights in bfloat16 and float32\)"):
+        regraft.fit(model, few, device="cpu", precision="fp32", out=str(tmp_path / "run"), **STEPS)
+    assert not (tmp_path / "run").exists()
+    result = regraft.fit(model, few, device="cpu", precision="bf16", progress=lines, **STEPS)
+    assert "every epoch runs the whole network: it, outside of autocast, fails" in lines
+    with pytest.raises(ModelError, match=r"InParts \(weights in bfloat16 and float32\) fails on these inputs"):
+        regraft.evaluate(result.model, few / "val", device="cpu")
+
+
+@pytest.mark.parametrize("frozen", [(), ("conv*", "bn*")], ids=["all", "head"])
+@pytest.mark.parametrize("options", [{}, {"unfreeze": "head:1,all:1"}, {"precision": "fp16"}], ids=str)
+def test_fit_refuses_to_train_weights_in_float16(
+    options: dict[str, Any], frozen: tuple[str, ...], few: Path, tmp_path: Path
+) -> None:
+    model = cnn(*frozen).half()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ModelError, match=r"'\w+.weight' of \w+ cannot be trained in float16, .* model.float\(\)"):
+        regraft.fit(model, few, out=str(tmp_path / "run"), **options)
+    assert not (tmp_path / "run").exists()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_fit_refuses_a_precision_that_weights_cannot_be_cast_to(precision: str, few: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"--precision {precision} casts weights in float32, and those of .* float64"):
+        regraft.fit(cnn().double(), few, precision=precision, out=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_fit_refuses_to_mix_words(tmp_path: Path) -> None:
+    pair = TensorDataset(torch.randint(9, (20, 5)), torch.arange(20) % 2)
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(20, 2))
+    with pytest.raises(ConfigError, match=r"--mixup 0.4 mixes images or features .* the inputs are int64"):
+        regraft.fit(model, (pair, pair), mixup=0.4, out=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["KeyError", "a wrong width", "a wrong type"])
+def test_a_loss_that_fails_is_said_in_words(kind: str, few: Path, tmp_path: Path) -> None:
+    losses: dict[str, Callable[..., torch.Tensor]] = {
+        "KeyError": lambda outputs, targets: {}["nothing"],
+        "a wrong width": lambda outputs, targets: F.mse_loss(outputs, targets.float().reshape(outputs.shape)),
+        "a wrong type": lambda outputs, targets: F.cross_entropy(outputs, targets.int()),
+    }
+    with pytest.raises(
+        LossError, match=r"the loss fails on scores of shape \(24, 2\) \(float32\) and targets of shape"
+    ):
+        regraft.fit(cnn(), few, loss=losses[kind], out=str(tmp_path / "run"), batch_size=24)
+    assert not (tmp_path / "run").exists()
+
+
+# Values that fewer bits cannot hold
+
+
+class Large(nn.Module):
+    """Features of about a million, which float16 cannot hold."""
+
+    preprocessing = HALF_SIZE
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(1e6 * F.relu(self.front(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (
+            {"cache_precision": "fp16"},
+            "what is constant holds values that fp16 has no room for; --cache-precision bf16",
+        ),
+        ({"precision": "fp16"}, "what is constant is not finite for some photo"),
+    ],
+    ids=str,
+)
+def test_features_that_float16_has_no_room_for_are_not_kept(options: dict[str, Any], reason: str, few: Path) -> None:
+    model, lines = Large(), Lines()
+    regraft.freeze(model, "front")
+    is_too_large = "precision" in options  # for the network itself
+    fails = pytest.raises(LossError, match="--precision fp32") if is_too_large else nullcontext()
+    with fails:
+        regraft.fit(model, few, device="cpu", progress=lines, **{**STEPS, "lr": 1e-14, **options})
+    assert f"every epoch runs the whole network: {reason}" in lines or is_too_large
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_ridge_is_scikit_learns_in_each_type_of_weights(dtype: torch.dtype, many: Path) -> None:
+    options = {"head_start": "ridge", "lr": 1e-12, "weight_decay": 0.0, "epochs": 1, "augment": "none"}
+    result = regraft.fit(built("cnn, head", dtype), many, device="cpu", **options)
+    model, features = built("cnn, head", torch.float64), []
+    model.get_submodule("fc").register_forward_pre_hook(lambda _, given: features.append(given[0].detach()))
+    images, targets = read_photos(many, "train")
+    model.eval()(images.double())
+    spread = features[0].std(0)
+    spread[spread <= 1e-9 * spread.max()] = 1.0
+    scaled = ((features[0] - features[0].mean(0)) / spread).numpy()
+    signs = F.one_hot(targets).double().numpy()
+    found = result.model.get_parameter("fc.weight").detach().double() * spread
+    likeness = []
+    for penalty in np.logspace(-3, 3, 13) * torch.linalg.svdvals(torch.from_numpy(scaled)).square().mean().item():
+        oracle = torch.from_numpy(Ridge(penalty).fit(scaled, signs).coef_)
+        likeness.append(F.cosine_similarity(oracle.flatten(), found.flatten(), dim=0).item())
+    assert max(likeness) > 1 - 1e-6  # of one of the penalties, up to how far scores are stretched
