@@ -17,7 +17,7 @@ from regraft import Preprocessing, create_model, list_models, summary
 from regraft.card import attach, card_of
 from regraft.data.decode import decode
 from regraft.data.transforms import center_crop, normalize
-from regraft.errors import ConfigError, ModelError, TrustError
+from regraft.errors import ConfigError, InputError, ModelError, TrustError
 from regraft.training.config import TrainConfig
 from regraft.zoo import build, import_object, preprocessing_of
 
@@ -244,22 +244,22 @@ def test_create_model_takes_torchvisions_own_names_of_weights(weights: object, m
         ("resnet18", models.ResNet50_Weights.DEFAULT, "ResNet50_Weights.IMAGENET1K_V2 are weights of another network"),
         ("resnet18", "ResNet50_Weights.DEFAULT", "'resnet18' takes ResNet18_Weights"),
         ("timm/test_vit", models.ResNet18_Weights.DEFAULT, "'timm/test_vit' is no network of torchvision"),
-        ("resnet18", True, "weights is a bool, expected a name, a file, or None"),
-        ("resnet18", {"fc.bias": torch.ones(2)}, "weights is a dict.*load_weights"),
+        ("resnet18", True, "weights is True, expected a string or a Path"),
+        ("resnet18", {"fc.bias": torch.ones(2)}, "weights is a dict, expected a string or a Path"),
     ],
 )
 def test_create_model_refuses_weights_of_another_kind(name: str, weights: Any, message: str) -> None:
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(InputError, match=message):
         create_model(name, weights=weights)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pretrained": True}, "no argument 'pretrained' .*Pass weights='default'"),
-        ({"num_class": 3}, "no argument 'num_class' .*Nearest: 'num_classes'"),
+        ({"pretrained": True}, "no argument 'pretrained'.*Write weights=\"default\""),
+        ({"num_class": 3}, "no argument 'num_class'.*Nearest: 'num_classes'"),
         ({"in_chans": 1}, "replace_stem"),
-        ({"xyzzy": 1}, "It takes weights, num_classes and trust_code"),
+        ({"xyzzy": 1}, "It takes weights, num_classes, trust_code"),
     ],
 )
 def test_create_model_refuses_arguments_that_it_does_not_have(options: dict[str, Any], message: str) -> None:

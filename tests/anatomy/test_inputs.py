@@ -9,7 +9,7 @@ from torch import nn
 from anatomy.networks import SharesLayers, TwoInputs
 from regraft import freeze, summary, unfreeze
 from regraft.anatomy.inputs import guess_input_size
-from regraft.errors import ModelError
+from regraft.errors import InputError
 
 A, B = torch.zeros(2, 4), torch.zeros(2, 5)
 
@@ -45,14 +45,14 @@ def test_the_values_of_inputs_are_not_read() -> None:
     [
         ({"inputs": [A, B]}, "inputs is a list, expected a tensor, a tuple"),
         ({"inputs": A, "input_size": (2, 4)}, "both input_size and inputs were given"),
-        ({"input_size": (2, "4")}, "is no shape"),
+        ({"input_size": (2, "4")}, r"input_size\[1\] is '4', expected a whole number"),
         ({"input_size": (2, -4)}, "is no shape"),
         ({"inputs": (A,)}, "Pass the inputs that its forward takes"),
         ({"inputs": (B, A)}, r"layer 'left' \(Linear\) was given \(2, 5\)"),
     ],
 )
 def test_wrong_inputs_are_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(InputError, match=message):
         summary(TwoInputs(), **arguments)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 import tiny
 from oracles import identical, same, snapshot
 from regraft import load_weights
-from regraft.errors import CheckpointError
+from regraft.errors import CheckpointError, InputError
 
 
 def written(state: dict[str, torch.Tensor], folder: Path) -> Path:
@@ -217,7 +217,7 @@ def test_one_of_tied_tensors_is_enough_and_two_values_are_too_many(tmp_path: Pat
     [
         ({"match": "order"}, "match is 'order', expected 'names' or 'shapes'"),
         ({"accept": "all"}, "accept is 'all', expected one of certain, likely, guess"),
-        ({"adapt": "stem"}, "adapt is 'stem', expected some of"),
+        ({"adapt": "stem"}, "adapt is 'stem', expected a list"),
         ({"min_share": 50}, "min_share is 50, expected a number from 0 to 1"),
         ({"rename": {"(": ""}}, "is no regular expression with its replacement"),
         ({"rename": {"a": r"\1"}}, "is no regular expression with its replacement"),
@@ -228,7 +228,7 @@ def test_one_of_tied_tensors_is_enough_and_two_values_are_too_many(tmp_path: Pat
 def test_a_wrong_option_is_named(options: dict, message: str, tmp_path: Path) -> None:
     model = tiny.build("plain")
     before = snapshot(model)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(InputError) as caught:
         load_weights(model, written(tiny.build("plain", 3).state_dict(), tmp_path), **options)
     assert message in str(caught.value)
     assert same(before, snapshot(model))

@@ -11,7 +11,7 @@ from torch import nn
 
 from regraft import convert, diff, load, load_weights, save
 from regraft.checkpoint.layout import DTYPES
-from regraft.errors import CheckpointError
+from regraft.errors import CheckpointError, InputError
 
 EVERY = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 QUANTIZED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
@@ -63,7 +63,7 @@ ODD: dict[str, Any] = {
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("case", ODD)
 def test_save_refuses_tensors_without_plain_values(case: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"cannot save 'held': it is .* Nothing was written"):
+    with pytest.raises(InputError, match=r"'held' .*(no bytes|no values)"):
         save(holding(ODD[case]()), tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())
 

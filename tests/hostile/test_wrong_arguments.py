@@ -218,8 +218,6 @@ def test_a_wrong_kind_is_named_with_what_to_write_instead(call: Callable[[], Any
     [
         ({"pretrained": True}, r"no argument 'pretrained'\. Write weights=\"default\"\."),
         ({"pretrained": False}, r"no argument 'pretrained'\. Write weights=\"none\"\."),
-        ({"weights": None}, r"weights is None, expected a name\. Write weights=\"none\"\."),
-        ({"weights": True}, r"weights is True, expected a name\. Write weights=\"default\"\."),
         ({"in_chans": 1}, r"no argument 'in_chans'\. .*regraft.replace_stem\(model, channels\)"),
         ({"include_top": False}, r"no argument 'include_top'\. .*regraft.truncate\(model, drop=1\)"),
         ({"num_labels": 3}, r"no argument 'num_labels'\. Write num_classes=K\."),
@@ -233,13 +231,6 @@ def test_create_model_says_how_to_write_what_other_libraries_call_otherwise(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         regraft.create_model("resnet18", **options)
-
-
-def test_create_model_names_the_weights_of_an_enum() -> None:
-    from torchvision.models import ResNet18_Weights
-
-    with pytest.raises(ConfigError, match=r"Write weights=\"IMAGENET1K_V1\"\."):
-        regraft.create_model("resnet18", weights=ResNet18_Weights.IMAGENET1K_V1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

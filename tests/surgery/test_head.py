@@ -16,7 +16,7 @@ from oracles import identical, same, snapshot
 from regraft import create_model, load, replace_head, save
 from regraft.anatomy.heads import find_heads
 from regraft.card import attach, card_of
-from regraft.errors import EditError, ModelError, SelectionError
+from regraft.errors import ArgumentError, EditError, ModelError, SelectionError
 
 NEW = 7
 
@@ -316,8 +316,6 @@ def test_kept_classes_are_no_part_of_the_recipe_as_the_weights_come_from_the_fil
         ({-1: 0}, "keep names the old class -1"),
         ({0: 3}, "keep names the new class 3, expected a number from 0 to 2"),
         ({0: 1, 2: 1}, "keep gives two old classes the same new one, 1"),
-        ({True: 1}, "keep names the old class True"),
-        ({0.0: 1}, "keep names the old class 0.0"),
         ({"ant": 1}, "keep names the old class 'ant', which is unknown: the model's card has no names of classes"),
     ],
 )
@@ -345,5 +343,11 @@ def test_a_module_keeps_rows_where_they_fit_and_stays_as_it_was_where_they_do_no
 
 @pytest.mark.parametrize("new", [True, "7", 2.0, nn.Linear])
 def test_what_is_no_head_is_refused(new: Any) -> None:
-    with pytest.raises(EditError, match=r"a head is a number of classes or a torch\.nn\.Module, not"):
+    with pytest.raises(ArgumentError, match=r"replace_head: new is .*expected a whole number .*or a torch\.nn\.Module"):
         replace_head(tiny.build("plain"), new)
+
+
+@pytest.mark.parametrize("keep", [{True: 1}, {0.0: 1}, {0: "a"}])
+def test_replace_head_refuses_classes_to_keep_that_are_neither_numbers_nor_names(keep: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"replace_head: (a key of )?keep.* is .*, expected"):
+        replace_head(tiny.build("plain"), 3, keep=keep)

@@ -16,7 +16,7 @@ from torchvision import models
 from oracles import identical, same, snapshot
 from regraft import create_model, load, replace_head, save
 from regraft.card import card_of
-from regraft.errors import EditError
+from regraft.errors import EditError, InputError
 
 NEW = 4
 
@@ -154,15 +154,15 @@ def test_replace_head_with_heads_by_path_is_a_step_of_the_recipe(tmp_path: Path)
     [
         ({}, None, "heads by path are a dict such as {'classifier': 10}"),
         ({"a": 3}, "a", "and exclude path="),
-        ({1: 3}, None, "heads by path are a dict"),
+        ({1: 3}, None, "a key of new is 1, expected a string"),
         ({"a": 0}, None, "a head needs at least 1 output, not 0"),
-        ({"a": "x"}, None, "a head is a number of classes or a torch.nn.Module, not 'x'"),
+        ({"a": "x"}, None, "new['a'] is 'x', expected a whole number"),
         (3, [], "path is the path of a layer or a list of such, not []"),
-        (3, 5, "path is the path of a layer or a list of such, not 5"),
+        (3, 5, "path is 5, expected a string or a list or None"),
     ],
 )
 def test_replace_head_refuses_what_is_no_head_or_path(new: Any, path: Any, message: str) -> None:
-    with pytest.raises(EditError) as caught:
+    with pytest.raises(InputError) as caught:
         replace_head(nn.Sequential(nn.Linear(2, 2)), new, path=path)
     assert message in str(caught.value)
 

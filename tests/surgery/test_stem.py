@@ -203,8 +203,6 @@ class Standardized(nn.Sequential):
         (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))), 1, "which has to be removed before"),
         (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1)), 1, "'0' (BatchNorm2d) would be given (1, 1, 224, 224)"),
         (nn.Sequential(nn.Conv2d(3, 4, 1)), 0, "a network takes at least 1 channel, not 0."),
-        (nn.Sequential(nn.Conv2d(3, 4, 1)), True, "not True"),
-        (nn.Sequential(nn.Conv2d(3, 4, 1)), 2.0, "not 2.0"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -97,9 +97,7 @@ def _refuse_other_words(others: Mapping[str, Any]) -> None:
         advice = nearest(word, ("weights", "num_classes", "trust_code")) or "It takes weights, num_classes, trust_code."
         if word == "pretrained":
             advice = f'Write weights="{"default" if value else "none"}".'
-        raise ConfigError(
-            f"create_model has no argument '{word}' (given as {value!r}). {OTHER_WORDS.get(word, advice)}"
-        )
+        raise ConfigError(f"create_model has no argument '{word}'. {OTHER_WORDS.get(word, advice)}")
 
 
 def rebuild(recipe: Recipe, *, trust_code: bool = False, unset: bool = False) -> nn.Module:

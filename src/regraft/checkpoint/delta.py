@@ -26,7 +26,8 @@ from regraft.checkpoint.format import (
     locate,
     read_header,
 )
-from regraft.checkpoint.shards import require_storable, stored_state, write_checkpoint
+from regraft.checkpoint.shards import write_checkpoint
+from regraft.checkpoint.storable import require_storable, stored_state
 from regraft.errors import CheckpointError, ModelError
 from regraft.zoo import build, list_models
 

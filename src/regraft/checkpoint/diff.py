@@ -17,7 +17,7 @@ from regraft.arguments import check_arguments, check_weights
 from regraft.checkpoint.digest import tensor_digest
 from regraft.checkpoint.foreign.reading import read_tensors
 from regraft.checkpoint.format import locate
-from regraft.checkpoint.storable import require_storable
+from regraft.checkpoint.storable import require_bytes
 
 Kind = Literal["identical", "changed", "reshaped", "added", "removed"]
 
@@ -108,7 +108,7 @@ def diff(a: nn.Module | str | os.PathLike[str], b: nn.Module | str | os.PathLike
             check_weights(diff, name, one)
     before, after = _tensors(a), _tensors(b)
     for tensors in (before, after):
-        require_storable(tensors)
+        require_bytes(tensors)
     names = [*before, *(name for name in after if name not in before)]
     return Diff(tuple(_compare(name, before.get(name), after.get(name)) for name in names))
 

@@ -17,7 +17,8 @@ from regraft.checkpoint.foreign.state_dicts import is_extra_state
 from regraft.checkpoint.format import Header, is_index, locate, read_header
 from regraft.checkpoint.layout import Entry
 from regraft.checkpoint.memory import rebuild_for
-from regraft.checkpoint.shards import shard_of, stored_state
+from regraft.checkpoint.shards import shard_of
+from regraft.checkpoint.storable import stored_state
 from regraft.errors import CheckpointError
 from regraft.freezing.pins import sync_pins
 

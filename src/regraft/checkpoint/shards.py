@@ -9,9 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from regraft.checkpoint.atomic import whole_or_nothing
 from regraft.checkpoint.format import (
@@ -24,12 +21,11 @@ from regraft.checkpoint.format import (
     read_header,
     read_index,
 )
-from regraft.checkpoint.layout import DTYPES, PACKED, read_start
+from regraft.checkpoint.layout import read_start
+from regraft.checkpoint.storable import require_storable
 from regraft.errors import CheckpointError, RunError
 
 SHARD_OF = "regraft-shard-of"  # in the metadata of a shard: the name of its index
-
-HALF_BYTES = tuple(DTYPES[name] for name in PACKED)  # two numbers in a byte, which the last side counts
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -118,52 +114,6 @@ def write_tensors(target: Path, tensors: Tensors, metadata: dict[str, str]) -> N
 
     require_storable(tensors)
     write_whole(target, lambda temporary: safetensors.torch.save_file(dict(tensors), temporary, metadata))
-
-
-def stored_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the tensors of a state dict, as a file holds them; the extra state of a layer included.
-
-    Raises:
-        CheckpointError: The extra state of a layer is something else that is worth keeping.
-    """
-    tensors = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if isinstance(value, torch.Tensor):
-            tensors[name] = value
-        elif value is not None:  # which get_extra_state returns where it has nothing to say
-            raise CheckpointError(
-                f"cannot save '{name}': get_extra_state of the layer returns a value of type {type(value).__name__}, "
-                "and a safetensors file holds tensors only. Let it return a tensor or None. Nothing was written."
-            )
-    return tensors
-
-
-def require_storable(tensors: Tensors) -> None:
-    """Check that a safetensors file can hold each tensor.
-
-    Raises:
-        CheckpointError: One of them is of another dtype, layout or class, or is on no device with memory.
-    """
-    for name, tensor in tensors.items():
-        kind = None
-        if is_traceable_wrapper_subclass(tensor):
-            kind = f"a {type(tensor).__name__}, which is made of other tensors"
-        elif is_lazy(tensor):
-            kind = "lazy: it has no shape until the network has run once"
-        elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-            kind = "quantized" if tensor.is_quantized else f"{str(tensor.layout).removeprefix('torch.')}"
-        elif tensor.is_meta:
-            kind = "on the meta device, without values"
-        elif tensor.dtype not in DTYPES.values():
-            kind = str(tensor.dtype)
-        elif tensor.dtype in HALF_BYTES and not tensor.ndim:
-            kind = f"a single number of {tensor.dtype}"
-        if kind:
-            raise CheckpointError(
-                f"cannot save '{name}': it is {kind}; a safetensors file cannot hold that. Expected a plain tensor "
-                f"of one of {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES.values())}. Convert it "
-                "first, as with torch.view_as_real for complex numbers. Nothing was written."
-            )
 
 
 def write_whole(target: Path, write: Callable[[Path], object]) -> None:

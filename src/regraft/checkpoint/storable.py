@@ -1,16 +1,56 @@
-"""Which tensors have bytes of their own, that a file can hold and that can be compared."""
+"""What of a model can be kept in a file: tensors with bytes of their own, of types that safetensors has."""
 
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 from torch.nn.parameter import is_lazy
 
+from regraft.checkpoint.layout import DTYPES, PACKED
 from regraft.errors import CheckpointError
 
-PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
+HALF_BYTES = tuple(DTYPES[name] for name in PACKED)  # two numbers in a byte, which the last side counts
+
+
+def stored_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of a state dict, as a file holds them; the extra state of a layer included.
+
+    Raises:
+        CheckpointError: The extra state of a layer is something else that is worth keeping.
+    """
+    tensors = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        elif value is not None:  # which get_extra_state returns where it has nothing to say
+            raise CheckpointError(
+                f"cannot save '{name}': get_extra_state of the layer returns a value of type {type(value).__name__}, "
+                "and a safetensors file holds tensors only. Let it return a tensor or None. Nothing was written."
+            )
+    return tensors
 
 
 def require_storable(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors that a safetensors file cannot hold.
+
+    Raises:
+        CheckpointError: There is one; it is named, with the kind that it is of and a way out. Nothing was written.
+    """
+    require_bytes(tensors)
+    for name, tensor in tensors.items():
+        kind = str(tensor.dtype) if tensor.dtype not in DTYPES.values() else None
+        if tensor.dtype in HALF_BYTES and not tensor.ndim:
+            kind = f"a single number of {tensor.dtype}"
+        if kind:
+            raise CheckpointError(
+                f"cannot save '{name}': it is {kind}; a safetensors file cannot hold that. Expected one of "
+                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES.values())}. Convert it first, as "
+                "with torch.view_as_real for complex numbers. Nothing was written."
+            )
+
+
+def require_bytes(tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse tensors that are no plain array of numbers in memory.
 
     Raises:
@@ -23,7 +63,7 @@ def require_storable(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _problem(tensor: torch.Tensor) -> str | None:
-    """Say why a tensor cannot be stored and what to do; None where it can."""
+    """Return why a tensor cannot be stored and what to do; None where it can."""
     if is_lazy(tensor):
         return "its shape is not known yet. Run the network on one batch first. Nothing was written."
     if tensor.is_nested:

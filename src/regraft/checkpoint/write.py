@@ -18,7 +18,6 @@ from regraft.checkpoint.delta import SHARD_BYTES, choose_base, differing, pin_ba
 from regraft.checkpoint.digest import digests_of
 from regraft.checkpoint.format import Header, current_versions, digest_of, index_of
 from regraft.checkpoint.shards import write_checkpoint
-from regraft.checkpoint.storable import require_storable
 from regraft.errors import CheckpointError, EditError, RegraftError
 from regraft.surgery.layerspec import describe
 
@@ -64,7 +63,6 @@ def save(
     check_weights(save, "model", model)
     target = Path(path)
     model = _carried(model)
-    require_storable(model.state_dict())
     tensors, shared = unshared(model)
     card = _described_card(model)
     header = Header(

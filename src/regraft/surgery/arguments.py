@@ -21,7 +21,7 @@ from regraft.surgery.expressions import Call, shortened, written
 LIBRARIES = ("torchvision.ops", "timm.layers")  # beside torch.nn; their classes are written with these names before
 OWN = "py"  # the name of a call of a class of the user's own
 FILE_MODULE = "regraft_user_"  # what zoo.import_object calls the modules that it makes of files
-TAKE_ANYTHING = (nn.Module.__init__, nn.Identity.__init__)  # and keep nothing
+TAKE_ANYTHING = (nn.Module, nn.Identity)  # whose constructors take any arguments, and keep none
 
 _RECURRENT_DEFAULTS = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
 _HIDDEN_SIGNATURES: dict[type[nn.Module], dict[str, Any]] = {  # constructors that say `*args, **kwargs`
@@ -69,7 +69,8 @@ def library_name(kind: type[nn.Module]) -> str | None:
 
 def parameters_of(kind: type[nn.Module]) -> list[inspect.Parameter]:
     """Return the parameters of a constructor, without those that say where a layer lives (device, dtype)."""
-    if kind.__init__ in TAKE_ANYTHING:
+    # By who defines the constructor, as some libraries wrap that of nn.Module while they run.
+    if next(base for base in kind.__mro__ if "__init__" in vars(base)) in TAKE_ANYTHING:
         return []
     if kind in _HIDDEN_SIGNATURES:
         either = inspect.Parameter.POSITIONAL_OR_KEYWORD

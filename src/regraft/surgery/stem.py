@@ -53,8 +53,8 @@ def replace_stem(model: nn.Module, channels: int, *, inputs: Inputs | None = Non
     """
     check_arguments(replace_stem, locals())
     require_editable(model)
-    if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
-        raise EditError(f"a network takes at least 1 channel, not {channels!r}. Nothing was changed.")
+    if channels < 1:
+        raise EditError(f"a network takes at least 1 channel, not {channels}. Nothing was changed.")
     first = first_convolution(model)
     count = cast(nn.Conv2d, model.get_submodule(first)).in_channels
     edited = with_layers(model, {})
