@@ -121,8 +121,9 @@ def test_partition_refuses_what_changes_from_call_to_call(name: str) -> None:
         regraft.partition(model, IMAGES)
 
 
-def test_capture_widely_leaves_a_layer_closed_that_draws(random_state: Callable[[], object]) -> None:
-    model = nn.Sequential(Noisy(REFUSED["numpy"][0]), Noisy(DRAWN["randn"]))
+@pytest.mark.parametrize("name", ["random", "numpy", "a generator of its own", "into a tensor"])
+def test_capture_widely_leaves_a_layer_closed_that_draws(name: str, random_state: Callable[[], object]) -> None:
+    model = nn.Sequential(Noisy(REFUSED[name][0]), Noisy(DRAWN["randn"]))
     model[1].a = nn.Conv2d(4, 8, 3)
     before = random_state()
     _, opened = capture_widely(model, ["0", "1"])

@@ -71,14 +71,56 @@ def test_what_cannot_be_traced_is_cut_and_extended_by_hooks(name: str) -> None:
     grown.train()(**given).sum().backward()
 
 
-@pytest.mark.parametrize("name", UNTRACEABLE)
-def test_what_cannot_be_traced_refuses_the_rest_and_says_so(name: str) -> None:
-    make, inputs, path = UNTRACEABLE[name]
+class Halving(nn.Module):
+    """Cannot be traced: how often its layer is called depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.middle(x)
+        while x.abs().max() > 1:
+            x = self.middle(x.tanh()) / 2
+        return x
+
+
+class Sized(nn.Module):
+    """Cannot be traced: it makes a Python number of a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.middle(x) * float(x.mean())
+
+
+@pytest.mark.parametrize("make", [Branching, Halving, Sized])
+def test_insert_refuses_what_cannot_be_traced_and_says_so(make: Callable[[], nn.Module]) -> None:
     model = make()
     before = snapshot(model)
     with pytest.raises(EditError, match=r"cannot insert after .* cannot be traced: .*Only replace, replace_head"):
-        regraft.insert(model, nn.Identity(), after=path, inputs=inputs)
+        regraft.insert(model, nn.Identity(), after="middle", inputs=torch.ones(2, 4))
     assert same(before, snapshot(model))
+
+
+def test_insert_into_bert_with_its_inputs_is_a_hook_that_does_the_same() -> None:
+    model = bert().eval()
+    scale = nn.Linear(16, 16)
+    ids = torch.arange(1, 22).reshape(3, 7)
+
+    def apply(_: nn.Module, __: Any, output: Any) -> Any:
+        return (scale(output[0]), *output[1:]) if isinstance(output, tuple) else scale(output)
+
+    edited = regraft.insert(model, scale, after="encoder.layer.1", inputs={"input_ids": ids[:1]})
+    with torch.no_grad():
+        plain = model(input_ids=ids).last_hidden_state
+        handle = model.get_submodule("encoder.layer.1").register_forward_hook(apply)
+        expected = model(input_ids=ids).last_hidden_state
+        handle.remove()
+        assert identical(edited(input_ids=ids).last_hidden_state, expected)
+    assert not torch.allclose(plain, expected, atol=1e-3)
 
 
 def test_layers_of_what_cannot_be_traced_are_replaced() -> None:

@@ -1,7 +1,7 @@
 """What draws random numbers, and whether something has drawn."""
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,20 +27,17 @@ def random_state() -> State:
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), kind[1].tobytes(), int(kind[2])
 
 
-def generator_states(layers: Iterable[nn.Module]) -> dict[str, Any]:
-    """Return the states of the generators that layers hold, or that the modules of their forwards do."""
-    return {name: _state(generator) for name, generator in _generators(layers)}
+def generator_states(layers: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
+    """Return by layer the states of the generators that it holds, or that the module of its forward does."""
+    return {path: {name: _state(value) for name, value in _generators(layer)} for path, layer in layers.items()}
 
 
-def _generators(layers: Iterable[nn.Module]) -> Iterator[tuple[str, Any]]:
+def _generators(layer: nn.Module) -> Iterator[tuple[str, Any]]:
     kinds = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
-    for position, layer in enumerate(layers):
-        for name, value in vars(layer).items():
+    for scope, values in (("self", vars(layer)), ("module", getattr(type(layer).forward, "__globals__", {}))):
+        for name, value in values.items():
             if isinstance(value, kinds):
-                yield f"{position}.{name}", value
-        for name, value in getattr(type(layer).forward, "__globals__", {}).items():
-            if isinstance(value, kinds):
-                yield f"{type(layer).__module__}:{name}", value
+                yield f"{scope}.{name}", value
 
 
 def _state(generator: Any) -> Any:

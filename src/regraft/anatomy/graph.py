@@ -17,7 +17,7 @@ What a graph takes from the moment of tracing, and what stays open:
 
 import random
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any, cast
 
@@ -75,6 +75,17 @@ class Flow:
         """List the calls of one layer."""
         return [visit for visit in self.visits if visit.path == path]
 
+    def copy(self) -> "Flow":
+        """Return the same dataflow with a graph of its own, in a fraction of the time of another trace."""
+        nodes: dict[fx.Node, fx.Node] = {}
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, nodes))
+        visits = [
+            Visit(visit.path, *map_arg((visit.args, visit.kwargs, visit.output), nodes.__getitem__))
+            for visit in self.visits
+        ]
+        return replace(self, graph=graph, visits=visits)
+
 
 def capture(
     model: nn.Module,
@@ -113,10 +124,13 @@ def capture(
 
     first, second = shared_copy(model), shared_copy(model)
     with preserved_randomness():
-        before = generator_states(_layers(first, opened))
+        traced = {path: first.get_submodule(path) for path in ("", *opened)}
+        before = generator_states(traced)
         graph, tracer = trace(first)
-        if generator_states(_layers(first, opened)) != before:
-            raise _untraceable(model, "", DREW)
+        after = generator_states(traced)
+        drew = [path for path in traced if after[path] != before[path]]
+        if drew:  # the innermost, as a generator of a Python module is seen by all layers whose forwards lie in it
+            raise _untraceable(model, max(drew, key=lambda path: len(path.split(".")) if path else 0), DREW)
         counted = _carry_over(first, second, model, opened)
         torch.manual_seed(1)
         random.seed(1)
@@ -264,10 +278,6 @@ def _untraceable(model: nn.Module, path: str, text: str) -> ForwardError:
         path=path,
         reason=reason,
     )
-
-
-def _layers(model: nn.Module, paths: Collection[str]) -> list[nn.Module]:
-    return [model, *(model.get_submodule(path) for path in paths)]
 
 
 def _carry_over(

@@ -10,6 +10,7 @@ Values whose rows are not images (windows, shapes without a batch) are not compa
 from them is, before it can be kept.
 """
 
+import math
 import random
 from collections.abc import Collection
 from typing import Any
@@ -134,12 +135,17 @@ def _image(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.
 def _is_close(a: torch.Tensor, b: torch.Tensor, *, is_exact: bool) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
+    if torch.equal(a, b):
+        return True
     if not a.is_floating_point() and not a.is_complex():
-        return bool(torch.equal(a, b))
+        return False
+    share = 0.0 if is_exact else TOLERANCES.get(a.dtype, 1e-4) * (10 if a.is_cuda else 1)
+    largest, distance = (float(torch.linalg.vector_norm(value, float("inf"))) for value in (a, a - b))
+    if math.isfinite(largest) and math.isfinite(distance):
+        return distance <= share * largest
     finite = a[a.isfinite()].abs()
-    size = float(finite.max()) if finite.numel() else 0.0
-    tolerance = 0.0 if is_exact else TOLERANCES.get(a.dtype, 1e-4) * (10 if a.is_cuda else 1)
-    return bool(torch.allclose(a, b, rtol=0, atol=tolerance * size, equal_nan=True))
+    largest = float(finite.max()) if finite.numel() else 0.0
+    return bool(torch.allclose(a, b, rtol=0, atol=share * largest, equal_nan=True))
 
 
 def _cloned(value: Any) -> tuple[list[Any], Any]:

@@ -21,7 +21,7 @@ from regraft.frontier.ports import picked, ports_of, rebuilt
 from regraft.frontier.replay import record_and_replay
 from regraft.surgery.checks import require_editable
 from regraft.surgery.middle import begin_at
-from regraft.surgery.rewired import Rewired, prune, rewire, rewire_flows
+from regraft.surgery.rewired import Rewired, prune, rewire_flows
 
 READ_BYTES_PER_S = {"cpu": 2e9, "cuda": 2e11}  # of cached tensors into a batch
 MULTIPLY_ADDS_PER_S = {"cpu": 2e10, "cuda": 5e12}
@@ -103,7 +103,6 @@ class View:
     closed: tuple[str, ...]
     flow: Flow
     evaluation: Flow | None
-    arguments: Arguments
 
 
 def partition(model: nn.Module, example: Any) -> Partition:
@@ -208,7 +207,7 @@ def view_of(model: nn.Module, arguments: Arguments) -> View:
     evaluation = None
     if flow.decider is not None:
         evaluation = capture(model, opened, heed_pins=True, arguments=arguments)
-    return View(opened, tuple(path for path in mixed if path not in opened), flow, evaluation, arguments)
+    return View(opened, tuple(path for path in mixed if path not in opened), flow, evaluation)
 
 
 def _find_frontier(model: nn.Module, view: View, values: list[Values]) -> tuple[list[fx.Node], list[str]]:
@@ -325,8 +324,7 @@ def _prefix(model: nn.Module, view: View, frontier: list[fx.Node], values: list[
         found = {value_key(node): node for node in flow.graph.nodes}
         flow.set_output(tuple(picked(flow.graph, found[key], steps) for key, steps in wanted))
 
-    flow = capture(model, view.opened, training=True, heed_pins=True, arguments=view.arguments)
-    prefix = rewire_flows(model, [flow], change)
+    prefix = rewire_flows(model, [view.flow.copy()], change)
     prune(prefix)
     return prefix
 
@@ -346,7 +344,8 @@ def _suffix(model: nn.Module, view: View, frontier: list[fx.Node], values: list[
             lambda graph, position, tensors: rebuilt(graph, examples[position], tensors),
         )
 
-    suffix = rewire(model, view.opened, change, heed_pins=True, arguments=view.arguments)
+    flows = [view.flow] if view.evaluation is None else [view.evaluation, view.flow]
+    suffix = rewire_flows(model, [flow.copy() for flow in flows], change)
     prune(suffix)
     return suffix
 
