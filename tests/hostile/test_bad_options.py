@@ -37,7 +37,7 @@ VALUES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"optimizer": "lbfgs"}, ConfigError, r"the optimizer 'lbfgs' needs a training loop"),
     ({"optimizer": "sparseadam"}, ConfigError, r"the optimizer 'sparseadam' needs .* such as adamw or sgd"),
     ({"optimizer": "adahessian"}, ConfigError, r"the optimizer 'adahessian' needs .* such as adamw or sgd"),
-    ({"optimizer": "sgdw"}, ConfigError, r"sgdw does not take \{'lr': .*\}: Nesterov momentum requires"),
+    ({"optimizer": "muon"}, ConfigError, r"torch's Muon trains matrices alone, .*Use timm/muon"),
     ({"optimizer": "fusedadam"}, ConfigError, r"the optimizer 'fusedadam' cannot be used here: .*Choose another"),
     ({"loss": "cross-entropi"}, ConfigError, r"no loss 'cross-entropi' for classification\. Nearest: 'cross-entropy'"),
     (

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from regraft.data.folders import Task
-from regraft.errors import ConfigError, LossError, RegraftError, nearest
+from regraft.errors import ConfigError, LossError, nearest
 from regraft.zoo import import_object
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
