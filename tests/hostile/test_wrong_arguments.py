@@ -154,6 +154,8 @@ def words(name: str, value: Any) -> list[str]:
             shown.append(str(tuple(one.shape)))
         elif isinstance(one, str | bytes | int | float | Path) and not (isinstance(one, int) and abs(one) > 2**70):
             shown.append(str(one)[:30])
+        if isinstance(one, bytes | bytearray):  # which pydantic reads as text
+            shown.append(repr(one.decode()))
     return [word for word in shown if word]
 
 

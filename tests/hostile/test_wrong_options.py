@@ -20,9 +20,10 @@ from wrong_values import write_files
 
 import regraft
 from regraft.cli.app import app
+from regraft.cli.output import printable
 from regraft.errors import RunError
 
-TRIES = 100
+TRIES = 50
 NUMBERS = ("0", "-1", "7", "1.5", "1e-3", "nan", "inf", "1e400", "9" * 30, "0x10", "1,2", "True", "¼")
 TEXTS = (
     "", " ", "-", "--", "--no-such-option", "*", "[", "re:(", "type:", "children[9]", "params:", "head:3", "head:",
@@ -196,11 +197,21 @@ def problem_of(words: list[str], name: str, value: str, cli: Callable[..., typer
         return f"{shown}: exit code {result.exit_code}: {message}"
     if not is_ours or "Traceback" in result.stderr:
         return f"{shown}: no message of ours: {result.stderr[-300:]}"
+    if not any(word in result.stderr for word in (name, name.replace("_", "-"), name.replace("_", " "), *texts(value))):
+        return f"{shown}: does not say which: {result.stderr[-300:]}"
     if result.stdout:
         return f"{shown}: printed {result.stdout[:100]!r}, and failed"
     if written and "no network" not in message:
         return f"{shown}: wrote {sorted(map(str, written))}, and failed: {message}"
     return None
+
+
+def texts(value: str) -> list[str]:
+    """List how a message may quote a value: its beginning as it is, escaped, or without what is around it."""
+    beginning = value[:20]
+    quoted = [beginning, beginning.strip(), printable(beginning), repr(beginning)[1:-1], Path(value[:200]).name]
+    parts = [part for sign in ":=;," for part in value[:200].split(sign)]
+    return [text for text in (*quoted, *parts) if text] or ["''"]
 
 
 def remove(path: Path) -> None:

@@ -59,6 +59,9 @@ class Cut:
 class Partition:
     """A network in two parts that share its weights: `suffix(*prefix(x))` is what the network gives.
 
+    Both parts are plain networks: called on what they were not made for, they raise what torch raises, as the network
+    itself does.
+
     Attributes:
         prefix: The constant part: from the inputs to the tuple of the frontier's tensors. In evaluation mode.
         suffix: The live part: from those tensors to the network's output, in either mode.
