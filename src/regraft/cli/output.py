@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -112,6 +113,11 @@ def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Resul
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
             raise typer.Exit(0) from error
         except OSError as error:  # a disk that is full, a folder that may not be read
+            if error.errno == errno.ENAMETOOLONG:
+                _complain(
+                    f"error: '{str(error.filename)[:60]}…' is too long for the name of a file. Give another path."
+                )
+                raise typer.Exit(InputError.exit_code) from error
             _complain(f"error: {error}")
             raise typer.Exit(RegraftError.exit_code) from error
         finally:
