@@ -211,6 +211,8 @@ def test_a_name_too_long_for_a_folder_is_refused_before_training(fit: Fit, cli: 
         fit(out="x" * 5000)
     with nothing_written():
         assert_refused(cli("train", "x" * 5000), "the data is 'xxx", "a name of more than 255 bytes")
+        assert_refused(cli("train", "photos", "--config", "x" * 5000), "too long for the name of a file")
+        assert_refused(cli("inspect", "x" * 5000), "too long for the name of a file")
 
 
 def test_old_results_stay_until_the_first_new_checkpoint(fit: Fit, cli: Cli, train_words: list[object]) -> None:

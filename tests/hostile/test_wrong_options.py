@@ -211,7 +211,8 @@ def problem_of(words: list[str], name: str, value: str, cli: Callable[..., typer
 def texts(value: str) -> list[str]:
     """List how a message may quote a value: its beginning as it is, escaped, or without what is around it."""
     beginning = value[:20]
-    quoted = [beginning, beginning.strip(), printable(beginning), repr(beginning)[1:-1], Path(value[:200]).name]
+    quoted = [beginning, beginning.strip(), " ".join(beginning.split()), printable(beginning), repr(beginning)[1:-1]]
+    quoted += [str(Path(beginning)), Path(value[:200]).name]
     parts = [part for sign in ":=;," for part in value[:200].split(sign)]
     return [text for text in (*quoted, *parts) if text] or ["''"]
 
