@@ -207,12 +207,14 @@ def test_an_output_folder_inside_a_file_is_refused_before_training(out: str, fit
 
 
 def test_a_name_too_long_for_a_folder_is_refused_before_training(fit: Fit, cli: Cli) -> None:
+    Path("taken").write_text("mine")
     with nothing_written(), pytest.raises(ConfigError, match=r"cannot be a folder for the results: .*Choose another"):
         fit(out="x" * 5000)
     with nothing_written():
         assert_refused(cli("train", "x" * 5000), "the data is 'xxx", "a name of more than 255 bytes")
-        assert_refused(cli("train", "photos", "--config", "x" * 5000), "too long for the name of a file")
-        assert_refused(cli("inspect", "x" * 5000), "too long for the name of a file")
+        assert_refused(cli("train", "photos", "--config", "x" * 5000), "cannot be used as a path: File name too long")
+        assert_refused(cli("demo", "--out", "taken/demo"), "cannot be used as a path: Not a directory")
+        assert_refused(cli("inspect", "x" * 5000), "cannot be used as a path: File name too long")
 
 
 def test_old_results_stay_until_the_first_new_checkpoint(fit: Fit, cli: Cli, train_words: list[object]) -> None:
