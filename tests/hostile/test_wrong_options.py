@@ -23,7 +23,7 @@ from regraft.cli.app import app
 from regraft.cli.output import printable
 from regraft.errors import RunError
 
-TRIES = 50
+TRIES = 40
 NUMBERS = ("0", "-1", "7", "1.5", "1e-3", "nan", "inf", "1e400", "9" * 30, "0x10", "1,2", "True", "¼")
 TEXTS = (
     "", " ", "-", "--", "--no-such-option", "*", "[", "re:(", "type:", "children[9]", "params:", "head:3", "head:",
@@ -146,6 +146,7 @@ def test_every_command_is_tried(scene: Scene, classifier: Path) -> None:
     assert {line.command for line in command_lines(scene, classifier)} == set(commands())
 
 
+@pytest.mark.slow
 def test_the_command_lines_work(scene: Scene, classifier: Path, cli: Callable[..., typer.testing.Result]) -> None:
     for line in command_lines(scene, classifier):
         result = cli(*line.words({}))
