@@ -289,7 +289,7 @@ def test_batches_that_do_not_fit_are_refused() -> None:
         ([(x, y.float())], r"outputs have the shape \(4, 3\) and the targets \(4,\): expected one target for each"),
         ([(x, y.to(torch.complex64))], r"the targets are complex64 of the shape \(4,\), expected classes \(N,\)"),
         ([(x, y[:, None].expand(4, 2))], r"the targets are int64 of the shape \(4, 2\), expected classes \(N,\)"),
-        ([(x[:, :2], y)], r"Linear fails on a batch of shape \(4, 2\): .*Give inputs of the shape"),
+        ([(x[:, :2], y)], r"Linear \(weights in float32\) fails on these inputs: .*4x2.*Give inputs of the shape"),
         (x, r"a Tensor is no data\. Expected a folder, a Dataset"),
         (iter([]), r"the data is empty\. Give at least one batch"),
     ]
