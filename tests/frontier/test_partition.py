@@ -164,7 +164,7 @@ def test_a_smaller_tensor_before_the_frontier_is_taken() -> None:
 
 @pytest.mark.parametrize(
     ("prepare", "message"),
-    [(regraft.freeze, "nothing of this network is live"), (regraft.unfreeze, "nothing of this network is constant")],
+    [(regraft.freeze, "nothing of this .* is live"), (regraft.unfreeze, "nothing of this .* is constant")],
 )
 def test_there_have_to_be_two_parts(prepare: Callable[[nn.Module], object], message: str) -> None:
     model = tiny.build("plain")

@@ -58,8 +58,14 @@ NEWER = ("bad.safetensors' has the format 2.0; this version reads 1.0", "Install
 BAD: dict[str, tuple[Callable[[Path, Path], object], tuple[str, ...]]] = {
     "missing": (lambda saved, bad: None, NO_FILE),
     "a folder": (lambda saved, bad: bad.mkdir(), NO_FILE),
-    "empty": (lambda saved, bad: bad.write_bytes(b""), CUT_OFF),
-    "text": (lambda saved, bad: bad.write_text("this is no checkpoint, but a letter to a friend"), CUT_OFF),
+    "empty": (
+        lambda saved, bad: bad.write_bytes(b""),
+        ("bad.safetensors' cannot be read as weights: it is empty (0 bytes)", "get it again"),
+    ),
+    "text": (
+        lambda saved, bad: bad.write_text("this is no checkpoint, but a letter to a friend"),
+        ("bad.safetensors' cannot be read as weights: it is text, which begins 'this is no", "Expected safetensors"),
+    ),
     "pickled": (lambda saved, bad: torch.save({"fc.weight": torch.ones(2)}, bad), CUT_OFF),
     "cut off in the header": (lambda saved, bad: bad.write_bytes(saved.read_bytes()[:200]), CUT_OFF),
     "cut off in the tensors": (lambda saved, bad: bad.write_bytes(saved.read_bytes()[:-9]), DAMAGED),

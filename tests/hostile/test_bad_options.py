@@ -37,7 +37,7 @@ VALUES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"optimizer": "lbfgs"}, ConfigError, r"the optimizer 'lbfgs' needs a training loop"),
     ({"optimizer": "sparseadam"}, ConfigError, r"the optimizer 'sparseadam' needs .* such as adamw or sgd"),
     ({"optimizer": "adahessian"}, ConfigError, r"the optimizer 'adahessian' needs .* such as adamw or sgd"),
-    ({"optimizer": "sgdw"}, ConfigError, r"sgdw does not take \{'lr': .*\}: Nesterov momentum requires"),
+    ({"optimizer": "muon"}, ConfigError, r"torch's Muon trains matrices alone, .*Use timm/muon"),
     ({"optimizer": "fusedadam"}, ConfigError, r"the optimizer 'fusedadam' cannot be used here: .*Choose another"),
     ({"loss": "cross-entropi"}, ConfigError, r"no loss 'cross-entropi' for classification\. Nearest: 'cross-entropy'"),
     (
@@ -207,10 +207,14 @@ def test_an_output_folder_inside_a_file_is_refused_before_training(out: str, fit
 
 
 def test_a_name_too_long_for_a_folder_is_refused_before_training(fit: Fit, cli: Cli) -> None:
+    Path("taken").write_text("mine")
     with nothing_written(), pytest.raises(ConfigError, match=r"cannot be a folder for the results: .*Choose another"):
         fit(out="x" * 5000)
     with nothing_written():
-        assert_refused(cli("train", "x" * 5000), "File name too long", code=1)
+        assert_refused(cli("train", "x" * 5000), "the data is 'xxx", "a name of more than 255 bytes")
+        assert_refused(cli("train", "photos", "--config", "x" * 5000), "cannot be used as a path: File name too long")
+        assert_refused(cli("demo", "--out", "taken/demo"), "cannot be used as a path: Not a directory")
+        assert_refused(cli("inspect", "x" * 5000), "cannot be used as a path: File name too long")
 
 
 def test_old_results_stay_until_the_first_new_checkpoint(fit: Fit, cli: Cli, train_words: list[object]) -> None:

@@ -154,6 +154,8 @@ def words(name: str, value: Any) -> list[str]:
             shown.append(str(tuple(one.shape)))
         elif isinstance(one, str | bytes | int | float | Path) and not (isinstance(one, int) and abs(one) > 2**70):
             shown.append(str(one)[:30])
+        if isinstance(one, bytes | bytearray):  # which pydantic reads as text
+            shown.append(repr(one.decode()))
     return [word for word in shown if word]
 
 
@@ -273,19 +275,23 @@ def test_batches_that_do_not_fit_are_refused() -> None:
     x, y = torch.zeros(4, 4), torch.tensor([0, 1, 2, 0])
     cases: list[tuple[Any, str]] = [
         ([(x, y[:3])], r"inputs of shape \(4, 4\) with targets of shape \(3,\), expected \(N, …\) and \(N,\)"),
-        ([(x, y > 0)], r"targets of torch.bool, expected int64 classes or floats"),
-        ([(x, y + 5)], r"classes from 5 to 7, Linear gives 3 scores"),
-        ([(x[:, :2], y)], r"Linear fails on a batch of shape \(4, 2\): .*Give inputs of the shape"),
+        ([(x, y + 5)], r"the data has the label 5, the network has 3 outputs: expected labels from 0 to 2"),
+        ([(x, y - 1)], r"the data has the label -1, the network has 3 outputs"),
+        ([(x, y.float())], r"outputs have the shape \(4, 3\) and the targets \(4,\): expected one target for each"),
+        ([(x, y.to(torch.complex64))], r"the targets are complex64 of the shape \(4,\), expected classes \(N,\)"),
+        ([(x, y[:, None].expand(4, 2))], r"the targets are int64 of the shape \(4, 2\), expected classes \(N,\)"),
+        ([(x[:, :2], y)], r"Linear \(weights in float32\) fails on these inputs: .*4x2.*Give inputs of the shape"),
         (x, r"a Tensor is no data\. Expected a folder, a Dataset"),
         (iter([]), r"the data is empty\. Give at least one batch"),
     ]
     for data, message in cases:
         with pytest.raises(RegraftError, match=message):
             regraft.evaluate(model, data)
-    with pytest.raises(
-        regraft.RegraftError, match=r"the loss fails on outputs .*\(4, 3\) and targets .*\(4,\) \(torch"
-    ):
+    with pytest.raises(RegraftError, match=r"the training data has the label -1, the network has 3 outputs"):
         regraft.fit(model, ([(x, y - 1)], [(x, y)]), epochs=1)
+    three_dimensional = nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1)))
+    with pytest.raises(RegraftError, match=r"for outputs of the shape \(4, 3, 1\), expected \(N, K\)"):
+        regraft.evaluate(three_dimensional, [(x, y)])
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

@@ -174,7 +174,7 @@ REFUSED: list[tuple[Any, int, Any, str]] = [
     (NUMBERS, 3, nn.L1Loss(), "which L1Loss cannot compare"),
     (Items([None] * 24), 3, None, "cannot be put into a batch: default_collate"),
     (Items(["a"] * 24), 3, None, "yields a list of Tensor and tuple, expected pairs"),
-    (Y, 3, lambda outputs, targets: F.mse_loss(outputs.flatten()[:5], targets), "the loss fails on outputs of shape"),
+    (Y, 3, lambda outputs, targets: F.mse_loss(outputs.flatten()[:5], targets), "the loss fails on scores of shape"),
 ]
 
 
@@ -232,14 +232,31 @@ def test_fit_names_a_label_that_could_not_be_known_before(part: str, epochs: int
         regraft.fit(nn.Linear(6, 3), (bad, good) if part == "training" else (good, bad), epochs=epochs)
 
 
-@pytest.mark.parametrize("targets", [Y.int(), Y[:, None], ONE_HOT.float()])
-def test_evaluate_takes_the_same_kinds(targets: torch.Tensor) -> None:
+@pytest.mark.parametrize("is_trained", [True, False])
+@pytest.mark.parametrize(
+    "targets", [Y.int(), Y.to(torch.uint8), Y[:, None], Y.int()[:, None], ONE_HOT, ONE_HOT.float(), ONE_HOT.bool()]
+)
+def test_evaluate_takes_the_same_kinds(targets: torch.Tensor, is_trained: bool) -> None:
     model = nn.Linear(6, 3)
-    regraft.fit(model, (TensorDataset(X, Y),) * 2, epochs=1)
+    if is_trained:
+        regraft.fit(model, (TensorDataset(X, Y),) * 2, epochs=1)
     expected = (model(X).argmax(1) == Y).double().mean().item()
     assert regraft.evaluate(model, TensorDataset(X, targets)).accuracy == pytest.approx(expected)
     with pytest.raises(DataError, match="the data has the label 3"):
         regraft.evaluate(model, TensorDataset(X, Y + 1))
+
+
+def test_evaluate_takes_booleans_as_two_classes() -> None:
+    model = nn.Linear(6, 2)
+    expected = (model(X).argmax(1) == (Y == 1).long()).double().mean().item()
+    assert regraft.evaluate(model, TensorDataset(X, Y == 1)).accuracy == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("shape", [(24,), (24, 1)])
+def test_evaluate_compares_each_output_with_its_number(shape: tuple[int, ...]) -> None:
+    model = nn.Linear(6, 1)
+    found = regraft.evaluate(model, TensorDataset(X, NUMBERS.view(shape)))
+    assert found.mae == pytest.approx((model(X).flatten() - NUMBERS).abs().mean().item())
 
 
 def test_fit_targets_leaves_targets_of_an_unknown_loss_as_they_are() -> None:

@@ -14,7 +14,7 @@ from regraft.anatomy.paths import parent_and_name
 from regraft.card import Recipe
 from regraft.checkpoint.build import rebuild
 from regraft.checkpoint.foreign.limits import SLACK_BYTES
-from regraft.errors import CheckpointError, RegraftError
+from regraft.errors import ArgumentError, CheckpointError, EditError, RegraftError
 from regraft.surgery.layerspec import TooLargeError, at_most
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -36,11 +36,18 @@ def rebuild_for(
         trust_code: Whether code of the user's own may be imported; it may take what it wants.
 
     Raises:
-        CheckpointError: The network needs other tensors than these, or cannot be built without memory.
+        CheckpointError: The network needs other tensors than these, cannot be built without memory, or a step of the
+            recipe does not fit.
         ModelError: The source is unknown here.
         TrustError: The source is code of the user's own and `trust_code` is false.
-        EditError: A step does not fit.
     """
+    try:
+        return _rebuilt(source, recipe, shapes, kept_bytes, trust_code)
+    except (ArgumentError, EditError) as error:
+        raise CheckpointError(f"'{source}' has a recipe that cannot be followed: {error}") from error
+
+
+def _rebuilt(source: Path, recipe: Recipe, shapes: Shapes | None, kept_bytes: int, trust_code: bool) -> nn.Module:
     if trust_code:
         return rebuild(recipe, trust_code=True, unset=True)
     limit = kept_bytes + SLACK_BYTES

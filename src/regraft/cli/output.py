@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -18,6 +19,7 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 INTERRUPTED = 130
+WRONG_PATHS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)  # what only another path can mend
 _RESULTS: ContextVar[TextIO] = ContextVar("results")
 
 
@@ -112,6 +114,10 @@ def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Resul
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
             raise typer.Exit(0) from error
         except OSError as error:  # a disk that is full, a folder that may not be read
+            if error.errno in WRONG_PATHS:
+                name, reason = str(error.filename)[:60], str(error.strerror)
+                _complain(f"error: '{name}' cannot be used as a path: {reason}. Give another.")
+                raise typer.Exit(InputError.exit_code) from error
             _complain(f"error: {error}")
             raise typer.Exit(RegraftError.exit_code) from error
         finally:

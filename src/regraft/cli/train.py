@@ -7,6 +7,8 @@ from typer import Argument, Option
 
 from regraft.cli.output import ConsoleProgress, guarded, require, say, say_json, say_table
 
+MAX_STEM = 100  # characters of the data's name in the name of a folder
+
 
 @guarded
 def train(
@@ -98,7 +100,8 @@ def train(
     else:
         options = {**read_config(config), **given} if config is not None else given
         require("data" in options, "no data given. Pass the folder that holds your photos: regraft train photos/")
-        options.setdefault("out", _free_folder(str(options["data"])))
+        if "out" not in options:
+            options["out"] = _free_folder(str(options["data"]))
         settings = make_config(options, "the options")
 
     from regraft.errors import Interrupted
@@ -127,7 +130,11 @@ def train(
 
 
 def _free_folder(data: str) -> str:
-    stem = Path(data).resolve().stem or "data"
+    from regraft.arguments import path_problem
+
+    problem = path_problem(data)
+    require(problem is None, f"the data is '{data[:60]}': {problem}. Give the path of a folder or a .csv table.")
+    stem = Path(data).resolve().stem[:MAX_STEM] or "data"
     number = 1
     while Path("runs", f"{stem}-{number}").exists():
         number += 1

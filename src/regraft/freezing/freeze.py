@@ -150,7 +150,9 @@ def _select(
     layers = tuple(has_buffers_alone[path] for path in sorted(paths & has_buffers_alone.keys()))
     if not names and not layers:
         selected = [*map(repr, patterns), *(f"{word}={path!r}" for word, path in limits.items() if path is not None)]
-        raise SelectionError(f"{', '.join(selected)} selects no parameters: nothing to change.")
+        raise SelectionError(
+            f"{', '.join(selected)} selects no parameters of {type(model).__name__}: nothing to change."
+        )
     return _Selection(frozenset(names), layers)
 
 

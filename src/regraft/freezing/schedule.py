@@ -105,7 +105,9 @@ class Schedule:
         layers = [_layers(model, stage) for stage in self.stages]
         for stage, patterns in zip(self.stages, layers, strict=True):
             if not select_parameters(model, *patterns):
-                raise SelectionError(f"'{'+'.join(stage.patterns)}' selects no parameters: nothing to thaw.")
+                raise SelectionError(
+                    f"'{'+'.join(stage.patterns)}' selects no parameters of {type(model).__name__}: nothing to thaw."
+                )
         freeze(model)
         return unfreeze(model, *layers[0])
 

@@ -59,6 +59,9 @@ class Cut:
 class Partition:
     """A network in two parts that share its weights: `suffix(*prefix(x))` is what the network gives.
 
+    Both parts are plain networks: called on what they were not made for, they raise what torch raises, as the network
+    itself does.
+
     Attributes:
         prefix: The constant part: from the inputs to the tuple of the frontier's tensors. In evaluation mode.
         suffix: The live part: from those tensors to the network's output, in either mode.
@@ -218,13 +221,16 @@ def _find_frontier(model: nn.Module, view: View, values: list[Values]) -> tuple[
     while True:
         frontier = _frontier(view, model, dependent)
         if not frontier:
-            raise EditError("nothing of this network is live, so there is nothing to train. Thaw a layer.")
+            raise EditError(
+                f"nothing of this {type(model).__name__} is live, so there is nothing to train. Thaw a layer."
+            )
         if all(node.op == "placeholder" or ports_of(node, values) == [] for node in frontier):
             first = next((user for node in frontier for user in node.users), None)
             where = f"; the first is {_place(first)}" if first is not None else ""
             why = f" ({'; '.join(notes)})" if notes else ""
             raise NothingConstantError(
-                f"nothing of this network is constant: its first layers are trained or random{where}{why}."
+                f"nothing of this {type(model).__name__} is constant: its first layers are trained or random"
+                f"{where}{why}."
             )
         if not was_run:
             was_run = True

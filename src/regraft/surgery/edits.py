@@ -59,7 +59,9 @@ def truncate(
     if after is not None:
         layer_at(model, after)
         if not after:
-            raise EditError("'' is the model itself, after which nothing comes. Name one of its layers.")
+            raise EditError(
+                "truncate: after='' is the model itself, after which nothing comes. Name one of its layers."
+            )
     elif drop is not None and drop < 1:
         raise EditError(f"drop is {drop}, expected the number of layers to delete, at least 1.")
     try:
@@ -154,7 +156,8 @@ def insert(
     place = f"{'after' if after is not None else 'before'} '{path}'"
     layer_at(model, path)
     if not path:
-        raise EditError("'' is the model itself. Name one of its layers, or use append. Nothing was changed.")
+        word = "after" if after is not None else "before"
+        raise EditError(f"insert: {word}='' is the model itself. Name one of its layers, or use append.")
     (name,) = unused_names(model, "inserted", 1)
     fitted(model, (new,), inputs)
 

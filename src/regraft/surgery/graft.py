@@ -114,9 +114,10 @@ def _made(heads: Head | Mapping[str, Head], width: int, model: nn.Module) -> dic
 def _require_fit(head: nn.Module, name: str, width: int) -> None:
     found = getattr(head, "in_features", width)
     if found not in (0, width):  # 0: a lazy layer
+        place = f" '{name}'" if name else ""
         raise EditError(
-            f"the head '{name}' takes {found} features, the backbones give {width} together. Give its number of "
-            "classes, or a layer of that width. Nothing was changed."
+            f"the head{place} ({type(head).__name__}) takes {found} features, the backbones give {width} together. "
+            "Give its number of classes, or a layer of that width. Nothing was changed."
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from regraft.card import Step
-from regraft.errors import EditError, RegraftError
+from regraft.errors import ArgumentError, EditError, RegraftError
 from regraft.surgery.edits import append, insert, truncate
 from regraft.surgery.expressions import shortened
 from regraft.surgery.head import replace_head
@@ -49,6 +49,8 @@ def apply_step(model: nn.Module, step: Step, *, trust_code: bool = False) -> nn.
         if len(str(error)) <= LONGEST_MESSAGE:
             raise
         raise EditError(shortened(str(error), LONGEST_MESSAGE)) from error
+    except ArgumentError as error:
+        raise EditError(f"{shown} cannot be carried out: {error}") from error
     except RegraftError:
         raise
     except Exception as error:  # a recipe is data from anywhere

@@ -119,7 +119,10 @@ def fit_adapter(stitched: Stitched, target: nn.Module, batches: Batches) -> None
         for batch in batches:
             x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
             if not isinstance(x, torch.Tensor):
-                raise EditError(f"a batch is a {type(x).__name__}, expected a tensor, or a pair that begins with one.")
+                raise EditError(
+                    f"one of the batches is a {type(x).__name__}, expected a tensor, or a pair that begins with one. "
+                    "Nothing was changed."
+                )
             try:
                 rows = stitched.front(x)
                 for layer in layers[:position]:

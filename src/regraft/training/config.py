@@ -35,6 +35,7 @@ OTHER_WORDS = {  # what other libraries call our options
     "workers": ("num_workers", "n_jobs"),
 }
 MAX_COUNT = 10**9
+MAX_WORKERS = 1_000  # each is a process
 MAX_SIDE = 10**5  # pixels
 
 
@@ -126,7 +127,7 @@ class TrainConfig(CheckedFields):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     precision: ComputePrecision = "auto"
     device: str = "auto"
-    workers: int | None = Field(default=None, ge=0)
+    workers: int | None = Field(default=None, ge=0, le=MAX_WORKERS)
     seed: int = Field(default=0, ge=0, lt=2**32)
     image_size: int | None = Field(default=None, ge=1, le=MAX_SIDE)
     validation_share: float = Field(default=0.2, gt=0, lt=1)

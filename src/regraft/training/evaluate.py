@@ -13,7 +13,7 @@ from torch import nn
 from regraft.arguments import check_arguments, check_minimum, check_path, check_weights
 from regraft.card import Card, card_of
 from regraft.data.decode import Unreadable, decode, quiet_decoders
-from regraft.data.folders import Sample, list_labelled, list_numbered, photos_in
+from regraft.data.folders import Sample, Task, list_labelled, list_numbered, photos_in
 from regraft.data.photos import loader, read_photos
 from regraft.data.transforms import center_crop, normalize
 from regraft.errors import DataError, ModelError, RegraftError
@@ -21,6 +21,7 @@ from regraft.progress import SILENT, Progress
 from regraft.training.loop import Engine, score
 from regraft.training.material import pairs_of
 from regraft.training.metrics import Metrics, measure
+from regraft.training.targets import has_one_hot_rows
 from regraft.training.weight_types import engine_for, type_names
 from regraft.zoo import preprocessing_of
 
@@ -66,7 +67,7 @@ def evaluate(
     Args:
         model: A model that knows its classes and preprocessing, as `load` and `fit` return it.
         data: A folder with a folder per class, or one that holds `val/`; a `.csv` table for regression; or a Dataset
-            or DataLoader that yields (inputs, targets).
+            or DataLoader that yields (inputs, targets), targets of every kind that `fit` takes.
         batch_size: Photos at a time.
         device: `auto`, `cpu`, `cuda`, …
         progress: Is told what happens; silent by default.
@@ -84,12 +85,9 @@ def evaluate(
     if not isinstance(data, (str, os.PathLike)):
         batches = torch.utils.data.DataLoader(data, batch_size) if isinstance(data, torch.utils.data.Dataset) else data
         outputs, targets = _score(model, pairs_of(batches), engine)
-        task = card_of(model).task
-        regression = task == "regression" if task is not None else targets.is_floating_point()
-        if not regression:
-            _require_measurable(model, outputs, targets)
+        task = card_of(model).task or _task_that_shows(targets)
         names = card_of(model).classes or tuple(map(str, range(outputs.shape[-1])))
-        return measure(outputs, targets, None if regression else names)
+        return measure(outputs, targets, None if task == "regression" else names)
     check_path(evaluate, "data", data)
     card = _require_task(model)
     samples = list_numbered(data) if card.classes is None else list_labelled(data, card.classes)
@@ -197,19 +195,10 @@ def _require_task(model: nn.Module) -> Card:
     return card
 
 
-def _require_measurable(model: nn.Module, outputs: torch.Tensor, targets: torch.Tensor) -> None:
-    """Refuse outputs that cannot be held against their targets."""
-    kind, shape = type(model).__name__, tuple(outputs.shape)
-    if targets.is_floating_point():
-        if outputs.numel() != targets.numel():
-            raise DataError(f"{kind} gives numbers of shape {shape}, the data has {tuple(targets.shape)} to compare.")
-    elif outputs.ndim != 2 or targets.ndim != 1:
-        raise DataError(f"{kind} gives {shape} for targets {tuple(targets.shape)}, expected (N, K) for (N,).")
-    elif not 0 <= int(targets.min()) <= int(targets.max()) < shape[1]:
-        raise DataError(
-            f"the data has classes from {int(targets.min())} to {int(targets.max())}, {kind} gives {shape[1]} scores. "
-            f"Classes are numbered from 0 to {shape[1] - 1}; give the network that was trained for these."
-        )
+def _task_that_shows(targets: torch.Tensor) -> Task:
+    """Return what targets are held to be where the model does not say: floats are numbers, but for one-hot rows."""
+    is_one_hot = targets.ndim == 2 and targets.shape[1] > 1 and has_one_hot_rows(targets)
+    return "regression" if targets.is_floating_point() and not is_one_hot else "classification"
 
 
 def _files(item: Any) -> list[Path]:

@@ -97,19 +97,21 @@ def class_labels(outputs: torch.Tensor, targets: torch.Tensor, *, ignored: int |
 
     Args:
         outputs: (N, K).
-        targets: Classes (N,) or (N, 1) of any integer type, or shares (N, K).
+        targets: Classes (N,) or (N, 1) of any integer type or of bool, or shares (N, K).
         ignored: A label that may stand outside of 0 to K - 1.
 
     Raises:
-        DataError: A label is none of the K classes, or the targets have another shape.
+        DataError: A label is none of the K classes, or outputs or targets have another shape.
     """
     if _is_row_per_sample(outputs, targets) and (targets.is_floating_point() or has_one_hot_rows(targets)):
         return targets.argmax(1)
     labels = _flat(targets, outputs)
-    if labels.ndim != 1 or labels.is_floating_point():
+    is_of_numbers = labels.is_floating_point() or labels.is_complex()
+    if outputs.ndim != 2 or labels.shape != outputs.shape[:1] or is_of_numbers:
         raise DataError(
-            f"the targets are {_described(targets)}, expected classes (N,) of integers, or shares (N, K) of the "
-            f"{outputs.shape[1]} classes, for outputs of the shape {tuple(outputs.shape)}."
+            f"the targets are {_described(targets)}, expected classes (N,) of integers, or shares (N, K) of K classes, "
+            f"for outputs of the shape {tuple(outputs.shape)}, expected (N, K). Return one class for each sample, from "
+            "a network that gives one row of scores for each."
         )
     require_labels(labels, outputs.shape[1], ignored=ignored)
     return labels.long()

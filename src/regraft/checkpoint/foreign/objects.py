@@ -49,17 +49,12 @@ NUMPY_CALLS = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.nu
 MAX_NUMBER_BYTES = 16  # of one element of an array
 
 
-class Refused(CheckpointError):
-    """A file names something that no file of weights needs."""
-
-
 def read_beside_objects(path: Path) -> Any:
     """Read a file of torch.save as dicts, lists, plain values and tensors; every other object becomes None.
 
     Raises:
-        Refused: It names what is no data, or its weights lie in an object: a whole module, or a tensor of a class of
-            another library.
-        CheckpointError: It is damaged.
+        CheckpointError: It is damaged, names what is no data, or its weights lie in an object: a whole module, or a
+            tensor of a class of another library.
     """
     content = read_inert(path, lambda name: _require_data(path, name))
     if isinstance(content, Inert) and not content.entries:
@@ -100,8 +95,8 @@ def _require_data(path: Path, name: str) -> None:
         raise _more_than_tensors(path, name)
 
 
-def _more_than_tensors(path: Path, name: str) -> Refused:
-    return Refused(more_than_tensors(path, name))
+def _more_than_tensors(path: Path, name: str) -> CheckpointError:
+    return CheckpointError(more_than_tensors(path, name))
 
 
 def _plain(path: Path, value: Any, place: tuple[str, ...], known: dict[int, Any]) -> Any:
@@ -123,7 +118,7 @@ def _plain(path: Path, value: Any, place: tuple[str, ...], known: dict[int, Any]
     if is_state_dict and may_hold_weights(".".join(place)):
         for key, item in entries.items():
             if isinstance(item, Inert) and _holds_tensors(item):
-                raise Refused(
+                raise CheckpointError(
                     f"'{path}' holds '{key}' as a {item.origin}, a tensor of another class, as quantized weights are. "
                     "Expected plain tensors. Load the file with the library that it is from, dequantize it, and keep "
                     "the result with torch.save."
@@ -136,7 +131,7 @@ def _left_out(path: Path, value: Inert, place: tuple[str, ...]) -> None:
     """Return None for an object beside the weights.
 
     Raises:
-        Refused: It is where the weights are expected, and holds tensors, as a whole module does.
+        CheckpointError: It is where the weights are expected, and holds tensors, as a whole module does.
     """
     if place and place[-1] in WRAPPERS and may_hold_weights(".".join(place)) and _holds_tensors(value):
         raise _more_than_tensors(path, value.origin)
