@@ -2,9 +2,10 @@
 
 What an image gives may depend on a random state that nothing declares, on how often the network was called, or on the
 other images of its batch (statistics over the batch, differences from its mean, attention across it, an order that is
-turned around). Every value of the graph is computed three times, on copies of the buffers, with random inputs: twice
-for the same batch from different random states, and for another batch, of another size, that holds one of the images at
-another place. Values that differ are live: they are computed anew in every epoch, for the batch that is there.
+turned around). Every value of the graph is computed for two batches of random inputs, on copies of the buffers and from
+different random states; the batches are of different sizes, and one image lies in both, at different places. Where what
+that image gives differs, the value is live: it is computed anew in every epoch, for the batch that is there. Only then
+the first batch is run once more, to tell a value that draws from one that mixes.
 
 Values whose rows are not images (windows, shapes without a batch) are not compared themselves, as what is computed
 from them is, before it can be kept.
@@ -49,18 +50,23 @@ def dependent_values(model: nn.Module, flow: Flow, nodes: Collection[fx.Node]) -
     with preserved_randomness(0), torch.no_grad():
         inputs = Arguments(flow.inputs)
         first, other = with_image_of(*(inputs.drawn(count, device) for count in BATCHES))
-        batches = (first.args, first.args, other.args)
         twin = _training_copy(model, flow)
         watch = ParameterWatch()
         watch.protect(model.parameters())
         with watch:
-            return _compared(flow, nodes, [Interpreter(twin, flow.graph) for _ in batches], batches)
+            dependent = _compared(twin, flow, nodes, (first.args, other.args))
+            if dependent:
+                drawn = _compared(twin, flow, nodes, (first.args, first.args))
+                dependent |= {node: IS_RANDOM for node in dependent if node in drawn}
+            return dependent
 
 
 def _compared(
-    flow: Flow, nodes: Collection[fx.Node], runs: list[Interpreter], batches: tuple[tuple[Any, ...], ...]
+    twin: nn.Module, flow: Flow, nodes: Collection[fx.Node], batches: tuple[tuple[Any, ...], tuple[Any, ...]]
 ) -> dict[fx.Node, str]:
-    """Compute value after value in all runs; see `dependent_values`."""
+    """Compute value after value for two batches, which may be the same; see `dependent_values`."""
+    is_repeated = batches[0] is batches[1]
+    runs = [Interpreter(twin, flow.graph) for _ in batches]
     dependent: dict[fx.Node, str] = {}
     unknown: set[fx.Node] = set()
     placeholders = [node for node in flow.graph.nodes if node.op == "placeholder"]
@@ -81,7 +87,8 @@ def _compared(
                 unknown.add(node)
                 break
         else:
-            problem = difference(*(run.env[node] for run in runs))
+            one, another = (run.env[node] for run in runs)
+            problem = difference(one, another, one) if is_repeated else difference(one, one, another)
             if problem is not None and node.op != "placeholder":
                 dependent[node] = problem
         for source in sources:
@@ -92,7 +99,7 @@ def _compared(
 
 
 def difference(value: Any, again: Any, other: Any) -> str | None:
-    """Say how what a batch gives differs from what it gives again, or its image from the same in another batch.
+    """Return how what a batch gives differs from what it gives again, or its image from the same in another batch.
 
     The batches are of `BATCHES` images, see `with_image_of`. None where nothing differs.
     """
