@@ -104,7 +104,7 @@ def class_labels(outputs: torch.Tensor, targets: torch.Tensor, *, ignored: int |
         DataError: A label is none of the K classes, or outputs or targets have another shape.
     """
     if _is_row_per_sample(outputs, targets) and (targets.is_floating_point() or has_one_hot_rows(targets)):
-        return targets.argmax(1)
+        return targets.to(outputs.dtype).argmax(1)  # which bool has none of
     labels = _flat(targets, outputs)
     is_of_numbers = labels.is_floating_point() or labels.is_complex()
     if outputs.ndim != 2 or labels.shape != outputs.shape[:1] or is_of_numbers:
