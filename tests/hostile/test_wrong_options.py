@@ -31,6 +31,7 @@ TEXTS = (
     "auto", "resnet18", "adamw", "cuda:99", "quantum", "none", "default", "\udcff", "a\nb", "x" * 300, "x" * 5000,
     "1,3,32,32", "1,3,32;1", "(=b", r"a=\9",
 )  # fmt: skip
+PARTS, SLOW_PARTS = 8, 3  # of more than 5,000 command lines, and how many of the parts the slow tests run
 ENDLESS = {("train", "epochs"): {"7"}, ("train", "workers"): {"7"}}  # not wrong, and slow
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, about values that are then refused
@@ -164,11 +165,11 @@ def test_no_wrong_option_ends_in_a_bare_error(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("part", range(SLOW_PARTS))
 def test_no_wrong_option_of_any_command_ends_in_a_bare_error(
     part: int, scene: Scene, classifier: Path, workplace: Path, cli: Callable[..., typer.testing.Result]
 ) -> None:
-    sweep(tries(command_lines(scene, classifier), own_files(workplace))[part::8], cli)
+    sweep(tries(command_lines(scene, classifier), own_files(workplace))[part::PARTS], cli)
 
 
 def own_files(folder: Path) -> list[str]:
