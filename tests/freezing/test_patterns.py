@@ -73,7 +73,7 @@ def test_a_pattern_that_matches_nothing_is_an_error(resnet18: nn.Module, pattern
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patterns": ("dropout",)}, "'dropout' selects no parameters: nothing to change."),
+        ({"patterns": ("dropout",)}, "'dropout' selects no parameters of PlainCnn: nothing to change."),
         ({"until": "nowhere"}, "no layer 'nowhere' in PlainCnn."),
         ({"patterns": ("conv1", "conv3")}, "no layer 'conv3' in PlainCnn. Nearest: 'conv2', 'conv1'."),
     ],

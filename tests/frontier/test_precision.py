@@ -27,5 +27,7 @@ def test_the_error_stays_below_its_bound(precision: Precision, seed: int, scale:
     assert torch.equal(again[2], tensors[2])
     assert again[0].dtype == torch.float32
     for kept_again, tensor in ((again[0], tensors[0].flatten(1)), (again[3][:, None], tensors[3][:, None])):
-        largest = tensor.abs().amax(1)
-        assert ((kept_again.flatten(1) - tensor).abs().amax(1) <= BOUNDS[precision] * largest).all()
+        bound = BOUNDS[precision] * tensor.abs().amax(1)
+        if precision == "fp16":
+            bound = bound.clamp(min=2**-25)  # half a step of its smallest numbers, below which none is nearer
+        assert ((kept_again.flatten(1) - tensor).abs().amax(1) <= bound).all()
