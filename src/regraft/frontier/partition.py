@@ -227,10 +227,11 @@ def _find_frontier(model: nn.Module, view: View, values: list[Values]) -> tuple[
         if all(node.op == "placeholder" or ports_of(node, values) == [] for node in frontier):
             first = next((user for node in frontier for user in node.users), None)
             where = f"; the first is {_place(first)}" if first is not None else ""
+            if first is not None and first.op == "call_module" and first.target in view.closed:
+                where += ", of which a part is trained, and whose forward cannot be traced to tell which"
             why = f" ({'; '.join(notes)})" if notes else ""
             raise NothingConstantError(
-                f"nothing of this {type(model).__name__} is constant: its first layers are trained or random"
-                f"{where}{why}."
+                f"nothing of this {type(model).__name__} is constant: all of it is computed in every epoch{where}{why}."
             )
         if not was_run:
             was_run = True
