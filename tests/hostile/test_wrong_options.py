@@ -31,7 +31,7 @@ TEXTS = (
     "auto", "resnet18", "adamw", "cuda:99", "quantum", "none", "default", "\udcff", "a\nb", "x" * 300, "x" * 5000,
     "1,3,32,32", "1,3,32;1", "(=b", r"a=\9",
 )  # fmt: skip
-PARTS, SLOW_PARTS = 8, 3  # of more than 5,000 command lines, and how many of the parts the slow tests run
+PARTS, SLOW_PARTS = 8, 1  # of more than 5,000 command lines, and how many of the parts the slow tests run
 ENDLESS = {("train", "epochs"): {"7"}, ("train", "workers"): {"7"}}  # not wrong, and slow
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, about values that are then refused

@@ -97,12 +97,18 @@ def classifier(shape: Shape, classes: int, *, are_channels_last: bool = False) -
 
 
 def _are_channels_last(model: nn.Module, shape: Shape, inputs: Inputs | None) -> bool:
-    """Return whether maps are (N, H, W, C), by the last layer that has a width and works on such, or on the other."""
+    """Return whether maps are (N, H, W, C).
+
+    By the two sides that are equal, where the maps are square; else by the last layer that has a width and works on
+    such maps, or on the other.
+    """
     if len(shape) != 4:
         return False
+    if (shape[1] == shape[2]) != (shape[2] == shape[3]):
+        return shape[1] == shape[2]
     for call in sorted(trace(model, inputs=inputs).calls, key=lambda call: -call.ended):
         layer = model.get_submodule(call.path)
-        if isinstance(layer, CHANNELS_FIRST) or type(layer).__name__.endswith("2d"):
+        if isinstance(layer, CHANNELS_FIRST) or type(layer).__name__.endswith(("Norm2d", "NormAct2d")):
             return False
         width = layer.out_features if isinstance(layer, nn.Linear) else None
         if isinstance(layer, nn.LayerNorm):
