@@ -25,7 +25,7 @@ test: install
 	$(BIN)/python -m pytest -m 'not slow and not gpu and not fuzz'
 
 slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --dist worksteal
 
 # On a machine with a CUDA device; each test is skipped with a reason elsewhere.
 gpu: install
@@ -43,7 +43,7 @@ check: install
 	$(BIN)/python -m pytest -p no:xdist -o addopts= -q tests/test_layering.py
 
 families: install
-	REGRAFT_WRITE_FAMILIES=1 $(BIN)/python -m pytest -o addopts= -q tests/freezing/test_families.py tests/surgery/test_surgery_families.py
+	REGRAFT_WRITE_FAMILIES=1 $(BIN)/python -m pytest -o addopts= -q tests/freezing/test_families.py tests/surgery/test_surgery_families.py tests/surgery/test_ends_of_families.py
 
 bench: .venv-bench/.installed
 	cd benchmarks && for part in speed live_part memory views compiled page; do ../.venv-bench/bin/python $$part.py || exit 1; done

@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
+from torchvision.ops import StochasticDepth
 
 import regraft
 import tiny
@@ -197,7 +198,7 @@ def test_fit_on_cached_features_of_an_architecture_is_the_loop_by_hand(
         network = regraft.replace_head(make(name), 2)
         network.preprocessing = {**HALF_SIZE, "size": NETS[name], "resize": NETS[name]}  # pyright: ignore
         for layer in network.modules():
-            if isinstance(layer, nn.Dropout):
+            if isinstance(layer, (nn.Dropout, StochasticDepth)):
                 layer.p = 0.0
         PATTERNS[pattern](network)
         return network
@@ -205,15 +206,18 @@ def test_fit_on_cached_features_of_an_architecture_is_the_loop_by_hand(
     # Where batch norms of an untrained network learn from a few pixels, rounding of 1e-7 moves the next loss by 0.02:
     # of those networks only the first step is compared, in the network's own order of operations.
     is_head = pattern == "head"
+    growth = 1 if is_head else 3  # of rounding, in those batch norms
     options = {**STEPS, "precision": precision, "device": "cpu", "lr": 0.001, "fast": is_head}
     options["epochs"] = STEPS["epochs"] if is_head else 1
     expected = loop_by_hand(model(), read_photos(photos, "train"), read_photos(photos, "val"), lr=0.001)
-    for kept, rounding in KEPT.items():
+    for kept, rounding in KEPT.items() if is_head or precision == "fp32" else [("full", 0.0)]:
         lines = Lines()
         options["cache_precision"] = kept
         result = regraft.fit(model(), photos, progress=lines, **options)
-        assert "computed once" in lines
-        assert_near(result, expected[: options["epochs"]], PRECISIONS[precision] + rounding)
+        has_room = "fp16 has no room for" not in lines
+        assert ("computed once" in lines) == has_room
+        assert has_room or (name, kept) == ("mnasnet0_5", "fp16")  # whose untrained features are of 1e-6
+        assert_near(result, expected[: options["epochs"]], growth * (PRECISIONS[precision] + rounding))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -458,32 +462,35 @@ def test_a_loss_that_fails_is_said_in_words(kind: str, few: Path, tmp_path: Path
 # Values that fewer bits cannot hold
 
 
-class Large(nn.Module):
-    """Features of about a million, which float16 cannot hold."""
+class Scaled(nn.Module):
+    """Features around a number: of a million float16 knows nothing, and of a ten millionth but a few bits."""
 
     preprocessing = HALF_SIZE
 
-    def __init__(self) -> None:
+    def __init__(self, factor: float) -> None:
         super().__init__()
-        self.front, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 2)
+        self.factor, self.front, self.head = factor, nn.Conv2d(3, 6, 3), nn.Linear(6, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(1e6 * F.relu(self.front(x)).mean((2, 3)))
+        return self.head(self.factor * F.relu(self.front(x)).mean((2, 3)))
+
+
+NO_ROOM = "what is constant holds values that fp16 has no room for, too large or too small; --cache-precision bf16"
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("factor", "options", "reason"),
     [
-        (
-            {"cache_precision": "fp16"},
-            "what is constant holds values that fp16 has no room for; --cache-precision bf16",
-        ),
-        ({"precision": "fp16"}, "what is constant is not finite for some photo"),
+        (1e6, {"cache_precision": "fp16"}, NO_ROOM),
+        (1e-7, {"cache_precision": "fp16"}, NO_ROOM),
+        (1e6, {"precision": "fp16"}, "what is constant is not finite for some photo"),
     ],
     ids=str,
 )
-def test_features_that_float16_has_no_room_for_are_not_kept(options: dict[str, Any], reason: str, few: Path) -> None:
-    model, lines = Large(), Lines()
+def test_features_that_float16_has_no_room_for_are_not_kept(
+    factor: float, options: dict[str, Any], reason: str, few: Path
+) -> None:
+    model, lines = Scaled(factor), Lines()
     regraft.freeze(model, "front")
     is_too_large = "precision" in options  # for the network itself
     fails = pytest.raises(LossError, match="--precision fp32") if is_too_large else nullcontext()

@@ -15,20 +15,18 @@ What a graph takes from the moment of tracing, and what stays open:
   it is traced, or that counts its calls: a graph would repeat for ever what held when it was made.
 """
 
-import random
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
 from regraft.anatomy.draws import generator_states
 from regraft.anatomy.inputs import Arguments, arguments_for
-from regraft.anatomy.modes import preserved_randomness
+from regraft.anatomy.modes import preserved_randomness, seed_all
 from regraft.anatomy.paths import is_within
 from regraft.anatomy.symbolic import DREW, Tracer, bound, required_inputs
 from regraft.anatomy.symbolic import LAYER as LAYER
@@ -132,9 +130,7 @@ def capture(
         if drew:  # the innermost, as a generator of a Python module is seen by all layers whose forwards lie in it
             raise _untraceable(model, max(drew, key=lambda path: len(path.split(".")) if path else 0), DREW)
         counted = _carry_over(first, second, model, opened)
-        torch.manual_seed(1)
-        random.seed(1)
-        np.random.seed(1)
+        seed_all(1)
         again, _ = trace(second)
     for path in ("", *opened):
         if any(vars(second.get_submodule(path))[name] != value for name, value in counted.get(path, {}).items()):

@@ -12,11 +12,9 @@ from them is, before it can be kept.
 """
 
 import math
-import random
 from collections.abc import Collection
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -24,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from regraft.anatomy.drift import is_pinned
 from regraft.anatomy.graph import Flow
 from regraft.anatomy.inputs import Arguments
-from regraft.anatomy.modes import preserved_randomness
+from regraft.anatomy.modes import preserved_randomness, seed_all
 from regraft.anatomy.recording import ParameterWatch
 from regraft.anatomy.twins import real_twin
 from regraft.anatomy.values import BATCHES, Interpreter
@@ -80,7 +78,7 @@ def _compared(
             if node.op == "placeholder":
                 run.env[node] = tree_unflatten(*_cloned(batch[placeholders.index(node)]))
                 continue
-            _seed(2 * number + seed)
+            seed_all(2 * number + seed)
             try:
                 run.env[node] = run.run_node(node)
             except Exception:  # it does not run on random numbers, or would write to weights
@@ -170,9 +168,3 @@ def _training_copy(model: nn.Module, flow: Flow) -> nn.Module:
     for name, tensor in flow.constants.items():
         setattr(twin, name, tensor.clone())
     return twin
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)

@@ -1,7 +1,6 @@
 """Compute the frontier's tensors for every photo once, or find what an earlier run computed."""
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -261,7 +260,8 @@ class _Extraction:
         self._extractor, self._versions, self._views, self._keeping = extractor, versions, versions.count, keeping
         self._batch = BATCH.get(extractor.engine.device.type, 16)
         self._waiting: list[torch.Tensor] = []
-        self._count, self._error, self._began = 0, 0.0, time.perf_counter()
+        self._count, self._began = 0, time.perf_counter()
+        self._rounding: dict[int, tuple[float, float]] = {}  # of each tensor: largest error, and largest value
 
     def add(self, pixels: torch.Tensor) -> None:
         """Take the next photo (C, H, W)."""
@@ -279,15 +279,17 @@ class _Extraction:
         while self._waiting:
             self._flush()
         precision = self._extractor.precision
-        if math.isinf(self._error):
+        error = max((error / max(largest, 1e-30) for error, largest in self._rounding.values()), default=0.0)
+        if precision != "full" and not error <= TOLERANCES[precision]:
             raise ModelError(
-                f"what is constant holds values that {precision} has no room for; --cache-precision bf16 has"
+                f"what is constant holds values that {precision} has no room for, too large or too small; "
+                "--cache-precision bf16 has"
             )
         parts = self._extractor.parts
         holds = f"{self._count} photos × {self._views} at {', '.join(cut.place for cut in parts.frontier)}"
         note = {
             "unreadable": unreadable,
-            "error": self._error,
+            "error": error,
             "seconds": time.perf_counter() - self._began,
             "holds": holds,
         }
@@ -315,11 +317,9 @@ class _Extraction:
         kept = packed(found, precision)
         if precision != "full":
             again = unpacked(kept, [tensor.dtype for tensor in found], precision)
-            self._error = max(self._error, *(_distance(a, b) for a, b in zip(again, found, strict=True)))
+            for number, (ours, exact) in enumerate(zip(again, found, strict=True)):
+                ours, exact = ours.float(), exact.float()
+                error, largest = self._rounding.get(number, (0.0, 0.0))
+                error = max(error, float((ours - exact).abs().max()))
+                self._rounding[number] = error, max(largest, float(exact.abs().max()))
         self._keeping.append([tensor.cpu() for tensor in kept])
-
-
-def _distance(kept: torch.Tensor, value: torch.Tensor) -> float:
-    """Return the largest difference of two tensors as a share of the largest value."""
-    largest = value.float().abs().max().clamp(min=1e-30)
-    return float((kept.float() - value.float()).abs().max() / largest)
