@@ -23,8 +23,8 @@ from torchvision import models
 import regraft
 from regraft import partition
 from regraft.anatomy.heads import find_heads
-from regraft.frontier.speed import faster
-from regraft.training.extract import BATCH
+from regraft.frontier.fuse import faster
+from regraft.training.features.extract import BATCH
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "contenders"))

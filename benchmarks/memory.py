@@ -75,7 +75,7 @@ def train(photos: Path, count: int) -> dict[str, float]:
 
     import regraft
     from regraft import fit, partition
-    from regraft.training import extract
+    from regraft.training.features import extract
 
     extract.MEMORY_BYTES = 0  # both counts go through the file
     example = torch.zeros(1, 3, SIDE, SIDE)

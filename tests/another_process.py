@@ -13,7 +13,7 @@ LOADER = """
 import json, sys, warnings, torch
 from torch.utils._pytree import tree_leaves
 from regraft import load
-from regraft.checkpoint.digest import tensor_digest
+from regraft.checkpoint.file.digest import tensor_digest
 warnings.simplefilter("ignore")
 for line in sys.stdin:
     path, shape = json.loads(line)

@@ -6,6 +6,8 @@ The public names are imported when they are first used, so that `import regraft`
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from regraft.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from regraft.anatomy import LayerSummary as LayerSummary
     from regraft.anatomy import ModelSummary as ModelSummary
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
     from regraft.training import TrainConfig as TrainConfig
     from regraft.training import evaluate as evaluate
     from regraft.training import predict as predict
-    from regraft.training.fit import fit as fit
+    from regraft.training.fitting import fit as fit
     from regraft.zoo import list_models as list_models
 
 _HOMES = {
@@ -81,7 +83,7 @@ _HOMES = {
     "create_model": "checkpoint",
     "diff": "checkpoint",
     "evaluate": "training",
-    "fit": "training.fit",
+    "fit": "training.fitting",
     "follow": "freezing",
     "freeze": "freezing",
     "freeze_state": "freezing",
@@ -114,7 +116,6 @@ _HOMES = {
 }
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -9,9 +9,9 @@ from torchvision import models
 
 import tiny
 from regraft import audit, freeze, summary, unfreeze
-from regraft.anatomy.drift import is_pinned
-from regraft.anatomy.render import state_text
-from regraft.freezing.audit import would_move
+from regraft.anatomy.mode_dependence import is_pinned
+from regraft.anatomy.summary_table import state_text
+from regraft.freezing.auditing import would_move
 from regraft.freezing.hold import HOLD, PinState
 
 

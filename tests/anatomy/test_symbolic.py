@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import regraft
 from oracles import identical
-from regraft.anatomy.graph import capture, capture_widely
+from regraft.anatomy.dataflow.graph import capture, capture_widely
 from regraft.anatomy.inputs import Arguments
 from regraft.errors import EditError, ForwardError, ModelError
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from regraft import convert, diff, load, load_weights, save
-from regraft.checkpoint.layout import DTYPES
+from regraft.checkpoint.file.layout import DTYPES
 from regraft.errors import CheckpointError, InputError
 
 EVERY = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)

@@ -21,7 +21,8 @@ import tiny
 from marking import Marked
 from oracles import identical, same, snapshot
 from regraft import load_weights
-from regraft.checkpoint.foreign.reading import kind_of, read_state_dicts, read_tensors
+from regraft.checkpoint.any_file import read_state_dicts, read_tensors
+from regraft.checkpoint.foreign.reading import kind_of
 from regraft.errors import CheckpointError
 
 

@@ -23,9 +23,9 @@ from oracles import identical
 from regraft import create_model, freeze, load, save
 from regraft.card import Card, Preprocessing, Recipe, Source, Step, attach
 from regraft.checkpoint import Header, load_outline, read_header
-from regraft.checkpoint.contents import read_contents
-from regraft.checkpoint.digest import tensor_digest
-from regraft.checkpoint.layout import DTYPES, read_layout, read_start
+from regraft.checkpoint.file.contents import read_contents
+from regraft.checkpoint.file.digest import tensor_digest
+from regraft.checkpoint.file.layout import DTYPES, read_layout, read_start
 from regraft.cli.app import app
 from regraft.errors import CheckpointError, RegraftError
 

@@ -13,7 +13,7 @@ from another_process import Loader, loading, same_images
 from freezing.test_families import NAMES, images
 from regraft import create_model, save
 from regraft.checkpoint import read_header
-from regraft.checkpoint.digest import tensor_digest
+from regraft.checkpoint.file.digest import tensor_digest
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,8 @@ import tiny
 from checkpoint.test_save_load import assert_equal, own, shake  # noqa: F401
 from oracles import identical
 from regraft import create_model, diff, load, save
-from regraft.checkpoint import read_header, shards
+from regraft.checkpoint import read_header
+from regraft.checkpoint.file import shards
 from regraft.cli.app import app
 from regraft.errors import CheckpointError, RunError
 
@@ -276,7 +277,7 @@ def test_a_reader_that_meets_a_save_finds_the_new_one(tmp_path: Path, monkeypatc
     monkeypatch.setattr(shards, "read_index", read_and_lose)
     assert shards.read_weight_map(index)
     monkeypatch.setattr(shards, "read_index", read_and_lose)
-    from regraft.checkpoint.contents import find_entries
+    from regraft.checkpoint.file.contents import find_entries
 
     assert {file.name for file, _ in find_entries(index).values()} == names_in(index)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oracles import identical
-from regraft.checkpoint.tree import read_tree, snapshot, write_tree
+from regraft.checkpoint.file.tree import read_tree, snapshot, write_tree
 from regraft.errors import CheckpointError, RunError
 
 DTYPES = [

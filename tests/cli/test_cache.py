@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from regraft.cli.app import app
-from regraft.frontier.store import Store
+from regraft.frontier.cache.store import Store
 from training.test_features import run, write_photos
 
 

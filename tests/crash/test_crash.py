@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from crash.victim import run
 from oracles import identical
-from regraft.checkpoint.tree import read_tree
+from regraft.checkpoint.file.tree import read_tree
 from regraft.training.config import read_config
-from regraft.training.run_folder import LOCK, RunFolder
+from regraft.training.resume.run_folder import LOCK, RunFolder
 from training.test_features import write_photos
 
 STUCK_S = 60.0
@@ -27,7 +27,7 @@ STUCK_S = 60.0
 def processes() -> Any:
     """Return a context whose processes are forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "regraft.training.fit", "regraft.data.photos", "crash.victim"])
+    context.set_forkserver_preload(["pytest", "regraft.training.fitting", "regraft.data.photos", "crash.victim"])
     return context
 
 

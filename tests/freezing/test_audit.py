@@ -14,7 +14,7 @@ from oracles import same, snapshot
 from regraft import audit, build_optimizer, freeze, unfreeze
 from regraft.card import attach
 from regraft.errors import ModelError
-from regraft.freezing.audit import Finding
+from regraft.freezing.auditing import Finding
 
 Case = tuple[nn.Module, torch.optim.Optimizer | None]
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regraft.frontier.precision import Precision, packed, packed_bytes, unpacked
+from regraft.frontier.cache.precision import Precision, packed, packed_bytes, unpacked
 
 BOUNDS = {"full": 0.0, "bf16": 2**-8, "fp16": 2**-11, "int8": 1 / 254 + 1e-6}  # of the largest value of a row
 

@@ -11,7 +11,7 @@ import regraft
 from oracles import identical, same, snapshot
 from regraft.errors import ModelError
 from regraft.frontier import partition
-from regraft.frontier.key import network_digest
+from regraft.frontier.cache.key import network_digest
 from regraft.frontier.replay import Recording
 
 

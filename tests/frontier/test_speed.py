@@ -8,7 +8,7 @@ from torchvision import models
 import regraft
 from oracles import identical
 from regraft.frontier import partition
-from regraft.frontier.speed import faster
+from regraft.frontier.fuse import faster
 
 
 class Branched(nn.Module):

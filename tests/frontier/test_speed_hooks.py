@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import regraft
 from regraft.frontier import partition
-from regraft.frontier.speed import faster
+from regraft.frontier.fuse import faster
 from training.test_features import write_photos
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from oracles import identical
 from regraft.errors import RunError
-from regraft.frontier.key import features_key, network_digest
-from regraft.frontier.store import ENTRY, Store
+from regraft.frontier.cache.key import features_key, network_digest
+from regraft.frontier.cache.store import ENTRY, Store
 
 KEY = "0" * 64
 

@@ -21,8 +21,8 @@ from torch import nn
 import regraft
 from regraft.card import Recipe, Source
 from regraft.checkpoint import Header, read_header
-from regraft.checkpoint.build import rebuild
-from regraft.checkpoint.digest import tensor_digest
+from regraft.checkpoint.create import rebuild
+from regraft.checkpoint.file.digest import tensor_digest
 from regraft.errors import CheckpointError, DataError, InputError, ModelError, TrustError
 
 Cli = Callable[..., typer.testing.Result]

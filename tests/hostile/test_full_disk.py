@@ -29,7 +29,7 @@ def half_a_file(tensors: object, path: Path, metadata: object) -> None:
     [
         ("safetensors.torch.save_file", set()),
         ("os.fsync", set()),
-        ("regraft.training.run_folder.write_config", {"model.safetensors"}),
+        ("regraft.training.resume.run_folder.write_config", {"model.safetensors"}),
         ("csv.DictWriter.writerows", {"model.safetensors", "config.toml"}),
     ],
 )

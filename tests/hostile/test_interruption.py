@@ -92,11 +92,13 @@ def test_the_best_epoch_is_kept_in_the_module_where_nothing_is_written(fit: Fit,
         fit(model=model, loss=interrupting(STEPS + 2), epochs=3)
 
 
-@pytest.mark.parametrize("moment", ["regraft.training.run_folder.save", "regraft.training.run_folder.write_config"])
+@pytest.mark.parametrize(
+    "moment", ["regraft.training.resume.run_folder.save", "regraft.training.resume.run_folder.write_config"]
+)
 def test_an_interruption_while_saving_still_keeps_the_epoch(
     moment: str, fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from regraft.training import run_folder
+    from regraft.training.resume import run_folder
 
     original = getattr(run_folder, moment.rpartition(".")[2])
     calls = []
@@ -122,7 +124,7 @@ def test_old_results_survive_an_interruption_of_the_first_epoch(cli: Cli, fit: F
     assert {name: content for name, content in listing(Path("run")).items() if not name.startswith("last")} == before
 
 
-@pytest.mark.parametrize("phase", ["regraft.data.photos.decode_all", "regraft.training.prepare.create_model"])
+@pytest.mark.parametrize("phase", ["regraft.data.photos.decode_all", "regraft.training.setup.create_model"])
 def test_an_interruption_before_training_writes_nothing(
     phase: str, cli: Cli, train_words: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,7 +226,7 @@ def test_sigterm_before_training_leaves_nothing(
     def stop(*_: object, **__: object) -> None:
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("regraft.training.prepare.create_model", stop)
+    monkeypatch.setattr("regraft.training.setup.create_model", stop)
     with nothing_written():
         result = cli(*train_words, "--out", "run")
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (143, "stopped by SIGTERM. Nothing was written.")

@@ -19,7 +19,7 @@ from torch import nn
 import regraft
 from regraft.checkpoint import Plan, build_plan, read_header, read_plan
 from regraft.errors import ConfigError, InputError, TrustError
-from regraft.frontier.store import Store
+from regraft.frontier.cache.store import Store
 
 Cli = Callable[..., typer.testing.Result]
 

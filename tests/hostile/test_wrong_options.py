@@ -93,7 +93,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise RunError("no network")
 
-    monkeypatch.setattr("regraft.insight.run_demo", refuse)  # half a minute of training
+    monkeypatch.setattr("regraft.demo.run_demo", refuse)  # half a minute of training
     for module in ("torch.hub", "torchvision.models._api"):
         monkeypatch.setattr(f"{module}.load_state_dict_from_url", refuse)
 

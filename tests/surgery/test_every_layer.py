@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torchvision import ops
 
-from regraft.surgery.layerspec import construct, describe
+from regraft.surgery.layer_text.build import construct, describe
 
 # The text, and the shapes of inputs it is run with; none where it is not run.
 LAYERS: dict[str, tuple[Any, ...]] = {

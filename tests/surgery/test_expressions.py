@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regraft.errors import EditError
-from regraft.surgery.expressions import DEEPEST, LONGEST, MOST_NODES, Call, parsed, written
-from regraft.surgery.layerspec import construct, construct_all
+from regraft.surgery.layer_text.build import construct, construct_all
+from regraft.surgery.layer_text.parse import DEEPEST, LONGEST, MOST_NODES, Call, parsed, written
 
 REFUSED = {
     "leave_mark('x').again('y')": "a call of an attribute access|is no layer",

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import __main__
 import tiny
 from regraft.errors import EditError, TrustError
-from regraft.surgery.layerspec import MOST_ELEMENTS, construct, construct_all, describe
+from regraft.surgery.layer_text.build import MOST_ELEMENTS, construct, construct_all, describe
 from regraft.zoo import import_object
 
 OWN_FILE = """

@@ -19,7 +19,7 @@ import tiny
 from oracles import same, snapshot
 from regraft import append, create_model, freeze, insert, replace, to_source, truncate
 from regraft.errors import EditError
-from regraft.surgery.literals import Constants, wrapped
+from regraft.surgery.codegen.literals import Constants, wrapped
 from regraft.zoo import preprocessing_of
 
 SIDES = {"inception_v3": 299}  # of images, where training needs larger ones than evaluation
@@ -333,7 +333,7 @@ def test_constants_come_back_bit_for_bit(tensor: torch.Tensor) -> None:
 
 
 def constants_helper() -> list[str]:
-    from regraft.surgery.literals import UNPACK
+    from regraft.surgery.codegen.literals import UNPACK
 
     return UNPACK.splitlines()
 

@@ -109,17 +109,19 @@ def test_what_was_frozen_stays_frozen_and_pinned_and_the_rest_is_shared() -> Non
     model = models.resnet18()
     model.conv1 = Stem(3, 64, 7, 2, 3, bias=False)
     regraft.freeze(model, until="layer1")
-    pinned = [path for path, layer in model.named_modules() if regraft.anatomy.drift.is_pinned(layer)]
+    pinned = [path for path, layer in model.named_modules() if regraft.anatomy.mode_dependence.is_pinned(layer)]
     assert "conv1" in pinned
     edited = regraft.replace_stem(model, 1)
     assert not edited.conv1.weight.requires_grad
-    assert [path for path, layer in edited.named_modules() if regraft.anatomy.drift.is_pinned(layer)] == pinned
+    assert [
+        path for path, layer in edited.named_modules() if regraft.anatomy.mode_dependence.is_pinned(layer)
+    ] == pinned
     assert edited.bn1.weight is model.bn1.weight
     regraft.unfreeze(edited)
     edited.train()
     assert edited.conv1.training
     assert not model.conv1.training
-    assert [path for path, layer in model.named_modules() if regraft.anatomy.drift.is_pinned(layer)] == pinned
+    assert [path for path, layer in model.named_modules() if regraft.anatomy.mode_dependence.is_pinned(layer)] == pinned
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def operate(model: nn.Module, inputs: torch.Tensor, row: Row, loader: Loader, fo
     file = regraft.save(grown.eval(), folder / "edited.safetensors")
     shape = list(inputs.shape)
     with torch.no_grad():
-        digest = regraft.checkpoint.digest.tensor_digest(grown(same_images(shape)))
+        digest = regraft.checkpoint.file.digest.tensor_digest(grown(same_images(shape)))
     answer = loader.load(file, shape)
     assert "error" not in answer, f"loaded: {answer['error']}"
     assert (answer["outputs"], answer["tensors"]) == ([digest], len(grown.state_dict()))

@@ -17,9 +17,9 @@ import tiny
 from frontier.test_partition import NETS, PATTERNS, make
 from frontier.test_replay import Scaled
 from oracles import identical
-from regraft.frontier.store import Store, Writing
+from regraft.frontier.cache.store import Store, Writing
 from regraft.progress import Progress
-from regraft.training import extract
+from regraft.training.features import extract
 
 # at ten times the rate, a change of one weight by 1e-7 moves the loss of some of these untrained networks by 0.03
 EXACT: dict[str, Any] = {"augment": "none", "fast": False, "optimizer": "sgd", "lr": 0.001, "batch_size": 6}

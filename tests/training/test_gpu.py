@@ -48,7 +48,7 @@ def test_the_main_job_ends_with_features_on_the_device(device: str, photos: Path
 def test_features_that_stay_off_the_device_are_learned_from(
     where: str, device: str, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from regraft.training import extract
+    from regraft.training.features import extract
 
     monkeypatch.setattr(extract, "MEMORY_SHARE", 0.0)  # of the GPU's
     if where == "disk":

@@ -15,12 +15,14 @@ from regraft.data.folders import Sample
 from regraft.data.photos import Photos
 from regraft.data.transforms import augmentation
 from regraft.errors import ConfigError, DataError, ModelError
-from regraft.frontier.precision import packed
-from regraft.training import closed_form, extract, sweep
-from regraft.training.closed_form import is_solvable, ridge
-from regraft.training.features import FeatureBatches, Features
+from regraft.frontier.cache.precision import packed
+from regraft.training.features import extract
+from regraft.training.features.batches import FeatureBatches, Features
+from regraft.training.heads import ridge as ridge_module
+from regraft.training.heads import sweep
+from regraft.training.heads.ridge import is_solvable, ridge
+from regraft.training.heads.sweep import ridge_obstacle, ridge_start, sweep_heads
 from regraft.training.losses import build_loss
-from regraft.training.sweep import ridge_obstacle, ridge_start, sweep_heads
 from training.test_features import Lines
 from training.test_low_precision import built, write_photos
 
@@ -58,7 +60,7 @@ def has_ridge(found: sweep.Sweep | None) -> bool:
 def test_fit_with_photos_around_what_the_closed_form_takes(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(closed_form, "MOST_DIRECTIONS", 80)  # of 128 features; folds learn from 4/5 of the photos
+    monkeypatch.setattr(ridge_module, "MOST_DIRECTIONS", 80)  # of 128 features; folds learn from 4/5 of the photos
     photos = write_photos(tmp_path / "photos", (count + 1) // 2, measured=4)
     if count % 2:
         next((photos / "train" / "class000").iterdir()).unlink()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomS
 import regraft
 import tiny
 from oracles import identical
-from regraft.checkpoint.tree import read_tree
+from regraft.checkpoint.file.tree import read_tree
 from regraft.errors import CheckpointError, ConfigError, DataError, Interrupted, LossError
 from regraft.progress import SILENT, Progress
 from regraft.training.config import read_config
@@ -392,16 +392,16 @@ def test_a_run_that_fails_at_once_leaves_nothing_and_one_that_fails_later_its_st
 
 
 def test_a_full_disk_stops_no_training(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from regraft.training import keeper
+    from regraft.training.resume import state_writer
 
-    undisturbed, progress, original = train(make("datasets"), tmp_path / "a"), StopsAt(0, 0), keeper.write_tree
+    undisturbed, progress, original = train(make("datasets"), tmp_path / "a"), StopsAt(0, 0), state_writer.write_tree
 
     def full(tree: Any, path: Path) -> None:
         if path.name > "state-000002":
             raise OSError(28, "No space left on device")
         original(tree, path)
 
-    monkeypatch.setattr(keeper, "write_tree", full)
+    monkeypatch.setattr(state_writer, "write_tree", full)
     assert_same(train(make("datasets"), tmp_path / "b", progress, checkpoint_minutes=0), undisturbed)
     assert sum("state      not written: [Errno 28] No space left on device" in line for line in progress.lines) == 1
     with pytest.raises(Interrupted, match=r"The state of the run could not be written: .*No space left"):

@@ -18,10 +18,10 @@ from regraft.data.folders import Sample
 from regraft.data.photos import Photos
 from regraft.data.transforms import augmentation
 from regraft.errors import ConfigError
-from regraft.training import sweep
-from regraft.training.closed_form import PENALTIES, ridge
-from regraft.training.features import FeatureBatches, Features
-from regraft.training.sweep import Choice, ridge_start, sweep_heads
+from regraft.training.features.batches import FeatureBatches, Features
+from regraft.training.heads import sweep
+from regraft.training.heads.ridge import PENALTIES, ridge
+from regraft.training.heads.sweep import Choice, ridge_start, sweep_heads
 from training.test_features import Lines, half_frozen, run, write_photos
 
 COUNT, WIDTH = 60, 6

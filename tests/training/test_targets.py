@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 
 import regraft
 from regraft.errors import DataError, LossError, ModelError, RegraftError
-from regraft.training.targets import class_labels, fit_targets, labels_in_memory
+from regraft.training.checks.targets import class_labels, fit_targets, labels_in_memory
 
 X = torch.linspace(-2, 2, 24 * 6).sin().view(24, 6)
 Y = torch.arange(24) % 3

@@ -1,5 +1,6 @@
 """Look into a network and change nothing."""
 
-from regraft.anatomy.summary import LayerSummary, ModelSummary, summary
+from regraft.anatomy.model_summary import summary
+from regraft.anatomy.summary_table import LayerSummary, ModelSummary
 
 __all__ = ["LayerSummary", "ModelSummary", "summary"]

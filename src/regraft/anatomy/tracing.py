@@ -16,7 +16,7 @@ from regraft.anatomy.inputs import Shape as Shape
 from regraft.anatomy.modes import in_mode, preserved_randomness, silenced
 from regraft.anatomy.recording import Call as Call
 from regraft.anatomy.recording import Recorder, Trace
-from regraft.anatomy.twins import GHOSTS, real_twin
+from regraft.anatomy.shape_copies import GHOSTS, real_twin
 from regraft.errors import ForwardError
 
 FAKES = "torch._subclasses.fake_tensor"  # its logger prints a traceback for what is raised as an error anyway

@@ -1,10 +1,10 @@
 """Keep a model, and get it back."""
 
-from regraft.checkpoint.build import create_model
+from regraft.checkpoint.comparison import Diff, TensorDiff, diff
+from regraft.checkpoint.conversion import convert
+from regraft.checkpoint.create import create_model
 from regraft.checkpoint.delta import merge
-from regraft.checkpoint.diff import Diff, TensorDiff, diff
-from regraft.checkpoint.format import Base, Header, current_versions, read_header
-from regraft.checkpoint.matching.converting import convert
+from regraft.checkpoint.file.format import Base, Header, current_versions, read_header
 from regraft.checkpoint.matching.load_report import Adaptation, LoadReport, Match
 from regraft.checkpoint.matching.loading import load_weights
 from regraft.checkpoint.plan import Plan, build_plan, plan_of, read_plan

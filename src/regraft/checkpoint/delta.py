@@ -11,10 +11,9 @@ from torch import nn
 from regraft.anatomy.modes import preserved_randomness
 from regraft.arguments import check_arguments, check_minimum, check_target
 from regraft.card import card_of
-from regraft.checkpoint.contents import Contents, read_contents
-from regraft.checkpoint.digest import digests_of
-from regraft.checkpoint.foreign.reading import read_tensors
-from regraft.checkpoint.format import (
+from regraft.checkpoint.file.contents import Contents, read_contents
+from regraft.checkpoint.file.digest import digests_of
+from regraft.checkpoint.file.format import (
     REGISTERED,
     Base,
     Header,
@@ -26,7 +25,8 @@ from regraft.checkpoint.format import (
     locate,
     read_header,
 )
-from regraft.checkpoint.shards import write_checkpoint
+from regraft.checkpoint.file.shards import write_checkpoint
+from regraft.checkpoint.foreign.reading import only_state_dict, read_foreign, weights_file
 from regraft.checkpoint.storable import require_storable, stored_state
 from regraft.errors import CheckpointError, ModelError
 from regraft.zoo import build, list_models
@@ -169,7 +169,8 @@ def read_base(place: Place) -> Contents:
         header = _header_of(place)
         if header is not None or is_index(place) or is_safetensors(place):
             return read_contents(place, header)
-        tensors = {name: tensor.contiguous() for name, tensor in read_tensors(place)[0].items()}
+        foreign = only_state_dict(read_foreign(weights_file(place))).tensors
+        tensors = {name: tensor.contiguous() for name, tensor in foreign.items()}
         return Contents(tensors, digests_of(tensors))
     tensors, shared = unshared(_registered(place))
     return Contents(tensors, digests_of(tensors), shared)

@@ -12,10 +12,10 @@ from torch.nn.modules import module as hooks
 
 from regraft.anatomy.paths import parent_and_name
 from regraft.card import Recipe
-from regraft.checkpoint.build import rebuild
+from regraft.checkpoint.create import rebuild
 from regraft.checkpoint.foreign.limits import SLACK_BYTES
 from regraft.errors import ArgumentError, CheckpointError, EditError, RegraftError
-from regraft.surgery.layerspec import TooLargeError, at_most
+from regraft.surgery.layer_text.build import TooLargeError, at_most
 
 Shapes = Mapping[str, tuple[int, ...]]
 

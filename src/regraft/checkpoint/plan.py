@@ -28,12 +28,12 @@ from torch import nn
 from regraft.anatomy.modes import in_mode
 from regraft.arguments import check_arguments
 from regraft.card import Recipe, Source, Step, attach, card_of
-from regraft.checkpoint.build import create_model
+from regraft.checkpoint.create import create_model
 from regraft.checkpoint.read import load
 from regraft.errors import ConfigError, EditError
 from regraft.fields import CheckedFields
-from regraft.freezing.freeze import freeze
-from regraft.surgery.layerspec import construct
+from regraft.freezing.flags import freeze
+from regraft.surgery.layer_text.build import construct
 from regraft.surgery.recipe import apply_step
 
 SUFFIX = ".safetensors"

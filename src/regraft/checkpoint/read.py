@@ -11,13 +11,13 @@ from regraft.anatomy.modes import in_mode
 from regraft.anatomy.paths import parent_and_name
 from regraft.arguments import check_arguments, usable_device
 from regraft.card import ATTRIBUTE, Recipe
-from regraft.checkpoint.contents import find_entries
 from regraft.checkpoint.delta import resolve
+from regraft.checkpoint.file.contents import find_entries
+from regraft.checkpoint.file.format import Header, is_index, locate, read_header
+from regraft.checkpoint.file.layout import Entry
+from regraft.checkpoint.file.shards import shard_of
 from regraft.checkpoint.foreign.state_dicts import is_extra_state
-from regraft.checkpoint.format import Header, is_index, locate, read_header
-from regraft.checkpoint.layout import Entry
 from regraft.checkpoint.memory import rebuild_for
-from regraft.checkpoint.shards import shard_of
 from regraft.checkpoint.storable import stored_state
 from regraft.errors import CheckpointError
 from regraft.freezing.pins import sync_pins

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from regraft.checkpoint.layout import DTYPES, PACKED
+from regraft.checkpoint.file.layout import DTYPES, PACKED
 from regraft.errors import CheckpointError
 
 PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)

@@ -13,13 +13,13 @@ from torch import nn
 from regraft.anatomy.wrappers import unwrapped
 from regraft.arguments import check_arguments, check_minimum, check_target, check_weights
 from regraft.card import ATTRIBUTE, Card, Recipe, Source, attach, card_of
-from regraft.checkpoint.build import rebuild
+from regraft.checkpoint.create import rebuild
 from regraft.checkpoint.delta import SHARD_BYTES, choose_base, differing, pin_base, unshared
-from regraft.checkpoint.digest import digests_of
-from regraft.checkpoint.format import Header, current_versions, digest_of, index_of
-from regraft.checkpoint.shards import write_checkpoint
+from regraft.checkpoint.file.digest import digests_of
+from regraft.checkpoint.file.format import Header, current_versions, digest_of, index_of
+from regraft.checkpoint.file.shards import write_checkpoint
 from regraft.errors import CheckpointError, EditError, RegraftError
-from regraft.surgery.layerspec import describe
+from regraft.surgery.layer_text.build import describe
 
 
 def save(

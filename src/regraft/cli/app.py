@@ -33,7 +33,7 @@ app.add_typer(cache, name="cache")
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from regraft import __version__
+        from regraft.version import __version__
 
         say(f"regraft {__version__}")
         raise typer.Exit

@@ -20,7 +20,7 @@ def list_entries(as_json: Annotated[bool, Option("--json", help="Print the list 
 
     Example: regraft cache list
     """
-    from regraft.frontier.store import Store
+    from regraft.frontier.cache.store import Store
 
     store = Store()
     entries = store.entries()
@@ -49,7 +49,7 @@ def clear(as_json: Annotated[bool, Option("--json", help="Print what was freed a
 
     Example: regraft cache clear
     """
-    from regraft.frontier.store import Store
+    from regraft.frontier.cache.store import Store
 
     store = Store()
     size = store.clear()

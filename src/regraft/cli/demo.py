@@ -19,8 +19,7 @@ def demo(
     Example: regraft demo --out regraft-demo
     """
     require(overwrite or not out.exists(), f"'{out}' exists. Choose another --out, or pass --overwrite.")
-    from regraft.insight import run_demo
-    from regraft.report import write_demo_report
+    from regraft.demo import run_demo, write_demo_report
 
     out.mkdir(parents=True, exist_ok=True)
     result = run_demo(out, progress=ConsoleProgress())

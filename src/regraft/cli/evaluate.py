@@ -23,7 +23,7 @@ def evaluate(
     Example: regraft evaluate runs/photos-1/model.safetensors photos/
     """
     from regraft.checkpoint import load
-    from regraft.training.evaluate import evaluate as measure
+    from regraft.training.inference import evaluate as measure
 
     model = load(checkpoint, base=base, trust_code=trust_code)
     metrics = measure(model, data, batch_size=batch_size, device=device, progress=ConsoleProgress())

@@ -71,7 +71,7 @@ def say_json(value: Any) -> None:
 
 def say_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[bool]) -> None:
     """Print aligned columns on standard output."""
-    from regraft.anatomy.render import aligned
+    from regraft.anatomy.summary_table import aligned
 
     for line in aligned([head, *([printable(cell) for cell in row] for row in rows)], right):
         say(line)

@@ -27,7 +27,7 @@ def predict(
     """
     require(not (as_json and as_csv), "--json and --csv exclude each other. Pass one of them.")
     from regraft.checkpoint import load
-    from regraft.training.evaluate import predict as ask
+    from regraft.training.inference import predict as ask
 
     model = load(checkpoint, base=base, trust_code=trust_code)
     found = ask(model, images, top=top, batch_size=batch_size, device=device, progress=ConsoleProgress())

@@ -31,8 +31,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from regraft.anatomy.drift import is_pinned, rewrites_weight
-from regraft.anatomy.twins import shared_copy
+from regraft.anatomy.mode_dependence import is_pinned, rewrites_weight
+from regraft.anatomy.shape_copies import shared_copy
 
 KEPT, NESTED = "_regraft_kept", "_regraft_nested"  # on a module while its forward runs, never longer
 SOUND = ("torch.nn.modules.", "torchvision.", "timm.", "transformers.")  # in evaluation these write to caches at most

@@ -24,8 +24,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from regraft.anatomy.drift import is_pinned as is_pinned
-from regraft.anatomy.drift import rewrites_weight
+from regraft.anatomy.mode_dependence import is_pinned as is_pinned
+from regraft.anatomy.mode_dependence import rewrites_weight
 from regraft.errors import ModelError
 from regraft.freezing.hold import GUARD, HOLD, HOST, ByPath, PinState, has_foreign_hooks, is_builtin, keeps_state
 

@@ -14,7 +14,7 @@ from torch import nn
 from regraft.anatomy.heads import describe_heads
 from regraft.arguments import check_arguments
 from regraft.errors import ConfigError, SelectionError
-from regraft.freezing.freeze import FreezeReport, freeze, unfreeze
+from regraft.freezing.flags import FreezeReport, freeze, unfreeze
 from regraft.freezing.groups import param_groups
 from regraft.freezing.patterns import PARAMETERS, select, select_parameters
 from regraft.freezing.state import FreezeState

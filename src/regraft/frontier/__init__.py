@@ -1,5 +1,5 @@
 """Never compute a constant layer twice."""
 
-from regraft.frontier.partition import Cut, Partition, partition
+from regraft.frontier.partitioning import Cut, Partition, partition
 
 __all__ = ["Cut", "Partition", "partition"]

@@ -19,13 +19,13 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from regraft.anatomy.drift import is_pinned
-from regraft.anatomy.graph import Flow
+from regraft.anatomy.dataflow.graph import Flow
+from regraft.anatomy.dataflow.values import BATCHES, Interpreter
 from regraft.anatomy.inputs import Arguments
+from regraft.anatomy.mode_dependence import is_pinned
 from regraft.anatomy.modes import preserved_randomness, seed_all
 from regraft.anatomy.recording import ParameterWatch
-from regraft.anatomy.twins import real_twin
-from regraft.anatomy.values import BATCHES, Interpreter
+from regraft.anatomy.shape_copies import real_twin
 
 PLACES = (0, 2)  # where the image that both batches hold lies in each
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}  # of the largest

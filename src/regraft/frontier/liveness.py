@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from regraft.anatomy.draws import DROPPING, RANDOM
-from regraft.anatomy.drift import is_pinned, would_move
-from regraft.anatomy.graph import Flow, is_training_flag
-from regraft.anatomy.values import value_key
+from regraft.anatomy.dataflow.draws import DROPPING, RANDOM
+from regraft.anatomy.dataflow.graph import Flow, is_training_flag
+from regraft.anatomy.dataflow.values import value_key
+from regraft.anatomy.mode_dependence import is_pinned, would_move
 
 ATTENTION = "scaled_dot_product_attention"
 

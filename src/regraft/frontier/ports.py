@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from regraft.anatomy.values import BATCHES, Values
+from regraft.anatomy.dataflow.values import BATCHES, Values
 
 Step = int | str
 

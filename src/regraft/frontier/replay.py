@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from regraft.anatomy.graph import ancestors
+from regraft.anatomy.dataflow.graph import ancestors
+from regraft.anatomy.dataflow.values import BATCHES
 from regraft.anatomy.inputs import Arguments
 from regraft.anatomy.modes import preserved_randomness
 from regraft.anatomy.tracing import trace
-from regraft.anatomy.values import BATCHES
 from regraft.errors import ForwardError, ModelError
 from regraft.frontier.independence import difference, with_image_of
 from regraft.frontier.liveness import is_live_layer

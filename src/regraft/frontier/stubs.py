@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from regraft.anatomy.values import BATCHES
+from regraft.anatomy.dataflow.values import BATCHES
 from regraft.errors import ModelError
 
 Asleep = dict[str, tuple[Callable[[int, torch.device], Any], ...]]  # what each layer returns, call by call

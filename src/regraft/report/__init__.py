@@ -1,5 +1,5 @@
 """What happened, as one file that opens in any browser."""
 
-from regraft.report.html import write_demo_report, write_report
+from regraft.report.html import write_report
 
-__all__ = ["write_demo_report", "write_report"]
+__all__ = ["write_report"]

@@ -1,6 +1,5 @@
 """Fill a template and write the page: one file that needs no other, and whose names from outside are inert."""
 
-import contextlib
 import functools
 import os
 from datetime import datetime
@@ -10,9 +9,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from regraft.arguments import check_arguments, check_target
+from regraft.checkpoint.file.atomic import whole_or_nothing
 from regraft.errors import RunError
-from regraft.insight.demo import DemoResult
-from regraft.report.demo_page import describe_demo
 from regraft.report.run_page import describe_run
 from regraft.report.text import duration, number, percent, visible
 from regraft.training.result import FitResult
@@ -33,19 +31,6 @@ def write_report(result: FitResult, path: str | os.PathLike[str]) -> Path:
     check_arguments(write_report, locals())
     check_target(write_report, "path", path)
     return write_page(path, render("run.html", **describe_run(result)))
-
-
-def write_demo_report(result: DemoResult, folder: str | os.PathLike[str]) -> Path:
-    """Write what the demonstration found as `report.html` in a folder, and return its path.
-
-    Args:
-        result: What `run_demo` returned.
-        folder: Where to; must exist.
-
-    Raises:
-        RunError: The file cannot be written; a previous one is as it was.
-    """
-    return write_page(Path(folder) / "report.html", render("demo.html", **describe_demo(result)))
 
 
 def render(template: str, **context: Any) -> str:
@@ -69,23 +54,14 @@ def write_page(path: str | os.PathLike[str], html_text: str) -> Path:
         RunError: The file cannot be written; a previous one is as it was.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(html_text.encode("utf-8", "backslashreplace"))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        with whole_or_nothing(target) as temporary:
+            temporary.write_bytes(html_text.encode("utf-8", "backslashreplace"))
     except OSError as error:
-        with contextlib.suppress(OSError):  # its folder may be a file
-            temporary.unlink()
         raise RunError(
             f"cannot write the report {str(target)!r}: {error.strerror or error}. A previous one is as it was. "
             "Check that its folder exists and has space, or choose another."
         ) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     return target
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regraft.anatomy.render import cells
-from regraft.anatomy.summary import LayerSummary, ModelSummary, summary
-from regraft.checkpoint.format import current_versions
+from regraft.anatomy.model_summary import summary
+from regraft.anatomy.summary_table import LayerSummary, ModelSummary, cells
+from regraft.checkpoint.file.format import current_versions
 from regraft.report import plots
 from regraft.report.pictures import thumbnail
 from regraft.training.config import TrainConfig

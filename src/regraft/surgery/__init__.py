@@ -1,11 +1,11 @@
 """Change a network's graph."""
 
+from regraft.surgery.codegen.source import to_source
 from regraft.surgery.edits import append, insert, truncate
-from regraft.surgery.graft import graft
+from regraft.surgery.grafting import graft
 from regraft.surgery.head import replace_head
-from regraft.surgery.source import to_source
 from regraft.surgery.stem import replace_stem
-from regraft.surgery.stitch import stitch
+from regraft.surgery.stitching import stitch
 from regraft.surgery.swap import remove, replace
 
 __all__ = [

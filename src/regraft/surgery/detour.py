@@ -11,8 +11,8 @@ from torch import nn
 
 from regraft.anatomy.inputs import Inputs
 from regraft.anatomy.paths import is_within
+from regraft.anatomy.shape_copies import shared_copy
 from regraft.anatomy.tracing import trace
-from regraft.anatomy.twins import shared_copy
 from regraft.errors import EditError, ModelError
 
 

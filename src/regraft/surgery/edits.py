@@ -9,17 +9,16 @@ from typing import Any
 
 from torch import fx, nn
 
-from regraft.anatomy.graph import LAYER, Flow, Visit, ancestors, crossing, nodes_in
+from regraft.anatomy.dataflow.graph import LAYER, Flow, Visit, ancestors, crossing, nodes_in
 from regraft.anatomy.inputs import Arguments, Inputs, arguments_for
 from regraft.anatomy.modes import unmoved_on_failure
 from regraft.anatomy.paths import is_within, layer_at
 from regraft.anatomy.tracing import trace
 from regraft.arguments import check_arguments
 from regraft.errors import EditError, ModelError
-from regraft.surgery.checks import prove, require_editable
+from regraft.surgery.checks import finish, prove, require_editable
 from regraft.surgery.detour import detour, is_detoured, stop_at
 from regraft.surgery.fitting import fitted, settled
-from regraft.surgery.record import finish
 from regraft.surgery.rewired import Rewired, prune, rewire, unused_names
 
 

@@ -10,20 +10,19 @@ import torch
 from torch import nn
 
 from regraft.anatomy.class_heads import COUNTS, class_heads
-from regraft.anatomy.graph import ancestors
+from regraft.anatomy.dataflow.graph import ancestors
 from regraft.anatomy.heads import find_auxiliary_heads, width_of
 from regraft.anatomy.inputs import Inputs
 from regraft.anatomy.modes import in_mode, unmoved_on_failure
 from regraft.anatomy.paths import layer_at, parent_and_name
+from regraft.anatomy.shape_copies import shared_copy
 from regraft.anatomy.tracing import Trace, trace
-from regraft.anatomy.twins import shared_copy
 from regraft.arguments import check_arguments
 from regraft.card import card_of
 from regraft.errors import EditError, ForwardError, nearest
-from regraft.surgery.checks import prove, require_editable
+from regraft.surgery.checks import finish, prove, require_editable
 from regraft.surgery.fitting import place, settled
 from regraft.surgery.new_head import kept_tensors, layer_like, norm_like
-from regraft.surgery.record import finish
 from regraft.surgery.swap import with_layers
 
 New = int | nn.Module

@@ -9,9 +9,9 @@ from torch import nn
 from regraft.card import Step
 from regraft.errors import ArgumentError, EditError, RegraftError
 from regraft.surgery.edits import append, insert, truncate
-from regraft.surgery.expressions import shortened
 from regraft.surgery.head import replace_head
-from regraft.surgery.layerspec import construct, construct_all
+from regraft.surgery.layer_text.build import construct, construct_all
+from regraft.surgery.layer_text.parse import shortened
 from regraft.surgery.stem import replace_stem
 from regraft.surgery.swap import remove, replace
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import fx, nn
 
-from regraft.anatomy.graph import Flow, capture, capture_widely, containers, tidy
+from regraft.anatomy.dataflow.graph import Flow, capture, capture_widely, containers, tidy
 from regraft.anatomy.inputs import Arguments
 from regraft.anatomy.paths import is_within
-from regraft.anatomy.twins import shared_copy
+from regraft.anatomy.shape_copies import shared_copy
 from regraft.errors import ForwardError
 from regraft.freezing.pins import unpin
 

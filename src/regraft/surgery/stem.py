@@ -8,15 +8,14 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from regraft.anatomy.graph import ancestors
+from regraft.anatomy.dataflow.graph import ancestors
 from regraft.anatomy.heads import CONVOLUTIONS, first_convolution
 from regraft.anatomy.inputs import Inputs, arguments_for
 from regraft.anatomy.tracing import trace
 from regraft.arguments import check_arguments
 from regraft.card import attach
 from regraft.errors import EditError, ForwardError
-from regraft.surgery.checks import refusal, require_editable
-from regraft.surgery.record import finish
+from regraft.surgery.checks import finish, refusal, require_editable
 from regraft.surgery.swap import with_layers
 from regraft.zoo import preprocessing_of
 

@@ -9,15 +9,14 @@ from torch import nn
 
 from regraft.anatomy.inputs import Inputs
 from regraft.anatomy.paths import is_within, layer_at, parent_and_name
+from regraft.anatomy.shape_copies import shared_copy
 from regraft.anatomy.tracing import trace
-from regraft.anatomy.twins import shared_copy
 from regraft.arguments import check_arguments
 from regraft.errors import EditError, ForwardError
 from regraft.freezing.patterns import select
 from regraft.surgery.calls import leave_fast_paths, require_calls
-from regraft.surgery.checks import prove, require_editable
+from regraft.surgery.checks import finish, prove, require_editable
 from regraft.surgery.fitting import fitted, settled
-from regraft.surgery.record import finish
 
 
 class Bypass(nn.Module):

@@ -1,13 +1,18 @@
-"""The back of a network: what comes after a layer, as a network of its own."""
+"""The back of a network: what comes after a layer as a network of its own, and a graph that begins in its middle."""
 
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 from torch import fx, nn
+from torch.fx.node import map_arg
 
-from regraft.anatomy.graph import Flow, crossing
+from regraft.anatomy.dataflow.graph import Flow, crossing, is_size, tidy
+from regraft.anatomy.dataflow.values import BATCHES, Sizes, compute_values, sizes_of, value_key
 from regraft.anatomy.inputs import Inputs, arguments_for
-from regraft.anatomy.values import BATCHES, Sizes, compute_values, sizes_of, value_key
 from regraft.errors import EditError, ModelError
 from regraft.surgery.edits import crossed, opened_for, visits_within
-from regraft.surgery.middle import begin_at
 from regraft.surgery.rewired import Rewired, prune, rewire
 
 
@@ -41,3 +46,92 @@ def tail(model: nn.Module, after: str, *, inputs: Inputs | None = None) -> Rewir
         raise EditError(f"cannot begin after '{after}': {str(error).rstrip('.')}. Nothing was changed.") from error
     prune(back)
     return back
+
+
+def begin_at(
+    graph: fx.Graph,
+    keys: Sequence[str],
+    sizes: Sizes,
+    layer_of: Callable[[str], nn.Module],
+    counts: Sequence[int] | None = None,
+    rebuild: Callable[[fx.Graph, int, Callable[[], fx.Node]], Any] | None = None,
+) -> None:
+    """Let a graph take values from its middle as its inputs, and erase what came before, in place.
+
+    Args:
+        graph: Is changed.
+        keys: Of the values, see `value_key`; one that the graph lacks becomes an input that it does not use.
+        sizes: What the sizes are that the graph reads, see `sizes_of`: those read from what is erased are written in as
+            numbers, but for that of the batch.
+        layer_of: Returns the layer at a path.
+        counts: How many tensors each value holds, all of which become inputs; None: each is one.
+        rebuild: Makes the value at a position from its tensors, which it takes one by one.
+
+    Raises:
+        ModelError: The rest needs other values as well.
+    """
+    known: dict[str, list[fx.Node]] = {}  # a layer that is called twice on the same gives the same key twice
+    for node in graph.nodes:
+        known.setdefault(value_key(node), []).append(node)
+    olds = [node for node in graph.nodes if node.op == "placeholder"]
+    first = next(iter(graph.nodes))
+    with graph.inserting_before(first):
+        news = [graph.placeholder(f"value_{position}") for position in range(sum(counts or [1] * len(keys)))]
+    coming = iter(news)
+    for position, key in enumerate(keys):
+        with graph.inserting_before(first):
+            new = rebuild(graph, position, lambda: next(coming)) if rebuild else next(coming)
+        for node in known.get(key, ()):
+            _replace(node, new)
+    _settle_sizes(graph, sizes, news[0])
+    tidy(graph, layer_of, effects_of=_descendants(news))
+    for old in olds:
+        if old.users:
+            raise ModelError(f"what comes after the cut needs the input '{old.name}' itself as well.")
+        graph.erase_node(old)
+
+
+def _replace(old: fx.Node, new: Any) -> None:
+    """Let all that use a value use another one, which may be a container of values."""
+    for user in list(old.users):
+        user.args = map_arg(user.args, lambda node: new if node is old else node)
+        user.kwargs = map_arg(user.kwargs, lambda node: new if node is old else node)
+
+
+def _descendants(nodes: list[fx.Node]) -> set[fx.Node]:
+    found, waiting = set(nodes), list(nodes)
+    while waiting:
+        fresh = [user for user in waiting.pop().users if user not in found]
+        found.update(fresh)
+        waiting += fresh
+    return found
+
+
+def _settle_sizes(graph: fx.Graph, sizes: Sizes, batch: fx.Node) -> None:
+    """Write numbers in the place of sizes that were read before the cut; only that of the batch stays open."""
+    for node in list(graph.nodes):
+        if not is_size(node) or value_key(node) not in sizes:
+            continue
+        small, large = sizes[value_key(node)]
+        with graph.inserting_before(node):
+            if isinstance(small, torch.device):
+                new = graph.call_function(getattr, (batch, "device"))
+            elif not isinstance(small, (int, torch.Size)):
+                continue
+            elif isinstance(small, torch.Size):
+                parts = [_size(graph, one, other, batch) for one, other in zip(small, large, strict=True)]
+                new = graph.call_function(tuple, (parts,))
+            else:
+                part = _size(graph, small, large, batch)
+                new = part if isinstance(part, fx.Node) else graph.call_function(int, (part,))
+        node.replace_all_uses_with(new)
+
+
+def _size(graph: fx.Graph, small: int, large: int, batch: fx.Node) -> Any:
+    if small == large:
+        return small
+    if small % BATCHES[0] or large % BATCHES[1] or small // BATCHES[0] != large // BATCHES[1]:
+        raise ModelError("its forward computes sizes from the number of images in a batch.")
+    count = graph.call_method("size", (batch, 0))
+    factor = small // BATCHES[0]
+    return count if factor == 1 else graph.call_function(operator.mul, (count, factor))

@@ -1,10 +1,10 @@
 """Train, measure, predict.
 
-`fit` is imported from `regraft.training.fit`: it brings torch's compiler along, which who only predicts does not need.
+`fit` is imported from `regraft.training.fitting`: it imports the compiler of torch, which `predict` does not need.
 """
 
 from regraft.training.config import TrainConfig
-from regraft.training.evaluate import Prediction, evaluate, predict
+from regraft.training.inference import Prediction, evaluate, predict
 from regraft.training.metrics import ClassMetrics, Metrics
 from regraft.training.result import EpochRecord, FitResult, Plan
 

@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
-from regraft.checkpoint.atomic import whole_or_nothing
+from regraft.checkpoint.file.atomic import whole_or_nothing
 from regraft.data.transforms import Augmentation
 from regraft.errors import ConfigError
 from regraft.fields import CheckedFields, explain
-from regraft.frontier.precision import Precision
+from regraft.frontier.cache.precision import Precision
 
 ComputePrecision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "constant"]

@@ -13,20 +13,20 @@ from regraft.anatomy.modes import in_mode, preserved_randomness
 from regraft.card import attach
 from regraft.errors import DataError, Interrupted, LossError, RunError
 from regraft.progress import Progress
+from regraft.training.checks.targets import class_labels, ignored_label, kind_of
 from regraft.training.config import TrainConfig
-from regraft.training.faults import Faults
-from regraft.training.keeper import Keeper
+from regraft.training.fault_tolerance import Faults
 from regraft.training.loop import score, train_epoch
-from regraft.training.material import again
 from regraft.training.metrics import Metrics, measure
-from regraft.training.prepare import Job, make_extractor
-from regraft.training.randomness import random_states, set_random_states
 from regraft.training.result import EpochRecord, FitResult
-from regraft.training.run_folder import RunFolder
-from regraft.training.signals import Signals, StopAsked
-from regraft.training.standing import Best, Standing
-from regraft.training.state import Found, Origin, changing_tensors, put_back, take_state
-from regraft.training.targets import class_labels, ignored_label, kind_of
+from regraft.training.resume.progress import Best, Standing
+from regraft.training.resume.rng import random_states, set_random_states
+from regraft.training.resume.run_folder import RunFolder
+from regraft.training.resume.run_state import Found, Origin, changing_tensors, put_back, take_state
+from regraft.training.resume.signals import Signals, StopAsked
+from regraft.training.resume.state_writer import Keeper
+from regraft.training.setup import Job, make_extractor
+from regraft.training.train_data import again
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from regraft.arguments import check_arguments
 from regraft.data.folders import Task
 from regraft.errors import DataError
-from regraft.training.targets import class_labels
+from regraft.training.checks.targets import class_labels
 
 
 @dataclass(frozen=True)

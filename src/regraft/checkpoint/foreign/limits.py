@@ -12,10 +12,10 @@ import zipfile
 from pathlib import Path
 from typing import IO, Any, cast
 
+from regraft.checkpoint.file.format import is_safetensors
+from regraft.checkpoint.file.layout import read_layout
 from regraft.checkpoint.foreign.kinds import require_torch_zip
-from regraft.checkpoint.foreign.pickles import check_legacy, check_pickle
-from regraft.checkpoint.format import is_safetensors
-from regraft.checkpoint.layout import read_layout
+from regraft.checkpoint.foreign.pickle_check import check_legacy, check_pickle
 from regraft.errors import CheckpointError
 
 SLACK_BYTES = 192 * 2**20

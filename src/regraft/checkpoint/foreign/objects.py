@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from regraft.checkpoint.foreign.inert import Inert, read_inert
+from regraft.checkpoint.foreign.restricted_unpickler import Inert, read_inert
 from regraft.checkpoint.foreign.state_dicts import DEPTH, WRAPPERS, may_hold_weights
 from regraft.errors import CheckpointError
 

@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 import torch
 
-from regraft.checkpoint.foreign.inert import read_pickled, read_torchscript
+from regraft.checkpoint.file.format import KEY, is_safetensors
+from regraft.checkpoint.file.shards import lies_beside
 from regraft.checkpoint.foreign.kinds import describe_folder, require_weights
 from regraft.checkpoint.foreign.limits import check_container
 from regraft.checkpoint.foreign.objects import read_beside_objects
-from regraft.checkpoint.foreign.pickles import made_plain
+from regraft.checkpoint.foreign.pickle_check import made_plain
+from regraft.checkpoint.foreign.restricted_unpickler import read_pickled, read_torchscript
 from regraft.checkpoint.foreign.state_dicts import StateDict, StateDicts, Tensors, listed, split_extra, state_dicts_of
-from regraft.checkpoint.format import KEY, is_safetensors, read_header
-from regraft.checkpoint.shards import lies_beside
 from regraft.errors import CheckpointError
 
 FOREIGN_NAME = re.compile(r"(?:GLOBAL|function|class|type) <?([\w.]+)")  # in what torch's unpickler complains about
@@ -32,29 +32,11 @@ FOLDER_FILES = (
 Kind = Literal["index", "safetensors", "torchscript", "npz", "torch"]
 
 
-def read_tensors(path: Path) -> tuple[Tensors, list[str]]:
-    """Read the tensors of a file under their names, on the CPU, and notes about what was unwrapped.
+def weights_file(path: Path) -> Path:
+    """Return the file that holds the weights: `path` itself, or in a folder the one that Hugging Face's names.
 
     Raises:
-        CheckpointError: The file does not exist, cannot be read without running code, or holds several networks.
-    """
-    contents = read_state_dicts(path)
-    choices = contents.choices()
-    if len(choices) > 1:
-        raise CheckpointError(f"'{path}' holds several state dicts: {listed(choices)}. Expected one.")
-    return choices[0].tensors, [*contents.notes, *unwrapping(choices[0])]
-
-
-def read_state_dicts(path: Path, *, tensors_only: bool = False) -> StateDicts:
-    """Read every state dict that a file holds, on the CPU.
-
-    Args:
-        path: A file, or a folder with the weights of a Hugging Face model.
-        tensors_only: Take the tensors out of a file that holds more, as a whole pickled module, without running any of
-            it: see `inert`.
-
-    Raises:
-        CheckpointError: The file does not exist, is damaged, or cannot be read without running code.
+        CheckpointError: There is none.
     """
     if path.is_dir():
         path = next((path / name for name in FOLDER_FILES if (path / name).is_file()), path)
@@ -62,13 +44,25 @@ def read_state_dicts(path: Path, *, tensors_only: bool = False) -> StateDicts:
         raise CheckpointError(f"'{path}' is a folder, and {describe_folder(path)}")
     if not path.is_file():
         raise CheckpointError(f"no file '{path}' (looked from {Path.cwd()}). Give the path of a file with weights.")
+    return path
+
+
+def read_foreign(path: Path, *, tensors_only: bool = False) -> StateDicts:
+    """Read every state dict of a file that others wrote, on the CPU; `path` as `weights_file` returns it.
+
+    Args:
+        path: A file, or an index of Hugging Face.
+        tensors_only: Take the tensors out of a file that holds more, as a whole pickled module, without running any of
+            it: see `restricted_unpickler`.
+
+    Raises:
+        CheckpointError: The file is damaged, or cannot be read without running code.
+    """
     kind = kind_of(path)
     if kind == "torch":
         require_weights(path)
     if kind == "index":
         return _read_shards(path)
-    if kind == "safetensors" and read_header(path) is not None:
-        return _read_own(path)  # which checks its layout itself
     check_container(path)
     if kind == "safetensors":
         tensors, extra = split_extra(_read_safetensors(path))
@@ -87,6 +81,18 @@ def read_state_dicts(path: Path, *, tensors_only: bool = False) -> StateDicts:
         found = state_dicts_of(read_pickled(path), path)
         return StateDicts(path, found.entries, found.left_out, ("its tensors were taken out; no code of it was run",))
     return state_dicts_of(_read_torch(path), path)
+
+
+def only_state_dict(contents: StateDicts) -> StateDict:
+    """Return the one state dict of a file.
+
+    Raises:
+        CheckpointError: It holds several networks.
+    """
+    choices = contents.choices()
+    if len(choices) > 1:
+        raise CheckpointError(f"'{contents.path}' holds several state dicts: {listed(choices)}. Expected one.")
+    return choices[0]
 
 
 def kind_of(path: Path) -> Kind:
@@ -167,18 +173,6 @@ def _read_arrays(path: Path) -> tuple[Tensors, tuple[str, ...]]:
     return tensors, tuple(skipped)
 
 
-def _read_own(path: Path) -> StateDicts:
-    """Read a checkpoint of regraft, with all that it is based on."""
-    from regraft.checkpoint.delta import MissingBaseError, merge_advice, resolve  # whose bases may be files of others
-
-    try:
-        whole = resolve(path).expanded()
-    except MissingBaseError as error:
-        raise CheckpointError(f"{error.problem} {merge_advice(path)}") from error
-    tensors, extra = split_extra(whole)
-    return StateDicts(path, (StateDict((), tensors, is_ordered=False, extra=extra),))
-
-
 def _read_shards(path: Path) -> StateDicts:
     """Read the files that an index of Hugging Face names; they lie beside it.
 
@@ -186,9 +180,7 @@ def _read_shards(path: Path) -> StateDicts:
         CheckpointError: The index is no such index, names anything but files beside it, or they do not hold what it
             says.
     """
-    weight_map, is_own = _weight_map(path)
-    if is_own:
-        return _read_own(path)
+    weight_map, _ = read_index(path)
     tensors: Tensors = {}
     for shard in dict.fromkeys(weight_map.values()):
         file = path.parent / shard
@@ -198,7 +190,7 @@ def _read_shards(path: Path) -> StateDicts:
             raise CheckpointError(f"'{path}' names the part '{shard}', which is not beside it. Get the whole set.")
         if kind_of(file) == "index":
             raise CheckpointError(f"'{path}' names '{shard}', which is an index as well. Expected files with tensors.")
-        held, _ = read_tensors(file)
+        held = only_state_dict(read_foreign(file)).tensors
         absent = [name for name, where in weight_map.items() if where == shard and name not in held]
         if absent:
             raise CheckpointError(f"'{path}' says that '{shard}' holds '{absent[0]}', which it lacks. Get it again.")
@@ -210,7 +202,7 @@ def _read_shards(path: Path) -> StateDicts:
     )
 
 
-def _weight_map(path: Path) -> tuple[dict[str, str], bool]:
+def read_index(path: Path) -> tuple[dict[str, str], bool]:
     """Return which file holds which tensor, and whether regraft wrote the index."""
     expected = 'Expected {"weight_map": {NAME: FILE}} with files beside it.'
     if path.stat().st_size > INDEX_LIMIT_BYTES:

@@ -120,7 +120,7 @@ class LoadReport:
         return "\n".join([self.headline(), *self._lines()])
 
     def _lines(self) -> Iterator[str]:
-        from regraft.anatomy.render import aligned, shape_text
+        from regraft.anatomy.summary_table import aligned, shape_text
 
         yield f"share of the parameters: {self.share:.1%}"
         for change in self.adapted:

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from regraft.arguments import check_arguments
+from regraft.checkpoint.any_file import read_state_dicts
 from regraft.checkpoint.foreign.quantized import dequantized
-from regraft.checkpoint.foreign.reading import read_state_dicts, unwrapping
+from regraft.checkpoint.foreign.reading import unwrapping
 from regraft.checkpoint.foreign.state_dicts import EXTRA_STATE, StateDict, StateDicts, Tensors, listed
 from regraft.checkpoint.matching.adapting import Adaptable, Fitter, shape
 from regraft.checkpoint.matching.alignment import COUNTER

@@ -1,0 +1,1 @@
+"""A network's forward as a graph, traced and computed on shapes."""

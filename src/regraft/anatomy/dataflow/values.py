@@ -1,0 +1,91 @@
+"""Compute every value of a graph on shapes alone, and tell values of two graphs of one network apart."""
+
+import hashlib
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.fx.node import map_arg
+from torch.utils.flop_counter import FlopCounterMode
+
+from regraft.anatomy.dataflow.graph import Flow, is_size
+from regraft.anatomy.inputs import Arguments
+from regraft.anatomy.modes import preserved_randomness, silenced
+from regraft.anatomy.shape_copies import GHOSTS
+from regraft.anatomy.tracing import FAKES, unfused_attention
+
+Values = dict[fx.Node, Any]
+Sizes = dict[str, tuple[Any, Any]]
+
+BATCHES = (2, 3)  # numbers of images that tell what follows the batch from what does not
+
+
+def compute_values(model: nn.Module, flow: Flow, count: int) -> Values:
+    """Compute every value of a graph on shapes alone, for a batch of `count` images shaped as those it was made for."""
+    return _run(model, flow, count, counts=False)[0]
+
+
+def compute_costs(model: nn.Module, flow: Flow) -> tuple[list[Values], dict[fx.Node, int]]:
+    """Compute every value for either of `BATCHES`, and the multiply-adds that each takes for one image."""
+    few, many = (_run(model, flow, count, counts=True) for count in BATCHES)
+    costs = {node: (2 * few[1][node] - many[1][node]) // 2 for node in few[1]}  # what does not grow with the batch too
+    return [few[0], many[0]], costs
+
+
+def _run(model: nn.Module, flow: Flow, count: int, *, counts: bool) -> tuple[Values, dict[fx.Node, int]]:
+    """Return every value of a graph, and the floating-point operations that each takes; 0 where nobody counts them."""
+    problem: Exception | None = None
+    unfused = unfused_attention if counts else nullcontext
+    for ghosts in GHOSTS:
+        try:
+            with preserved_randomness(), silenced(FAKES), unfused(), ghosts(model) as twin, torch.no_grad():
+                for name, tensor in flow.constants.items():
+                    setattr(twin, name, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype))
+                runner = Interpreter(twin, flow.graph)
+                with runner.counter if counts else nullcontext():
+                    runner.run(*Arguments(flow.inputs).of_batch(count).args)
+                return runner.env, runner.operations
+        except Exception as error:
+            problem = error
+    assert problem is not None
+    raise problem
+
+
+def sizes_of(graph: fx.Graph, values: list[Values]) -> Sizes:
+    """Return, for each size that a graph reads, what it is for either of `BATCHES`."""
+    return {value_key(node): (values[0][node], values[1][node]) for node in graph.nodes if is_size(node)}
+
+
+def value_key(node: fx.Node) -> str:
+    """Say what a value is, in words that are the same in the graphs of both modes."""
+    if "regraft_key" not in node.meta:
+        given = map_arg((node.args, node.kwargs), lambda source: value_key(source))
+        node.meta["regraft_key"] = hashlib.sha256(repr((node.op, str(node.target), given)).encode()).hexdigest()
+    return node.meta["regraft_key"]
+
+
+class Interpreter(fx.Interpreter):
+    """Gives layers lists that they may change, as their forwards do, and counts the operations of each node."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(module, garbage_collect_values=False, graph=graph)
+        self.counter = FlopCounterMode(display=False)
+        self.operations: dict[fx.Node, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:  # noqa: D102
+        before = self.counter.get_total_flops()
+        result = super().run_node(n)
+        self.operations[n] = self.counter.get_total_flops() - before
+        return result
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:  # noqa: D102
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return tuple(_mutable(value) for value in args), {name: _mutable(value) for name, value in kwargs.items()}
+
+
+def _mutable(value: Any) -> Any:
+    if isinstance(value, immutable_list):
+        return [_mutable(item) for item in value]
+    return {key: _mutable(item) for key, item in value.items()} if isinstance(value, immutable_dict) else value

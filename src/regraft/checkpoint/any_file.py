@@ -1,0 +1,59 @@
+"""Read the weights of any file: a checkpoint of regraft with all that it is based on, or what others wrote."""
+
+from pathlib import Path
+
+from regraft.checkpoint.delta import MissingBaseError, merge_advice, resolve
+from regraft.checkpoint.file.format import read_header
+from regraft.checkpoint.foreign.reading import (
+    kind_of,
+    only_state_dict,
+    read_foreign,
+    read_index,
+    unwrapping,
+    weights_file,
+)
+from regraft.checkpoint.foreign.state_dicts import StateDict, StateDicts, Tensors, split_extra
+from regraft.errors import CheckpointError
+
+
+def read_tensors(path: Path) -> tuple[Tensors, list[str]]:
+    """Read the tensors of a file under their names, on the CPU, and notes about what was unwrapped.
+
+    Raises:
+        CheckpointError: The file does not exist, cannot be read without running code, or holds several networks.
+    """
+    contents = read_state_dicts(path)
+    entry = only_state_dict(contents)
+    return entry.tensors, [*contents.notes, *unwrapping(entry)]
+
+
+def read_state_dicts(path: Path, *, tensors_only: bool = False) -> StateDicts:
+    """Read every state dict that a file holds, on the CPU.
+
+    Args:
+        path: A file, or a folder with the weights of a Hugging Face model.
+        tensors_only: Take the tensors out of a file that holds more, as a whole pickled module, without running any of
+            it: see `foreign.restricted_unpickler`.
+
+    Raises:
+        CheckpointError: The file does not exist, is damaged, or cannot be read without running code.
+    """
+    path = weights_file(path)
+    return _read_own(path) if _is_own(path) else read_foreign(path, tensors_only=tensors_only)
+
+
+def _is_own(path: Path) -> bool:
+    kind = kind_of(path)
+    if kind == "index":
+        return read_index(path)[1]
+    return kind == "safetensors" and read_header(path) is not None
+
+
+def _read_own(path: Path) -> StateDicts:
+    """Read a checkpoint of regraft, with all that it is based on."""
+    try:
+        whole = resolve(path).expanded()
+    except MissingBaseError as error:
+        raise CheckpointError(f"{error.problem} {merge_advice(path)}") from error
+    tensors, extra = split_extra(whole)
+    return StateDicts(path, (StateDict((), tensors, is_ordered=False, extra=extra),))

@@ -1,0 +1,151 @@
+"""Turn a file of others into safetensors: as it is without wrappers, or as a checkpoint of a network with a name."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from regraft.anatomy.modes import in_mode, preserved_randomness
+from regraft.arguments import check_arguments
+from regraft.card import attach, card_of
+from regraft.checkpoint.any_file import read_state_dicts
+from regraft.checkpoint.file.shards import write_tensors
+from regraft.checkpoint.foreign.reading import unwrapping
+from regraft.checkpoint.foreign.state_dicts import StateDicts, Tensors, listed
+from regraft.checkpoint.matching.adapting import shape
+from regraft.checkpoint.matching.load_plan import LoadPlan, carry_out
+from regraft.checkpoint.matching.load_report import LoadReport, Match, Sureness, some
+from regraft.checkpoint.matching.loading import Rules, plan_loading, renamed
+from regraft.checkpoint.matching.naming import without_wrappers
+from regraft.checkpoint.write import save
+from regraft.errors import CheckpointError
+from regraft.surgery.head import replace_head
+from regraft.zoo import build
+
+
+def convert(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    rename: Mapping[str, str] | None = None,
+    match: Literal["names", "shapes"] = "names",
+    entry: str | None = None,
+    accept: Sureness = "certain",
+    tensors_only: bool = False,
+    trust_code: bool = False,
+    dry_run: bool = False,
+) -> LoadReport:
+    """Write the weights in a file as safetensors, without running anything in it.
+
+    Without a model, the tensors keep their dtypes, and their names but for what wrappers put on them. With one, they
+    get the model's names and dtypes, and the file becomes a checkpoint that `load` rebuilds: every tensor of the model
+    must then be in the file; a head for another number of classes is built as the file has it.
+
+    Args:
+        path: Whatever `load_weights` reads.
+        out: The file to write, which ends in `.safetensors`.
+        model: Name of a network, as `create_model` takes it.
+        rename: As for `load_weights`.
+        match: As for `load_weights`; with a model alone.
+        entry: As for `load_weights`.
+        accept: As for `load_weights`; with a model alone.
+        tensors_only: Take the tensors out of a file that holds more than tensors, as a whole pickled module: classes
+            are read as inert data, nothing of them is imported or run.
+        trust_code: Whether a class of your own (`py:…`) may be imported to build the model.
+        dry_run: Whether to only say what would be written.
+
+    Raises:
+        CheckpointError: The file cannot be read, holds several networks, or does not fill the model.
+        RunError: The file cannot be written; a previous one is as it was.
+    """
+    check_arguments(convert, locals())
+    source, target = Path(path), Path(out)
+    if target.suffix != ".safetensors":
+        raise CheckpointError(
+            f"'{target}' does not end in .safetensors, the format that is written. Nothing was written."
+        )
+    if target.exists() and source.exists() and target.samefile(source):
+        raise CheckpointError(f"'{target}' is the file that is read. Choose another name. Nothing was written.")
+    contents = read_state_dicts(source, tensors_only=tensors_only)
+    if model is None:
+        tensors, report = _plain(contents, rename or {}, entry)
+        if not dry_run:
+            write_tensors(
+                target,
+                {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()},
+                {"format": "pt"},
+            )
+        return replace(report, dry_run=dry_run)
+    rules = Rules(rename or {}, match, entry, accept, adapt=(), may_adapt=False)
+    return _into_network(model, contents, rules, target, trust_code=trust_code, dry_run=dry_run)
+
+
+def _into_network(
+    name: str, contents: StateDicts, rules: Rules, target: Path, *, trust_code: bool, dry_run: bool
+) -> LoadReport:
+    with preserved_randomness():
+        network, plan = _with_its_head(build(name, trust_code=trust_code), contents, rules)
+    if dry_run:
+        return replace(plan.report, dry_run=True)
+    _require_whole(plan.report, name)
+    carry_out(plan, network, min_share=0.0)
+    recipe = card_of(network).recipe
+    if recipe is not None:
+        weights = recipe.source.model_copy(update={"weights": contents.path.name})
+        attach(network, recipe=recipe.model_copy(update={"source": weights}))
+    save(in_mode(network, False), target)
+    return plan.report
+
+
+def _plain(contents: StateDicts, rename: Mapping[str, str], entry: str | None) -> tuple[Tensors, LoadReport]:
+    """Take wrappers off the names of the one state dict in a file."""
+    choices = contents.choices(entry)
+    if len(choices) > 1:
+        raise CheckpointError(
+            f"'{contents.path}' holds several state dicts: {listed(choices)}. Choose one with entry=KEY (--entry KEY). "
+            "Nothing was written."
+        )
+    tensors = renamed(choices[0].tensors, rename, contents.path)
+    names, notes = without_wrappers(tensors)
+    originals = dict(zip(tensors, choices[0].tensors, strict=True))
+    others = [other.key for other in contents.entries if other.key and other is not choices[0]]
+    report = LoadReport(
+        path=str(contents.path),
+        loaded=tuple(names.values()),
+        missing=(),
+        unexpected=(),
+        mismatched=(),
+        notes=(*contents.notes, *unwrapping(choices[0]), *notes),
+        matches=tuple(
+            Match(now, originals[name], "certain", "same name without what a wrapper added", shape(tensors[name]))
+            for name, now in names.items()
+        ),
+        left_out=tuple(dict.fromkeys((*contents.left_out, *others))),
+    )
+    return {names[name]: tensor for name, tensor in tensors.items()}, report
+
+
+def _with_its_head(network: nn.Module, contents: StateDicts, rules: Rules) -> tuple[nn.Module, LoadPlan]:
+    """Plan the loading; where only the number of classes differs, into a network with that many."""
+    plan = plan_loading(network, contents, rules)
+    widths = {theirs[0] for _, theirs, _ in plan.report.mismatched if theirs}
+    is_head = all(theirs[1:] == ours[1:] for _, theirs, ours in plan.report.mismatched)
+    if len(widths) != 1 or not is_head or plan.report.missing:
+        return network, plan
+    edited = replace_head(network, widths.pop())
+    again = plan_loading(edited, contents, rules)
+    return (edited, again) if not again.report.mismatched else (network, plan)
+
+
+def _require_whole(report: LoadReport, model: str) -> None:
+    lacking = [*report.missing, *(name for name, _, _ in report.mismatched)]
+    if lacking or not report.loaded:
+        advice = "".join(f"{text}. " for text in (report.cause, report.suggestion) if text)
+        raise CheckpointError(
+            f"'{report.path}' does not fill {model}: nothing fits {some(map(repr, lacking))} ({len(lacking)} tensors), "
+            f"and a checkpoint needs all. {advice}Nothing was written."
+        )

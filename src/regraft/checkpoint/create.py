@@ -1,0 +1,223 @@
+"""Names, recipes and weights → modules."""
+
+import contextlib
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from regraft.anatomy.heads import find_heads
+from regraft.anatomy.modes import preserved_randomness, unmoved_on_failure
+from regraft.anatomy.paths import is_within
+from regraft.arguments import check_arguments
+from regraft.card import Recipe, Source, attach, card_of
+from regraft.checkpoint.any_file import read_state_dicts
+from regraft.checkpoint.matching.load_plan import UnfitError, carry_out
+from regraft.checkpoint.matching.load_report import LoadReport
+from regraft.checkpoint.matching.loading import Rules, plan_loading
+from regraft.errors import CheckpointError, ConfigError, EditError, ModelError, RegraftError, nearest
+from regraft.surgery.grafting import rebuild_grafted
+from regraft.surgery.head import replace_head
+from regraft.surgery.layer_text.build import construct
+from regraft.surgery.layer_text.parse import shortened
+from regraft.surgery.recipe import apply_step
+from regraft.surgery.stitching import rebuild_stitched
+from regraft.zoo import PYTHON, build, weights_name
+
+MOST_STEPS = 64  # in a recipe; each costs a run on shapes
+MOST_PARTS = 32
+OTHER_WORDS = {  # of torchvision, timm, Keras and transformers
+    "pretrained_cfg": 'Write weights="default", or the name of registered weights.',
+    "checkpoint_path": "Write weights=PATH.",
+    "in_chans": "Change the finished network: regraft.replace_stem(model, channels).",
+    "include_top": "Change the finished network: regraft.truncate(model, drop=1).",
+    "features_only": "Change the finished network: regraft.truncate(model, after=LAYER).",
+    "drop_rate": "Build the network with timm, and pass the module on.",
+    **dict.fromkeys(("classes", "n_classes", "num_labels", "nb_classes", "out_features"), "Write num_classes=K."),
+}
+# What constructors set parameters with: the methods of a tensor, and the functions of torch.nn.init.
+# fmt: off
+FILLS = frozenset((
+    "normal_", "uniform_", "fill_", "zero_", "copy_", "erfinv_", "mul_", "div_", "add_", "sub_", "clamp_", "constant_",
+    "ones_", "zeros_", "eye_", "dirac_", "trunc_normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_",
+    "kaiming_normal_", "orthogonal_", "sparse_",
+))
+# fmt: on
+
+
+@unmoved_on_failure()
+def create_model(
+    name: str,
+    *,
+    weights: str | Path | Enum | None = "default",
+    num_classes: int | None = None,
+    trust_code: bool = False,
+    **others: Any,
+) -> nn.Module:
+    """Create a network by name, with pretrained weights and, where wanted, a new head.
+
+    Args:
+        name: `"resnet18"` (torchvision), `"timm/NAME"`, `"py:path/file.py:Class"` or `"py:package.module:Class"`.
+        weights: `"default"` (what its library recommends, downloaded where needed), `"none"`, the name of registered
+            weights such as `"IMAGENET1K_V2"` or torchvision's `ResNet18_Weights.IMAGENET1K_V1`, or a file. None is
+            `"none"`. A file must fit in everything but the head.
+        num_classes: Number of outputs K of a new head, which starts from fresh weights; None keeps the head.
+        trust_code: Whether a class of your own (`py:…`) may be imported.
+        **others: None; what torchvision, timm and Keras call otherwise is refused with what to write here.
+
+    Raises:
+        ConfigError: An argument is unknown.
+        ModelError: The name is unknown, the class cannot be built, or weights cannot be downloaded.
+        CheckpointError: The file cannot be read, or belongs to another architecture.
+        TrustError: The name is `py:…` and `trust_code` is false.
+    """
+    _refuse_other_words(others)
+    check_arguments(create_model, locals())
+    weights = weights_name(name, weights)
+    path = Path(weights)
+    from_file = str(weights) not in ("default", "none") and (isinstance(weights, Path) or _looks_like_file(path))
+    model = build(name, weights="none" if from_file else str(weights), trust_code=trust_code)
+    if from_file:
+        _load_backbone(model, path, name)
+    if num_classes is not None:
+        model = replace_head(model, num_classes)
+    return model
+
+
+def _refuse_other_words(others: Mapping[str, Any]) -> None:
+    """Say what to write here in the place of other libraries' arguments of the same function.
+
+    Raises:
+        ConfigError: There is one of them.
+    """
+    for word, value in others.items():
+        advice = nearest(word, ("weights", "num_classes", "trust_code")) or "It takes weights, num_classes, trust_code."
+        if word == "pretrained":
+            advice = f'Write weights="{"default" if value else "none"}".'
+        raise ConfigError(f"create_model has no argument '{word}'. {OTHER_WORDS.get(word, advice)}")
+
+
+def rebuild(recipe: Recipe, *, trust_code: bool = False, unset: bool = False) -> nn.Module:
+    """Build the architecture that a recipe describes, with fresh weights; the random state stays as it is.
+
+    Args:
+        recipe: A source and edits.
+        trust_code: Whether code of the user's own may be imported.
+        unset: Whether parameters may hold anything, as the caller sets all of them or reads none. That saves most of
+            the time. Buffers are as their constructors made them in any case, as some are in no file.
+
+    Raises:
+        ModelError: The source is unknown here.
+        TrustError: The source is code of the user's own and `trust_code` is false.
+        EditError: A step does not fit.
+    """
+    if not trust_code:
+        _require_sane(recipe)
+    is_plain = not recipe.source.layers and not recipe.source.parts and not recipe.source.name.startswith(PYTHON)
+    is_blind = is_plain and all(step.operation == "replace_head" for step in recipe.steps)  # others look at weights
+    with preserved_randomness():
+        with _Unset() if unset and is_blind else contextlib.nullcontext():
+            model = _from_source(recipe.source, trust_code)
+        for step in recipe.steps:
+            model = apply_step(model, step, trust_code=trust_code)
+    return attach(model, recipe=recipe)
+
+
+def _from_source(source: Source, trust_code: bool) -> nn.Module:
+    if source.layers:
+        return construct(source.layers, trust_code=trust_code)
+    if not source.parts:
+        return build(source.name, trust_code=trust_code)
+    join = {"stitch": rebuild_stitched, "graft": rebuild_grafted}.get(source.name)
+    if join is None:
+        raise ModelError(f"a recipe puts networks together by '{source.name}', expected stitch or graft.")
+    parts = tuple(rebuild(part, trust_code=trust_code) for part in source.parts)
+    try:
+        return join(parts, source.arguments, trust_code=trust_code)
+    except RegraftError:
+        raise
+    except Exception as error:  # a recipe is data from anywhere
+        raise ModelError(
+            f"a recipe cannot put its {len(parts)} networks together by {source.name}: {type(error).__name__}: "
+            f"{str(error)[:200]}. Get or make the file again."
+        ) from error
+
+
+def _require_sane(recipe: Recipe) -> None:
+    """Refuse a recipe that would keep a machine busy for hours.
+
+    Raises:
+        EditError: It has more steps or parts than any network was made of, or a regular expression, which has no
+            limit.
+    """
+    recipes, steps, waiting = 0, 0, [recipe]
+    while waiting:
+        one = waiting.pop()
+        recipes, steps = recipes + 1, steps + len(one.steps)
+        waiting += one.source.parts
+        slow = next((step for step in one.steps if str(step.arguments.get("path")).startswith("re:")), None)
+        if slow is not None:
+            raise EditError(
+                f"a recipe names layers by a regular expression ('{shortened(str(slow))}'), which it may not. "
+                "Name them one by one."
+            )
+        if recipes > MOST_PARTS or steps > MOST_STEPS:
+            raise EditError(
+                f"a recipe has more than {MOST_STEPS} steps or {MOST_PARTS} parts, which are not carried out. "
+                "Keep the weights alone, and use load_weights with a model of your own."
+            )
+
+
+class _Unset(TorchFunctionMode):
+    """Leaves parameters unset while a network of torchvision or timm is built.
+
+    Drawing weights takes most of the time of that, and memory that nobody writes to is not even taken from the system.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        target = args[0] if args else kwargs.get("tensor")
+        if isinstance(target, nn.Parameter) and getattr(func, "__name__", "") in FILLS:
+            return target
+        return func(*args, **kwargs)
+
+
+def _looks_like_file(path: Path) -> bool:
+    return path.exists() or path.suffix != "" or len(path.parts) > 1
+
+
+def _load_backbone(model: nn.Module, path: Path, name: str) -> LoadReport:
+    """Load a file into a freshly built model; only the head may be missing or of another width."""
+    try:
+        plan = plan_loading(model, read_state_dicts(path), Rules(adapt=(), may_adapt=False))
+        carry_out(plan, model, min_share=0.0)
+    except UnfitError as error:
+        raise CheckpointError(
+            f"{error.problem} Look with `regraft convert {path.name} OUT.safetensors --model {name} --dry-run`, which "
+            "has options to choose and to rename, and give its result."
+        ) from error
+    report = plan.report
+    heads = find_heads(model)
+    absent = [*report.missing, *(name for name, _, _ in report.mismatched)]
+    absent = [key for key in absent if not any(is_within(key, head) for head in heads)]
+    children = {child for child, _ in model.named_children()}
+    surplus = [key for key in report.unexpected if key.partition(".")[0] in children]
+    if absent or surplus:
+        problem = f"it lacks {_some(absent)}" if absent else f"it has {_some(surplus)}, which the model lacks"
+        raise CheckpointError(
+            f"'{path}' holds weights of another architecture than {name}: {problem}. "
+            "Give the name of the network that the file was trained with."
+        )
+    recipe = card_of(model).recipe
+    assert recipe is not None
+    source = recipe.source.model_copy(update={"weights": path.name})
+    attach(model, recipe=recipe.model_copy(update={"source": source}))
+    return report
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(map(repr, names[:3]))
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

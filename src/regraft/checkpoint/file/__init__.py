@@ -1,0 +1,1 @@
+"""The checkpoint file: format, layout, digests, shards, atomic writing."""

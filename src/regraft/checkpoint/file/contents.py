@@ -1,0 +1,157 @@
+"""Read the tensors of a checkpoint into memory of their own, and verify each on the way."""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from regraft.checkpoint.file.digest import balanced, bytes_of, side_by_side, started_digest
+from regraft.checkpoint.file.format import Header, digest_of, is_index, locate
+from regraft.checkpoint.file.layout import Entry, read_layout
+from regraft.checkpoint.file.shards import read_weight_map
+from regraft.errors import CheckpointError
+
+CHUNK_BYTES = 1 << 20  # fits into a core's cache: what was just read is hashed from there
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The tensors of a checkpoint, each once.
+
+    Attributes:
+        tensors: By their names, in memory that belongs to nobody else.
+        digests: Of each of them, worked out from what is in memory.
+        shared: Names of tensors that are the same as another, and that other's name.
+    """
+
+    tensors: Tensors
+    digests: dict[str, str]
+    shared: Mapping[str, str] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """Return one SHA-256 over the names and digests of all tensors."""
+        return digest_of(self.digests)
+
+    def expanded(self) -> Tensors:
+        """Return the tensors under all their names."""
+        return {**self.tensors, **{alias: self.tensors[name] for alias, name in self.shared.items()}}
+
+    def all_digests(self) -> dict[str, str]:
+        """Return the digests under all names."""
+        return {**self.digests, **{alias: self.digests[name] for alias, name in self.shared.items()}}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A tensor in a file, and the memory that it is read into."""
+
+    name: str
+    file: Path
+    entry: Entry
+    target: torch.Tensor
+
+
+def read_contents(path: Path, header: Header | None) -> Contents:
+    """Read what one checkpoint itself holds, from one file or several; of a delta, the tensors that differ.
+
+    Each tensor is read straight into its own memory and hashed on the way, in several threads.
+
+    Args:
+        path: The file, or the index.
+        header: What `read_header` says of it.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or a tensor is not what was saved.
+    """
+    path = locate(path)
+    entries = find_entries(path)
+    expected = header.digests if header else {}
+    shared = header.shared if header else {}
+    for alias, name in shared.items():
+        if alias in entries or (name not in entries and header and header.base is None):
+            raise CheckpointError(f"'{path}' is damaged: it says that '{alias}' is '{name}'. Get or make it again.")
+    absent = next((name for name in expected if name not in entries), None)
+    surplus = next((name for name in entries if header and name not in expected), None)
+    if absent is not None or surplus is not None:
+        problem = f"it lacks '{absent}'" if absent is not None else f"it has no digest of '{surplus}'"
+        raise CheckpointError(f"'{path}' is damaged: {problem}. Get or make it again.")
+    try:
+        pieces = [
+            _Piece(name, file, entry, torch.empty(entry.shape, dtype=entry.dtype))
+            for name, (file, entry) in entries.items()
+        ]
+    except (RuntimeError, OverflowError) as error:  # a file that is mostly a hole may declare anything
+        size = sum(entry.size for _, entry in entries.values())
+        raise CheckpointError(
+            f"'{path}' declares {size:,} bytes of tensors, for which there is no memory. Check where it comes from."
+        ) from error
+    digests = _read_all(path, pieces)
+    for name, digest in expected.items():
+        if digests[name] != digest:
+            raise CheckpointError(f"'{path}' is damaged: '{name}' is not what was saved. Get or make it again.")
+    tensors = {piece.name: piece.target for piece in pieces}
+    return Contents(tensors, {name: digests[name] for name in tensors}, shared)
+
+
+def find_entries(path: Path) -> dict[str, tuple[Path, Entry]]:
+    """Say in which file, and where in it, each tensor of a checkpoint lies; no byte of a tensor is read.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or an index does not fit its files.
+    """
+    if not is_index(path):
+        return {name: (path, entry) for name, entry in read_layout(path).entries.items()}
+    weight_map, layouts = _read_layouts(path)
+    stored = {name: file for file, entries in layouts.items() for name in entries}
+    for name in [*weight_map, *stored]:
+        if stored.get(name) != weight_map.get(name) or sum(name in entries for entries in layouts.values()) != 1:
+            raise CheckpointError(f"'{path}' is damaged: '{name}' is not where it says. Get or make it again.")
+    return {name: (file, layouts[file][name]) for name, file in weight_map.items()}
+
+
+def _read_layouts(index: Path) -> tuple[dict[str, Path], dict[Path, dict[str, Entry]]]:
+    """Read which file holds each tensor, and what each file holds."""
+    weight_map = read_weight_map(index)
+    while True:
+        try:
+            return weight_map, {file: read_layout(file).entries for file in dict.fromkeys(weight_map.values())}
+        except CheckpointError:
+            before, weight_map = weight_map, read_weight_map(index)
+            if weight_map == before:
+                raise  # otherwise somebody has just saved another checkpoint in its place
+
+
+def _read_all(path: Path, pieces: Sequence[_Piece]) -> dict[str, str]:
+    """Fill the memory of all pieces, and return their digests."""
+    with ExitStack() as stack:
+        try:
+            files = {
+                file: stack.enter_context(file.open("rb", buffering=0))
+                for file in dict.fromkeys(piece.file for piece in pieces)
+            }
+            numbers = {file: opened.fileno() for file, opened in files.items()}
+            groups = balanced(pieces, lambda piece: piece.entry.size)
+            found = side_by_side(lambda group: [(one.name, _read(one, numbers[one.file])) for one in group], groups)
+        except OSError as error:
+            raise CheckpointError(f"'{path}' cannot be read: {error}. Try again, or get it again.") from error
+    return dict(entry for group in found for entry in group)
+
+
+def _read(piece: _Piece, number: int) -> str:
+    # No mapped file: whoever cuts it off while it is read would kill the process, and every byte is copied anyhow.
+    digest = started_digest(piece.entry.dtype, piece.entry.shape)
+    memory = bytes_of(piece.target)
+    done = 0
+    while done < len(memory):
+        chunk = memory[done : done + CHUNK_BYTES]
+        count = os.preadv(number, [chunk], piece.entry.start + done)
+        if count == 0:
+            raise CheckpointError(f"'{piece.file}' is damaged: it was cut off while it was read. Get it again.")
+        digest.update(chunk[:count])
+        done += count
+    return digest.hexdigest()

@@ -1,0 +1,184 @@
+"""A checkpoint in several files: an index that names, for each tensor, the file beside it that holds it."""
+
+import contextlib
+import errno
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from regraft.checkpoint.file.atomic import whole_or_nothing
+from regraft.checkpoint.file.format import (
+    INDEX_SUFFIX,
+    KEY,
+    SUFFIX,
+    Header,
+    index_of,
+    is_plain_name,
+    read_header,
+    read_index,
+)
+from regraft.checkpoint.file.layout import read_start
+from regraft.checkpoint.storable import require_storable
+from regraft.errors import CheckpointError, RunError
+
+SHARD_OF = "regraft-shard-of"  # in the metadata of a shard: the name of its index
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def read_weight_map(index: Path) -> dict[str, Path]:
+    """Say which file holds each tensor, by its name.
+
+    Raises:
+        CheckpointError: The index is malformed, or names anything but files beside it.
+    """
+    names = read_index(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"'{index}' is no index of a checkpoint: it has no weight_map. Get or make it again.")
+    files = {name: _shard(index, name) for name in set(names.values())}
+    return {tensor: files[name] for tensor, name in names.items()}
+
+
+def _shard(index: Path, name: str) -> Path:
+    """Return the file that an index calls `name`, which can only lie beside the index, links included."""
+    file = index.parent / name
+    if not is_plain_name(name) or not name.endswith(SUFFIX) or not lies_beside(index, file):
+        raise CheckpointError(
+            f"'{index}' names the file '{name[:200]}', expected the plain name of a {SUFFIX} file beside it. "
+            "Nothing was read. Get the checkpoint from where it was made."
+        )
+    return file
+
+
+def lies_beside(index: Path, file: Path) -> bool:
+    """Say whether a file lies in the folder of an index, links followed; some caches link both into one folder."""
+    return file.resolve().parent in (index.parent.resolve(), index.resolve().parent)
+
+
+def shard_of(path: Path) -> str | None:
+    """Return the name of the index that a file says it belongs to; None for any other file."""
+    metadata = read_start(path)[0].get("__metadata__")
+    name = metadata.get(SHARD_OF) if isinstance(metadata, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def write_checkpoint(target: Path, tensors: Tensors, header: Header, shard_bytes: int) -> Path:
+    """Write tensors and header as one file, or as several with an index where one would be longer than `shard_bytes`.
+
+    A reader finds what was there before or all that is new: the file, or the index, is renamed into place last.
+
+    Returns:
+        The file, or the index.
+
+    Raises:
+        CheckpointError: The header is too long.
+        RunError: Something cannot be written; nothing of it is left, and what was there before is as it was.
+    """
+    document = header.document()
+    name = target.name.removesuffix(INDEX_SUFFIX)
+    index = index_of(target)
+    stale, is_ours = _shards_beside(index), _is_ours(index)
+    if sum(tensor.nbytes for tensor in tensors.values()) <= shard_bytes:
+        target = target if name == target.name else target.with_name(name + SUFFIX)
+        write_tensors(target, tensors, {KEY: document})
+        _remove([*stale, *([index] if is_ours else [])])
+        return target
+    groups = list(_split(tensors, shard_bytes))
+    files = _free_names(index, len(groups), header.digest())
+    weight_map = {tensor: file.name for file, group in zip(files, groups, strict=True) for tensor in group}
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    content = {"metadata": {"total_size": size, KEY: document}, "weight_map": weight_map}
+    try:
+        for file, group in zip(files, groups, strict=True):
+            write_tensors(file, group, {"format": "pt", SHARD_OF: index.name})
+        write_whole(index, lambda temporary: temporary.write_text(json.dumps(content, indent=1), encoding="utf-8"))
+    except BaseException:
+        _remove(files)
+        raise
+    _remove([*stale, *([target] if target != index else [])])
+    return index
+
+
+def write_tensors(target: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    """Write one safetensors file; a reader finds what was there before or the whole of it.
+
+    Raises:
+        CheckpointError: A tensor has a dtype that safetensors cannot hold. Nothing was written.
+        RunError: It cannot be written.
+    """
+    import safetensors.torch
+
+    require_storable(tensors)
+    write_whole(target, lambda temporary: safetensors.torch.save_file(dict(tensors), temporary, metadata))
+
+
+def write_whole(target: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under another name, flush it to the disk, and rename it.
+
+    Raises:
+        RunError: It cannot be written; nothing of it is left, and a previous file is as it was.
+    """
+    try:
+        with whole_or_nothing(target) as temporary:
+            write(temporary)
+    except Exception as error:
+        raise RunError(f"cannot write '{target}': {error}. Nothing of it was kept{_advice(error)}.") from error
+
+
+def _advice(error: Exception) -> str:
+    if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error).lower():
+        return "; free some space and retry"
+    return "; check that its folder exists and can be written to, and that the disk has space, then retry"
+
+
+def _split(tensors: Tensors, shard_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Fill one shard after the other; a tensor that is larger than a shard has one for itself."""
+    group: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if group and size + tensor.nbytes > shard_bytes:
+            yield group
+            group, size = {}, 0
+        group[name] = tensor
+        size += tensor.nbytes
+    yield group
+
+
+def _free_names(index: Path, count: int, digest: str) -> list[Path]:
+    """Return names of shards that nobody has, so that a previous checkpoint stays whole until the index is replaced."""
+    stem = index.name.removesuffix(INDEX_SUFFIX)
+    for attempt in itertools.count():
+        infix = "" if attempt == 0 else f"-{digest[:8]}" if attempt == 1 else f"-{digest[:8]}-{attempt}"
+        names = [f"{stem}{infix}-{number:05d}-of-{count:05d}{SUFFIX}" for number in range(1, count + 1)]
+        files = [index.with_name(name) for name in names]
+        if not any(file.exists() or file.is_symlink() for file in files):
+            return files
+    raise AssertionError
+
+
+def _shards_beside(index: Path) -> list[Path]:
+    """List the shards that say that they belong to `index`, those of a save that was killed included."""
+    stem = re.escape(index.name.removesuffix(INDEX_SUFFIX))
+    pattern = re.compile(rf"{stem}(-[0-9a-f]{{8}}(-\d+)?)?-\d{{5}}-of-\d{{5}}{re.escape(SUFFIX)}")
+    found = []
+    for file in sorted(index.parent.glob(f"*{SUFFIX}")):
+        with contextlib.suppress(CheckpointError, OSError):
+            if pattern.fullmatch(file.name) and shard_of(file) == index.name:
+                found.append(file)
+    return found
+
+
+def _is_ours(index: Path) -> bool:
+    with contextlib.suppress(CheckpointError, OSError):
+        return read_header(index) is not None
+    return False
+
+
+def _remove(files: list[Path]) -> None:
+    for file in files:
+        with contextlib.suppress(OSError):  # what is left over is removed by the next save
+            file.unlink(missing_ok=True)

@@ -1,0 +1,93 @@
+"""What a cached value is called: a digest of everything that it depends on."""
+
+import functools
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regraft.checkpoint.file.digest import tensor_digest
+from regraft.frontier.replay import Recording
+from regraft.surgery.rewired import Rewired
+
+VERSION = 2  # of how values are computed and stored, notes included
+
+
+def features_key(prefix_digest: str, files: Sequence[Path], **circumstances: Any) -> str:
+    """Return the name of the values that a constant part gives for these files.
+
+    Args:
+        prefix_digest: `network_digest` of the constant part.
+        files: The photos, in order; their contents count, not their names.
+        **circumstances: JSON data that the values depend on as well, such as the preprocessing.
+    """
+    content = {
+        "version": VERSION,
+        "prefix": prefix_digest,
+        "files": file_digests(files),
+        "circumstances": circumstances,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def network_digest(network: nn.Module) -> str:
+    """Return a digest of a network's structure and of every value in it."""
+    found = hashlib.sha256(repr(network).encode())
+    kinds = {type(layer) for layer in network.modules() if not isinstance(layer, (Rewired, Recording))}
+    if isinstance(network, Recording):
+        kinds.add(network.kind)
+    for source in sorted(map(_source, kinds)):
+        found.update(source.encode())
+    if isinstance(network, Rewired):
+        for program in network.programs:
+            found.update(program.code.encode())
+    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+        found.update(f"{name} {tensor_digest(tensor.detach().cpu())}\n".encode())
+    return found.hexdigest()
+
+
+def checksum(network: nn.Module) -> int:
+    """Add up the bits of every value in a network: enough to notice a change by hand, and as fast as reading them."""
+    return sum_of_bits((*network.parameters(), *network.buffers()))
+
+
+def sum_of_bits(tensors: Iterable[torch.Tensor]) -> int:
+    """Add up the bits of every value in some tensors."""
+    sums = [_sum_of_bits(tensor.detach()) for tensor in tensors]
+    return int(torch.stack(sums).sum()) if sums else 0
+
+
+def _sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
+    words = torch.int32 if tensor.dtype.itemsize == 4 else torch.uint8
+    return tensor.reshape(-1).view(words).sum(dtype=torch.int64)
+
+
+def file_digests(files: Sequence[Path]) -> list[str]:
+    """Return a digest of the content of each file, in order; empty for a file that cannot be read."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(_file_digest, files))
+
+
+def _file_digest(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+    except OSError:
+        return ""
+
+
+@functools.lru_cache(maxsize=1000)
+def _source(kind: type[nn.Module]) -> str:
+    """Return the code of a class, as far as it can be found; that of torch's own is known by its version."""
+    if kind.__module__.startswith("torch."):
+        return str(torch.__version__)
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return kind.__qualname__

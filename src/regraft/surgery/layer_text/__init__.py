@@ -1,0 +1,1 @@
+"""Layers as text: parsing, reading back, and building them."""

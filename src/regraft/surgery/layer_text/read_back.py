@@ -1,0 +1,301 @@
+"""The constructor call that a layer was built with, read back from its attributes.
+
+Attributes may say something else than the constructor was given, so the caller has to prove what is read here by
+building it.
+"""
+
+import inspect
+import numbers
+import operator
+import sys
+from collections.abc import Callable, Mapping
+from keyword import iskeyword
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from regraft.errors import EditError
+from regraft.surgery.layer_text.parse import Call, shortened, written
+
+LIBRARIES = ("torchvision.ops", "timm.layers")  # beside torch.nn; their classes are written with these names before
+OWN = "py"  # the name of a call of a class of the user's own
+FILE_MODULE = "regraft_user_"  # what zoo.import_object calls the modules that it makes of files
+TAKE_ANYTHING = (nn.Module, nn.Identity)  # whose constructors take any arguments, and keep none
+
+_RECURRENT_DEFAULTS = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
+_HIDDEN_SIGNATURES: dict[type[nn.Module], dict[str, Any]] = {  # constructors that say `*args, **kwargs`
+    nn.RNN: {**_RECURRENT_DEFAULTS, "nonlinearity": "tanh"},
+    nn.LSTM: {**_RECURRENT_DEFAULTS, "proj_size": 0},
+    nn.GRU: _RECURRENT_DEFAULTS,
+}
+_ELSEWHERE: dict[str, tuple[str, ...]] = {  # attributes in which libraries keep an argument under another name
+    "affine": ("elementwise_affine",),
+    "channels": ("normalized_shape",),
+    "in_channel": ("in_channels",),
+    "normalization_shape": ("normalized_shape",),
+    "num_channels": ("num_features", "normalized_shape"),
+    "p": ("norm",),
+}
+_CONV_NORM = {
+    name: f"0.{name}" for name in ("in_channels", "out_channels", "kernel_size", "stride", "groups", "dilation")
+}
+_INSIDE: dict[str, dict[str, str]] = {  # arguments that one of the layers inside knows
+    "torchvision.ops.Conv2dNormActivation": _CONV_NORM,
+    "torchvision.ops.Conv3dNormActivation": _CONV_NORM,
+    "torchvision.ops.FrozenBatchNorm2d": {"num_features": "weight"},
+    "torchvision.ops.SqueezeExcitation": {"input_channels": "fc1.in_channels", "squeeze_channels": "fc1.out_channels"},
+    "timm.layers.LayerScale": {"dim": "gamma"},
+    "timm.layers.LayerScale2d": {"dim": "gamma"},
+    "timm.layers.Mlp": {
+        "in_features": "fc1.in_features",
+        "hidden_features": "fc1.out_features",
+        "out_features": "fc2.out_features",
+        "drop": "drop1.p",
+    },
+}
+
+
+def library_name(kind: type[nn.Module]) -> str | None:
+    """Return the name under which torch.nn, torchvision.ops or timm.layers exports a class; None for any other."""
+    if getattr(nn, kind.__name__, None) is kind:
+        return kind.__name__
+    for library in LIBRARIES:
+        module = sys.modules.get(library)  # a class of it exists only where it was imported
+        if module is not None and getattr(module, kind.__name__, None) is kind:
+            return f"{library}.{kind.__name__}"
+    return None
+
+
+def parameters_of(kind: type[nn.Module]) -> list[inspect.Parameter]:
+    """Return the parameters of a constructor, without those that say where a layer lives (device, dtype)."""
+    # By who defines the constructor, as some libraries wrap that of nn.Module while they run.
+    if next(base for base in kind.__mro__ if "__init__" in vars(base)) in TAKE_ANYTHING:
+        return []
+    if kind in _HIDDEN_SIGNATURES:
+        either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        required = [inspect.Parameter(name, either) for name in ("input_size", "hidden_size")]
+        optional = [inspect.Parameter(n, either, default=d) for n, d in _HIDDEN_SIGNATURES[kind].items()]
+        return [*required, *optional]
+    found = list(inspect.signature(kind.__init__).parameters.values())[1:]
+    return [
+        entry
+        for entry in found
+        if entry.default is entry.empty or not (entry.name in ("device", "dtype") or entry.name.startswith("_"))
+    ]
+
+
+def read_call(layer: nn.Module, path: str = "") -> Call:
+    """Read the call that built `layer`, the layers inside of it included.
+
+    Raises:
+        EditError: It cannot be read; the message names the layer and says why.
+    """
+    kind = type(layer)
+    if kind is nn.Sequential:
+        return _sequential(layer, path)
+    if kind is nn.ModuleList:
+        return Call(
+            "ModuleList", ([_plain(layer, path, "modules", child) for child in layer.children()],) * bool(layer)
+        )
+    if kind is nn.ModuleDict:
+        entries = {name: read_call(child, _join(path, name)) for name, child in layer.named_children()}
+        return Call("ModuleDict", (entries,) if entries else ())
+    name = library_name(kind)
+    reference = () if name is not None else (_reference(layer, path),)
+    positional, keywords = _arguments(layer, path, name)
+    return Call(name or OWN, (*reference, *positional), keywords)
+
+
+def undescribable(layer: nn.Module, path: str, reason: str, advice: str = "") -> EditError:
+    """Build the error for a layer that no text stands for."""
+    kind = type(layer)
+    name = library_name(kind) or f"{kind.__module__}.{kind.__qualname__}"
+    where = f" at '{path}'" if path else ""
+    advice = advice or "Build it from layers of torch.nn, or keep its weights with torch.save."
+    return EditError(f"a layer of type {name}{where} cannot be written as text: {reason}. {advice}")
+
+
+def _sequential(layer: nn.Module, path: str) -> Call:
+    children = {name: read_call(child, _join(path, name)) for name, child in _occupied(layer)}
+    if list(children) == [str(number) for number in range(len(children))]:
+        return Call("Sequential", tuple(children.values()))
+    if all(name.isidentifier() and name.isascii() and not iskeyword(name) for name in children):
+        return Call("Sequential", (), cast("dict[str, Any]", children))
+    return Call("Sequential", (children,))
+
+
+def _occupied(layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    # Not named_children: one layer may stand in several places.
+    return [(name, child) for name, child in layer._modules.items() if child is not None]
+
+
+def _reference(layer: nn.Module, path: str) -> str:
+    """Return `FILE:Class` or `package.module:Class` for a class of the user's own."""
+    kind = type(layer)
+    advice = "Move the class to the top level of a file or module of its own, and import it from there."
+    if "." in kind.__qualname__:
+        raise undescribable(layer, path, "its class is defined inside of a function or another class", advice)
+    if kind.__module__ == "__main__":
+        raise undescribable(layer, path, "its class is defined in the script that runs (__main__)", advice)
+    module = sys.modules.get(kind.__module__)
+    if getattr(module, kind.__name__, None) is not kind:
+        made = f"its class was made at run time, and {kind.__module__} has no such name"
+        raise undescribable(layer, path, made)
+    if not kind.__module__.startswith(FILE_MODULE):
+        return f"{kind.__module__}:{kind.__name__}"
+    specification = getattr(module, "__spec__", None)
+    return f"{specification.origin if specification else getattr(module, '__file__', '')}:{kind.__name__}"
+
+
+def _arguments(layer: nn.Module, path: str, library: str | None) -> tuple[list[Any], dict[str, Any]]:
+    """Read the arguments without defaults, by position, and those that differ from their defaults, by name."""
+    kind = type(layer)
+    special = _SPECIAL[kind](layer) if kind in _SPECIAL else {}
+    positional, keywords = [], {}
+    for entry in parameters_of(kind):
+        if entry.kind in (entry.VAR_POSITIONAL, entry.VAR_KEYWORD):
+            if library is None or entry.kind is entry.VAR_POSITIONAL:
+                raise undescribable(layer, path, f"*{entry.name} does not say which arguments it was built with")
+            continue
+        found = special[entry.name] if entry.name in special else _found(layer, path, entry, library)
+        if entry.default is not entry.empty and _is_default(layer, entry, found):
+            if entry.kind is entry.POSITIONAL_ONLY:
+                positional.append(_plain(layer, path, entry.name, entry.default))
+            continue
+        value = _plain(layer, path, entry.name, found)
+        is_leading = entry.default is entry.empty or entry.kind is entry.POSITIONAL_ONLY
+        if is_leading and entry.kind is not entry.KEYWORD_ONLY:
+            positional.append(value)
+        else:
+            keywords[entry.name] = value
+    return positional, keywords
+
+
+def _found(layer: nn.Module, path: str, entry: inspect.Parameter, library: str | None) -> Any:
+    """Return the attribute that holds an argument; what a library's class does not keep counts as the default."""
+    places = (entry.name,)
+    if library is not None:
+        inside = _INSIDE.get(library, {}).get(entry.name)
+        places = (inside,) if inside else (entry.name, *_ELSEWHERE.get(entry.name, ()))
+    for place in places:
+        try:
+            value = operator.attrgetter(place)(layer)
+        except AttributeError:
+            continue
+        if entry.name == "bias" and (value is None or isinstance(value, torch.Tensor)):
+            return value is not None or _has_no_weight_either(layer)
+        if library is None:
+            return value
+        if isinstance(value, torch.Tensor) and place != entry.name:
+            return len(value)
+        return _collapsed(layer, entry, value, is_own=place == entry.name)
+    if library is not None and entry.default is not entry.empty:
+        return entry.default
+    advice = f"Keep it: self.{entry.name} = {entry.name}, as the constructor was given it."
+    reason = f"its argument '{entry.name}' cannot be read back, as it has no attribute of that name"
+    raise undescribable(layer, path, reason, "" if library else advice)
+
+
+def _has_no_weight_either(layer: nn.Module) -> bool:
+    """Say whether a norm was asked for neither weight nor bias, so that its `bias` argument is of no account."""
+    return False in (getattr(layer, "affine", None), getattr(layer, "elementwise_affine", None))
+
+
+def _collapsed(layer: nn.Module, entry: inspect.Parameter, value: Any, *, is_own: bool) -> Any:
+    """Return the number that a constructor repeats for each dimension, where it does."""
+    if not isinstance(value, tuple) or not value or value != (value[0],) * len(value):
+        return value
+    repeats = isinstance(layer, nn.modules.conv._ConvNd) or type(layer).__module__ == "torch.nn.modules.padding"
+    single = entry.name == "normalized_shape" and len(value) == 1
+    if repeats or single or not is_own:
+        return value[0]
+    return entry.default if value == (entry.default,) * len(value) else value
+
+
+def _is_default(layer: nn.Module, entry: inspect.Parameter, value: Any) -> bool:
+    default = entry.default
+    if value is default:
+        return True
+    if isinstance(default, type) and type(value) is default:
+        return True  # the class of a layer was asked for, and the layer itself is kept
+    if isinstance(value, (torch.Tensor, nn.Module)):
+        return False
+    if entry.name == "stride" and default is None and type(layer).__module__ == "torch.nn.modules.pooling":
+        return value == cast(Any, layer).kernel_size
+    return isinstance(value, (type(default), numbers.Real)) and value == default
+
+
+def _plain(layer: nn.Module, path: str, name: str, value: Any) -> Any:
+    """Return a value that text can hold, layers in it as calls."""
+    if isinstance(value, nn.Module):
+        return read_call(value, _join(path, next((n for n, child in _occupied(layer) if child is value), name)))
+    for known in ("relu", "gelu"):  # activations of transformers, which are functions
+        if value is getattr(nn.functional, known):
+            return known
+    if isinstance(value, tuple):
+        return tuple(_plain(layer, path, name, item) for item in value)
+    if isinstance(value, list):
+        return [_plain(layer, path, name, item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(layer, path, name, item) for key, item in value.items()}
+    try:
+        written(value)
+    except EditError as error:
+        reason = f"its argument '{name}' is a {type(value).__name__}, no plain value ({shortened(repr(value), 40)})"
+        raise undescribable(layer, path, reason) from error
+    return value
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _attention(layer: Any) -> dict[str, Any]:
+    width = layer.embed_dim
+    return {
+        "bias": layer.in_proj_bias is not None,
+        "add_bias_kv": layer.bias_k is not None,
+        "kdim": None if layer.kdim == width else layer.kdim,
+        "vdim": None if layer.vdim == width else layer.vdim,
+    }
+
+
+def _transformer_layer(layer: Any) -> dict[str, Any]:
+    return {
+        "d_model": layer.self_attn.embed_dim,
+        "nhead": layer.self_attn.num_heads,
+        "dim_feedforward": layer.linear1.out_features,
+        "dropout": layer.dropout.p,
+        "layer_norm_eps": layer.norm1.eps,
+        "batch_first": layer.self_attn.batch_first,
+        "bias": layer.linear1.bias is not None,
+    }
+
+
+def _stack(argument: str) -> Callable[[Any], dict[str, Any]]:
+    def read(layer: Any) -> dict[str, Any]:
+        if not len(layer.layers):
+            raise undescribable(layer, "", "it has no layers to tell what they are made of")
+        return {argument: layer.layers[0], "num_layers": len(layer.layers)}
+
+    return read
+
+
+def _transformer(layer: Any) -> dict[str, Any]:
+    stacks = [*getattr(layer.encoder, "layers", ()), *getattr(layer.decoder, "layers", ())]
+    inner = _transformer_layer(stacks[0]) if stacks else {}
+    inner |= {name: getattr(stacks[0], name) for name in ("activation", "norm_first") if stacks}
+    depths = {"num_encoder_layers": layer.encoder, "num_decoder_layers": layer.decoder}
+    return {**inner, **{name: len(getattr(stack, "layers", ())) for name, stack in depths.items()}}
+
+
+_SPECIAL: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
+    nn.AdaptiveLogSoftmaxWithLoss: lambda layer: {"cutoffs": list(layer.cutoffs[:-1])},
+    nn.MultiheadAttention: _attention,
+    nn.Transformer: _transformer,
+    nn.TransformerDecoder: _stack("decoder_layer"),
+    nn.TransformerDecoderLayer: _transformer_layer,
+    nn.TransformerEncoder: _stack("encoder_layer"),
+    nn.TransformerEncoderLayer: _transformer_layer,
+}

@@ -1,0 +1,325 @@
+"""Compute the frontier's tensors for every photo once, or find what an earlier run computed."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regraft.anatomy.modes import evaluation_mode
+from regraft.data.decode import Unreadable
+from regraft.data.folders import Sample
+from regraft.data.photos import Photos, free_memory_bytes, positions, read_photos, without
+from regraft.data.transforms import Versions, normalize
+from regraft.errors import ModelError
+from regraft.frontier.cache.key import features_key, network_digest
+from regraft.frontier.cache.precision import TOLERANCES, Precision, packed, packed_bytes, unpacked
+from regraft.frontier.cache.store import Rows, Store
+from regraft.frontier.cache.writer import Keeping
+from regraft.frontier.fuse import faster
+from regraft.frontier.partitioning import Partition, partition
+from regraft.progress import SILENT, Progress
+from regraft.training.features.batches import Features
+from regraft.training.loop import HALVES, Engine, main_output
+from regraft.zoo import preprocessing_of
+
+BATCH = {"cpu": 16, "cuda": 256}  # photos that go through the constant part at a time
+MEMORY_BYTES = 512 * 2**20  # of features; larger ones stay on the disk
+MEMORY_SHARE = 0.25  # of what is free, for features that the disk has no room for
+CHECKED = 2  # photos that are computed again, to see that they are what is kept
+
+
+class Extractor:
+    """Computes features with the constant part of a model.
+
+    Args:
+        model: The model, on its device, with its flags as they will be while it trains.
+        engine: Where and in which precision it runs.
+        fast: Whether the constant part may be replaced by a faster copy, equal up to rounding (see `faster`).
+        precision: How precisely features are kept.
+        keep_pixels: Whether decoded photos stay in memory, as the network will be split again.
+        store: Where features are kept between runs; None keeps nothing.
+        progress: Is told what happens.
+
+    Raises:
+        ModelError: The model cannot be split.
+        EditError: Nothing is constant.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: Engine,
+        *,
+        fast: bool = False,
+        precision: Precision = "full",
+        keep_pixels: bool = False,
+        store: Store | None = None,
+        progress: Progress = SILENT,
+    ) -> None:
+        self.preprocessing = preprocessing_of(model)
+        self._input_dtype = engine.input_dtype or torch.float32
+        example = torch.empty(self.preprocessing.input_size, dtype=self._input_dtype)
+        self.parts: Partition = partition(model, example)
+        self.engine, self.store, self.progress = engine, store, progress
+        self.precision: Precision = precision
+        self._model, self._is_proven = model, False
+        self._has_halves = any(parameter.dtype in HALVES for parameter in model.parameters())
+        fast = fast and not self._has_halves  # folded into another, a weight of 16 bits is rounded once more
+        self._fast, self._keep_pixels = fast, keep_pixels
+        self._digest = network_digest(self.parts.prefix) if store is not None else ""
+        self._prefix = faster(self.parts.prefix) if fast else self.parts.prefix
+
+    def of_samples(
+        self, samples: Sequence[Sample], versions: Versions, classes: tuple[str, ...] | None, *, description: str
+    ) -> tuple[Features, Photos, tuple[Unreadable, ...]]:
+        """Return the features of photo files, decoding none of them where an earlier run kept what is needed.
+
+        Args:
+            samples: Files and what they show.
+            versions: What the network may see of each; a known number.
+            classes: Class names; None for regression.
+            description: What is said of it while it goes on.
+
+        Raises:
+            DataError: No photo can be read.
+            ModelError: The network does not give the same values twice, or there is no room for them.
+        """
+        began = time.perf_counter()
+        key = self._key([sample.path for sample in samples], versions)
+        if (found := self._found(key)) is not None:
+            rows, note = found
+            readable, unreadable = without(samples, note["unreadable"])
+            photos = Photos(readable, self.preprocessing, versions, classes)
+            return self._features(rows, note, photos, began, was_found=True), photos, unreadable
+        with self._keeping(key, len(samples), versions) as keeping:
+            extraction = _Extraction(self, versions, keeping)
+            photos, unreadable = read_photos(
+                samples,
+                self.preprocessing,
+                classes=classes,
+                description=description,
+                progress=self.progress,
+                on_photo=lambda _, pixels: extraction.add(pixels),
+                keep=self._keep_pixels,
+            )
+            rows, note = extraction.finish(positions(samples, unreadable))
+        photos = photos.augmented(versions)
+        return self._features(rows, note, photos, began, was_found=False), photos, unreadable
+
+    def of_photos(self, photos: Photos) -> Features:
+        """Return the features of photos that were read before.
+
+        Raises:
+            ModelError: The network does not give the same values twice, or there is no room for them.
+        """
+        began = time.perf_counter()
+        key = self._key([sample.path for sample in photos.samples], photos.versions)
+        if (found := self._found(key)) is not None:
+            return self._features(*found, photos, began, was_found=True)
+        with self._keeping(key, len(photos), photos.versions) as keeping:
+            extraction = _Extraction(self, photos.versions, keeping)
+            for index in range(len(photos)):
+                extraction.add(photos.decoded(index))
+            rows, note = extraction.finish({})
+        return self._features(rows, note, photos, began, was_found=False)
+
+    def run(self, pixels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Compute the frontier of a few photos, each (C, size, size) of uint8, on the model's device.
+
+        Raises:
+            ModelError: The constant part fails.
+            torch.OutOfMemoryError: There is no memory for that many.
+        """
+        with _failing_in_words("its constant part"), torch.inference_mode(), self.engine.autocast():
+            return [tensor.contiguous() for tensor in self._prefix(self._batch(pixels))]
+
+    def _batch(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
+        batch = normalize(torch.stack(list(pixels)), self.preprocessing)
+        layout = torch.channels_last if self.engine.has_channels_last else torch.contiguous_format
+        return batch.to(self.engine.device, self._input_dtype, memory_format=layout)
+
+    def _key(self, files: Sequence[Path], versions: Versions) -> str:
+        if self.store is None:
+            return ""
+        return features_key(
+            self._digest,
+            files,
+            preprocessing=self.preprocessing.model_dump(),
+            views=versions.name,
+            precision=f"{self.engine.autocast_dtype} {self.precision}",
+            device=self.engine.device.type,
+            fast=self._fast,
+        )
+
+    def _found(self, key: str) -> tuple[tuple[Rows, ...], dict[str, Any]] | None:
+        entry = self.store.find(key) if self.store is not None else None
+        return (entry.tensors(in_memory=entry.bytes < MEMORY_BYTES), entry.note) if entry is not None else None
+
+    def _keeping(self, key: str, count: int, versions: Versions) -> Keeping:
+        assert versions.count is not None
+        rows = count * versions.count
+        # At most, as autocast halves some of the tensors, and which ones is known when they are computed.
+        size = sum(packed_bytes(rows, cut.shape, cut.dtype, self.precision) for cut in self.parts.frontier)
+        keeping = Keeping(self.store, key, size, in_memory=size < MEMORY_BYTES, progress=self.progress)
+        if keeping.has_place:
+            return keeping
+        if size < MEMORY_SHARE * free_memory_bytes():
+            return Keeping(None, key, size, in_memory=True, progress=self.progress)
+        raise ModelError(
+            f"{size / 2**30:.1f} GiB for what is computed once fit neither into memory nor on the disk "
+            "(REGRAFT_CACHE names another folder)"
+        )
+
+    def _features(
+        self, rows: tuple[Rows, ...], note: dict[str, Any], photos: Photos, began: float, *, was_found: bool
+    ) -> Features:
+        place = "memory" if all(isinstance(tensor, torch.Tensor) for tensor in rows) else "disk"
+        if self.engine.device.type == "cuda" and place == "memory":
+            free, _ = torch.cuda.mem_get_info(self.engine.device)
+            tensors = [tensor for tensor in rows if isinstance(tensor, torch.Tensor)]
+            if sum(tensor.nbytes for tensor in tensors) < MEMORY_SHARE * free:
+                rows, place = tuple(tensor.to(self.engine.device) for tensor in tensors), str(self.engine.device)
+        assert photos.versions.count is not None
+        features = Features(
+            rows,
+            tuple(cut.dtype for cut in self.parts.frontier),
+            self.precision,
+            note["error"],
+            photos.versions.count,
+            time.perf_counter() - began,
+            note["seconds"],
+            was_found,
+            place,
+            self.engine.device,
+        )
+        self._check(features, photos)
+        return features
+
+    def _check(self, features: Features, photos: Photos) -> None:
+        """Compute a few photos again with the constant part, and, once, with both parts and with the whole network.
+
+        The second comparison is made outside of autocast, with nothing that was kept: what autocast and fewer bits
+        round grows from layer to layer, and would have to be told apart from what is wrong.
+
+        Raises:
+            ModelError: Values differ: something draws at random, or mixes the images of a batch, and nothing declares
+                it. Or they are not finite.
+        """
+        indices = torch.arange(CHECKED) * (len(photos) - 1) // max(1, CHECKED - 1)
+        batch = self._batch([photos.versions.of(index, photos.decoded(index), 0) for index in indices.tolist()])
+        kept, suffix = features.pick(indices * features.views), self.parts.suffix
+        of_weights = TOLERANCES["bf16" if self._has_halves else "full"]
+        is_mixed = self.engine.autocast_dtype is not None
+        tolerance = max(TOLERANCES[self.precision], TOLERANCES["bf16"] if is_mixed else of_weights)
+        with evaluation_mode(self._model), evaluation_mode(suffix), torch.no_grad():
+            with self.engine.autocast():
+                again = self._prefix(batch)
+            for ours, theirs in zip(kept, again, strict=True):
+                _require_same(ours, theirs, tolerance)
+            if not self._is_proven:
+                with _failing_in_words("it, outside of autocast," if is_mixed else "it"):
+                    whole = torch.cat([main_output(self._model(photo)) for photo in batch.split(1)])
+                    parted = suffix(*(self._prefix(batch) if is_mixed else again))
+                _require_same(main_output(parted), whole, of_weights)
+        self._is_proven = True
+
+
+@contextlib.contextmanager
+def _failing_in_words(what: str) -> Iterator[None]:
+    """Raise a ModelError where a forward fails inside the block, but for lack of memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"{what} fails: {reason}") from error
+
+
+def _require_same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
+    """Raise a ModelError where values differ by more than a share of the largest."""
+    distance, largest = (ours.float() - theirs.float()).abs().max(), theirs.float().abs().max()
+    if not largest.isfinite():
+        raise ModelError(f"what is constant is not finite for some photo ({largest:g}, in {theirs.dtype})")
+    if not distance <= tolerance * largest.clamp(min=1e-6):
+        raise ModelError(
+            f"the network does not give the same values for the same photo twice (they differ by {distance:.2g}), "
+            "although nothing in it is declared to be random"
+        )
+
+
+class _Extraction:
+    """Gathers photos into batches, and keeps their features."""
+
+    def __init__(self, extractor: Extractor, versions: Versions, keeping: Keeping) -> None:
+        assert versions.count is not None
+        self._extractor, self._versions, self._views, self._keeping = extractor, versions, versions.count, keeping
+        self._batch = BATCH.get(extractor.engine.device.type, 16)
+        self._waiting: list[torch.Tensor] = []
+        self._count, self._began = 0, time.perf_counter()
+        self._rounding: dict[int, tuple[float, float]] = {}  # of each tensor: largest error, and largest value
+
+    def add(self, pixels: torch.Tensor) -> None:
+        """Take the next photo (C, H, W)."""
+        self._waiting += [self._versions.of(self._count, pixels, view) for view in range(self._views)]
+        self._count += 1
+        while len(self._waiting) >= self._batch:
+            self._flush()
+
+    def finish(self, unreadable: dict[int, str]) -> tuple[tuple[Rows, ...], dict[str, Any]]:
+        """Return the rows of all photos that were taken, and what is noted beside them.
+
+        Raises:
+            ModelError: Some value has no place in the bits that were asked for, or all of them none in memory.
+        """
+        while self._waiting:
+            self._flush()
+        precision = self._extractor.precision
+        error = max((error / max(largest, 1e-30) for error, largest in self._rounding.values()), default=0.0)
+        if precision != "full" and not error <= TOLERANCES[precision]:
+            raise ModelError(
+                f"what is constant holds values that {precision} has no room for, too large or too small; "
+                "--cache-precision bf16 has"
+            )
+        parts = self._extractor.parts
+        holds = f"{self._count} photos × {self._views} at {', '.join(cut.place for cut in parts.frontier)}"
+        note = {
+            "unreadable": unreadable,
+            "error": error,
+            "seconds": time.perf_counter() - self._began,
+            "holds": holds,
+        }
+        rows = self._keeping.finish(note)
+        if rows is None:
+            raise ModelError("what is computed once has no room in memory, and cannot be written")
+        return rows, note
+
+    def _run(self) -> list[torch.Tensor]:
+        """Run the constant part on the next batch, or on half of it for as long as memory is short."""
+        while True:
+            try:
+                found = self._extractor.run(self._waiting[: self._batch])
+            except torch.OutOfMemoryError as error:
+                if self._batch == 1:
+                    raise ModelError(f"{self._extractor.engine.device} has no memory for a single photo") from error
+                self._batch = self._batch // 2
+            else:
+                self._waiting = self._waiting[self._batch :]
+                return found
+
+    def _flush(self) -> None:
+        found = self._run()
+        precision = self._extractor.precision
+        kept = packed(found, precision)
+        if precision != "full":
+            again = unpacked(kept, [tensor.dtype for tensor in found], precision)
+            for number, (ours, exact) in enumerate(zip(again, found, strict=True)):
+                ours, exact = ours.float(), exact.float()
+                error, largest = self._rounding.get(number, (0.0, 0.0))
+                error = max(error, float((ours - exact).abs().max()))
+                self._rounding[number] = error, max(largest, float(exact.abs().max()))
+        self._keeping.append([tensor.cpu() for tensor in kept])

@@ -1,0 +1,66 @@
+"""What was computed once for all epochs, and the two parts of the network that it lies between."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from regraft.frontier.cache.key import checksum
+from regraft.frontier.partitioning import Partition
+from regraft.training.features.batches import Features
+from regraft.training.features.extract import Extractor
+from regraft.training.result import ComputedOnce
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """What is computed once, and what runs in every epoch.
+
+    Attributes:
+        parts: The two parts of the network.
+        train: Features to learn from.
+        validation: Features to measure on.
+        sum: `checksum` of the constant part.
+    """
+
+    parts: Partition
+    train: Features
+    validation: Features
+    sum: int
+
+    @classmethod
+    def of(cls, extractor: Extractor, features: Sequence[Features]) -> "Frontier":
+        """Put together what an extractor computed for the photos to learn from and for those to measure on."""
+        train, validation = features
+        return cls(extractor.parts, train, validation, checksum(extractor.parts.prefix))
+
+    def is_valid(self) -> bool:
+        """Say whether the constant part is what it was when the features were computed."""
+        return checksum(self.parts.prefix) == self.sum
+
+    def summary(self, epochs: int) -> ComputedOnce:
+        """Say what was computed once for so many epochs, and what that saved."""
+        parts, both = self.parts, (self.train, self.validation)
+        constant, live = parts.multiply_adds
+        an_epoch_s = sum(part.cost_s / part.views for part in both)
+        seconds = sum(part.seconds for part in both)
+        return ComputedOnce(
+            frontier=tuple((cut.place, cut.shape) for cut in parts.frontier),
+            share=constant / max(constant + live, 1),
+            views=self.train.views,
+            bytes=sum(part.bytes for part in both),
+            where=self.train.where,
+            was_found=all(part.was_found for part in both),
+            seconds=seconds,
+            saved_s=max(0.0, epochs * an_epoch_s - seconds),
+            note=parts.note,
+        )
+
+    def lines(self) -> list[str]:
+        """Say what was computed once, a line each."""
+        seconds = self.train.seconds + self.validation.seconds
+        how = "found in the cache" if self.train.was_found and self.validation.was_found else "computed once"
+        views = f", {self.train.views} versions of each photo" if self.train.views > 1 else ""
+        kept = f"kept {self.train.where}"
+        if self.train.precision != "full":
+            error = max(self.train.error, self.validation.error)
+            kept += f" as {self.train.precision} (wrong by {error:.2%} of the largest value at most)"
+        return [f"frontier   {self.parts}", f"           {how} in {seconds:.1f} s{views}, {kept}"]

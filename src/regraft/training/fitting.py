@@ -1,0 +1,173 @@
+"""`fit`: train a model on photos, datasets or loaders, and keep the best of it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # all of the compiler, which optimizers import at their first use: here, as an import
+from torch import nn
+
+from regraft.anatomy.modes import preserved_randomness
+from regraft.arguments import check_arguments, check_path, check_weights
+from regraft.card import attach
+from regraft.data.folders import Listing
+from regraft.errors import ConfigError, ModelError
+from regraft.freezing.schedule import Schedule
+from regraft.progress import SILENT, Progress
+from regraft.training.checks.weight_types import engine_for, require_trainable_types
+from regraft.training.config import TrainConfig
+from regraft.training.epochs import Run, train
+from regraft.training.loop import Engine, channels_last
+from regraft.training.result import FitResult
+from regraft.training.resume.progress import Standing
+from regraft.training.resume.run_folder import RunFolder
+from regraft.training.resume.run_state import Origin, check_state, find_run
+from regraft.training.resume.signals import Signals
+from regraft.training.setup import (
+    Job,
+    check_options,
+    make_extractor,
+    prepare_job,
+    prepare_model,
+    unchanged_on_failure,
+)
+from regraft.training.train_data import Material, list_if_folder, read_material
+from regraft.zoo import preprocessing_of, preprocessing_source
+
+
+def fit(
+    model: nn.Module | str,
+    data: Any,
+    *,
+    config: TrainConfig | None = None,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | str | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    trust_code: bool = False,
+    progress: Progress = SILENT,
+    **options: Any,
+) -> FitResult:
+    """Train `model` on `data`, and keep the weights of the epoch that did best on the validation part.
+
+    What has `requires_grad=False` stays bit-identical. The random state of the process is as before afterwards, and
+    the same seed gives the same weights, bit for bit, on a CPU.
+
+    With a folder `out`, the state of the run is kept in `out/last/` until it has ended: from its beginning, after
+    epochs, every `checkpoint_minutes`, and when SIGINT or SIGTERM ask it to stop, which it does after its step. The
+    same call with `resume=True` then goes on from the last state, and gives the weights that it would have given
+    without the pause, bit for bit on the same machine.
+
+    Args:
+        model: A name (see `create_model`), which gets a head for the data's classes and is frozen but for it where it
+            is pretrained; or a module, which is trained in place as its flags stand.
+        data: A folder or a `.csv` table (see `list_data`), or a pair (train, validation) of Datasets or DataLoaders
+            that yield (inputs, targets): inputs (N, …), targets (N,) of int64 classes, or of floats for regression.
+        config: All options as one value.
+        loss: A function or module of (outputs (N, K), targets (N,)) that returns one number, or a name (see
+            `TrainConfig.loss`).
+        overwrite: Whether results in the folder `out` may be replaced.
+        resume: Whether the run that stopped in the folder `out` goes on; where none did, one begins.
+        trust_code: Whether a class or a loss of your own (`py:…`) may be imported.
+        progress: Is told what happens; silent by default.
+        **options: Fields of `TrainConfig`, which win over `config`.
+
+    Raises:
+        InputError: Something that was given is wrong (its kinds are in `regraft.errors`). Nothing was written.
+        LossError: The loss is no single finite number; the best weights so far are kept where there are any.
+        Interrupted: Ctrl-C or SIGTERM; the best weights so far are kept where there are any.
+    """
+    check_arguments(fit, locals())
+    if isinstance(data, (str, Path)):
+        check_path(fit, "data", data)
+    if isinstance(loss, type):
+        raise ConfigError(f"loss is the class {loss.__name__}, expected a function. Make one: {loss.__name__}().")
+    for name, one in (("model", model), ("loss", loss)):
+        if isinstance(one, nn.Module):
+            check_weights(fit, name, one)
+    if isinstance(loss, str):
+        options["loss"] = loss
+    config = (config or TrainConfig()).updated(
+        **{**options, "model": model} if isinstance(model, str) else options,
+        **({"data": str(data)} if isinstance(data, (str, Path)) else {}),
+    )
+    if config.unfreeze is not None:
+        config = config.updated(epochs=Schedule.parse(config.unfreeze).epochs)
+    if resume and config.out is None:
+        raise ConfigError("resume needs the folder of the run. Pass out=….")
+    found = find_run(Path(config.out), progress) if resume and config.out is not None else None
+    settled = found.settled(config) if found is not None else config
+    folder = None
+    if config.out is not None:
+        folder = RunFolder(Path(config.out), overwrite=overwrite, continues=found is not None)
+    is_named = isinstance(model, str) and isinstance(data, (str, Path)) and not callable(loss)
+    standing = Standing()
+    with preserved_randomness(config.seed), Signals() as signals:
+        listing = list_if_folder(data, config)
+        check_options(config, listing.task if listing and loss is None else None, trust_code=trust_code)
+        with folder.held() if folder is not None else nullcontext():
+            with unchanged_on_failure(model):
+                job = _prepare(model, data, listing, loss, settled, standing, progress, trust_code=trust_code)
+                origin = Origin.of(job, config, is_named=is_named)
+                if found is not None:
+                    check_state(found, job, origin)
+            for line in _lines(job, config):
+                progress.say(line)
+            run = Run(job, config, origin, folder, standing, signals, progress, trust_code)
+            with channels_last(job.model) if job.engine.has_channels_last else nullcontext():
+                return train(run, found)
+
+
+def _prepare(
+    model: nn.Module | str,
+    data: Any,
+    listing: Listing | None,
+    loss: Any,
+    config: TrainConfig,
+    standing: Standing,
+    progress: Progress,
+    *,
+    trust_code: bool,
+) -> Job:
+    """Build the network, read the data, and put together what a training loop needs."""
+    with standing.phase("model"):
+        built = prepare_model(model, listing, config, trust_code=trust_code)
+        require_trainable_types(built, thaws_all=config.unfreeze is not None)
+        if listing is not None and (source := preprocessing_source(built)) is not None:
+            attach(built, preprocessing=preprocessing_of(built))
+            progress.say(f"images     {preprocessing_of(built).summary()}; from {source}")
+        engine = replace(engine_for(built, config.device, config.precision), has_channels_last=config.fast)
+        built.to(engine.device)
+    with standing.phase("reading"):
+        material = _read(built, data, listing, config, engine, progress)
+    own_loss: Any = loss if callable(loss) else None
+    name = model if isinstance(model, str) else None
+    return prepare_job(built, name, material, config, engine, own_loss, trust_code=trust_code)
+
+
+def _read(
+    model: nn.Module, data: Any, listing: Listing | None, config: TrainConfig, engine: Engine, progress: Progress
+) -> Material:
+    """Read the data, and compute what is constant once where that can be done."""
+    extractor, reason = make_extractor(model, data, config, engine, progress)
+    preprocessing = preprocessing_of(model)
+    try:
+        material = read_material(data, listing, preprocessing, config, progress, extractor)
+    except ModelError as error:  # of the extractor alone: nothing else runs the model here
+        extractor, reason = None, str(error)
+        material = read_material(data, listing, preprocessing, config, progress)
+    if extractor is not None or reason is None:
+        return material
+    progress.say(f"frontier   every epoch runs the whole network: {reason}")
+    return replace(material, not_once_because=reason)
+
+
+def _lines(job: Job, config: TrainConfig) -> Iterator[str]:
+    """Say what is about to be done."""
+    yield from job.plan.lines(config)
+    if job.material.frontier is not None:
+        yield from job.material.frontier.lines()
+    if job.sweep is not None:
+        yield f"chosen     {job.sweep}"

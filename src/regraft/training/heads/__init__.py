@@ -1,0 +1,1 @@
+"""Heads in closed form and the choice of how a head is trained."""

@@ -1,0 +1,232 @@
+"""Ask a trained model: how good is it on these photos, and what do those show."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from regraft.arguments import check_arguments, check_minimum, check_path, check_weights
+from regraft.card import Card, card_of
+from regraft.data.decode import Unreadable, decode, quiet_decoders
+from regraft.data.folders import Sample, Task, list_labelled, list_numbered, photos_in
+from regraft.data.photos import loader, read_photos
+from regraft.data.transforms import center_crop, normalize
+from regraft.errors import DataError, ModelError, RegraftError
+from regraft.progress import SILENT, Progress
+from regraft.training.checks.targets import has_one_hot_rows
+from regraft.training.checks.weight_types import engine_for, type_names
+from regraft.training.loop import Engine, score
+from regraft.training.metrics import Metrics, measure
+from regraft.training.train_data import pairs_of
+from regraft.zoo import preprocessing_of
+
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one photo.
+
+    Attributes:
+        path: The file; None for images that are no files.
+        label: The most probable class; None for regression.
+        probability: Its probability; None for regression.
+        top: The most probable classes with their probabilities, in order.
+        value: The predicted number; None for classification.
+    """
+
+    path: Path | None
+    label: str | None = None
+    probability: float | None = None
+    top: tuple[tuple[str, float], ...] = ()
+    value: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the prediction as JSON data."""
+        data = {name: value for name, value in asdict(self).items() if name in ("label", "probability", "value")}
+        known = {name: value for name, value in data.items() if value is not None}
+        top = [{"label": label, "probability": probability} for label, probability in self.top]
+        return {"path": str(self.path) if self.path else None, **known, **({"top": top} if top else {})}
+
+
+def evaluate(
+    model: nn.Module,
+    data: Any,
+    *,
+    batch_size: int = BATCH_SIZE,
+    device: str | torch.device = "auto",
+    progress: Progress = SILENT,
+) -> Metrics:
+    """Measure `model` on labelled photos.
+
+    Args:
+        model: A model that knows its classes and preprocessing, as `load` and `fit` return it.
+        data: A folder with a folder per class, or one that holds `val/`; a `.csv` table for regression; or a Dataset
+            or DataLoader that yields (inputs, targets), targets of every kind that `fit` takes.
+        batch_size: Photos at a time.
+        device: `auto`, `cpu`, `cuda`, …
+        progress: Is told what happens; silent by default.
+
+    Raises:
+        DataError: The data is missing, empty, unreadable, or has a class that the model does not know.
+        ModelError: The model does not know its classes.
+    """
+    check_arguments(evaluate, locals())
+    check_minimum(evaluate, 1, batch_size=batch_size)
+    batch_size = int(batch_size)  # torch takes none of NumPy's
+    check_weights(evaluate, "model", model)
+    engine = engine_for(model, device)
+    model.to(engine.device)
+    if not isinstance(data, (str, os.PathLike)):
+        batches = torch.utils.data.DataLoader(data, batch_size) if isinstance(data, torch.utils.data.Dataset) else data
+        outputs, targets = _score(model, pairs_of(batches), engine)
+        task = card_of(model).task or _task_that_shows(targets)
+        names = card_of(model).classes or tuple(map(str, range(outputs.shape[-1])))
+        return measure(outputs, targets, None if task == "regression" else names)
+    check_path(evaluate, "data", data)
+    card = _require_task(model)
+    samples = list_numbered(data) if card.classes is None else list_labelled(data, card.classes)
+    photos, unreadable = read_photos(samples, preprocessing_of(model), classes=card.classes, progress=progress)
+    _tell_skipped(unreadable, progress)
+    batches = progress.track(loader(photos, batch_size), "evaluating", -(-len(photos) // batch_size))
+    outputs, targets = _score(model, batches, engine)
+    return measure(outputs, targets, card.classes)
+
+
+def predict(
+    model: nn.Module,
+    images: Any,
+    *,
+    top: int = 5,
+    batch_size: int = BATCH_SIZE,
+    device: str | torch.device = "auto",
+    progress: Progress = SILENT,
+) -> list[Prediction]:
+    """Say what photos show.
+
+    Args:
+        model: A model that knows its classes and preprocessing, as `load` and `fit` return it.
+        images: A path of a photo or of a folder of photos (folders below it included), a `PIL.Image`, a batch of
+            preprocessed images (N, C, H, W), or a list of paths and `PIL.Image`s. Files that cannot be read are
+            skipped, and said to `progress`.
+        top: How many of the most probable classes each prediction lists.
+        batch_size: Photos at a time.
+        device: `auto`, `cpu`, `cuda`, …
+        progress: Is told what happens; silent by default.
+
+    Raises:
+        DataError: A path does not exist, or no photo can be read.
+        ModelError: The model does not know its classes.
+    """
+    check_arguments(predict, locals())
+    check_minimum(predict, 1, top=top, batch_size=batch_size)
+    batch_size = int(batch_size)  # torch takes none of NumPy's
+    check_weights(predict, "model", model)
+    card = _require_task(model)
+    engine = engine_for(model, device)
+    model.to(engine.device)
+    if isinstance(images, torch.Tensor):
+        if images.ndim != 4:
+            raise DataError(f"the images have the shape {tuple(images.shape)}, expected (N, C, H, W).")
+        outputs, _ = _score(model, [(images, torch.zeros(len(images)))], engine)
+        return _predictions(outputs, [None] * len(images), card, top)
+    items = list(images) if isinstance(images, (list, tuple)) else [images]
+    if not items:
+        raise DataError("there are no images. Give paths, PIL images, or a tensor (N, C, H, W).")
+    if any(isinstance(item, Image.Image) for item in items):
+        return _predict_opened(model, items, top=top, device=device, progress=progress)
+    samples = [Sample(path, 0) for item in items for path in _files(item)]
+    photos, unreadable = read_photos(samples, preprocessing_of(model), progress=progress)
+    _tell_skipped(unreadable, progress)
+    batches = progress.track(loader(photos, batch_size), "predicting", -(-len(photos) // batch_size))
+    outputs, _ = _score(model, batches, engine)
+    return _predictions(outputs, [sample.path for sample in photos.samples], card, top)
+
+
+def _predict_opened(
+    model: nn.Module, items: Sequence[Any], *, top: int, device: str | torch.device, progress: Progress
+) -> list[Prediction]:
+    """Predict images that are open already, and the photos of paths among them, in order."""
+    preprocessing = preprocessing_of(model)
+    crop = center_crop(preprocessing.size, preprocessing.border)
+    pixels, paths = [], []
+    for number, item in enumerate(items):
+        for source in [item] if isinstance(item, Image.Image) else _files(item):
+            try:
+                with quiet_decoders():
+                    pixels.append(crop(decode(source, preprocessing)))
+            except DataError as error:
+                if not isinstance(source, Path):
+                    raise DataError(
+                        f"image {number} cannot be read: {error}. Open it again, or leave it out."
+                    ) from error
+                _tell_skipped([Unreadable(source, str(error))], progress)
+            else:
+                paths.append(source if isinstance(source, Path) else None)
+    found = predict(model, normalize(torch.stack(pixels), preprocessing), top=top, device=device)
+    return [replace(one, path=path) for one, path in zip(found, paths, strict=True)]
+
+
+def _score(model: nn.Module, batches: Any, engine: Engine) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return outputs and targets as `score` does; what the model cannot take is said with its types."""
+    try:
+        return score(model, batches, engine)
+    except (RegraftError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of a user's own network or dataset
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ModelError(
+            f"{type(model).__name__} (weights in {type_names(model.parameters())}) fails on these inputs: {reason}. "
+            "Give inputs of the shape and type that it was made for, or convert it with model.float()."
+        ) from error
+
+
+def _require_task(model: nn.Module) -> Card:
+    card = card_of(model)
+    if card.task is None or (card.task == "classification" and card.classes is None):
+        raise ModelError(
+            f"this {type(model).__name__} does not know its classes. Use a model that `fit` trained or `load` read."
+        )
+    return card
+
+
+def _task_that_shows(targets: torch.Tensor) -> Task:
+    """Return what targets are held to be where the model does not say: floats are numbers, but for one-hot rows."""
+    is_one_hot = targets.ndim == 2 and targets.shape[1] > 1 and has_one_hot_rows(targets)
+    return "regression" if targets.is_floating_point() and not is_one_hot else "classification"
+
+
+def _files(item: Any) -> list[Path]:
+    if not isinstance(item, (str, os.PathLike)):
+        raise DataError(f"a {type(item).__name__} is no image. Give paths, PIL images, or a tensor (N, C, H, W).")
+    check_path(predict, "images", item)
+    path = Path(item)
+    if path.is_dir():
+        files = photos_in(path)
+        if not files:
+            raise DataError(f"no photos in '{path}'.")
+        return files
+    if not path.exists():
+        raise DataError(f"no file or folder '{path}' (looked from {Path.cwd()}).")
+    return [path]
+
+
+def _tell_skipped(unreadable: Sequence[Unreadable], progress: Progress) -> None:
+    for found in unreadable:
+        progress.say(f"skipped    {str(found.path)!r}: {found.reason}")
+
+
+def _predictions(outputs: torch.Tensor, paths: Sequence[Path | None], card: Card, top: int) -> list[Prediction]:
+    if card.classes is None:
+        return [Prediction(path, value=value) for path, value in zip(paths, outputs.flatten().tolist(), strict=True)]
+    probabilities, indices = outputs.softmax(1).topk(min(top, len(card.classes)))
+    found = []
+    for path, values, places in zip(paths, probabilities.tolist(), indices.tolist(), strict=True):
+        ranked = tuple((card.classes[place], value) for place, value in zip(places, values, strict=True))
+        found.append(Prediction(path, ranked[0][0], ranked[0][1], ranked))
+    return found

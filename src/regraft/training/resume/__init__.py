@@ -1,0 +1,1 @@
+"""The state of a run: written while it trains, and read to go on."""

@@ -1,0 +1,153 @@
+"""Where a run stands: everything that changes while it trains, but for the network and its optimizer."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regraft.card import attach
+from regraft.checkpoint.file.tree import Tree
+from regraft.training.loop import Tally
+from regraft.training.metrics import ClassMetrics, Metrics
+from regraft.training.result import EpochRecord
+
+
+@dataclass(frozen=True)
+class Best:
+    """The weights that did best so far, and how they did.
+
+    Attributes:
+        epoch: When that was, from 1.
+        metrics: On the validation photos.
+        outputs: Scores (N, K) on them.
+        targets: What was to be found (N,).
+        paths: The photos, in order; empty for datasets that are no files.
+        tensors: Copies of the weights, on the CPU.
+    """
+
+    epoch: int
+    metrics: Metrics
+    outputs: torch.Tensor
+    targets: torch.Tensor
+    paths: tuple[Path, ...]
+    tensors: dict[str, torch.Tensor]
+
+    def put_back(self, model: nn.Module) -> None:
+        """Give the model these weights again."""
+        slots = model.state_dict(keep_vars=True)
+        with torch.no_grad():
+            for name, copied in self.tensors.items():
+                slots[name].copy_(copied)
+        attach(model, metrics=self.metrics.to_dict())
+
+    def to_tree(self) -> Tree:
+        """Return all of it as plain data."""
+        return {
+            **{name: getattr(self, name) for name in ("epoch", "outputs", "targets", "tensors")},
+            "metrics": metrics_to_tree(self.metrics),
+            "paths": list(map(str, self.paths)),
+        }
+
+    @classmethod
+    def from_tree(cls, tree: Tree) -> "Best":
+        """Read what `to_tree` returned."""
+        return cls(**{**tree, "metrics": metrics_from_tree(tree["metrics"]), "paths": tuple(map(Path, tree["paths"]))})
+
+
+@dataclass
+class Standing:
+    """Where a run stands.
+
+    Attributes:
+        epoch: The one that goes on, from 1; one more than there are when all is done.
+        step: Number of its batches that are done.
+        tally: What it has come to so far.
+        history: The epochs that are complete.
+        best: The best of them; None: there are none.
+        seconds: Of each phase.
+        states: The random states with which the epoch's order begins; None where it has not begun.
+    """
+
+    epoch: int = 1
+    step: int = 0
+    tally: Tally = field(default_factory=Tally)
+    history: list[EpochRecord] = field(default_factory=list)
+    best: Best | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    states: Tree | None = None
+    _written: list[Tree] = field(default_factory=list)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the seconds of the block to those of a phase."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def begin_next_epoch(self) -> None:
+        """The epoch is complete."""
+        self.epoch, self.step, self.states = self.epoch + 1, 0, None
+        self.tally = Tally(at_a_time=self.tally.at_a_time)
+
+    def to_tree(self) -> Tree:
+        """Return all of it but the random states as plain data."""
+        self._written += [_record_to_tree(record) for record in self.history[len(self._written) :]]
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "tally": dataclasses.asdict(self.tally),
+            "history": list(self._written),
+            "best": self.best.to_tree() if self.best is not None else None,
+            "seconds": dict(self.seconds),
+        }
+
+    @classmethod
+    def from_tree(cls, tree: Tree) -> "Standing":
+        """Read what `to_tree` returned."""
+        return cls(
+            epoch=tree["epoch"],
+            step=tree["step"],
+            tally=Tally(**tree["tally"]),
+            history=[
+                EpochRecord(**{**record, "validation": metrics_from_tree(record["validation"])})
+                for record in tree["history"]
+            ],
+            best=Best.from_tree(tree["best"]) if tree["best"] is not None else None,
+            seconds=tree["seconds"],
+        )
+
+
+def metrics_to_tree(metrics: Metrics) -> Tree:
+    """Return metrics as plain data; of the confusion matrix only what is not zero."""
+    confusion = torch.tensor(metrics.confusion, dtype=torch.int64)
+    places = confusion.nonzero()
+    counts = confusion[tuple(places.T)] if len(metrics.confusion) else confusion
+    return {
+        **{item.name: getattr(metrics, item.name) for item in dataclasses.fields(metrics)},
+        "per_class": [dataclasses.asdict(found) for found in metrics.per_class],
+        "confusion": (len(metrics.confusion), places, counts),
+    }
+
+
+def metrics_from_tree(tree: Tree) -> Metrics:
+    """Read what `metrics_to_tree` returned."""
+    width, places, counts = tree["confusion"]
+    confusion = torch.zeros(width, width, dtype=torch.int64)
+    if width:
+        confusion[tuple(places.T)] = counts
+    per_class = tuple(ClassMetrics(**found) for found in tree["per_class"])
+    rows: list[Any] = confusion.tolist()
+    return Metrics(**{**tree, "per_class": per_class, "confusion": tuple(map(tuple, rows))})
+
+
+def _record_to_tree(record: EpochRecord) -> Tree:
+    figures = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
+    return {**figures, "validation": metrics_to_tree(record.validation)}

@@ -1,0 +1,155 @@
+"""The states of a run on disk: when they are written, by whom, which are kept, and which is the last whole one."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+from regraft.checkpoint.file.tree import Tree, read_tree, write_tree
+from regraft.errors import CheckpointError, ConfigError, LossError, RunError
+from regraft.progress import SILENT, Progress
+
+PATTERN = "state-*.safetensors"
+LEAST_S = 1.0  # between states at the end of epochs
+SHARE = 20  # times as long as a state takes are spent on training before the next
+
+
+class Keeper:
+    """Writes states in the background, one at a time.
+
+    As a context: where the block ends well, the states are deleted, as they are where a loss is wrong: the run would
+    only fail again. Where it fails otherwise they stay, if there is more than the beginning in them, and always where
+    it is interrupted.
+
+    Args:
+        folder: Where to; None: nowhere.
+        keep_last: Number of states that are kept.
+        every_s: Seconds between states within an epoch; 0: after every step.
+        progress: Is told where one cannot be written.
+        found: The state with which the run goes on; None where it begins, and states of older runs are deleted.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        keep_last: int,
+        every_s: float,
+        progress: Progress = SILENT,
+        found: Path | None = None,
+    ) -> None:
+        self._folder, self._keep_last, self._every_s, self._progress = folder, keep_last, every_s, progress
+        self._kept = [found] if found is not None else []
+        self._pool = ThreadPoolExecutor(1, "states")
+        self._writing: Future[float] | None = None
+        self._last, self._cost_s = time.monotonic(), 0.0
+        self._problem = ""
+        self.has_more_than_the_beginning = found is not None
+
+    def __enter__(self) -> "Keeper":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.wait()
+        self._pool.shutdown()
+        is_failure = isinstance(error, Exception) and not self.has_more_than_the_beginning
+        if kind is None or isinstance(error, LossError) or is_failure:
+            self._delete(keep=[])
+
+    @property
+    def has_any(self) -> bool:
+        """Whether there is a state to go on with."""
+        return bool(self._kept)
+
+    def is_due_within_epoch(self) -> bool:
+        """Say whether it is time for a state after a step."""
+        if self._folder is None:
+            return False
+        return self._every_s == 0 or (self._elapsed() >= self._every_s and not self._is_busy())
+
+    def is_due_after_epoch(self) -> bool:
+        """Say whether it is time for a state after an epoch: always, but where that would slow training down."""
+        if self._folder is None:
+            return False
+        is_late = self._elapsed() >= max(LEAST_S, SHARE * self._cost_s) and not self._is_busy()
+        return is_late or self.is_due_within_epoch()
+
+    def keep(self, take: Callable[[], Tree], epoch: int, step: int) -> None:
+        """Take a state, and write it in the background, after the one before.
+
+        Args:
+            take: Returns the state, in which nothing may be changed later.
+            epoch: The epoch that goes on, from 1.
+            step: Number of its steps that are done.
+        """
+        if self._folder is None:
+            return
+        self.wait()
+        began = time.monotonic()
+        tree = take()
+        taken_s = time.monotonic() - began
+        path = self._folder / f"state-{epoch:06d}-{step:09d}.safetensors"
+        self._writing = self._pool.submit(self._write, tree, path, taken_s)
+        self._last = time.monotonic()
+        self.has_more_than_the_beginning |= (epoch, step) > (1, 0)
+
+    def wait(self) -> str:
+        """Wait until what is being written is written; what prevented the last one, or nothing."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return self._problem
+        try:
+            self._cost_s = writing.result()
+        except (RunError, TypeError, OSError) as error:
+            before, self._problem = self._problem, str(error)
+            if before != self._problem:  # a disk that stays full is said once
+                self._progress.say(f"state      not written: {error} Training goes on")
+        else:
+            self._problem = ""
+        return self._problem
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._last
+
+    def _is_busy(self) -> bool:
+        return self._writing is not None and not self._writing.done()
+
+    def _write(self, tree: Tree, path: Path, taken_s: float) -> float:
+        began = time.monotonic()
+        if not self._kept:
+            self._delete(keep=[])
+        path.parent.mkdir(exist_ok=True)
+        write_tree(tree, path)
+        self._kept = [*(old for old in self._kept if old != path), path][-self._keep_last :]
+        self._delete(keep=self._kept)
+        return taken_s + time.monotonic() - began
+
+    def _delete(self, keep: list[Path]) -> None:
+        """Delete everything else in the folder, and the folder where it is empty then."""
+        if self._folder is None:
+            return
+        with contextlib.suppress(OSError):
+            for file in self._folder.iterdir():
+                if file not in keep:
+                    file.unlink()
+            if not keep:
+                self._folder.rmdir()
+
+
+def find_state(folder: Path, progress: Progress) -> tuple[Path, Tree] | None:
+    """Read the newest whole state in a folder; a damaged one is passed over, and said.
+
+    Raises:
+        ConfigError: There are states, and none of them can be read.
+    """
+    files = sorted(folder.glob(PATTERN), reverse=True)
+    for file in files:
+        try:
+            return file, read_tree(file)
+        except CheckpointError as error:
+            progress.say(f"state      passed over: {error}")
+    if files:
+        raise ConfigError(f"none of the {len(files)} states in '{folder}' can be read. Start again with --overwrite.")
+    return None

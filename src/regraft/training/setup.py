@@ -1,0 +1,373 @@
+"""From options to everything that a training loop needs, with every check that can be made before it starts."""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from regraft.anatomy.heads import find_heads, head_parameters
+from regraft.card import ATTRIBUTE, attach, card_of
+from regraft.checkpoint.create import create_model
+from regraft.data.folders import Listing, Task
+from regraft.data.photos import Photos
+from regraft.data.transforms import is_random
+from regraft.errors import ConfigError, EditError, ModelError
+from regraft.freezing.auditing import audit
+from regraft.freezing.flags import freeze, settle, unfreeze
+from regraft.freezing.groups import build_optimizer, optimizer_class
+from regraft.freezing.schedule import Schedule
+from regraft.freezing.state import FreezeState
+from regraft.frontier.cache.store import Store
+from regraft.progress import Progress
+from regraft.training.checks.trial import try_one_batch
+from regraft.training.checks.weight_types import type_names
+from regraft.training.config import FINE_TUNE_LR, HEAD_LR, SCRATCH_LR, HeadStart, TrainConfig
+from regraft.training.features.batches import FeatureBatches
+from regraft.training.features.extract import Extractor
+from regraft.training.heads.sweep import DECAYS, Sweep, ridge_obstacle, ridge_start, sweep_heads
+from regraft.training.loop import Engine, choose_engine
+from regraft.training.losses import Loss, build_loss
+from regraft.training.result import Plan
+from regraft.training.train_data import Material, with_task
+from regraft.zoo import preprocessing_of
+
+WARM_UP_SHARE = 0.05
+OPTIMIZERS_OF_THEIR_OWN_KIND = ("LBFGS", "SparseAdam", "Adahessian")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the training loop needs.
+
+    Attributes:
+        model: The whole network.
+        live: What runs in every epoch: the network, or the part of it that takes the features of `material`.
+        rates: The arguments of `param_groups`, for layers that join later.
+        unfreezing: Which layers join when; None: none do.
+        sweep: What several ways to train a head came to; None where a learning rate was given, or it is no head.
+        head_start: `given` or `ridge`.
+    """
+
+    model: nn.Module
+    live: nn.Module
+    material: Material
+    criterion: Loss
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    engine: Engine
+    plan: Plan
+    rates: dict[str, Any]
+    unfreezing: Schedule | None
+    sweep: Sweep | None
+    head_start: HeadStart
+
+    @property
+    def live_engine(self) -> Engine:
+        """Where and in which precision the live part is computed."""
+        return _live_engine(self.engine, self.live, self.material)
+
+
+def check_options(config: TrainConfig, task: Task | None, *, trust_code: bool) -> None:
+    """Refuse options that cannot work, before any photo is read.
+
+    Raises:
+        ConfigError: No optimizer or loss has that name, or options contradict each other.
+        ModelError: The device does not exist.
+        TrustError: The loss is code of the user's own, and `trust_code` is false.
+    """
+    choose_engine(config.device, config.precision)
+    if task is not None:
+        build_loss(config.loss, task, label_smoothing=config.label_smoothing, trust_code=trust_code)
+    maker = optimizer_class(config.optimizer)
+    if getattr(maker, "__name__", "") in OPTIMIZERS_OF_THEIR_OWN_KIND:
+        raise ConfigError(
+            f"the optimizer '{config.optimizer}' needs a training loop or gradients of its own kind. Choose another of "
+            "torch.optim, such as adamw or sgd."
+        )
+    if config.unfreeze is not None and (config.unfreeze_all or config.freeze or config.freeze_until is not None):
+        raise ConfigError(
+            f"--unfreeze '{config.unfreeze}' says what is frozen when, so it excludes --freeze, --freeze-until and "
+            "--unfreeze-all. Pass one of them."
+        )
+
+
+def prepare_model(
+    model: nn.Module | str, listing: Listing | None, config: TrainConfig, *, trust_code: bool
+) -> nn.Module:
+    """Build the model where it is a name, give it a head for the data, and freeze what the options say.
+
+    A name without options to freeze is frozen but for its head where it is pretrained. The flags of a module are left
+    as they are, but for the options; what they say is frozen is pinned.
+    """
+    if isinstance(model, str):
+        if listing is None:
+            raise ConfigError("a model's name needs a folder as data. Pass a module with datasets and loaders.")
+        outputs = len(listing.classes) if listing.classes is not None else 1
+        built = create_model(model, weights=config.weights, num_classes=outputs, trust_code=trust_code)
+        recipe = card_of(built).recipe
+        if recipe is not None and recipe.source.weights != "none" and not _names_layers(config):
+            freeze(built)
+            unfreeze(built, *find_heads(built))
+    else:
+        built = model
+    if config.image_size is not None:
+        known = preprocessing_of(built)
+        resize = max(1, round(config.image_size * known.resize / known.size))
+        attach(built, preprocessing=known.model_copy(update={"size": config.image_size, "resize": resize}))
+    if config.unfreeze_all:
+        unfreeze(built)
+    if config.freeze or config.freeze_until is not None:
+        freeze(built, *config.freeze, until=config.freeze_until)
+    if config.unfreeze is not None:
+        Schedule.parse(config.unfreeze).start(built)
+    settle(built)
+    return built
+
+
+def prepare_job(
+    model: nn.Module,
+    name: str | None,
+    material: Material,
+    config: TrainConfig,
+    engine: Engine,
+    loss: Loss | None,
+    *,
+    trust_code: bool,
+) -> Job:
+    """Put loss, optimizer and schedule beside model and data, audit them, and try one batch."""
+    material = with_task(material, loss, config.loss)
+    criterion = loss or build_loss(
+        config.loss, material.task, label_smoothing=config.label_smoothing, trust_code=trust_code
+    )
+    live = material.frontier.parts.suffix if material.frontier is not None else model
+    if isinstance(criterion, nn.Module):
+        criterion.to(engine.device)
+    try_one_batch(model, live, material, criterion, _live_engine(engine, live, material), config)
+    start = _required_ridge_start(live, material) if config.head_start == "ridge" else None
+    is_head_alone = config.lr is None and _is_head_alone_trained(model, live)
+    rates = _rates(model, config, is_head_alone=is_head_alone)
+    sweep = None
+    if config.lr is None and is_head_alone and isinstance(material.train, FeatureBatches) and _is_sweepable(config):
+        if config.head_start == "auto":
+            start = ridge_start(live, material.train, torch.arange(len(material.train.dataset)))
+        sweep = sweep_heads(
+            live,
+            material.train,
+            criterion,
+            epochs=config.epochs,
+            decays=(config.weight_decay,) if "weight_decay" in config.model_fields_set else DECAYS,
+            may_start_from_ridge=config.head_start == "auto" and start is not None,  # all photos may be too many
+            seed=config.seed,
+        )
+        if sweep is not None:
+            rates = {**rates, "lr": sweep.best.lr, "weight_decay": sweep.best.weight_decay}
+    is_ridge = config.head_start == "ridge" or (sweep is not None and sweep.best.starts_from_ridge)
+    optimizer = build_optimizer(config.optimizer, model, **rates)
+    if findings := audit(model, optimizer):
+        raise ModelError(f"{type(model).__name__} cannot be trained as it is: {findings[0]}")
+    if is_ridge and start is not None:
+        with torch.no_grad():
+            for name, value in start.items():
+                live.get_parameter(name).copy_(value)
+    attach(model, classes=material.classes, task=material.task, preprocessing=preprocessing_of(model))
+    return Job(
+        model=model,
+        live=live,
+        material=material,
+        criterion=criterion,
+        optimizer=optimizer,
+        schedule=_schedule(optimizer, config, material),
+        scaler=engine.scaler(),
+        engine=engine,
+        plan=_plan(model, name, material, rates["lr"], engine),
+        rates=rates,
+        unfreezing=Schedule.parse(config.unfreeze) if config.unfreeze is not None else None,
+        sweep=sweep,
+        head_start="ridge" if is_ridge else "given",
+    )
+
+
+@contextlib.contextmanager
+def unchanged_on_failure(model: nn.Module | str) -> Iterator[None]:
+    """Give a module its flags, gradients, modes, pins and card back where the block raises."""
+    if isinstance(model, str):
+        yield
+        return
+    card, state = card_of(model), FreezeState.of(model)
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        state.put_back()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        setattr(model, ATTRIBUTE, card)
+        raise
+
+
+def _names_layers(config: TrainConfig) -> bool:
+    return bool(config.freeze or config.unfreeze_all or config.freeze_until is not None or config.unfreeze is not None)
+
+
+def _rates(model: nn.Module, config: TrainConfig, *, is_head_alone: bool) -> dict[str, Any]:
+    """Work out the arguments of `param_groups`."""
+    lr = config.lr if config.lr is not None else _default_lr(model, is_head_alone=is_head_alone)
+    backbone_lr = config.backbone_lr
+    if backbone_lr is None and config.layer_decay is None and config.unfreeze is not None:
+        backbone_lr = lr * FINE_TUNE_LR / HEAD_LR
+    return {
+        "lr": lr,
+        "weight_decay": config.weight_decay,
+        "layer_decay": config.layer_decay,
+        "backbone_lr": backbone_lr,
+    }
+
+
+def make_extractor(
+    model: nn.Module, data: Any, config: TrainConfig, engine: Engine, progress: Progress
+) -> tuple[Extractor | None, str | None]:
+    """Prepare to compute what is constant once, where the data and the network allow it.
+
+    Returns:
+        The extractor, or None and the reason; no reason where there is nothing to say.
+    """
+    pair = data if isinstance(data, (tuple, list)) else ()
+    if not config.cache or (pair and not all(isinstance(part, Photos) for part in pair)):
+        return None, None
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return None, None
+    if is_random(config.augment) and config.views is None:
+        return None, f"augment {config.augment} draws each photo anew in every epoch. A number of --views can be kept"
+    try:
+        extractor = Extractor(
+            model,
+            engine,
+            fast=config.fast,
+            precision=config.cache_precision,
+            keep_pixels=config.unfreeze is not None,
+            store=Store(),
+            progress=progress,
+        )
+    except (ModelError, EditError) as error:
+        return None, str(error)
+    except (RuntimeError, TypeError, ValueError) as error:  # of its forward, on shapes alone: tried anew on a batch
+        return None, str(error).partition("\n")[0]
+    return extractor, None
+
+
+def _required_ridge_start(live: nn.Module, material: Material) -> dict[str, torch.Tensor]:
+    """Return the weights that ridge regression on all photos to learn from gives a linear head.
+
+    Raises:
+        ConfigError: What is trained is no linear layer on features that are computed once, or they are too many.
+    """
+    batches = material.train
+    if isinstance(batches, FeatureBatches):
+        rows = torch.arange(len(batches.dataset))
+        start, reason = ridge_start(live, batches, rows), ridge_obstacle(live, batches, rows)
+        if start is not None:
+            return start
+        reason = reason or "not all of the features are finite"
+    else:
+        reason = material.not_once_because or "nothing is computed once"
+    raise ConfigError(
+        f"--head-start ridge needs a linear head on features that are computed once, and few enough of them: {reason}. "
+        "Freeze everything but the last layer, or leave the option out."
+    )
+
+
+def _is_sweepable(config: TrainConfig) -> bool:
+    return config.optimizer.lower() == "adamw" and config.unfreeze is None
+
+
+def _default_lr(model: nn.Module, *, is_head_alone: bool) -> float:
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        recipe = card_of(model).recipe
+        return SCRATCH_LR if recipe is None or recipe.source.weights == "none" else FINE_TUNE_LR
+    return HEAD_LR if is_head_alone else FINE_TUNE_LR
+
+
+def _is_head_alone_trained(model: nn.Module, live: nn.Module) -> bool:
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return False
+    if live is not model and _is_one_layer(live):
+        return True
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return names <= head_parameters(model)
+
+
+def _is_one_layer(live: nn.Module) -> bool:
+    """Return whether of what comes after the frontier, one layer has parameters."""
+    return sum(any(True for _ in layer.parameters(False)) for layer in live.modules()) == 1
+
+
+def _live_engine(engine: Engine, live: nn.Module, material: Material) -> Engine:
+    """Return the engine of the live part: a single layer on what was computed once stays out of autocast.
+
+    It takes no time either way, and in 16 bits a score or a predicted number would be wrong by 0.4 % of itself.
+    """
+    is_head = material.frontier is not None and _is_one_layer(live)
+    return replace(engine, autocast_dtype=None) if is_head else engine
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, material: Material
+) -> torch.optim.lr_scheduler.LRScheduler:
+    steps = max(1, config.epochs * (len(material.train) if isinstance(material.train, Sized) else 1))
+    warm_up = max(1, round(steps * WARM_UP_SHARE))
+
+    def cosine(step: int) -> float:
+        if step < warm_up:
+            return (step + 1) / warm_up
+        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+    constant = config.schedule == "constant" or not isinstance(material.train, Sized)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, (lambda step: 1.0) if constant else cosine)
+
+
+def _plan(model: nn.Module, name: str | None, material: Material, lr: float, engine: Engine) -> Plan:
+    recipe = card_of(model).recipe
+    listing = material.listing
+    parameters = list(model.parameters())
+    precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[engine.autocast_dtype]
+    if engine.input_dtype not in (None, torch.float32):
+        precision = f"in {type_names(parameters)}, as its weights are"
+    return Plan(
+        model=name or (recipe.source.name if recipe else type(model).__name__),
+        weights=recipe.source.weights if recipe else "as given",
+        task=material.task,
+        classes=material.classes,
+        counts=tuple(listing.counts()) if listing else (),
+        split=listing.split if listing else "as given",
+        train_count=_count(material.train),
+        validation_count=_count(material.validation),
+        unreadable=material.unreadable,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        trained_layers=tuple(_trained_layers(model)),
+        lr=lr,
+        device=f"{engine.device} {precision}",
+    )
+
+
+def _count(batches: Iterable[Any]) -> int | None:
+    dataset = getattr(batches, "dataset", None)
+    return len(cast(Sized, dataset)) if isinstance(dataset, Sized) else None
+
+
+def _trained_layers(model: nn.Module, prefix: str = "") -> list[str]:
+    """List the paths of the largest layers all of whose parameters are trainable."""
+    found = []
+    for name, layer in model.named_children():
+        flags = [parameter.requires_grad for parameter in layer.parameters()]
+        if flags and all(flags):
+            found.append(prefix + name)
+        elif any(flags):
+            found += _trained_layers(layer, f"{prefix}{name}.")
+    return list(itertools.islice(found, 50))

@@ -1,0 +1,343 @@
+"""What is learned from and measured on: folders, tables, datasets and loaders → batches."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from regraft.card import Preprocessing
+from regraft.data.decode import Unreadable
+from regraft.data.folders import Listing, Task, list_data
+from regraft.data.photos import Photos, SeededShuffle
+from regraft.data.transforms import augmentation
+from regraft.errors import DataError, ModelError
+from regraft.frontier.cache.store import Store
+from regraft.progress import Progress
+from regraft.training.checks.targets import labels_in_memory, require_labels, task_of
+from regraft.training.config import TrainConfig
+from regraft.training.features.batches import FeatureBatches
+from regraft.training.features.extract import Extractor
+from regraft.training.features.frontier import Frontier
+from regraft.training.features.pixels import read_or_find_photos
+from regraft.training.loop import Inputs
+from regraft.training.losses import Loss
+from regraft.training.partial_batches import Partial, tolerant_loader
+from regraft.training.resume.rng import random_states, set_random_states
+
+MEASURED_AT_A_TIME = 256
+
+
+@dataclass(frozen=True)
+class Material:
+    """What is learned from and measured on.
+
+    Attributes:
+        train: Batches to learn from, in a new order each epoch.
+        validation: Batches to measure on, in one order.
+        task: Classification or regression.
+        classes: Class names; None for regression.
+        listing: What the folder held; None for datasets and loaders.
+        paths: The validation photos, in order; empty for datasets that are no files.
+        unreadable: Files that are skipped.
+        photos: The photos to learn from and those to measure on, where the data is photos.
+        frontier: What was computed once for all epochs; None where the whole network runs in each.
+        not_once_because: Why it does; None where there is nothing to say.
+        first_targets: Of the first batch to learn from; None for photos.
+    """
+
+    train: Iterable[Any]
+    validation: Iterable[Any]
+    task: Task
+    classes: tuple[str, ...] | None
+    listing: Listing | None = None
+    paths: tuple[Path, ...] = ()
+    unreadable: tuple[Unreadable, ...] = ()
+    photos: tuple[Photos, Photos] | None = None
+    frontier: Frontier | None = None
+    not_once_because: str | None = None
+    first_targets: torch.Tensor | None = None
+
+
+def list_if_folder(data: Any, config: TrainConfig) -> Listing | None:
+    """List the photos where `data` names a folder or a table; None for a pair of datasets or loaders."""
+    if isinstance(data, (str, Path)):
+        return list_data(data, validation_share=config.validation_share, seed=config.seed)
+    return None
+
+
+def read_material(
+    data: Any,
+    listing: Listing | None,
+    preprocessing: Preprocessing,
+    config: TrainConfig,
+    progress: Progress,
+    extractor: Extractor | None = None,
+) -> Material:
+    """Decode the photos of a folder, or take datasets and loaders as they are.
+
+    With an extractor, the batches are of what its constant part gives for photos (`FeatureBatches`).
+    """
+    if listing is None:
+        return _given_material(data, config, extractor)
+    store = Store() if config.cache else None
+    versions = (augmentation(config.augment, preprocessing, config.views), augmentation("none", preprocessing))
+    photos, unreadable, features = [], [], []
+    for samples, seen, description in (
+        (listing.train, versions[0], "reading photos"),
+        (listing.validation, versions[1], "reading validation photos"),
+    ):
+        if extractor is not None:
+            found, part, failed = extractor.of_samples(samples, seen, listing.classes, description=description)
+            features.append(found)
+        else:
+            part, failed = read_or_find_photos(
+                samples, preprocessing, listing.classes, store, description=description, progress=progress
+            )
+        photos.append(part.augmented(seen))
+        unreadable += failed
+    _require_readable(unreadable, len(listing.train) + len(listing.validation), config.max_unreadable)
+    frontier = Frontier.of(extractor, features) if extractor is not None else None
+    material = _photo_material(photos[0], photos[1], config, frontier)
+    _require_all_classes(material.classes, photos[0])
+    return replace(material, task=listing.task, classes=listing.classes, listing=listing, unreadable=tuple(unreadable))
+
+
+def again(material: Material, config: TrainConfig, extractor: Extractor | None) -> Material:
+    """Return the same photos for a network whose flags have changed."""
+    assert material.photos is not None
+    features = [extractor.of_photos(part) for part in material.photos] if extractor is not None else None
+    frontier = Frontier.of(extractor, features) if extractor is not None and features is not None else None
+    fresh = _photo_material(*material.photos, config, frontier)
+    return replace(material, train=fresh.train, validation=fresh.validation, frontier=frontier)
+
+
+def _given_material(data: Any, config: TrainConfig, extractor: Extractor | None) -> Material:
+    if not (isinstance(data, (tuple, list)) and len(data) == 2):
+        raise DataError(
+            f"data is a {type(data).__name__}, expected a folder, a .csv table, or a pair (train, validation) of "
+            "Datasets or DataLoaders."
+        )
+    train, validation = data
+    if isinstance(train, Photos) and isinstance(validation, Photos):
+        train = train.augmented(augmentation(config.augment, train.preprocessing, config.views))
+        features = [extractor.of_photos(part) for part in (train, validation)] if extractor is not None else []
+        frontier = Frontier.of(extractor, features) if extractor is not None else None
+        return _photo_material(train, validation, config, frontier)
+    batches, measured = _batches(train, config, shuffle=True), _batches(validation, config, shuffle=False)
+    for part, found in (("training", batches), ("validation", measured)):
+        if isinstance(found, Sized) and len(found) == 0:
+            raise DataError(f"the {part} data is empty. Give at least one batch.")
+    _, targets = first_batch(batches)
+    if targets.is_floating_point():
+        return Material(batches, measured, "regression", None, first_targets=targets)
+    return Material(batches, measured, "classification", _names(train), first_targets=targets)
+
+
+def _photo_material(train: Photos, validation: Photos, config: TrainConfig, frontier: Frontier | None) -> Material:
+    if frontier is not None:
+        sampler = SeededShuffle(len(train), config.seed)
+        batches: Iterable[Any] = FeatureBatches(frontier.train, train, config.batch_size, sampler)
+        measured: Iterable[Any] = FeatureBatches(frontier.validation, validation, MEASURED_AT_A_TIME)
+    else:
+        batches = tolerant_loader(train, config.batch_size, shuffle_seed=config.seed, workers=config.workers)
+        measured = tolerant_loader(validation, config.batch_size, workers=config.workers)
+    return Material(
+        batches,
+        measured,
+        "regression" if train.classes is None else "classification",
+        train.classes,
+        paths=tuple(sample.path for sample in validation.samples),
+        photos=(train, validation),
+        frontier=frontier,
+    )
+
+
+def _batches(data: Any, config: TrainConfig, *, shuffle: bool) -> Iterable[Any]:
+    if not isinstance(data, Dataset):
+        if not isinstance(data, Iterable):
+            raise DataError(
+                f"a {type(data).__name__} is no data. Expected a Dataset, a DataLoader, or a list of batches."
+            )
+        return data
+    count = len(data) if isinstance(data, Sized) else 0
+    return DataLoader(
+        data,
+        config.batch_size,
+        shuffle=shuffle,
+        num_workers=config.workers or 0,
+        generator=torch.Generator().manual_seed(config.seed),
+        drop_last=shuffle and count > config.batch_size and count % config.batch_size == 1,  # batch norm needs two
+    )
+
+
+def first_batch(batches: Iterable[Any]) -> tuple[Inputs, torch.Tensor]:
+    """Take the first (inputs, targets), or say what else was there."""
+    if isinstance(batches, FeatureBatches):
+        return next(iter(batches))
+    found = (batch.batch if isinstance(batch, Partial) else batch for batch in batches)
+    try:
+        first = next((batch for batch in found if batch is not None), None)
+    except TypeError as error:
+        if "default_collate" not in str(error):
+            raise
+        raise DataError(
+            f"the items of the training data cannot be put into a batch: {error}. Let the dataset return tensors and "
+            "numbers, or give the loader a collate_fn."
+        ) from error
+    return _require_pair(first, "training")
+
+
+def pairs_of(batches: Any) -> Iterator[tuple[Inputs, torch.Tensor]]:
+    """Yield batches of a user's own, each checked.
+
+    Raises:
+        DataError: There is none, or one is no pair of tensors of the same length.
+    """
+    if not isinstance(batches, Iterable) or isinstance(batches, (torch.Tensor, np.ndarray)):
+        raise DataError(
+            f"a {type(batches).__name__} is no data. Expected a folder, a Dataset, a DataLoader, or a list of batches."
+        )
+    is_empty = True
+    for batch in batches:
+        is_empty = False
+        _require_pair(batch, "given")
+        inputs, targets = batch
+        if 0 in (inputs.ndim, targets.ndim) or len(inputs) != len(targets) or not len(targets):
+            raise DataError(
+                f"the data yields inputs of shape {tuple(inputs.shape)} with targets of shape {tuple(targets.shape)}, "
+                "expected (N, …) and (N,), N at least 1."
+            )
+        yield inputs, targets
+    if is_empty:
+        raise DataError("the data is empty. Give at least one batch.")
+
+
+def _require_pair(batch: Any, part: str) -> tuple[Inputs, torch.Tensor]:
+    is_sequence = isinstance(batch, (tuple, list))
+    if is_sequence and len(batch) == 2 and all(isinstance(tensor, torch.Tensor) for tensor in batch):
+        return batch[0], batch[1]
+    if isinstance(batch, Mapping):
+        kind = f"a {type(batch).__name__} with {', '.join(map(repr, batch)) or 'nothing'}"
+        advice = "wrap it in a dataset, or give the loader a collate_fn, that returns the two"
+    elif is_sequence and len(batch) != 2:
+        kind = f"a {type(batch).__name__} of {len(batch)}"
+        advice = "let the dataset return the two, without a third"
+    elif is_sequence:
+        kind = f"a {type(batch).__name__} of {' and '.join(type(entry).__name__ for entry in batch)}"
+        advice = "let the dataset return tensors and numbers, as with torchvision.transforms.ToTensor()"
+    else:
+        kind, advice = type(batch).__name__, "let the dataset return tensors, as with torchvision.transforms.ToTensor()"
+    raise DataError(f"the {part} data yields {kind}, expected pairs (inputs, targets) of tensors: {advice}.")
+
+
+def with_task(material: Material, loss: Loss | None, loss_name: str | None) -> Material:
+    """Return datasets and loaders with the task that their targets and the loss call for; folders have one already.
+
+    Raises:
+        DataError: The targets are not what the loss compares, or may be two things.
+    """
+    if material.photos is not None:
+        return material
+    assert material.first_targets is not None
+    targets = material.first_targets
+    with _states_put_back(material.validation):
+        measured = _peek(material.validation)
+        if measured is not None:
+            _require_pair(measured, "validation")
+    task = task_of(material.task, loss, loss_name, targets, None if measured is None else measured[1])
+    if task == "classification" and measured is not None and measured[1].is_floating_point() and measured[1].ndim != 2:
+        raise DataError(
+            f"the validation targets are {str(measured[1].dtype).removeprefix('torch.')}, and the training targets are "
+            "classes. Let both return classes (N,) of integers."
+        )
+    if task == material.task:
+        return material
+    return replace(material, task=task, classes=None if task == "regression" else _names(material.train))
+
+
+def _require_known_labels(material: Material, classes: int, ignored: int | None) -> None:
+    """Refuse labels that are none of the classes, as far as they are known without reading data.
+
+    Raises:
+        DataError: One is none of them; the message names it and the part of the data.
+    """
+    if material.photos is not None:
+        return
+    for part, batches in (("training ", material.train), ("validation ", material.validation)):
+        labels = labels_in_memory(batches)
+        if labels is None:
+            with _states_put_back(batches):
+                batch = _peek(batches)
+            labels = batch[1] if batch is not None else None
+        if labels is not None and (labels.ndim == 1 or labels.shape[1:].numel() == 1):
+            require_labels(labels, classes, ignored=ignored, part=part)
+
+
+def require_scores(
+    model: nn.Module, output: torch.Tensor, targets: torch.Tensor, material: Material, ignored: int | None
+) -> None:
+    """Refuse outputs that are no scores (N, K) of the data's classes, and labels of which there is no score.
+
+    Raises:
+        ModelError: The outputs are none, or of more or fewer classes than the data has.
+        DataError: A label is none of the classes.
+    """
+    if output.ndim != 2:
+        raise ModelError(
+            f"{type(model).__name__} gives outputs of shape {tuple(output.shape)} for {len(targets)} samples, expected "
+            "scores (N, K) of K classes. End the network with nn.Flatten and nn.Linear, or return floats as targets "
+            "to predict numbers."
+        )
+    labels = targets if targets.ndim != 2 or targets.shape[1] == 1 else targets.argmax(1)
+    labels = labels[labels != ignored] if ignored is not None else labels
+    known = material.classes is not None
+    wanted = len(material.classes) if material.classes is not None else int(labels.max()) + 1 if len(labels) else 0
+    if targets.ndim == 2 and targets.shape[1] > 1:
+        known, wanted = True, targets.shape[1]
+    if output.shape[1] < wanted or (known and output.shape[1] != wanted):
+        raise ModelError(
+            f"{type(model).__name__} gives {output.shape[1]} scores, the data has {wanted} classes. "
+            f"Use model = regraft.replace_head(model, {wanted})."
+        )
+    _require_known_labels(material, output.shape[1], ignored)
+
+
+def _peek(batches: Any) -> Any:
+    """Return the first batch where looking at it costs little and loses nothing; else None."""
+    is_cheap = isinstance(batches, (list, tuple)) or (isinstance(batches, DataLoader) and batches.num_workers == 0)
+    return next(iter(batches), None) if is_cheap else None
+
+
+@contextlib.contextmanager
+def _states_put_back(*batches: Any) -> Iterator[None]:
+    states = random_states(*batches)
+    try:
+        yield
+    finally:
+        set_random_states(states, *batches)
+
+
+def _names(batches: Any) -> tuple[str, ...] | None:
+    names = getattr(getattr(batches, "dataset", batches), "classes", None)
+    return tuple(map(str, names)) if names else None
+
+
+def _require_readable(unreadable: list[Unreadable], count: int, limit: float) -> None:
+    if len(unreadable) > limit * count:
+        examples = "; ".join(f"'{found.path}': {found.reason}" for found in unreadable[:3])
+        raise DataError(
+            f"{len(unreadable)} of {count} files cannot be read ({examples}). Repair or remove them, or allow more "
+            f"with --max-unreadable (now {limit:g})."
+        )
+
+
+def _require_all_classes(classes: tuple[str, ...] | None, train: Photos) -> None:
+    seen = {sample.target for sample in train.samples}
+    if lost := [name for index, name in enumerate(classes or ()) if index not in seen]:
+        raise DataError(f"none of the photos of {', '.join(map(repr, lost))} can be read. Add some that can.")
