@@ -146,7 +146,7 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 
 def path_problem(path: str | os.PathLike[Any]) -> str | None:
-    """Say what is wrong with the text of a path, whether or not anything is there; None: nothing."""
+    """Describe what is wrong with the text of a path, whether or not anything is there; None: nothing."""
     text = os.fspath(path)
     if not isinstance(text, str):
         return "it is bytes, expected text"
@@ -271,7 +271,7 @@ def _word(hint: Any) -> str:
 
 
 def _advice(value: Any, hint: Any) -> str:
-    """Say what to write instead, for what is passed by mistake most often."""
+    """Describe what to write instead, for what is passed by mistake most often."""
     kinds = {_kind(option) for option in _options(hint)}
     if nn.Module in kinds and (advice := _network_instead_of(value)):
         return advice

@@ -22,7 +22,7 @@ A message has four parts in this order: what failed (with the value), where, wha
 import difflib
 from collections.abc import Iterable
 
-LONGEST_MESSAGE = 2_000  # characters of what a file says of itself
+MAX_MESSAGE = 2_000  # characters of what a file says of itself
 
 
 class RegraftError(Exception):
@@ -84,8 +84,8 @@ class CheckpointError(InputError):
     """
 
     def __init__(self, message: str) -> None:
-        start, end = message[:LONGEST_MESSAGE], message[-LONGEST_MESSAGE // 2 :]
-        super().__init__(message if len(message) <= 2 * LONGEST_MESSAGE else f"{start} … {end}")
+        start, end = message[:MAX_MESSAGE], message[-MAX_MESSAGE // 2 :]
+        super().__init__(message if len(message) <= 2 * MAX_MESSAGE else f"{start} … {end}")
 
 
 class TrustError(InputError):

@@ -28,7 +28,7 @@ class CheckedFields(BaseModel):
 
 
 def explain(error: ValidationError, kind: type[BaseModel], help_text: str = "") -> str:
-    """Say what is wrong with the fields of a model, and which were meant where a name is unknown.
+    """Describe what is wrong with the fields of a model, and which were meant where a name is unknown.
 
     Args:
         error: What pydantic said.

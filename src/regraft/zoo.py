@@ -204,7 +204,7 @@ def _build_torchvision(name: str, weights: str) -> tuple[nn.Module, Preprocessin
             f"{', '.join(entry.name for entry in known)}."
         )
     with _downloads(name):
-        model = models.get_model(name, weights=chosen, **_settled_arguments(name))
+        model = models.get_model(name, weights=chosen, **_resolved_arguments(name))
     preset = (chosen or cast(Any, known).DEFAULT).transforms()
     preprocessing = Preprocessing(
         size=preset.crop_size[0],
@@ -216,7 +216,7 @@ def _build_torchvision(name: str, weights: str) -> tuple[nn.Module, Preprocessin
     return model, preprocessing, chosen.name if chosen else "none"
 
 
-def _settled_arguments(name: str) -> dict[str, Any]:
+def _resolved_arguments(name: str) -> dict[str, Any]:
     # Both constructors warn until they are told; True is what they do today.
     return {"init_weights": True} if name in ("inception_v3", "googlenet") else {}
 

@@ -11,7 +11,7 @@ import tiny
 from regraft import audit, freeze, summary, unfreeze
 from regraft.anatomy.mode_dependence import is_pinned
 from regraft.anatomy.summary_table import state_text
-from regraft.freezing.auditing import would_move
+from regraft.freezing.auditing import changes_while_training
 from regraft.freezing.hold import HOLD, PinState
 
 
@@ -49,9 +49,9 @@ def test_freezing_and_looking_know_the_same_pins() -> None:
     layer = nn.BatchNorm2d(3)
     PinState(pinned=True, hooks=HOLD).apply(layer)
     assert is_pinned(layer)
-    assert would_move(layer) is None
+    assert changes_while_training(layer) is None
     PinState().apply(layer)
-    assert would_move(layer) == "its running statistics would still move"
+    assert changes_while_training(layer) == "its running statistics would still move"
 
 
 @pytest.mark.parametrize("until", [None, "layer2", "fc"])

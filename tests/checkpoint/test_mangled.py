@@ -32,7 +32,7 @@ def look(case: Mangled) -> LoadReport | None:
 
 
 def is_right(case: Mangled) -> bool:
-    """Say whether the mapping is the true one, or the file is refused where it must be."""
+    """Return whether the mapping is the true one, or the file is refused where it must be."""
     report = look(case)
     if case.refused:
         return report is None or not any(match.sure == "certain" for match in report.matches)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from regraft.data.folders import Listing, Sample, list_data, list_labelled, list_numbered, photos_in, stratified_split
+from regraft.data.folders import Listing, Sample, list_data, list_labelled, list_regression, photos_in, stratified_split
 from regraft.errors import DataError
 
 
@@ -154,7 +154,7 @@ def test_the_split_of_a_table_is_kept(tmp_path: Path) -> None:
     found = listing_of(tmp_path, text)
     assert found.train == (Sample(tmp_path / "a.png", 1.0),)
     assert found.validation == (Sample(Path("/abs/b.png"), 2.0), Sample(tmp_path / "c.png", -300.0))
-    assert list_numbered(tmp_path / "table.csv") == found.validation
+    assert list_regression(tmp_path / "table.csv") == found.validation
     assert found.split == "as the column 'split' says"
 
 

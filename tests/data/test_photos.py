@@ -10,7 +10,7 @@ from PIL import Image
 from regraft.card import Preprocessing
 from regraft.data.folders import Sample
 from regraft.data.photos import Photos, SeededShuffle, loader, read_photos
-from regraft.data.transforms import Versions, augmentation, center_crop, normalize
+from regraft.data.transforms import Views, augmentation, center_crop, normalize
 from regraft.errors import DataError
 
 PREPROCESSING = Preprocessing(size=32, resize=36)
@@ -48,7 +48,7 @@ def test_a_subset_and_an_augmented_copy_share_the_pixels(photos: Photos) -> None
     part = photos.subset([5, 0])
     assert [sample.path.name for sample in part.samples] == ["5.png", "0.png"]
     assert torch.equal(part[0][0], photos[5][0])
-    flipped = photos.augmented(Versions("mirrored", (lambda pixels: center_crop(32)(pixels).flip(2),)))
+    flipped = photos.augmented(Views("mirrored", (lambda pixels: center_crop(32)(pixels).flip(2),)))
     assert torch.equal(flipped[3][0], photos[3][0].flip(2))
     if photos.pixels is not None:
         assert part.pixels is not None

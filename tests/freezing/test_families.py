@@ -154,7 +154,7 @@ def freeze_half_and_train(name: str) -> Row:
 
 
 def split_in_two(model: nn.Module, inputs: torch.Tensor) -> str:
-    """Say where the frontier lies; the two parts have to give what the whole gives, and no image may need another."""
+    """Return where the frontier lies; both parts must give what the whole gives, and no image may need another."""
     try:
         parts = partition(model, inputs)
     except RegraftError as error:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from regraft.errors import EditError
 from regraft.surgery.layer_text.build import construct, construct_all
-from regraft.surgery.layer_text.parse import DEEPEST, LONGEST, MOST_NODES, Call, parsed, written
+from regraft.surgery.layer_text.parse import MAX_DEPTH, MAX_LENGTH, MAX_NODES, Call, parsed, written
 
 REFUSED = {
     "leave_mark('x').again('y')": "a call of an attribute access|is no layer",
@@ -103,13 +103,13 @@ def test_deep_text_is_refused(text: str) -> None:
 
 
 def test_the_limits_are_named() -> None:
-    with pytest.raises(EditError, match=f"has 100,001 characters, and no more than {LONGEST:,} are read"):
-        parsed("ReLU()" + " " * (LONGEST - 5))
-    with pytest.raises(EditError, match=f"has more than {MOST_NODES:,} parts"):
-        parsed("f(" + "1," * MOST_NODES + ")")
-    with pytest.raises(EditError, match=f"nested more than {DEEPEST} deep"):
-        parsed("f(" * (DEEPEST + 1) + ")" * (DEEPEST + 1))
-    assert str(parsed("f(" * DEEPEST + ")" * DEEPEST)) == "f(" * DEEPEST + ")" * DEEPEST
+    with pytest.raises(EditError, match=f"has 100,001 characters, and no more than {MAX_LENGTH:,} are read"):
+        parsed("ReLU()" + " " * (MAX_LENGTH - 5))
+    with pytest.raises(EditError, match=f"has more than {MAX_NODES:,} parts"):
+        parsed("f(" + "1," * MAX_NODES + ")")
+    with pytest.raises(EditError, match=f"nested more than {MAX_DEPTH} deep"):
+        parsed("f(" * (MAX_DEPTH + 1) + ")" * (MAX_DEPTH + 1))
+    assert str(parsed("f(" * MAX_DEPTH + ")" * MAX_DEPTH)) == "f(" * MAX_DEPTH + ")" * MAX_DEPTH
 
 
 def test_odd_text_gives_no_warning() -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import __main__
 import tiny
 from regraft.errors import EditError, TrustError
-from regraft.surgery.layer_text.build import MOST_ELEMENTS, construct, construct_all, describe
+from regraft.surgery.layer_text.build import MAX_ELEMENTS, construct, construct_all, describe
 from regraft.zoo import import_object
 
 OWN_FILE = """
@@ -193,7 +193,7 @@ def test_what_cannot_be_described_is_an_error(layer: nn.Module, message: str, mo
         ("Linear(3, 4, device='cuda')", "says where its weights live"),
         ("Linear(3, 4, True, 'meta')", "says where its weights live"),
         ("Linear(3, 4, dtype='float16')", "says where its weights live or of which dtype they are"),
-        ("Linear(1000000000, 1000000000)", f"1,000,000,001,000,000,000 weights, and no more than {MOST_ELEMENTS:,}"),
+        ("Linear(1000000000, 1000000000)", f"1,000,000,001,000,000,000 weights, and no more than {MAX_ELEMENTS:,}"),
         ("Sequential(Embedding(100000000, 100), Embedding(100000000, 101))", "20,100,000,000 weights"),
         ("BatchNorm1d(30000000000, affine=False)", "60,000,000,001 weights"),
         ("Linear(9223372036854775807, 9223372036854775807)", "cannot be built"),

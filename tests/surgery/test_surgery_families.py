@@ -27,7 +27,7 @@ from regraft.zoo import build
 pytestmark = pytest.mark.slow
 
 TABLE = Path(__file__).parents[2] / "docs/surgery_families.md"
-MOST_CUTS = 5
+MAX_CUTS = 5
 CLASSES = 7
 COLUMNS = ("head", "cuts", "append", "insert", "save and load")
 
@@ -161,10 +161,10 @@ def boundaries(model: nn.Module, inputs: torch.Tensor) -> list[str]:
     for handle in handles:
         handle.remove()
     once = [path for path in dict.fromkeys(called) if called.count(path) == 1 and path in single][:-1]
-    if len(once) <= MOST_CUTS:
+    if len(once) <= MAX_CUTS:
         return once
-    step = (len(once) - 1) / (MOST_CUTS - 1)
-    return [once[round(step * position)] for position in range(MOST_CUTS)]
+    step = (len(once) - 1) / (MAX_CUTS - 1)
+    return [once[round(step * position)] for position in range(MAX_CUTS)]
 
 
 def activation(model: nn.Module, path: str, inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -195,7 +195,7 @@ def write_table(rows: list[Row]) -> None:
         "# Surgery on every family",
         "",
         "One small member of every classification family, with random weights. Its head is replaced; it is truncated",
-        f"at up to {MOST_CUTS} ends of stages, and each output compared, bit for bit, with the original's own",
+        f"at up to {MAX_CUTS} ends of stages, and each output compared, bit for bit, with the original's own",
         "activation there as a forward hook saw it (cuts over a skip connection are refused first, and then made with",
         "`drop_skips=True`); a classifier is appended to one of these and trained for a step; an identity is inserted,",
         "which must leave the output as it was, bit for bit; the edited network is saved, and another process loads it",

@@ -14,7 +14,7 @@ import tiny
 from oracles import identical, same, snapshot
 from regraft import replace_head
 from regraft.anatomy.heads import find_auxiliary_heads
-from regraft.training.loop import Engine, train_epoch
+from regraft.training.loop import ComputeContext, train_epoch
 from surgery.test_head import NEW, without_init
 
 AUXILIARY: dict[str, tuple[Callable[[], nn.Module], int, list[str]]] = {
@@ -37,7 +37,7 @@ def test_auxiliary_classifiers_get_as_many_classes_and_train(name: str) -> None:
     optimizer = torch.optim.SGD(edited.parameters(), lr=0.01)
     schedule, scaler = torch.optim.lr_scheduler.StepLR(optimizer, 1), torch.amp.GradScaler("cpu", enabled=False)
     before = edited.fc.weight.clone()
-    engine = Engine(torch.device("cpu"))
+    engine = ComputeContext(torch.device("cpu"))
     loss = train_epoch(edited, [(images, classes)], nn.CrossEntropyLoss(), optimizer, schedule, scaler, engine)
     assert loss > 0
     assert not identical(before, edited.fc.weight)

@@ -17,7 +17,7 @@ import tiny
 from frontier.test_partition import NETS, PATTERNS, make
 from frontier.test_replay import Scaled
 from oracles import identical
-from regraft.frontier.cache.store import Store, Writing
+from regraft.frontier.cache.store import EntryWriter, Store
 from regraft.progress import Progress
 from regraft.training.features import extract
 
@@ -171,15 +171,15 @@ def test_an_entry_that_was_damaged_is_computed_anew(noise: Path) -> None:
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_full_disk_costs_the_cache_alone(noise: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     calls = [0]
-    append = Writing.append
+    append = EntryWriter.append
 
-    def fail(self: Writing, tensors: Any) -> None:
+    def fail(self: EntryWriter, tensors: Any) -> None:
         calls[0] += 1
         if calls[0] > after:
             raise OSError(errno.ENOSPC, "No space left on device")
         append(self, tensors)
 
-    monkeypatch.setattr(Writing, "append", fail)
+    monkeypatch.setattr(EntryWriter, "append", fail)
     monkeypatch.setattr(extract, "BATCH", {"cpu": 4})
     result, lines = run(noise)
     assert "computed once" in lines
@@ -207,13 +207,13 @@ def test_an_interruption_while_it_is_computed_leaves_nothing_behind(
     noise: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(extract, "BATCH", {"cpu": 4})
-    appended = Writing.append
+    appended = EntryWriter.append
 
-    def interrupt(self: Writing, tensors: Any) -> None:
+    def interrupt(self: EntryWriter, tensors: Any) -> None:
         appended(self, tensors)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Writing, "append", interrupt)
+    monkeypatch.setattr(EntryWriter, "append", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(noise)
     assert not list(Store().folder.iterdir())
@@ -223,7 +223,7 @@ def test_a_full_disk_with_too_little_memory_falls_back_to_plain_training(
     noise: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(extract, "MEMORY_BYTES", 0)
-    monkeypatch.setattr(Writing, "append", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    monkeypatch.setattr(EntryWriter, "append", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
     result, lines = run(noise)
     assert "every epoch runs the whole network" in lines
     assert "No space left" in lines

@@ -111,11 +111,11 @@ def test_is_solvable_on_both_sides(photos: int, width: int, outputs: int, views:
     [
         ("MOST_PARAMETERS", 2 * 3 * (WIDTH + 1) * len(sweep.RATES) * sweep.FOLDS),
         ("MOST_BYTES", 60 * WIDTH * 4),
-        ("FEWEST_PHOTOS", 60),
+        ("MIN_PHOTOS", 60),
     ],
 )
 def test_sweep_heads_on_both_sides(limit: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    beyond = 1 if limit == "FEWEST_PHOTOS" else -1
+    beyond = 1 if limit == "MIN_PHOTOS" else -1
     for precision in ("full", "int8"):  # what counts is what is handed out
         data = batches(torch.arange(60) % 3, precision=precision)
         for shift, expected in ((-beyond, True), (0, True), (beyond, False)):
@@ -136,7 +136,7 @@ def test_fit_with_few_photos(count: int, tmp_path: Path) -> None:
         (photos / "train" / "class000" / "000.png").unlink()
     lines = Lines()
     result = regraft.fit(built("cnn, head"), photos, progress=lines, epochs=1, device="cpu")
-    assert ("chosen     " in lines) == (count >= sweep.FEWEST_PHOTOS)
+    assert ("chosen     " in lines) == (count >= sweep.MIN_PHOTOS)
     assert math.isfinite(result.validation.loss)
 
 

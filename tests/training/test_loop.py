@@ -10,9 +10,9 @@ import tiny
 from oracles import identical, same, snapshot
 from regraft import freeze
 from regraft.errors import LossError, ModelError
-from regraft.training.loop import Engine, choose_engine, main_output, score, train_epoch
+from regraft.training.loop import ComputeContext, choose_compute, main_output, score, train_epoch
 
-CPU = Engine(torch.device("cpu"))
+CPU = ComputeContext(torch.device("cpu"))
 
 
 def batches(name: str, count: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -112,17 +112,17 @@ def test_anything_else_is_an_error(output: object) -> None:
 
 
 def test_mixed_precision_is_torchs_autocast() -> None:
-    engine, model, data = choose_engine("cpu", "bf16"), nn.Linear(12, 3), batches("tied", 1)
-    outputs, _ = score(model, data, engine)
+    compute, model, data = choose_compute("cpu", "bf16"), nn.Linear(12, 3), batches("tied", 1)
+    outputs, _ = score(model, data, compute)
     with torch.autocast("cpu", torch.bfloat16):
         assert identical(outputs, model(data[0][0]).float())
-    assert not engine.scaler().is_enabled()
+    assert not compute.scaler().is_enabled()
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "abacus", "mps:x"])
 def test_a_device_that_does_not_exist_is_an_error(device: str) -> None:
     with pytest.raises(ModelError, match=f"the device '{device}' cannot be used: .*Try --device cpu"):
-        choose_engine(device, "auto")
+        choose_compute(device, "auto")
 
 
 def test_mixup_is_what_its_paper_says() -> None:
@@ -131,10 +131,10 @@ def test_mixup_is_what_its_paper_says() -> None:
     by_hand = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    engine = choose_engine("cpu", "fp32")
+    compute = choose_compute("cpu", "fp32")
     torch.manual_seed(5)
     found = train_epoch(
-        model, [(inputs, targets)], F.cross_entropy, optimizer, schedule, engine.scaler(), engine, mixup=0.4
+        model, [(inputs, targets)], F.cross_entropy, optimizer, schedule, compute.scaler(), compute, mixup=0.4
     )
     torch.manual_seed(5)
     share = torch.distributions.Beta(0.4, 0.4).sample()

@@ -24,7 +24,7 @@ import tiny
 from frontier.test_partition import NETS, PATTERNS, make
 from regraft.errors import ConfigError, LossError, ModelError
 from regraft.training import loop
-from regraft.training.loop import choose_engine, main_output
+from regraft.training.loop import choose_compute, main_output
 from training.test_features import Lines
 
 PRECISIONS = {"fp32": 1e-4, "bf16": 0.02, "fp16": 3e-3}  # how far a mean loss may be from that of the loop in float32
@@ -308,9 +308,9 @@ def test_a_gpu_takes_by_itself_what_a_cpu_takes_when_asked(monkeypatch: pytest.M
             patch.setattr(torch.cuda, "is_available", lambda: True)
             patch.setattr(torch.cuda, "is_bf16_supported", lambda has_bf16=has_bf16: has_bf16)
             patch.setattr(loop.torch, "empty", lambda *_, **__: None)
-            engine = choose_engine("auto", "auto")
-        assert engine.device.type == "cuda"
-        assert engine.autocast_dtype == choose_engine("cpu", precision).autocast_dtype
+            compute = choose_compute("auto", "auto")
+        assert compute.device.type == "cuda"
+        assert compute.autocast_dtype == choose_compute("cpu", precision).autocast_dtype
 
 
 # Weights in other types

@@ -9,7 +9,7 @@ import torch
 
 import regraft
 import tiny
-from regraft.frontier.cache.store import Store, Writing
+from regraft.frontier.cache.store import EntryWriter, Store
 from training.test_features import Lines, write_photos
 
 RANDOM: dict[str, Any] = {"augment": "standard", "epochs": 3, "batch_size": 6, "lr": 0.01, "image_size": tiny.SIDE}
@@ -74,15 +74,15 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 @pytest.mark.usefixtures("little_memory")
 def test_a_full_disk_costs_the_file_alone(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = [0]
-    append = Writing.append
+    append = EntryWriter.append
 
-    def fail(self: Writing, tensors: Any) -> None:
+    def fail(self: EntryWriter, tensors: Any) -> None:
         calls[0] += 1
         if calls[0] > 5:
             raise OSError(errno.ENOSPC, "No space left on device")
         append(self, tensors)
 
-    monkeypatch.setattr(Writing, "append", fail)
+    monkeypatch.setattr(EntryWriter, "append", fail)
     result, lines = run(photos, workers=0)
     assert "is not written: [Errno 28] No space left" in lines
     assert not list(Store().folder.glob("*"))

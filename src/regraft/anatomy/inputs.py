@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 Inputs = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
 InputSize = Sequence[int] | Sequence[Sequence[int]]
 
-MOST_CHANNELS = 16  # of an image, as satellites take them
+MAX_CHANNELS = 16  # of an image, as satellites take them
 TOKENS = 16  # length of a sequence where nothing says how long one is
 FRAMES = 16  # of a video
 IMAGE_SIDE = 224  # pixels
@@ -146,7 +146,7 @@ def guess_input_size(model: nn.Module) -> Shape:
     if isinstance(first, (nn.Conv3d, nn.ConvTranspose3d)):
         return (1, first.in_channels or 3, FRAMES, preprocessing.size, preprocessing.size)
     channels = first.in_channels if isinstance(first, nn.Conv2d) else 0
-    if not 0 < channels <= MOST_CHANNELS:  # unknown yet, or registered first but no stem of images
+    if not 0 < channels <= MAX_CHANNELS:  # unknown yet, or registered first but no stem of images
         channels = preprocessing.channels
     return (1, channels, *(_own_sides(model) or (preprocessing.size, preprocessing.size)))
 

@@ -16,8 +16,8 @@ def is_pinned(layer: nn.Module) -> bool:
     return getattr(vars(layer).get("train"), "is_pinned", False) is True
 
 
-def would_move(layer: nn.Module) -> str | None:
-    """Say how a layer that is frozen by its flags would still change or draw in `.train()`; None where it would not."""
+def changes_while_training(layer: nn.Module) -> str | None:
+    """Describe how a layer that is frozen by its flags would still change or draw in `.train()`; None: it would not."""
     if is_pinned(layer):
         return None
     if isinstance(layer, _NormBase) and layer.track_running_stats:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from regraft.anatomy.inputs import Inputs, InputSize
-from regraft.anatomy.mode_dependence import follows_batch, is_pinned, would_move
+from regraft.anatomy.mode_dependence import changes_while_training, follows_batch, is_pinned
 from regraft.anatomy.recording import Call, Trace
 from regraft.anatomy.summary_table import LayerSummary, ModelSummary, State
 from regraft.anatomy.tracing import trace
@@ -113,7 +113,7 @@ class _Rows:
             calls=len(calls),
             shared_with=shared_with,
             pinned=is_pinned(module),
-            moves=(would_move(module) or _batch_note(module)) if is_frozen else None,
+            moves=(changes_while_training(module) or _batch_note(module)) if is_frozen else None,
             lazy=any(is_lazy(tensor) for tensor in (*parameters, *buffers)),
             unknown=sum(self._sizes.get(id(tensor)) is None for tensor in (*parameters, *buffers)),
         )

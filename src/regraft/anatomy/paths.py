@@ -1,10 +1,10 @@
-"""Dotted paths of layers: find one, or say which were meant."""
+"""Dotted paths of layers: find one, or suggest the nearest."""
 
 from torch import nn
 
 from regraft.errors import SelectionError, nearest
 
-MOST_NAMED = 30  # layers in a message
+MAX_NAMED = 30  # layers in a message
 
 
 def layer_at(model: nn.Module, path: str) -> nn.Module:
@@ -20,14 +20,14 @@ def layer_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def no_such_layer(model: nn.Module, path: str) -> str:
-    """Say that `path` names no layer, and which names are near."""
+    """Describe that `path` names no layer, with the nearest names."""
     owner = path.rpartition(".")[0] or "the model itself"
     for kind, names in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         if path in dict(names):
             return f"'{path}' is a {kind} of {type(model).__name__}, no layer. Name its layer, '{owner}'."
     known = [name for name, _ in model.named_modules() if name]
     tops = [name for name, _ in model.named_children()]
-    some = ", ".join(tops[:MOST_NAMED]) + (f" and {len(tops) - MOST_NAMED} more" if len(tops) > MOST_NAMED else "")
+    some = ", ".join(tops[:MAX_NAMED]) + (f" and {len(tops) - MAX_NAMED} more" if len(tops) > MAX_NAMED else "")
     hint = nearest(path, known) or f"Its top-level layers: {some}."
     return f"no layer '{path}' in {type(model).__name__}. {hint} `regraft inspect` lists all."
 
@@ -43,7 +43,7 @@ def parent_and_name(path: str) -> tuple[str, str]:
 
 
 def is_within(path: str, ancestor: str) -> bool:
-    """Say whether `path` is `ancestor` or lies below it.
+    """Return whether `path` is `ancestor` or lies below it.
 
     >>> is_within("layer1.0", "layer1"), is_within("layer10", "layer1"), is_within("fc", "")
     (True, False, True)

@@ -62,8 +62,8 @@ class Trace:
 class Recorder:
     """Hooks on every layer of a twin that write down its calls."""
 
-    def __init__(self, twin: nn.Module) -> None:
-        self.twin = twin
+    def __init__(self, duplicate: nn.Module) -> None:
+        self.duplicate = duplicate
         self.calls: list[Call] = []
         self.counter = FlopCounterMode(display=False)
         self.origins = OriginRecorder()
@@ -71,28 +71,28 @@ class Recorder:
         self.output: Any = None
         self.now = 0
         self._running: list[tuple[str, str, int, int, tuple[Shape, ...]]] = []
-        for path, module in twin.named_modules():
+        for path, module in duplicate.named_modules():
             module.register_forward_pre_hook(self._begin(path), with_kwargs=True, prepend=True)
             module.register_forward_hook(self._end(path), with_kwargs=True)
 
     def run(self, arguments: Arguments) -> None:
         """Call the twin once, without gradients."""
-        self.origins.begin(self.twin, (arguments.args, arguments.kwargs))
+        self.origins.begin(self.duplicate, (arguments.args, arguments.kwargs))
         with torch.no_grad(), self.counter, self.watch:
-            self.output = self.twin(*arguments.args, **arguments.kwargs)
+            self.output = self.duplicate(*arguments.args, **arguments.kwargs)
 
     def result(self, note: str | None = None) -> Trace:
         """Return what was written down."""
         first_uses = self.watch.first_uses
-        named = list(self.twin.named_parameters(remove_duplicate=False))
-        tensors = [*named, *self.twin.named_buffers(remove_duplicate=False)]
+        named = list(self.duplicate.named_parameters(remove_duplicate=False))
+        tensors = [*named, *self.duplicate.named_buffers(remove_duplicate=False)]
         return Trace(
             calls=tuple(sorted(self.calls, key=lambda call: call.began)),
             first_uses={name: first_uses[id(tensor)] for name, tensor in named if id(tensor) in first_uses},
             sizes={name: tensor.numel() for name, tensor in tensors if not nn.parameter.is_lazy(tensor)},
             note=note,
-            outputs=self.origins.outputs(self.twin, self.output),
-            projecting=self.origins.projecting(self.twin),
+            outputs=self.origins.outputs(self.duplicate, self.output),
+            projecting=self.origins.projecting(self.duplicate),
         )
 
     def _note_origin(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:

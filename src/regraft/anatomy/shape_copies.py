@@ -18,45 +18,45 @@ OWN_HOOKS = "torch.nn.utils."  # weight norm, spectral norm and pruning compute 
 
 
 @contextlib.contextmanager
-def meta_twin(model: nn.Module) -> Iterator[nn.Module]:
+def meta_copy(model: nn.Module) -> Iterator[nn.Module]:
     """Copy the structure of `model` with an empty tensor on the meta device in the place of each tensor.
 
     Inside the block, tensors that are made without a device are such as well. The twin is without hooks, in evaluation
     mode; lazy parameters get their shapes while it runs. A forward that needs a tensor on a CPU fails on it.
     """
     with torch.device("meta"):
-        twin = _copied(model, _shape_only)
-        for layer in _lazy_layers(twin):
-            layer.register_forward_pre_hook(_settle, with_kwargs=True)
-        yield in_mode(twin, training=False)
+        duplicate = _copied(model, _shape_only)
+        for layer in _lazy_layers(duplicate):
+            layer.register_forward_pre_hook(_make_lazy_tensors, with_kwargs=True)
+        yield in_mode(duplicate, training=False)
 
 
 @contextlib.contextmanager
-def fake_twin(model: nn.Module) -> Iterator[nn.Module]:
-    """Do as `meta_twin` with fake tensors, which say that they are on the CPU and may meet real ones there.
+def fake_copy(model: nn.Module) -> Iterator[nn.Module]:
+    """Do as `meta_copy` with fake tensors, which say that they are on the CPU and may meet real ones there.
 
     They come second, as making the first of them imports all of torch's compiler, which takes a second.
     """
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     with fake_mode:
-        twin = _copied(model, lambda tensor: _fake(tensor, fake_mode))
-        for layer in _lazy_layers(twin):
-            layer.register_forward_pre_hook(_settle_fakes, with_kwargs=True)
-        yield in_mode(twin, training=False)
+        duplicate = _copied(model, lambda tensor: _fake(tensor, fake_mode))
+        for layer in _lazy_layers(duplicate):
+            layer.register_forward_pre_hook(_make_lazy_fakes, with_kwargs=True)
+        yield in_mode(duplicate, training=False)
 
 
-GHOSTS = (meta_twin, fake_twin)  # ways to run a network on shapes alone, the cheapest first
+SHAPE_ONLY_COPIES = (meta_copy, fake_copy)  # ways to run a network on shapes alone, the cheapest first
 
 
-def real_twin(model: nn.Module) -> nn.Module:
+def aliased_copy(model: nn.Module) -> nn.Module:
     """Copy the structure of `model` without hooks, for evaluation; buffers are copies, parameters share its memory.
 
     Whoever runs the twin has to see to it that nothing writes to its parameters.
     """
-    twin = _copied(model, _aliased)
-    for layer in _lazy_layers(twin):
-        layer.register_forward_pre_hook(_settle, with_kwargs=True)
-    return in_mode(twin, training=False)
+    duplicate = _copied(model, _aliased)
+    for layer in _lazy_layers(duplicate):
+        layer.register_forward_pre_hook(_make_lazy_tensors, with_kwargs=True)
+    return in_mode(duplicate, training=False)
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
@@ -64,14 +64,14 @@ def shared_copy(model: nn.Module) -> nn.Module:
     return _deepcopied(model, {id(tensor): tensor for tensor in _tensors(model)})
 
 
-def _lazy_layers(twin: nn.Module) -> list[Any]:
-    layers: list[Any] = [layer for layer in twin.modules() if isinstance(layer, LazyModuleMixin)]
+def _lazy_layers(duplicate: nn.Module) -> list[Any]:
+    layers: list[Any] = [layer for layer in duplicate.modules() if isinstance(layer, LazyModuleMixin)]
     return [layer for layer in layers if layer.has_uninitialized_params()]
 
 
 def _copied(model: nn.Module, replacement: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
-    twin = _deepcopied(model, {id(tensor): replacement(tensor) for tensor in _tensors(model)})
-    for module in twin.modules():
+    duplicate = _deepcopied(model, {id(tensor): replacement(tensor) for tensor in _tensors(model)})
+    for module in duplicate.modules():
         module._forward_hooks.clear()
         module._backward_hooks.clear()
         if hasattr(vars(module).get("train"), "is_pinned"):  # of a pin, which would look at the flags of the copy
@@ -79,7 +79,7 @@ def _copied(model: nn.Module, replacement: Callable[[torch.Tensor], torch.Tensor
         for key, hook in list(module._forward_pre_hooks.items()):
             if not type(hook).__module__.startswith(OWN_HOOKS):
                 del module._forward_pre_hooks[key]
-    return twin
+    return duplicate
 
 
 def _deepcopied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -153,13 +153,13 @@ def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> Iterator[Any]:
                 yield value
 
 
-def _settle(module: Any, args: Any, kwargs: Any) -> None:
+def _make_lazy_tensors(module: Any, args: Any, kwargs: Any) -> None:
     """Give a lazy layer its shapes, at its first call."""
     if isinstance(module, LazyModuleMixin) and cast(Any, module).has_uninitialized_params():
         cast(Any, module)._infer_parameters(module, args, kwargs)
 
 
-def _settle_fakes(module: nn.Module, args: Any, kwargs: Any) -> None:
+def _make_lazy_fakes(module: nn.Module, args: Any, kwargs: Any) -> None:
     """Give a lazy layer of a fake twin its shapes: on the meta device, then with fakes in the place of the results."""
     with unset_fake_temporarily():
         stand_ins = tree_map(
@@ -168,7 +168,7 @@ def _settle_fakes(module: nn.Module, args: Any, kwargs: Any) -> None:
             ),
             (args, kwargs),
         )
-        _settle(module, *stand_ins)
+        _make_lazy_tensors(module, *stand_ins)
     for name, tensor in module._parameters.items():
         if tensor is not None and tensor.is_meta:
             module._parameters[name] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=False)

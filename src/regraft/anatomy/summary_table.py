@@ -132,7 +132,7 @@ def html_tree(summary: ModelSummary) -> str:
 
 
 def totals(summary: ModelSummary) -> str:
-    """Say how large the model is, how much of it is trainable, and what one forward costs."""
+    """Describe how large the model is, how much of it is trainable, and what one forward costs."""
     root = summary.layers[0]
     line = f"{counted(root)} parameters, {root.trainable:,} trainable ({percent(root.trainable, root.parameters)})"
     if summary.problem is not None:
@@ -252,6 +252,6 @@ def _tree_labels(layers: Sequence[LayerSummary]) -> Iterable[str]:
 
 
 def _continues(layers: Sequence[LayerSummary], position: int, depth: int) -> bool:
-    """Say whether another layer at `depth` follows under the same parent."""
+    """Return whether another layer at `depth` follows under the same parent."""
     following = next((layer.depth for layer in layers[position + 1 :] if layer.depth <= depth), 0)
     return following == depth

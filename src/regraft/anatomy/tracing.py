@@ -16,7 +16,7 @@ from regraft.anatomy.inputs import Shape as Shape
 from regraft.anatomy.modes import in_mode, preserved_randomness, silenced
 from regraft.anatomy.recording import Call as Call
 from regraft.anatomy.recording import Recorder, Trace
-from regraft.anatomy.shape_copies import GHOSTS, real_twin
+from regraft.anatomy.shape_copies import SHAPE_ONLY_COPIES, aliased_copy
 from regraft.errors import ForwardError
 
 FAKES = "torch._subclasses.fake_tensor"  # its logger prints a traceback for what is raised as an error anyway
@@ -67,11 +67,17 @@ class _StoppedError(Exception):
 
 def _on_shapes(model: nn.Module, arguments: Arguments, training: bool) -> Trace:
     recorder, problem = None, None
-    for ghosts in GHOSTS:
+    for shape_only_copy in SHAPE_ONLY_COPIES:
         recorder = None
         try:
-            with preserved_randomness(), uncompiled(model), unfused_attention(), silenced(FAKES), ghosts(model) as twin:
-                recorder = Recorder(in_mode(twin, training))
+            with (
+                preserved_randomness(),
+                uncompiled(model),
+                unfused_attention(),
+                silenced(FAKES),
+                shape_only_copy(model) as duplicate,
+            ):
+                recorder = Recorder(in_mode(duplicate, training))
                 recorder.run(arguments.without_values())
                 return recorder.result()
         except Exception as error:
@@ -83,7 +89,7 @@ def _for_real(model: nn.Module, arguments: Arguments, reason: str, training: boo
     recorder = None
     try:
         with preserved_randomness(0), uncompiled(model), unfused_attention():
-            recorder = Recorder(in_mode(real_twin(model), training))
+            recorder = Recorder(in_mode(aliased_copy(model), training))
             recorder.watch.protect(model.parameters())
             recorder.run(arguments.with_values(_device(model)))
     except Exception as error:

@@ -56,7 +56,7 @@ def convert(
         tensors_only: Take the tensors out of a file that holds more than tensors, as a whole pickled module: classes
             are read as inert data, nothing of them is imported or run.
         trust_code: Whether a class of your own (`py:…`) may be imported to build the model.
-        dry_run: Whether to only say what would be written.
+        dry_run: Whether to return the report without writing anything.
 
     Raises:
         CheckpointError: The file cannot be read, holds several networks, or does not fill the model.

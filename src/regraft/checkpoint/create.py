@@ -27,8 +27,8 @@ from regraft.surgery.recipe import apply_step
 from regraft.surgery.stitching import rebuild_stitched
 from regraft.zoo import PYTHON, build, weights_name
 
-MOST_STEPS = 64  # in a recipe; each costs a run on shapes
-MOST_PARTS = 32
+MAX_STEPS = 64  # in a recipe; each costs a run on shapes
+MAX_PARTS = 32
 OTHER_WORDS = {  # of torchvision, timm, Keras and transformers
     "pretrained_cfg": 'Write weights="default", or the name of registered weights.',
     "checkpoint_path": "Write weights=PATH.",
@@ -88,7 +88,7 @@ def create_model(
 
 
 def _refuse_other_words(others: Mapping[str, Any]) -> None:
-    """Say what to write here in the place of other libraries' arguments of the same function.
+    """Describe what to write here in the place of other libraries' arguments of the same function.
 
     Raises:
         ConfigError: There is one of them.
@@ -164,9 +164,9 @@ def _require_sane(recipe: Recipe) -> None:
                 f"a recipe names layers by a regular expression ('{shortened(str(slow))}'), which it may not. "
                 "Name them one by one."
             )
-        if recipes > MOST_PARTS or steps > MOST_STEPS:
+        if recipes > MAX_PARTS or steps > MAX_STEPS:
             raise EditError(
-                f"a recipe has more than {MOST_STEPS} steps or {MOST_PARTS} parts, which are not carried out. "
+                f"a recipe has more than {MAX_STEPS} steps or {MAX_PARTS} parts, which are not carried out. "
                 "Keep the weights alone, and use load_weights with a model of your own."
             )
 

@@ -140,7 +140,7 @@ def merge_advice(delta: Path) -> str:
 
 
 def choose_base(base: PathLike) -> Place:
-    """Say what a caller means by a base: a file, or registered weights by name.
+    """Describe what a caller means by a base: a file, or registered weights by name.
 
     Raises:
         CheckpointError: It is neither.
@@ -172,12 +172,12 @@ def read_base(place: Place) -> Contents:
         foreign = only_state_dict(read_foreign(weights_file(place))).tensors
         tensors = {name: tensor.contiguous() for name, tensor in foreign.items()}
         return Contents(tensors, digests_of(tensors))
-    tensors, shared = unshared(_registered(place))
+    tensors, shared = untied_state_dict(_registered(place))
     return Contents(tensors, digests_of(tensors), shared)
 
 
 def pin_base(place: Place) -> tuple[Base, Contents]:
-    """Read a base with all that it is based on, and say how a delta names it.
+    """Read a base with all that it is based on, and return how a delta names it.
 
     Raises:
         CheckpointError: It cannot be read, or is a chain that is too long already.
@@ -202,13 +202,13 @@ def pin_base(place: Place) -> tuple[Base, Contents]:
     model = _registered(place)
     recipe = card_of(model).recipe
     assert recipe is not None
-    tensors, shared = unshared(model)
+    tensors, shared = untied_state_dict(model)
     found = Contents(tensors, digests_of(tensors), shared)
     name = f"{recipe.source.name}@{recipe.source.weights}"
     return Base(kind="registered", name=name, digest=found.digest()), found
 
 
-def unshared(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def untied_state_dict(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return each tensor of the state dict once, on the CPU, and the names of those that are the same as another.
 
     Raises:
@@ -269,7 +269,7 @@ def _header_of(place: Place) -> Header | None:
 
 
 def _place_of(delta: Path, base: Base, given: PathLike | None) -> Place:
-    """Say where the base of a delta is: where the caller says, or beside the delta."""
+    """Return where the base of a delta is: where the caller says, or beside the delta."""
     if given is not None and not Path(given).is_dir():
         return choose_base(given)
     if base.kind == "registered":

@@ -23,7 +23,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def rebuild_for(
     source: Path, recipe: Recipe, shapes: Shapes | None, *, kept_bytes: int, trust_code: bool = False
 ) -> nn.Module:
-    """Build the network of a recipe, for these tensors to go into; its own values are of no account.
+    """Build the network of a recipe, for these tensors to go into; its initial values are overwritten.
 
     A network that begins much larger than what was kept of it, as after a cut, is built without memory first. A file of
     a few bytes that names a network of gigabytes is so found out before these are taken.

@@ -14,7 +14,7 @@ from regraft.anatomy.wrappers import unwrapped
 from regraft.arguments import check_arguments, check_minimum, check_target, check_weights
 from regraft.card import ATTRIBUTE, Card, Recipe, Source, attach, card_of
 from regraft.checkpoint.create import rebuild
-from regraft.checkpoint.delta import SHARD_BYTES, choose_base, differing, pin_base, unshared
+from regraft.checkpoint.delta import SHARD_BYTES, choose_base, differing, pin_base, untied_state_dict
 from regraft.checkpoint.file.digest import digests_of
 from regraft.checkpoint.file.format import Header, current_versions, digest_of, index_of
 from regraft.checkpoint.file.shards import write_checkpoint
@@ -63,7 +63,7 @@ def save(
     check_weights(save, "model", model)
     target = Path(path)
     model = _carried(model)
-    tensors, shared = unshared(model)
+    tensors, shared = untied_state_dict(model)
     card = _described_card(model)
     header = Header(
         **card.carried,

@@ -21,7 +21,7 @@ def predict(
     as_json: Annotated[bool, Option("--json", help="Print the predictions as JSON.")] = False,
     as_csv: Annotated[bool, Option("--csv", help="Print the predictions as CSV.")] = False,
 ) -> None:
-    """Say what photos show.
+    """Classify photos.
 
     Example: regraft predict runs/photos-1/model.safetensors new_photos/ --top 3
     """

@@ -94,7 +94,7 @@ def train(
         known = {**given, **({"overwrite": True} if overwrite else {}), **({"config": config} if config else {})}
         words = ", ".join("DATA" if name == "data" else f"--{name.replace('_', '-')}" for name in known)
         require(not known, f"--resume continues a run with its own options: leave out {words}.")
-        from regraft.training.resume.run_state import find_run_to_continue
+        from regraft.training.resume.saved_run import find_run_to_continue
 
         settings = find_run_to_continue(resume)
     else:

@@ -1,4 +1,4 @@
-"""Files → pixels: decode, turn upright, convert, resize; and say which files cannot be read."""
+"""Files → pixels: decode, turn upright, convert, resize; and report which files cannot be read."""
 
 import contextlib
 import os

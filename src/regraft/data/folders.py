@@ -98,7 +98,7 @@ def list_data(path: str | os.PathLike[str], *, validation_share: float = 0.2, se
 
 
 def list_labelled(path: str | os.PathLike[str], classes: Sequence[str]) -> tuple[Sample, ...]:
-    """List photos whose folders say what they show, for a model that knows `classes` already.
+    """List photos whose folders name their classes, for a model that knows `classes` already.
 
     Args:
         path: A folder with a folder per class, or one that holds such a folder named `val/`.
@@ -122,7 +122,7 @@ def list_labelled(path: str | os.PathLike[str], classes: Sequence[str]) -> tuple
     return samples
 
 
-def list_numbered(path: str | os.PathLike[str]) -> tuple[Sample, ...]:
+def list_regression(path: str | os.PathLike[str]) -> tuple[Sample, ...]:
     """List the photos and numbers of a `.csv` table: those of the split `val`, or all where there is no split.
 
     Raises:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from regraft.card import Preprocessing
 from regraft.data.decode import Unreadable, decode, decode_all, quiet_decoders
 from regraft.data.folders import Sample
-from regraft.data.transforms import Versions, augmentation, normalize
+from regraft.data.transforms import Views, augmentation, normalize
 from regraft.errors import DataError
 from regraft.progress import SILENT, Progress
 
@@ -37,7 +37,7 @@ class Photos(Dataset[tuple[torch.Tensor, int | float]]):
 
     samples: tuple[Sample, ...]
     preprocessing: Preprocessing
-    versions: Versions
+    versions: Views
     classes: tuple[str, ...] | None = None
     pixels: Sequence[torch.Tensor] | None = None
 
@@ -48,7 +48,7 @@ class Photos(Dataset[tuple[torch.Tensor, int | float]]):
         index, draw = key if isinstance(key, tuple) else (key, 0)
         return self.versions.of(index, self.decoded(index), draw), self.samples[index].target
 
-    def augmented(self, versions: Versions) -> "Photos":
+    def augmented(self, versions: Views) -> "Photos":
         """Return other versions of the same photos; the decoded pixels are shared."""
         return replace(self, versions=versions)
 
@@ -156,7 +156,7 @@ def loader(photos: Photos, batch_size: int, *, shuffle_seed: int | None = None, 
 
 
 def leaves_one(count: int, batch_size: int) -> bool:
-    """Say whether batches of that many items end with a single one, from which batch norm cannot learn."""
+    """Return whether batches of that many items end with a single one, from which batch norm cannot learn."""
     return count > batch_size and count % batch_size == 1
 
 
@@ -197,7 +197,7 @@ def free_memory_bytes() -> int:
 
 
 def fit_memory(count: int, preprocessing: Preprocessing) -> bool:
-    """Say whether that many decoded photos need less than a quarter of the memory that is free."""
+    """Return whether that many decoded photos need less than a quarter of the memory that is free."""
     return estimate_bytes(count, preprocessing) < free_memory_bytes() / 4
 
 

@@ -11,11 +11,11 @@ from regraft.card import Preprocessing
 
 Augmentation = Literal["none", "flip", "standard", "trivial"]
 Transform = Callable[[torch.Tensor], torch.Tensor]
-MOST_VIEWS = 1_000
+MAX_VIEWS = 1_000
 
 
 @dataclass(frozen=True)
-class Versions:
+class Views:
     """The versions of a photo that a network may see.
 
     Attributes:
@@ -49,7 +49,7 @@ class Versions:
             return self.transforms[view](pixels)
         state = torch.default_generator.get_state()  # the one that transforms draw from
         try:
-            torch.default_generator.manual_seed(view if self.views is None else index * MOST_VIEWS + view)
+            torch.default_generator.manual_seed(view if self.views is None else index * MAX_VIEWS + view)
             return self.transforms[0](pixels)
         finally:
             torch.default_generator.set_state(state)
@@ -77,7 +77,7 @@ def center_crop(size: int, border: Sequence[int] = (0,)) -> Transform:
     return crop
 
 
-def augmentation(kind: Augmentation, preprocessing: Preprocessing, views: int | None = None) -> Versions:
+def augmentation(kind: Augmentation, preprocessing: Preprocessing, views: int | None = None) -> Views:
     """Return the versions of a photo to learn from.
 
     Args:
@@ -90,20 +90,20 @@ def augmentation(kind: Augmentation, preprocessing: Preprocessing, views: int | 
     size = preprocessing.size
     crop = center_crop(size, preprocessing.border)
     if kind == "none":
-        return Versions(kind, (crop,))
+        return Views(kind, (crop,))
     if kind == "flip":
-        return Versions(kind, (crop, lambda pixels: crop(pixels).flip(-1)))
+        return Views(kind, (crop, lambda pixels: crop(pixels).flip(-1)))
     from torchvision.transforms import InterpolationMode, v2  # costs seconds, and few runs need it
 
     random_part = v2.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=InterpolationMode.BILINEAR)
     steps: list[nn.Module] = [random_part, v2.RandomHorizontalFlip()]
     if kind == "trivial":
         steps.append(v2.TrivialAugmentWide())
-    return Versions(f"{kind} {views}", (v2.Compose(steps),), is_random=True, views=views)
+    return Views(f"{kind} {views}", (v2.Compose(steps),), is_random=True, views=views)
 
 
 def is_random(kind: Augmentation) -> bool:
-    """Say whether a kind of augmentation has more versions of a photo than can be listed."""
+    """Return whether a kind of augmentation has more versions of a photo than can be listed."""
     return kind in ("standard", "trivial")
 
 

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from regraft.anatomy.heads import find_heads, width_of
 from regraft.anatomy.inputs import Inputs, arguments_for
+from regraft.anatomy.mode_dependence import changes_while_training as changes_while_training
 from regraft.anatomy.mode_dependence import is_pinned
-from regraft.anatomy.mode_dependence import would_move as would_move
 from regraft.anatomy.modes import preserved_randomness
 from regraft.arguments import check_arguments
 from regraft.card import card_of
@@ -92,7 +92,7 @@ def _unpinned(model: nn.Module) -> Iterator[Finding]:
     frozen = frozen_layers(model)
     with_parameters = [path for path, layer in frozen if next(layer.parameters(), None) is not None]
     for path, layer in frozen:
-        if (how := would_move(layer)) is not None:
+        if (how := changes_while_training(layer)) is not None:
             frozen_already = path if path in with_parameters else next(iter(with_parameters), path)
             yield Finding(
                 "unpinned",

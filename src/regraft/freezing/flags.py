@@ -99,7 +99,7 @@ def unfreeze(model: nn.Module, *patterns: str, since: str | None = None, inputs:
     return _set_flags(model, _select(model, patterns, since=since, inputs=inputs), trainable=True)
 
 
-def settle(model: nn.Module) -> None:
+def sync_frozen_state(model: nn.Module) -> None:
     """Do for flags that were set by hand what `freeze` does: drop stale gradients, and pin what is frozen.
 
     Raises:

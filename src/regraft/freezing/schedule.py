@@ -175,9 +175,9 @@ def add_trainable(
         if not new:
             continue
         added += len(new)
-        twin = next((own for own in optimizer.param_groups if _alike(own, group)), None)
-        if twin is not None:
-            twin["params"].extend(new)
+        duplicate = next((own for own in optimizer.param_groups if _alike(own, group)), None)
+        if duplicate is not None:
+            duplicate["params"].extend(new)
             continue
         add_group(optimizer, {**group, "params": new}, scheduler)
     return added

@@ -25,7 +25,7 @@ from regraft.anatomy.inputs import Arguments
 from regraft.anatomy.mode_dependence import is_pinned
 from regraft.anatomy.modes import preserved_randomness, seed_all
 from regraft.anatomy.recording import ParameterWatch
-from regraft.anatomy.shape_copies import real_twin
+from regraft.anatomy.shape_copies import aliased_copy
 
 PLACES = (0, 2)  # where the image that both batches hold lies in each
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}  # of the largest
@@ -48,23 +48,23 @@ def dependent_values(model: nn.Module, flow: Flow, nodes: Collection[fx.Node]) -
     with preserved_randomness(0), torch.no_grad():
         inputs = Arguments(flow.inputs)
         first, other = with_image_of(*(inputs.drawn(count, device) for count in BATCHES))
-        twin = _training_copy(model, flow)
+        duplicate = _training_copy(model, flow)
         watch = ParameterWatch()
         watch.protect(model.parameters())
         with watch:
-            dependent = _compared(twin, flow, nodes, (first.args, other.args))
+            dependent = _compared(duplicate, flow, nodes, (first.args, other.args))
             if dependent:
-                drawn = _compared(twin, flow, nodes, (first.args, first.args))
+                drawn = _compared(duplicate, flow, nodes, (first.args, first.args))
                 dependent |= {node: IS_RANDOM for node in dependent if node in drawn}
             return dependent
 
 
 def _compared(
-    twin: nn.Module, flow: Flow, nodes: Collection[fx.Node], batches: tuple[tuple[Any, ...], tuple[Any, ...]]
+    duplicate: nn.Module, flow: Flow, nodes: Collection[fx.Node], batches: tuple[tuple[Any, ...], tuple[Any, ...]]
 ) -> dict[fx.Node, str]:
     """Compute value after value for two batches, which may be the same; see `dependent_values`."""
     is_repeated = batches[0] is batches[1]
-    runs = [Interpreter(twin, flow.graph) for _ in batches]
+    runs = [Interpreter(duplicate, flow.graph) for _ in batches]
     dependent: dict[fx.Node, str] = {}
     unknown: set[fx.Node] = set()
     placeholders = [node for node in flow.graph.nodes if node.op == "placeholder"]
@@ -160,11 +160,11 @@ def _cloned(value: Any) -> tuple[list[Any], Any]:
 
 def _training_copy(model: nn.Module, flow: Flow) -> nn.Module:
     """Copy a network as it is while it trains; parameters share its memory."""
-    twin = real_twin(model)
-    twin.train()
+    duplicate = aliased_copy(model)
+    duplicate.train()
     for path, layer in model.named_modules():
         if is_pinned(layer):
-            twin.get_submodule(path).training = False
+            duplicate.get_submodule(path).training = False
     for name, tensor in flow.constants.items():
-        setattr(twin, name, tensor.clone())
-    return twin
+        setattr(duplicate, name, tensor.clone())
+    return duplicate

@@ -12,7 +12,7 @@ from torch import fx, nn
 from regraft.anatomy.dataflow.draws import DROPPING, RANDOM
 from regraft.anatomy.dataflow.graph import Flow, is_training_flag
 from regraft.anatomy.dataflow.values import value_key
-from regraft.anatomy.mode_dependence import is_pinned, would_move
+from regraft.anatomy.mode_dependence import changes_while_training, is_pinned
 
 ATTENTION = "scaled_dot_product_attention"
 
@@ -32,7 +32,7 @@ def is_live_layer(layer: nn.Module, unused: Collection[nn.Parameter] = ()) -> bo
     """
     ignored = {id(parameter) for parameter in unused}
     is_trained = any(parameter.requires_grad and id(parameter) not in ignored for parameter in layer.parameters())
-    return is_trained or not _is_settled(layer)
+    return is_trained or not _is_same_in_both_modes(layer)
 
 
 def live_nodes(flow: Flow, model: nn.Module, dependent: Collection[str] = ()) -> set[fx.Node]:
@@ -82,11 +82,11 @@ def _is_mixed(layer: nn.Module) -> bool:
     flags = {parameter.requires_grad for parameter in layer.parameters()}
     if flags == {True}:
         return False  # live as a whole, whatever is in it
-    return True in flags or not _is_settled(layer)
+    return True in flags or not _is_same_in_both_modes(layer)
 
 
-def _is_settled(layer: nn.Module) -> bool:
-    """Say whether the mode changes nothing of what a layer without trainable parameters gives."""
+def _is_same_in_both_modes(layer: nn.Module) -> bool:
+    """Return whether the mode changes nothing of what a layer without trainable parameters gives."""
     return not any(_may_depend_on_mode(inner) for inner in layer.modules())
 
 
@@ -94,7 +94,7 @@ def _may_depend_on_mode(layer: nn.Module) -> bool:
     if is_pinned(layer):
         return False
     builtin = type(layer).__module__.startswith("torch.nn.modules.")
-    return would_move(layer) is not None or not builtin
+    return changes_while_training(layer) is not None or not builtin
 
 
 def _argument(node: fx.Node, name: str, position: int, default: Any) -> Any:

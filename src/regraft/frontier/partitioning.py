@@ -20,7 +20,7 @@ from regraft.frontier.liveness import live_nodes, mixed_layers
 from regraft.frontier.ports import picked, ports_of, rebuilt
 from regraft.frontier.replay import record_and_replay
 from regraft.surgery.checks import require_editable
-from regraft.surgery.rewired import Rewired, prune, rewire_flows
+from regraft.surgery.rewired import EditedModule, prune, rewire_flows
 from regraft.surgery.tail import begin_at
 
 READ_BYTES_PER_S = {"cpu": 2e9, "cuda": 2e11}  # of cached tensors into a batch
@@ -162,7 +162,7 @@ def partition(model: nn.Module, example: Any) -> Partition:
 def _traced(model: nn.Module, view: View, values: list[Values], costs: dict[fx.Node, int]) -> Partition:
     frontier, notes = _find_frontier(model, view, values)
     chosen, cheaper = _cheapest(model, view, frontier, values, costs)
-    spent = _spent(chosen, costs)
+    spent = _cost_up_to(chosen, costs)
     return Partition(
         prefix=_prefix(model, view, chosen, values).eval(),
         suffix=_suffix(model, view, chosen, values),
@@ -194,7 +194,7 @@ def _untraced(model: nn.Module, arguments: Arguments, error: ModelError | EditEr
     calls = trace(model, inputs=arguments.args or arguments.kwargs).calls
     rows = arguments.shapes[0][0]
     total = next(call.multiply_adds for call in calls if call.path == "") // rows
-    spent = sum(call.multiply_adds for call in calls if call.path in boundary.asleep) // rows
+    spent = sum(call.multiply_adds for call in calls if call.path in boundary.stubs) // rows
     note = f"what '{boundary.layer}' is given is recorded, as the forward cannot be traced"
     return Partition(prefix, suffix, cuts, (spent, max(0, total - spent)), note)
 
@@ -206,10 +206,10 @@ def view_of(model: nn.Module, arguments: Arguments) -> View:
         ModelError: Not even the model's own forward can be traced.
     """
     mixed = mixed_layers(model)
-    flow, opened = capture_widely(model, mixed, training=True, heed_pins=True, arguments=arguments)
+    flow, opened = capture_widely(model, mixed, training=True, respect_pins=True, arguments=arguments)
     evaluation = None
-    if flow.decider is not None:
-        evaluation = capture(model, opened, heed_pins=True, arguments=arguments)
+    if flow.mode_switch is not None:
+        evaluation = capture(model, opened, respect_pins=True, arguments=arguments)
     return View(opened, tuple(path for path in mixed if path not in opened), flow, evaluation)
 
 
@@ -276,13 +276,13 @@ def _cheapest(
     read, compute = READ_BYTES_PER_S.get(device, 2e9), MULTIPLY_ADDS_PER_S.get(device, 2e10)
     size = sum(cut.bytes for node in frontier for cut in _cuts(node, values))
     best, best_seconds, note = frontier, size / read, None
-    full = _spent(frontier, costs)
+    full = _cost_up_to(frontier, costs)
     least = size
-    for node in _gates(view.flow.graph, frontier):
+    for node in _dominators(view.flow.graph, frontier):
         if not ports_of(node, values) or sum(cut.bytes for cut in _cuts(node, values)) >= 0.9 * least:
             continue
         least = sum(cut.bytes for cut in _cuts(node, values))
-        again = full - _spent([node], costs)
+        again = full - _cost_up_to([node], costs)
         seconds = least / read + again / compute
         if seconds < best_seconds:
             best, best_seconds = [node], seconds
@@ -293,7 +293,7 @@ def _cheapest(
     return best, note
 
 
-def _spent(values: list[fx.Node], costs: dict[fx.Node, int]) -> int:
+def _cost_up_to(values: list[fx.Node], costs: dict[fx.Node, int]) -> int:
     """Add up the multiply-adds of all that some values are computed from, and of these."""
     return sum(costs[node] for node in _ancestors(values, costs))
 
@@ -310,7 +310,7 @@ def _ancestors(values: list[fx.Node], among: Collection[fx.Node]) -> set[fx.Node
     return found
 
 
-def _gates(graph: fx.Graph, frontier: list[fx.Node]) -> list[fx.Node]:
+def _dominators(graph: fx.Graph, frontier: list[fx.Node]) -> list[fx.Node]:
     """List the tensors that all paths from the inputs to the frontier go through, from the last to the first."""
     order = {node: position for position, node in enumerate(graph.nodes)}
     needed = _ancestors(frontier, tensors_from_input(graph))
@@ -324,7 +324,7 @@ def _gates(graph: fx.Graph, frontier: list[fx.Node]) -> list[fx.Node]:
     return [node for node in reversed(found) if node not in frontier]
 
 
-def _prefix(model: nn.Module, view: View, frontier: list[fx.Node], values: list[Values]) -> Rewired:
+def _prefix(model: nn.Module, view: View, frontier: list[fx.Node], values: list[Values]) -> EditedModule:
     wanted = [(value_key(node), port.steps) for node in frontier for port in ports_of(node, values) or ()]
 
     def change(flow: Flow) -> None:
@@ -336,7 +336,7 @@ def _prefix(model: nn.Module, view: View, frontier: list[fx.Node], values: list[
     return prefix
 
 
-def _suffix(model: nn.Module, view: View, frontier: list[fx.Node], values: list[Values]) -> Rewired:
+def _suffix(model: nn.Module, view: View, frontier: list[fx.Node], values: list[Values]) -> EditedModule:
     keys, sizes = [value_key(node) for node in frontier], sizes_of(view.flow.graph, values)
     counts = [len(ports_of(node, values) or ()) for node in frontier]
     examples = [values[0][node] for node in frontier]

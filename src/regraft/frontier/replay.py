@@ -27,7 +27,7 @@ from regraft.anatomy.tracing import trace
 from regraft.errors import ForwardError, ModelError
 from regraft.frontier.independence import difference, with_image_of
 from regraft.frontier.liveness import is_live_layer
-from regraft.frontier.stubs import Asleep, nothing, sleeping, stub
+from regraft.frontier.stubs import Stubs, nothing, stub, stubbed
 
 Part = tuple[str, nn.Module, bool]  # path, layer, whether it is live
 Form = tuple[TreeSpec, tuple[Any, ...]]  # of nested arguments: their structure, and what in them is no tensor
@@ -40,7 +40,7 @@ class Boundary:
     Attributes:
         layer: Path of the first live layer.
         form: How the recorded tensors are passed to it.
-        asleep: What each constant layer before it returns, call by call, as a function of the batch size.
+        stubs: What each constant layer before it returns, call by call, as a function of the batch size.
         shapes: Of the recorded tensors, without the batch; those of the inputs that are kept come last.
         dtypes: Of the recorded tensors.
         inputs: How the network itself is called.
@@ -49,7 +49,7 @@ class Boundary:
 
     layer: str
     form: Form
-    asleep: Asleep
+    stubs: Stubs
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
     inputs: Arguments
@@ -66,7 +66,7 @@ class Recording(nn.Module):
         super().__init__()
         self._held = (model,)
         self.boundary = boundary
-        for path in boundary.asleep:
+        for path in boundary.stubs:
             self.add_module(path.replace(".", "/"), model.get_submodule(path))
         around = [model, *(model.get_submodule(path) for path in ancestors(boundary.layer))]
         for depth, layer in enumerate(around):
@@ -107,7 +107,7 @@ class Replay(nn.Module):
         layer = self.model.get_submodule(self.boundary.layer)
         handle = layer.register_forward_pre_hook(take_over, with_kwargs=True, prepend=True)
         try:
-            with sleeping(self.model, self.boundary.asleep, count, device):
+            with stubbed(self.model, self.boundary.stubs, count, device):
                 output = self.model(*inputs.args, **inputs.kwargs)
         finally:
             handle.remove()
@@ -188,13 +188,13 @@ def _boundary(
         raise ModelError(f"what its first live layer '{layer}' is given is not one row for each image.")
     if [name for name, _ in before] != [name for name, _ in other_before]:
         raise ModelError("its forward does not always call the same layers.")
-    asleep: Asleep = {}
+    stubs: Stubs = {}
     for (name, output), (_, other) in zip(before, other_before, strict=True):
-        asleep[name] = (*asleep.get(name, ()), stub(name, output, other))
+        stubs[name] = (*stubs.get(name, ()), stub(name, output, other))
     return Boundary(
         layer,
         form,
-        asleep,
+        stubs,
         tuple(tuple(tensor.shape[1:]) for tensor in tensors),
         tuple(tensor.dtype for tensor in tensors),
         arguments,

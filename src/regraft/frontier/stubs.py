@@ -11,16 +11,16 @@ from torch.utils._pytree import tree_map
 from regraft.anatomy.dataflow.values import BATCHES
 from regraft.errors import ModelError
 
-Asleep = dict[str, tuple[Callable[[int, torch.device], Any], ...]]  # what each layer returns, call by call
+Stubs = dict[str, tuple[Callable[[int, torch.device], Any], ...]]  # what each layer returns, call by call
 
 
 @contextlib.contextmanager
-def sleeping(model: nn.Module, asleep: Asleep, count: int, device: torch.device) -> Iterator[None]:
+def stubbed(model: nn.Module, stubs: Stubs, count: int, device: torch.device) -> Iterator[None]:
     """Let the layers before the boundary return nothing of worth, and compute nothing."""
-    layers = {name: model.get_submodule(name) for name in asleep}
+    layers = {name: model.get_submodule(name) for name in stubs}
     before = {name: vars(layer).get("forward") for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer.__dict__["forward"] = _asleep(layer.forward, asleep[name], count, device)
+        layer.__dict__["forward"] = _stub_forward(layer.forward, stubs[name], count, device)
     try:
         yield
     finally:
@@ -31,7 +31,7 @@ def sleeping(model: nn.Module, asleep: Asleep, count: int, device: torch.device)
                 layer.__dict__["forward"] = before[name]
 
 
-def _asleep(forward: Any, makers: tuple[Any, ...], count: int, device: torch.device) -> Callable[..., Any]:
+def _stub_forward(forward: Any, makers: tuple[Any, ...], count: int, device: torch.device) -> Callable[..., Any]:
     coming = iter(makers)
 
     def run(*args: Any, **kwargs: Any) -> Any:

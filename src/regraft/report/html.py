@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from regraft.arguments import check_arguments, check_target
-from regraft.checkpoint.file.atomic import whole_or_nothing
+from regraft.checkpoint.file.atomic import atomic_write
 from regraft.errors import RunError
 from regraft.report.run_page import describe_run
 from regraft.report.text import duration, number, percent, visible
@@ -55,7 +55,7 @@ def write_page(path: str | os.PathLike[str], html_text: str) -> Path:
     """
     target = Path(path)
     try:
-        with whole_or_nothing(target) as temporary:
+        with atomic_write(target) as temporary:
             temporary.write_bytes(html_text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise RunError(

@@ -10,7 +10,7 @@ from regraft.card import Preprocessing
 from regraft.data.decode import decode, quiet_decoders
 from regraft.errors import DataError
 
-LONGEST_SIDE = 160
+MAX_SIDE = 160
 JPEG_QUALITY = 80
 
 
@@ -22,11 +22,11 @@ def thumbnail(path: Path) -> str | None:
     """
     try:
         with quiet_decoders():
-            pixels = decode(path, Preprocessing(size=LONGEST_SIDE, resize=LONGEST_SIDE))  # (3, H, W) of uint8
+            pixels = decode(path, Preprocessing(size=MAX_SIDE, resize=MAX_SIDE))  # (3, H, W) of uint8
     except (DataError, OSError):
         return None
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -50,10 +50,10 @@ STYLE = {
     "path.simplify": True,
 }
 
-MOST_NUMBERED_CLASSES = 25
-MOST_DRAWN_CLASSES = 120
-MOST_VECTOR_POINTS = 2000
-MOST_MARKED_POINTS = 40
+MAX_NUMBERED_CLASSES = 25
+MAX_DRAWN_CLASSES = 120
+MAX_VECTOR_POINTS = 2000
+MAX_MARKED_POINTS = 40
 
 WIDE, HIGH = 4.7, 3.0  # inches; two stand side by side on a desktop
 
@@ -76,7 +76,7 @@ def learning_curves(
             color = PART_COLORS[name]
             known = [float("nan") if value is None else value for value in values]
             epochs = range(1, len(known) + 1)
-            axes.plot(epochs, known, color=color, label=name, marker="o" if len(known) <= MOST_MARKED_POINTS else "")
+            axes.plot(epochs, known, color=color, label=name, marker="o" if len(known) <= MAX_MARKED_POINTS else "")
             axes.plot(best_epoch, known[best_epoch - 1], "o", color=color, markersize=7)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1, steps=[1, 2, 5, 10]))
         axes.set(xlabel="epoch", ylabel=ylabel)
@@ -98,9 +98,9 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str | No
         SVG; the numbers are left out above 25 classes. None above 120 classes: nobody could read it.
     """
     size = len(names)
-    if size > MOST_DRAWN_CLASSES:
+    if size > MAX_DRAWN_CLASSES:
         return None
-    numbered = size <= MOST_NUMBERED_CLASSES
+    numbered = size <= MAX_NUMBERED_CLASSES
     cell = 0.17 if not numbered else 0.36 if size > 12 else 0.52
     labels = [shorten(name, 22) for name in names]
     room = 0.075 * max(map(len, labels)) + 0.55  # for the names, which stand upright below
@@ -152,7 +152,7 @@ def predicted_against_true(predicted: Sequence[float], true: Sequence[float]) ->
     with _drawing("scatter", WIDE, 4.2) as drawing:
         axes = drawing.figure.subplots()
         axes.plot(limits, limits, color=INK, linewidth=0.8, linestyle=(0, (3, 3)), label="right")
-        many = len(true) > MOST_VECTOR_POINTS
+        many = len(true) > MAX_VECTOR_POINTS
         axes.plot(true, predicted, "o", color=BLUE, alpha=0.6, markeredgewidth=0, label="prediction", rasterized=many)
         axes.set(xlim=limits, ylim=limits, aspect="equal", xlabel="true", ylabel="predicted")
         _legend_above(drawing.figure)

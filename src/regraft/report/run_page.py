@@ -15,8 +15,8 @@ from regraft.training.config import TrainConfig
 from regraft.training.metrics import reliability
 from regraft.training.result import FitResult
 
-MOST_PICTURES = 12
-MOST_PAIRS = 8
+MAX_PICTURES = 12
+MAX_PAIRS = 8
 OPEN_DEPTH = 2
 FEW_PHOTOS = 100
 NORMAL_QUANTILE = 1.959964  # of 0.975: leaves 2.5 % on either side
@@ -108,8 +108,8 @@ def _about_classes(result: FitResult) -> dict[str, Any]:
             {"validation": [record.validation.accuracy for record in result.history]}, result.best_epoch, "accuracy"
         ),
         "confusion": plots.confusion(metrics.confusion, names),
-        "confusion_numbered": len(names) <= plots.MOST_NUMBERED_CLASSES,
-        "pairs": sorted(pairs, key=lambda pair: -pair[0])[:MOST_PAIRS],
+        "confusion_numbered": len(names) <= plots.MAX_NUMBERED_CLASSES,
+        "pairs": sorted(pairs, key=lambda pair: -pair[0])[:MAX_PAIRS],
         "reliability": plots.reliability_diagram(reliability(result.outputs, result.targets)),
         "mistakes": _confident_mistakes(result, names),
     }
@@ -118,7 +118,7 @@ def _about_classes(result: FitResult) -> dict[str, Any]:
 def _about_numbers(result: FitResult) -> dict[str, Any]:
     predicted, true = result.outputs.double().flatten(), result.targets.double().flatten()
     errors = predicted - true
-    worst = errors.abs().argsort(descending=True, stable=True)[:MOST_PICTURES].tolist() if result.paths else []
+    worst = errors.abs().argsort(descending=True, stable=True)[:MAX_PICTURES].tolist() if result.paths else []
     return {
         "progress": plots.learning_curves(
             {"validation": [record.validation.mae for record in result.history]},
@@ -147,7 +147,7 @@ def _confident_mistakes(result: FitResult, names: list[str]) -> list[Mistake]:
     probability, predicted = result.outputs.double().softmax(1).max(1)
     wrong = (predicted != result.targets).nonzero().flatten()
     order = probability[wrong].argsort(descending=True, stable=True)
-    indices: list[int] = wrong[order][:MOST_PICTURES].tolist()
+    indices: list[int] = wrong[order][:MAX_PICTURES].tolist()
     return [
         Mistake(
             name=result.paths[index].name,
@@ -186,7 +186,7 @@ def _option_text(value: Any) -> str:
 
 
 def _loss_name(result: FitResult) -> str:
-    """Say what the loss on the validation photos is, which is the same whatever was trained with."""
+    """Describe what the loss on the validation photos is, which is the same whatever was trained with."""
     return "mean squared error" if result.plan.task == "regression" else "cross-entropy"
 
 

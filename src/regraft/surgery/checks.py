@@ -63,7 +63,7 @@ def prove(edited: nn.Module, original: nn.Module, what: str, inputs: Inputs | No
 
 
 def refusal(edited: nn.Module, what: str, failure: ForwardError) -> EditError:
-    """Say why an edit cannot be: the layer of the edited network that fails, both shapes and a way out."""
+    """Explain why an edit is impossible: the layer of the edited network that fails, both shapes and a way out."""
     if failure.path is None:
         return EditError(f"cannot {what}: the result does not run: {failure.reason}. Nothing was changed.")
     layer = edited.get_submodule(failure.path)

@@ -24,7 +24,7 @@ class _ReachedError(Exception):
         self.value = value
 
 
-class Detour:
+class EarlyExitForward:
     """Takes the place of a network's `forward`.
 
     Attributes:
@@ -62,8 +62,8 @@ class Detour:
 
 
 def is_detoured(model: nn.Module) -> bool:
-    """Say whether the forward of `model` is a detour."""
-    return isinstance(vars(model).get("forward"), Detour)
+    """Return whether the forward of `model` is a detour."""
+    return isinstance(vars(model).get("forward"), EarlyExitForward)
 
 
 def detour(model: nn.Module, added: Mapping[str, nn.Module]) -> nn.Module:
@@ -72,10 +72,10 @@ def detour(model: nn.Module, added: Mapping[str, nn.Module]) -> nn.Module:
     for name, layer in added.items():
         edited.add_module(name, layer)
     before = vars(edited).get("forward")
-    if isinstance(before, Detour):
-        edited.__dict__["forward"] = Detour(edited, before.layer, before.at_input, (*before.appended, *added))
+    if isinstance(before, EarlyExitForward):
+        edited.__dict__["forward"] = EarlyExitForward(edited, before.layer, before.at_input, (*before.appended, *added))
     else:
-        edited.__dict__["forward"] = Detour(edited, None, False, tuple(added))
+        edited.__dict__["forward"] = EarlyExitForward(edited, None, False, tuple(added))
     return edited
 
 
@@ -89,16 +89,16 @@ def stop_at(model: nn.Module, *, after: str | None, drop: int | None, inputs: In
     calls = trace(model, inputs=inputs).calls
     edited = shared_copy(model)
     before = vars(edited).get("forward")
-    appended = before.appended if isinstance(before, Detour) else ()
-    limit, at_input = (before.layer, before.at_input) if isinstance(before, Detour) else (None, False)
+    appended = before.appended if isinstance(before, EarlyExitForward) else ()
+    limit, at_input = (before.layer, before.at_input) if isinstance(before, EarlyExitForward) else (None, False)
     if after in appended:
-        edited.__dict__["forward"] = Detour(edited, limit, at_input, appended[: appended.index(after) + 1])
+        edited.__dict__["forward"] = EarlyExitForward(edited, limit, at_input, appended[: appended.index(after) + 1])
     elif after is not None:
         inside = [call for call in calls if is_within(call.path, after)]
         if not inside:
             raise EditError(f"cannot truncate after '{after}': that layer is never called. Nothing was changed.")
         last = max(inside, key=lambda call: call.ended)
-        edited.__dict__["forward"] = Detour(edited, last.path, False, ())
+        edited.__dict__["forward"] = EarlyExitForward(edited, last.path, False, ())
     else:
         names = list(dict.fromkeys(call.path.partition(".")[0] for call in calls if call.path))
         drop = drop or 0
@@ -109,10 +109,10 @@ def stop_at(model: nn.Module, *, after: str | None, drop: int | None, inputs: In
             )
         first = names[-drop]
         if first in appended:
-            edited.__dict__["forward"] = Detour(edited, limit, at_input, appended[: appended.index(first)])
+            edited.__dict__["forward"] = EarlyExitForward(edited, limit, at_input, appended[: appended.index(first)])
         else:
             call = next(call for call in calls if is_within(call.path, first))
-            edited.__dict__["forward"] = Detour(edited, call.path, True, ())
+            edited.__dict__["forward"] = EarlyExitForward(edited, call.path, True, ())
     return _without_the_rest(edited, inputs)
 
 

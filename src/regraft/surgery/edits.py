@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from regraft.anatomy.dataflow.graph import LAYER, Flow, Visit, ancestors, crossing, nodes_in
+from regraft.anatomy.dataflow.graph import LAYER, Flow, ModuleCall, ancestors, live_across_cut, nodes_in
 from regraft.anatomy.inputs import Arguments, Inputs, arguments_for
 from regraft.anatomy.modes import unmoved_on_failure
 from regraft.anatomy.paths import is_within, layer_at
@@ -18,8 +18,8 @@ from regraft.arguments import check_arguments
 from regraft.errors import EditError, ModelError
 from regraft.surgery.checks import finish, prove, require_editable
 from regraft.surgery.detour import detour, is_detoured, stop_at
-from regraft.surgery.fitting import fitted, settled
-from regraft.surgery.rewired import Rewired, prune, rewire, unused_names
+from regraft.surgery.fitting import fitted, materialize_lazy
+from regraft.surgery.rewired import EditedModule, prune, rewire, unused_names
 
 
 def truncate(
@@ -114,7 +114,7 @@ def append(model: nn.Module, *layers: nn.Module | int, inputs: Inputs | None = N
     except ModelError:
         edited = detour(model, added)
     what = f"append {_listed(new)}"
-    settled(edited, added, prove(edited, model, what, inputs), what)
+    materialize_lazy(edited, added, prove(edited, model, what, inputs), what)
     return finish(edited, "append", new_outputs=True, layers=list(new))
 
 
@@ -161,12 +161,12 @@ def insert(
     fitted(model, (new,), inputs)
 
     def change(flow: Flow) -> None:
-        visits = visits_within(flow, path)
-        if not visits and not flow.training:
+        module_calls = visits_within(flow, path)
+        if not module_calls and not flow.training:
             raise EditError(f"cannot insert {place}: that layer is never called. Nothing was changed.")
-        if not flow.visits_of(path):  # a list of layers, which has one end and one beginning
-            visits = visits[-1:] if after is not None else visits[:1]
-        for visit in visits:
+        if not flow.calls_of(path):  # a list of layers, which has one end and one beginning
+            module_calls = module_calls[-1:] if after is not None else module_calls[:1]
+        for visit in module_calls:
             _put_in(flow, name, visit, is_after=after is not None, place=place)
 
     try:
@@ -180,7 +180,7 @@ def insert(
             "append work on a network that cannot be traced. Nothing was changed."
         ) from error
     what = f"insert {type(new).__name__} {place}"
-    settled(edited, {name: new}, prove(edited, model, what, inputs), what)
+    materialize_lazy(edited, {name: new}, prove(edited, model, what, inputs), what)
     return finish(edited, "insert", new_outputs=False, new=new, after=after, before=before)
 
 
@@ -191,7 +191,7 @@ def without_rest(
     drop: int | None = None,
     drop_skips: bool = False,
     inputs: Inputs | None = None,
-) -> Rewired:
+) -> EditedModule:
     """Truncate a network by its graph, whatever is frozen of what is left, and without a check; see `truncate`.
 
     Raises:
@@ -204,7 +204,7 @@ def without_rest(
     def change(flow: Flow) -> None:
         value = _value_after(flow, after) if after is not None else _value_before_the_last(flow, drop or 0, model)
         cut = nodes_in(value)
-        over = [] if drop_skips else crossing(flow.graph, cut)
+        over = [] if drop_skips else live_across_cut(flow.graph, cut)
         if over:
             raise EditError(crossed(flow, after, cut, over))
         flow.set_output(value)
@@ -231,16 +231,16 @@ def opened_for(model: nn.Module, path: str) -> list[str]:
     return ancestors(path) if is_called else [*ancestors(path), path]
 
 
-def visits_within(flow: Flow, path: str) -> list[Visit]:
+def visits_within(flow: Flow, path: str) -> list[ModuleCall]:
     """List the calls of a layer; of a list of layers, which is not called itself, the calls in it."""
-    return flow.visits_of(path) or [visit for visit in flow.visits if is_within(visit.path, path)]
+    return flow.calls_of(path) or [visit for visit in flow.module_calls if is_within(visit.path, path)]
 
 
 def _value_after(flow: Flow, path: str) -> Any:
-    visits = visits_within(flow, path)
-    if not visits:
+    module_calls = visits_within(flow, path)
+    if not module_calls:
         raise EditError(f"cannot truncate after '{path}': that layer is never called. Nothing was changed.")
-    return visits[-1].output
+    return module_calls[-1].output
 
 
 def _value_before_the_last(flow: Flow, drop: int, model: nn.Module) -> fx.Node:
@@ -268,13 +268,15 @@ def _value_before_the_last(flow: Flow, drop: int, model: nn.Module) -> fx.Node:
 def crossed(
     flow: Flow, after: str | None, cut: Collection[fx.Node], over: Collection[fx.Node], *, has_choice: bool = True
 ) -> str:
-    """Say which values cross a cut, and where clean cuts are; `has_choice`: the connections may be dropped."""
+    """Return which values cross a cut, and where clean cuts are; `has_choice`: the connections may be dropped."""
     order = {node: position for position, node in enumerate(flow.graph.nodes)}
     here = max(order[node] for node in cut)
-    makers = {id(visit.output): visit.path for visit in reversed(flow.visits) if isinstance(visit.output, fx.Node)}
+    makers = {
+        id(visit.output): visit.path for visit in reversed(flow.module_calls) if isinstance(visit.output, fx.Node)
+    }
     clean = []
-    for visit in flow.visits:
-        if isinstance(visit.output, fx.Node) and not crossing(flow.graph, [visit.output]):
+    for visit in flow.module_calls:
+        if isinstance(visit.output, fx.Node) and not live_across_cut(flow.graph, [visit.output]):
             clean.append((order[visit.output], visit.path))
     before = [path for position, path in sorted(clean) if position < here][-1:]
     behind = [path for position, path in sorted(clean) if position > here][:1]
@@ -314,7 +316,7 @@ def _is_called(model: nn.Module, path: str, inputs: Inputs | None) -> bool:
         return True
 
 
-def _put_in(flow: Flow, name: str, visit: Visit, *, is_after: bool, place: str) -> None:
+def _put_in(flow: Flow, name: str, visit: ModuleCall, *, is_after: bool, place: str) -> None:
     """Call the new layer on what the visited one gave, or was given."""
     given = visit.output if is_after else next(iter((*visit.args, *visit.kwargs.values())), None)
     if not isinstance(given, fx.Node):

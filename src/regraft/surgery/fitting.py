@@ -134,7 +134,7 @@ def output_shape(model: nn.Module, inputs: Inputs | None = None) -> Shape:
     return shapes[0]
 
 
-def settled(edited: nn.Module, added: Mapping[str, nn.Module], found: Trace | None, what: str) -> None:
+def materialize_lazy(edited: nn.Module, added: Mapping[str, nn.Module], found: Trace | None, what: str) -> None:
     """Give the lazy layers among the new ones the widths that a run on shapes found, in place.
 
     Raises:

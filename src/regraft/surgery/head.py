@@ -21,7 +21,7 @@ from regraft.arguments import check_arguments
 from regraft.card import card_of
 from regraft.errors import EditError, ForwardError, nearest
 from regraft.surgery.checks import finish, prove, require_editable
-from regraft.surgery.fitting import place, settled
+from regraft.surgery.fitting import materialize_lazy, place
 from regraft.surgery.new_head import kept_tensors, layer_like, norm_like
 from regraft.surgery.swap import with_layers
 
@@ -93,7 +93,7 @@ def replace_head(
             _tell_width(edited, [target.path], before, target.new, is_sure=is_found)
     what = f"replace the head {', '.join(map(repr, layers))}"
     traced = _prove_with_followers(edited, model, targets, what, inputs)
-    settled(edited, layers, traced, what)
+    materialize_lazy(edited, layers, traced, what)
     if is_found and traced is not None:
         _require_called(edited, targets, traced, what)
     rows = [row for head, layer in layers.items() for row in _kept_rows(model.get_submodule(head), layer, head, pairs)]

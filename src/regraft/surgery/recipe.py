@@ -15,7 +15,7 @@ from regraft.surgery.layer_text.parse import shortened
 from regraft.surgery.stem import replace_stem
 from regraft.surgery.swap import remove, replace
 
-LONGEST_MESSAGE = 2000  # characters; a step may list a thousand layers
+MAX_MESSAGE = 2000  # characters; a step may list a thousand layers
 LAYERS = ("new", "layers")  # arguments that hold layers, described as text
 
 
@@ -46,9 +46,9 @@ def apply_step(model: nn.Module, step: Step, *, trust_code: bool = False) -> nn.
     try:
         return edit(model, **arguments)
     except EditError as error:
-        if len(str(error)) <= LONGEST_MESSAGE:
+        if len(str(error)) <= MAX_MESSAGE:
             raise
-        raise EditError(shortened(str(error), LONGEST_MESSAGE)) from error
+        raise EditError(shortened(str(error), MAX_MESSAGE)) from error
     except ArgumentError as error:
         raise EditError(f"{shown} cannot be carried out: {error}") from error
     except RegraftError:

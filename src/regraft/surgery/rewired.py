@@ -17,7 +17,7 @@ from regraft.freezing.pins import unpin
 
 
 @dataclass(frozen=True)
-class Program:
+class CompiledForward:
     """The forward of an edited network.
 
     Attributes:
@@ -36,7 +36,7 @@ class Program:
         exec(compile(self.code, "<regraft>", "exec"), scope)  # torch.fx wrote it from a graph; no file holds any of it
         return scope["forward"]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Program":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledForward":
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -44,7 +44,7 @@ class Program:
         return _restored, (self.code, references, self.targets)
 
 
-class Rewired(nn.Module):
+class EditedModule(nn.Module):
     """The base of every network with a forward of its own: the original's layers and state, another dataflow.
 
     Layers keep their paths, classes and forwards. Each network has a class of its own, so that its forward has the
@@ -53,15 +53,15 @@ class Rewired(nn.Module):
     Attributes:
         programs: The forward; or two, for evaluation and for training, where the original branches on its mode.
         origin: Name of the original's class.
-        decider: Path of the layer whose mode decides between the two.
+        mode_switch: Path of the layer whose mode decides between the two.
     """
 
-    programs: tuple[Program, ...]
+    programs: tuple[CompiledForward, ...]
     origin: str
-    decider: str
+    mode_switch: str
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _empty, (self.origin, self.programs, self.decider), self.__getstate__()
+        return _empty, (self.origin, self.programs, self.mode_switch), self.__getstate__()
 
 
 def rewire(
@@ -71,9 +71,9 @@ def rewire(
     added: Mapping[str, nn.Module] | None = None,
     *,
     closed: str | None = None,
-    heed_pins: bool = False,
+    respect_pins: bool = False,
     arguments: Arguments | None = None,
-) -> Rewired:
+) -> EditedModule:
     """Return `model` with another dataflow. The structure of `model` stays as it is, and its weights are shared.
 
     Args:
@@ -83,22 +83,22 @@ def rewire(
         added: New top-level layers by name, which `change` may call.
         closed: Path of the layer that is not looked into where all others are: what is looked into first is as little
             as possible, and as much as possible where that cannot be traced.
-        heed_pins: See `capture`.
+        respect_pins: See `capture`.
         arguments: See `capture`.
 
     Raises:
         ModelError: The forward cannot be traced. Nothing was changed.
     """
     try:
-        flows = [capture(model, opened, heed_pins=heed_pins, arguments=arguments)]
+        flows = [capture(model, opened, respect_pins=respect_pins, arguments=arguments)]
     except ForwardError:
         wide = [path for path in containers(model) if closed is None or not is_within(path, closed)]
-        flow, widely = capture_widely(model, {*opened, *wide}, heed_pins=heed_pins, arguments=arguments)
+        flow, widely = capture_widely(model, {*opened, *wide}, respect_pins=respect_pins, arguments=arguments)
         if not set(opened) <= set(widely):
             raise  # what has to be looked into is what cannot be traced
         flows, opened = [flow], widely
-    if flows[0].decider is not None:
-        flows.append(capture(model, opened, training=True, heed_pins=heed_pins, arguments=arguments))
+    if flows[0].mode_switch is not None:
+        flows.append(capture(model, opened, training=True, respect_pins=respect_pins, arguments=arguments))
     return rewire_flows(model, flows, change, added)
 
 
@@ -107,7 +107,7 @@ def rewire_flows(
     flows: Sequence[Flow],
     change: Callable[[Flow], None],
     added: Mapping[str, nn.Module] | None = None,
-) -> Rewired:
+) -> EditedModule:
     """Return `model` with the dataflow of these graphs after a change: one for both modes, or evaluation and training.
 
     See `rewire`. The graphs are changed in place.
@@ -122,8 +122,8 @@ def rewire_flows(
     programs = tuple(_program(flow.graph) for flow in flows)
     if all(program.code == programs[0].code for program in programs):  # the branch lay in what is gone
         programs = programs[:1]
-    rewired = _empty(getattr(model, "origin", type(model).__name__), programs, flows[0].decider or "")
-    own = {name: vars(rewired)[name] for name in Rewired.__annotations__}
+    rewired = _empty(getattr(model, "origin", type(model).__name__), programs, flows[0].mode_switch or "")
+    own = {name: vars(rewired)[name] for name in EditedModule.__annotations__}
     unpin(layers)  # whether the whole is frozen is decided anew
     rewired.__dict__.update({**vars(layers), **own})
     for flow in flows:
@@ -134,7 +134,7 @@ def rewire_flows(
     return rewired
 
 
-def prune(rewired: Rewired) -> list[str]:
+def prune(rewired: EditedModule) -> list[str]:
     """Delete from a network, in place, the layers and tensors that no program uses, and return their paths."""
     return _pruned(rewired, "", set().union(*(program.targets for program in rewired.programs)))
 
@@ -167,22 +167,22 @@ def _pruned(layer: nn.Module, path: str, used: set[str]) -> list[str]:
     return gone
 
 
-def _empty(origin: str, programs: tuple[Program, ...], decider: str) -> Rewired:
+def _empty(origin: str, programs: tuple[CompiledForward, ...], mode_switch: str) -> EditedModule:
     """Make a network without layers."""
     forwards = [program.compiled() for program in programs]
-    forward = forwards[0] if len(forwards) == 1 else _by_mode(*forwards, decider=decider)
-    rewired = type(f"Edited{origin}", (Rewired,), {"forward": forward, "__module__": __name__})()
-    rewired.programs, rewired.origin, rewired.decider = programs, origin, decider
+    forward = forwards[0] if len(forwards) == 1 else _by_mode(*forwards, mode_switch=mode_switch)
+    rewired = type(f"Edited{origin}", (EditedModule,), {"forward": forward, "__module__": __name__})()
+    rewired.programs, rewired.origin, rewired.mode_switch = programs, origin, mode_switch
     return rewired
 
 
-def _by_mode(evaluate: Callable[..., Any], train: Callable[..., Any], *, decider: str) -> Callable[..., Any]:
+def _by_mode(evaluate: Callable[..., Any], train: Callable[..., Any], *, mode_switch: str) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return (train if layers_mode(self) else evaluate)(self, *args, **kwargs)
 
     def layers_mode(self: nn.Module) -> bool:
         try:
-            return self.get_submodule(decider).training
+            return self.get_submodule(mode_switch).training
         except AttributeError:  # it was cut off
             return self.training
 
@@ -190,11 +190,11 @@ def _by_mode(evaluate: Callable[..., Any], train: Callable[..., Any], *, decider
     return forward
 
 
-def _program(graph: fx.Graph) -> Program:
+def _program(graph: fx.Graph) -> CompiledForward:
     python = graph.python_code("self")
     names = {name: value for name, value in python.globals.items() if re.search(rf"\b{name}\b", python.src)}
     targets = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
-    return Program(python.src.strip() + "\n", names, frozenset(targets))
+    return CompiledForward(python.src.strip() + "\n", names, frozenset(targets))
 
 
 def _reference(value: Any) -> tuple[str, Any]:
@@ -205,8 +205,8 @@ def _reference(value: Any) -> tuple[str, Any]:
     return ("object", f"{home}:{name}") if home and name else ("value", value)
 
 
-def _restored(code: str, references: dict[str, tuple[str, Any]], targets: frozenset[str]) -> Program:
-    return Program(code, {name: _imported(*reference) for name, reference in references.items()}, targets)
+def _restored(code: str, references: dict[str, tuple[str, Any]], targets: frozenset[str]) -> CompiledForward:
+    return CompiledForward(code, {name: _imported(*reference) for name, reference in references.items()}, targets)
 
 
 def _imported(kind: str, reference: Any) -> Any:

@@ -153,7 +153,7 @@ def _widen(layer: nn.Module, path: str, channels: int) -> None:
 
 @torch.no_grad()
 def _agree(old: Any, new: Any) -> bool:
-    """Say whether a changed convolution gives what the old one gave, on random numbers."""
+    """Return whether a changed convolution gives what the old one gave, on random numbers."""
     old, new = copy.deepcopy(old).cpu().double(), copy.deepcopy(new).cpu().double()
     sides = [step * (size - 1) + 3 for size, step in zip(old.kernel_size, old.dilation, strict=True)]
     draw = torch.rand(1, new.in_channels, *sides, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,7 @@ from regraft.errors import EditError, ForwardError
 from regraft.freezing.patterns import select
 from regraft.surgery.calls import leave_fast_paths, require_calls
 from regraft.surgery.checks import finish, prove, require_editable
-from regraft.surgery.fitting import fitted, settled
+from regraft.surgery.fitting import fitted, materialize_lazy
 
 
 class Bypass(nn.Module):
@@ -70,7 +70,7 @@ def replace(
     run = prove(edited, model, what, inputs)
     require_calls(edited, put, model, run, inputs)
     leave_fast_paths(edited, put, model)
-    settled(edited, put, run, what)
+    materialize_lazy(edited, put, run, what)
     # One by one where a regular expression selected them: a recipe in a file of others may hold none.
     steps = {path: new} if isinstance(new, nn.Module) and not path.startswith("re:") else put
     for where, layer in steps.items():

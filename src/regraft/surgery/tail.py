@@ -8,15 +8,15 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from regraft.anatomy.dataflow.graph import Flow, crossing, is_size, tidy
+from regraft.anatomy.dataflow.graph import Flow, is_size, live_across_cut, tidy
 from regraft.anatomy.dataflow.values import BATCHES, Sizes, compute_values, sizes_of, value_key
 from regraft.anatomy.inputs import Inputs, arguments_for
 from regraft.errors import EditError, ModelError
 from regraft.surgery.edits import crossed, opened_for, visits_within
-from regraft.surgery.rewired import Rewired, prune, rewire
+from regraft.surgery.rewired import EditedModule, prune, rewire
 
 
-def tail(model: nn.Module, after: str, *, inputs: Inputs | None = None) -> Rewired:
+def tail(model: nn.Module, after: str, *, inputs: Inputs | None = None) -> EditedModule:
     """Return what comes after a layer as a network whose one input is what that layer gives.
 
     Sizes that the forward reads before the cut are written in as numbers, so the result holds for that size of images.
@@ -27,11 +27,11 @@ def tail(model: nn.Module, after: str, *, inputs: Inputs | None = None) -> Rewir
     found: list[Sizes] = []
 
     def change(flow: Flow) -> None:
-        visits = visits_within(flow, after)
-        value = visits[-1].output if visits else None
+        module_calls = visits_within(flow, after)
+        value = module_calls[-1].output if module_calls else None
         if not isinstance(value, fx.Node):
             raise EditError(f"cannot begin after '{after}': it gives no single tensor. Nothing was changed.")
-        over = crossing(flow.graph, [value])
+        over = live_across_cut(flow.graph, [value])
         if over:
             raise EditError(crossed(flow, after, [value], over, has_choice=False))
         if not found:  # those of evaluation hold for training as well
@@ -83,7 +83,7 @@ def begin_at(
             new = rebuild(graph, position, lambda: next(coming)) if rebuild else next(coming)
         for node in known.get(key, ()):
             _replace(node, new)
-    _settle_sizes(graph, sizes, news[0])
+    _write_sizes(graph, sizes, news[0])
     tidy(graph, layer_of, effects_of=_descendants(news))
     for old in olds:
         if old.users:
@@ -107,7 +107,7 @@ def _descendants(nodes: list[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _settle_sizes(graph: fx.Graph, sizes: Sizes, batch: fx.Node) -> None:
+def _write_sizes(graph: fx.Graph, sizes: Sizes, batch: fx.Node) -> None:
     """Write numbers in the place of sizes that were read before the cut; only that of the batch stays open."""
     for node in list(graph.nodes):
         if not is_size(node) or value_key(node) not in sizes:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
-from regraft.checkpoint.file.atomic import whole_or_nothing
+from regraft.checkpoint.file.atomic import atomic_write
 from regraft.data.transforms import Augmentation
 from regraft.errors import ConfigError
 from regraft.fields import CheckedFields, explain
@@ -197,5 +197,5 @@ def write_config(config: TrainConfig, path: Path) -> None:
     """Write a configuration as TOML; options without a value are left out."""
     import tomli_w
 
-    with whole_or_nothing(path, flush=False) as temporary:
+    with atomic_write(path, flush=False) as temporary:
         temporary.write_text(tomli_w.dumps(config.model_dump(exclude_none=True, mode="json")), encoding="utf-8")

@@ -15,12 +15,12 @@ from regraft.data.photos import SeededShuffle
 from regraft.errors import DataError
 from regraft.progress import Progress
 from regraft.training.config import TrainConfig
-from regraft.training.partial_batches import Partial
+from regraft.training.partial_batches import PartialBatch
 from regraft.training.resume.rng import set_random_states
-from regraft.training.train_data import Material
+from regraft.training.train_data import TrainData
 
 
-class Faults:
+class FaultTolerantReader:
     """Reads batches, and knows what went wrong so far.
 
     Args:
@@ -38,10 +38,10 @@ class Faults:
         self._has_lost_worker = False
 
     @classmethod
-    def of(cls, material: Material, config: TrainConfig, progress: Progress) -> "Faults":
+    def of(cls, train_data: TrainData, config: TrainConfig, progress: Progress) -> "FaultTolerantReader":
         """Begin with what could not be read at first."""
-        unreadable = len(material.unreadable)
-        photos = sum(map(len, material.photos)) + unreadable if material.photos is not None else None
+        unreadable = len(train_data.unreadable)
+        photos = sum(map(len, train_data.photos)) + unreadable if train_data.photos is not None else None
         return cls(photos, config.max_unreadable, unreadable, progress)
 
     def read(self, batches: Iterable[Any], states: Tree, *, done: int = 0, least: int = 1) -> Iterator[Any]:
@@ -75,13 +75,13 @@ class Faults:
                     iterator = _opened(source, done, states)
                     continue
                 done += 1
-                yield self._rest(batch, least) if isinstance(batch, Partial) else batch
+                yield self._rest(batch, least) if isinstance(batch, PartialBatch) else batch
 
     def readable(self, paths: Iterable[Path]) -> tuple[Path, ...]:
         """Leave out the photos that were lost in the last pass."""
         return tuple(path for path in paths if path not in self._lost_now)
 
-    def _rest(self, partial: Partial, least: int) -> Any:
+    def _rest(self, partial: PartialBatch, least: int) -> Any:
         for lost in partial.lost:
             self._lost_now.add(lost.path)
             if lost.path not in self._lost:

@@ -17,24 +17,24 @@ from regraft.data.folders import Listing
 from regraft.errors import ConfigError, ModelError
 from regraft.freezing.schedule import Schedule
 from regraft.progress import SILENT, Progress
-from regraft.training.checks.weight_types import engine_for, require_trainable_types
+from regraft.training.checks.weight_types import compute_for, require_trainable_types
 from regraft.training.config import TrainConfig
 from regraft.training.epochs import Run, train
-from regraft.training.loop import Engine, channels_last
+from regraft.training.loop import ComputeContext, channels_last
 from regraft.training.result import FitResult
-from regraft.training.resume.progress import Standing
 from regraft.training.resume.run_folder import RunFolder
-from regraft.training.resume.run_state import Origin, check_state, find_run
+from regraft.training.resume.run_state import RunState
+from regraft.training.resume.saved_run import RunFingerprint, check_state, find_run
 from regraft.training.resume.signals import Signals
 from regraft.training.setup import (
-    Job,
+    TrainSetup,
     check_options,
     make_extractor,
-    prepare_job,
     prepare_model,
+    prepare_setup,
     unchanged_on_failure,
 )
-from regraft.training.train_data import Material, list_if_folder, read_material
+from regraft.training.train_data import TrainData, list_if_folder, load_train_data
 from regraft.zoo import preprocessing_of, preprocessing_source
 
 
@@ -98,25 +98,27 @@ def fit(
     if resume and config.out is None:
         raise ConfigError("resume needs the folder of the run. Pass out=….")
     found = find_run(Path(config.out), progress) if resume and config.out is not None else None
-    settled = found.settled(config) if found is not None else config
+    with_resolved_options = found.with_resolved_options(config) if found is not None else config
     folder = None
     if config.out is not None:
         folder = RunFolder(Path(config.out), overwrite=overwrite, continues=found is not None)
     is_named = isinstance(model, str) and isinstance(data, (str, Path)) and not callable(loss)
-    standing = Standing()
+    run_state = RunState()
     with preserved_randomness(config.seed), Signals() as signals:
         listing = list_if_folder(data, config)
         check_options(config, listing.task if listing and loss is None else None, trust_code=trust_code)
         with folder.held() if folder is not None else nullcontext():
             with unchanged_on_failure(model):
-                job = _prepare(model, data, listing, loss, settled, standing, progress, trust_code=trust_code)
-                origin = Origin.of(job, config, is_named=is_named)
+                setup = _prepare(
+                    model, data, listing, loss, with_resolved_options, run_state, progress, trust_code=trust_code
+                )
+                fingerprint = RunFingerprint.of(setup, config, is_named=is_named)
                 if found is not None:
-                    check_state(found, job, origin)
-            for line in _lines(job, config):
+                    check_state(found, setup, fingerprint)
+            for line in _lines(setup, config):
                 progress.say(line)
-            run = Run(job, config, origin, folder, standing, signals, progress, trust_code)
-            with channels_last(job.model) if job.engine.has_channels_last else nullcontext():
+            run = Run(setup, config, fingerprint, folder, run_state, signals, progress, trust_code)
+            with channels_last(setup.model) if setup.compute.has_channels_last else nullcontext():
                 return train(run, found)
 
 
@@ -126,48 +128,53 @@ def _prepare(
     listing: Listing | None,
     loss: Any,
     config: TrainConfig,
-    standing: Standing,
+    run_state: RunState,
     progress: Progress,
     *,
     trust_code: bool,
-) -> Job:
+) -> TrainSetup:
     """Build the network, read the data, and put together what a training loop needs."""
-    with standing.phase("model"):
+    with run_state.phase("model"):
         built = prepare_model(model, listing, config, trust_code=trust_code)
         require_trainable_types(built, thaws_all=config.unfreeze is not None)
         if listing is not None and (source := preprocessing_source(built)) is not None:
             attach(built, preprocessing=preprocessing_of(built))
             progress.say(f"images     {preprocessing_of(built).summary()}; from {source}")
-        engine = replace(engine_for(built, config.device, config.precision), has_channels_last=config.fast)
-        built.to(engine.device)
-    with standing.phase("reading"):
-        material = _read(built, data, listing, config, engine, progress)
+        compute = replace(compute_for(built, config.device, config.precision), has_channels_last=config.fast)
+        built.to(compute.device)
+    with run_state.phase("reading"):
+        train_data = _read(built, data, listing, config, compute, progress)
     own_loss: Any = loss if callable(loss) else None
     name = model if isinstance(model, str) else None
-    return prepare_job(built, name, material, config, engine, own_loss, trust_code=trust_code)
+    return prepare_setup(built, name, train_data, config, compute, own_loss, trust_code=trust_code)
 
 
 def _read(
-    model: nn.Module, data: Any, listing: Listing | None, config: TrainConfig, engine: Engine, progress: Progress
-) -> Material:
+    model: nn.Module,
+    data: Any,
+    listing: Listing | None,
+    config: TrainConfig,
+    compute: ComputeContext,
+    progress: Progress,
+) -> TrainData:
     """Read the data, and compute what is constant once where that can be done."""
-    extractor, reason = make_extractor(model, data, config, engine, progress)
+    extractor, reason = make_extractor(model, data, config, compute, progress)
     preprocessing = preprocessing_of(model)
     try:
-        material = read_material(data, listing, preprocessing, config, progress, extractor)
+        train_data = load_train_data(data, listing, preprocessing, config, progress, extractor)
     except ModelError as error:  # of the extractor alone: nothing else runs the model here
         extractor, reason = None, str(error)
-        material = read_material(data, listing, preprocessing, config, progress)
+        train_data = load_train_data(data, listing, preprocessing, config, progress)
     if extractor is not None or reason is None:
-        return material
+        return train_data
     progress.say(f"frontier   every epoch runs the whole network: {reason}")
-    return replace(material, not_once_because=reason)
+    return replace(train_data, not_once_because=reason)
 
 
-def _lines(job: Job, config: TrainConfig) -> Iterator[str]:
-    """Say what is about to be done."""
-    yield from job.plan.lines(config)
-    if job.material.frontier is not None:
-        yield from job.material.frontier.lines()
-    if job.sweep is not None:
-        yield f"chosen     {job.sweep}"
+def _lines(setup: TrainSetup, config: TrainConfig) -> Iterator[str]:
+    """Describe what is about to be done."""
+    yield from setup.plan.lines(config)
+    if setup.train_data.frontier is not None:
+        yield from setup.train_data.frontier.lines()
+    if setup.sweep is not None:
+        yield f"chosen     {setup.sweep}"

@@ -13,14 +13,14 @@ from torch import nn
 from regraft.arguments import check_arguments, check_minimum, check_path, check_weights
 from regraft.card import Card, card_of
 from regraft.data.decode import Unreadable, decode, quiet_decoders
-from regraft.data.folders import Sample, Task, list_labelled, list_numbered, photos_in
+from regraft.data.folders import Sample, Task, list_labelled, list_regression, photos_in
 from regraft.data.photos import loader, read_photos
 from regraft.data.transforms import center_crop, normalize
 from regraft.errors import DataError, ModelError, RegraftError
 from regraft.progress import SILENT, Progress
 from regraft.training.checks.targets import has_one_hot_rows
-from regraft.training.checks.weight_types import engine_for, type_names
-from regraft.training.loop import Engine, score
+from regraft.training.checks.weight_types import compute_for, type_names
+from regraft.training.loop import ComputeContext, score
 from regraft.training.metrics import Metrics, measure
 from regraft.training.train_data import pairs_of
 from regraft.zoo import preprocessing_of
@@ -80,21 +80,21 @@ def evaluate(
     check_minimum(evaluate, 1, batch_size=batch_size)
     batch_size = int(batch_size)  # torch takes none of NumPy's
     check_weights(evaluate, "model", model)
-    engine = engine_for(model, device)
-    model.to(engine.device)
+    compute = compute_for(model, device)
+    model.to(compute.device)
     if not isinstance(data, (str, os.PathLike)):
         batches = torch.utils.data.DataLoader(data, batch_size) if isinstance(data, torch.utils.data.Dataset) else data
-        outputs, targets = _score(model, pairs_of(batches), engine)
+        outputs, targets = _score(model, pairs_of(batches), compute)
         task = card_of(model).task or _task_that_shows(targets)
         names = card_of(model).classes or tuple(map(str, range(outputs.shape[-1])))
         return measure(outputs, targets, None if task == "regression" else names)
     check_path(evaluate, "data", data)
     card = _require_task(model)
-    samples = list_numbered(data) if card.classes is None else list_labelled(data, card.classes)
+    samples = list_regression(data) if card.classes is None else list_labelled(data, card.classes)
     photos, unreadable = read_photos(samples, preprocessing_of(model), classes=card.classes, progress=progress)
     _tell_skipped(unreadable, progress)
     batches = progress.track(loader(photos, batch_size), "evaluating", -(-len(photos) // batch_size))
-    outputs, targets = _score(model, batches, engine)
+    outputs, targets = _score(model, batches, compute)
     return measure(outputs, targets, card.classes)
 
 
@@ -107,7 +107,7 @@ def predict(
     device: str | torch.device = "auto",
     progress: Progress = SILENT,
 ) -> list[Prediction]:
-    """Say what photos show.
+    """Classify photos.
 
     Args:
         model: A model that knows its classes and preprocessing, as `load` and `fit` return it.
@@ -128,12 +128,12 @@ def predict(
     batch_size = int(batch_size)  # torch takes none of NumPy's
     check_weights(predict, "model", model)
     card = _require_task(model)
-    engine = engine_for(model, device)
-    model.to(engine.device)
+    compute = compute_for(model, device)
+    model.to(compute.device)
     if isinstance(images, torch.Tensor):
         if images.ndim != 4:
             raise DataError(f"the images have the shape {tuple(images.shape)}, expected (N, C, H, W).")
-        outputs, _ = _score(model, [(images, torch.zeros(len(images)))], engine)
+        outputs, _ = _score(model, [(images, torch.zeros(len(images)))], compute)
         return _predictions(outputs, [None] * len(images), card, top)
     items = list(images) if isinstance(images, (list, tuple)) else [images]
     if not items:
@@ -144,7 +144,7 @@ def predict(
     photos, unreadable = read_photos(samples, preprocessing_of(model), progress=progress)
     _tell_skipped(unreadable, progress)
     batches = progress.track(loader(photos, batch_size), "predicting", -(-len(photos) // batch_size))
-    outputs, _ = _score(model, batches, engine)
+    outputs, _ = _score(model, batches, compute)
     return _predictions(outputs, [sample.path for sample in photos.samples], card, top)
 
 
@@ -172,10 +172,10 @@ def _predict_opened(
     return [replace(one, path=path) for one, path in zip(found, paths, strict=True)]
 
 
-def _score(model: nn.Module, batches: Any, engine: Engine) -> tuple[torch.Tensor, torch.Tensor]:
+def _score(model: nn.Module, batches: Any, compute: ComputeContext) -> tuple[torch.Tensor, torch.Tensor]:
     """Return outputs and targets as `score` does; what the model cannot take is said with its types."""
     try:
-        return score(model, batches, engine)
+        return score(model, batches, compute)
     except (RegraftError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of a user's own network or dataset

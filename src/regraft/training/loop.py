@@ -36,7 +36,7 @@ WAYS_OUT = (
 
 
 @dataclass(frozen=True)
-class Engine:
+class ComputeContext:
     """Where and in which precision arithmetic is done.
 
     Attributes:
@@ -96,7 +96,7 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler,
-    engine: Engine,
+    compute: ComputeContext,
     *,
     mixup: float = 0.0,
     on_nan: OnNan = "stop",
@@ -116,7 +116,7 @@ def train_epoch(
         optimizer: Changes the weights.
         schedule: Changes the learning rate after each step.
         scaler: Scales gradients where the precision is float16.
-        engine: Where and in which precision.
+        compute: Where and in which precision.
         mixup: See `TrainConfig`.
         on_nan: See `TrainConfig`.
         tally: What the epoch has come to before the first of these batches; it goes on.
@@ -131,11 +131,11 @@ def train_epoch(
     tally = tally if tally is not None else Tally()
     for inputs, targets in batches:
         tally.steps += 1
-        targets = targets.to(engine.device)
+        targets = targets.to(compute.device)
         batch = mixed(inputs, targets, mixup)
         optimizer.zero_grad()
         try:
-            loss = _backward(model, batch, criterion, scaler, engine, tally, progress)
+            loss = _backward(model, batch, criterion, scaler, compute, tally, progress)
         except LonelySample:
             _leave_out(optimizer, schedule)
             progress.say("left out   a batch of one photo: batch norm cannot learn from one alone")
@@ -149,7 +149,7 @@ def train_epoch(
             rate = optimizer.param_groups[0]["lr"]
             raise LossError(
                 f"the loss is {loss} at step {tally.steps} of this epoch (learning rate {rate:.3g}). "
-                f"{_first_at_fault(model, batch.inputs, engine)} {WAYS_OUT}"
+                f"{_first_at_fault(model, batch.inputs, compute)} {WAYS_OUT}"
             )
         else:
             tally.skipped += 1
@@ -175,7 +175,7 @@ def _backward(
     batch: Batch,
     criterion: Loss,
     scaler: torch.amp.GradScaler,
-    engine: Engine,
+    compute: ComputeContext,
     tally: Tally,
     progress: Progress,
 ) -> float:
@@ -188,11 +188,11 @@ def _backward(
 
     def forward(inputs: Inputs) -> torch.Tensor:
         size = len(inputs if isinstance(inputs, torch.Tensor) else inputs[0])
-        with lonely_samples(model, size), engine.autocast():
-            return main_output(run(model, inputs, engine))
+        with lonely_samples(model, size), compute.autocast():
+            return main_output(run(model, inputs, compute))
 
     def loss_of(outputs: torch.Tensor, part: Batch) -> torch.Tensor:
-        with engine.autocast():
+        with compute.autocast():
             loss = batch_loss(criterion, outputs, part.targets)
             if part.share < 1:
                 loss = part.share * loss + (1 - part.share) * batch_loss(criterion, outputs, part.others)
@@ -205,8 +205,8 @@ def _backward(
             return backward_in_parts(forward, loss_of, model, batch, parts, scaler.scale, is_mean=is_mean)
         except torch.OutOfMemoryError as error:
             at_a_time = min(count, tally.at_a_time or count)
-            tally.at_a_time = _fewer(at_a_time, engine, error, min_at_a_time=tally.min_at_a_time)
-            said = f"{engine.device} has none for {at_a_time} photos at a time: {tally.at_a_time} from here on"
+            tally.at_a_time = _fewer(at_a_time, compute, error, min_at_a_time=tally.min_at_a_time)
+            said = f"{compute.device} has none for {at_a_time} photos at a time: {tally.at_a_time} from here on"
         except LonelySample:
             if count == 1:
                 raise
@@ -214,11 +214,11 @@ def _backward(
             said = "batch norm cannot learn from one photo alone: two or more from here on"
         for parameter in model.parameters():
             parameter.grad = None
-        _free_memory(engine)
+        _free_memory(compute)
         progress.say(f"memory     {said}, in steps of {count} photos as before")
 
 
-def _fewer(at_a_time: int, engine: Engine, error: torch.OutOfMemoryError, *, min_at_a_time: int = 1) -> int:
+def _fewer(at_a_time: int, compute: ComputeContext, error: torch.OutOfMemoryError, *, min_at_a_time: int = 1) -> int:
     """Return half as many photos, for which there may be memory.
 
     Raises:
@@ -228,15 +228,15 @@ def _fewer(at_a_time: int, engine: Engine, error: torch.OutOfMemoryError, *, min
         reason = str(error).partition("\n")[0]
         photos = "a single photo" if min_at_a_time == 1 else "two photos, and batch norm cannot learn from one alone"
         raise RunError(
-            f"{engine.device} has no memory for {photos} ({reason}). Try a smaller --image-size, freeze "
+            f"{compute.device} has no memory for {photos} ({reason}). Try a smaller --image-size, freeze "
             "more layers, or use a smaller network."
         ) from error
     return (at_a_time + 1) // 2
 
 
-def _free_memory(engine: Engine) -> None:
+def _free_memory(compute: ComputeContext) -> None:
     """Give back what torch keeps of the device's memory; called when no error holds on to tensors any more."""
-    if engine.device.type == "cuda":
+    if compute.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
@@ -247,8 +247,8 @@ def _has_finite_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.Gr
     return bool(torch.isfinite(nn.utils.get_total_norm(gradients, norm_type=math.inf)))
 
 
-def _first_at_fault(model: nn.Module, inputs: Inputs, engine: Engine) -> str:
-    """Say which layer is the first whose output is not finite, by running the network once more."""
+def _first_at_fault(model: nn.Module, inputs: Inputs, compute: ComputeContext) -> str:
+    """Return which layer is the first whose output is not finite, by running the network once more."""
     given = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
     if not all(_is_finite(tensor) for tensor in given):
         return "The inputs themselves are not finite."
@@ -262,8 +262,8 @@ def _first_at_fault(model: nn.Module, inputs: Inputs, engine: Engine) -> str:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     hooks = [layer.register_forward_hook(look) for layer in model.modules()]
     try:
-        with torch.no_grad(), preserved_randomness(), engine.autocast():
-            run(model, inputs, engine)
+        with torch.no_grad(), preserved_randomness(), compute.autocast():
+            run(model, inputs, compute)
     finally:
         for hook in hooks:
             hook.remove()
@@ -281,7 +281,7 @@ def _is_finite(value: object) -> bool:
 
 
 def score(
-    model: nn.Module, batches: Iterable[tuple[Inputs, torch.Tensor]], engine: Engine
+    model: nn.Module, batches: Iterable[tuple[Inputs, torch.Tensor]], compute: ComputeContext
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run `model` in evaluation mode over the batches; its own mode is as before afterwards.
 
@@ -296,42 +296,42 @@ def score(
     """
     outputs: list[torch.Tensor] = []
     expected: list[torch.Tensor] = []
-    with evaluation_mode(model), torch.inference_mode(), engine.autocast():
+    with evaluation_mode(model), torch.inference_mode(), compute.autocast():
         for inputs, targets in batches:
-            outputs += _scores(model, inputs, len(targets), engine)
+            outputs += _scores(model, inputs, len(targets), compute)
             expected.append(targets.cpu())
     return torch.cat(outputs), torch.cat(expected)
 
 
-def _scores(model: nn.Module, inputs: Inputs, count: int, engine: Engine) -> list[torch.Tensor]:
+def _scores(model: nn.Module, inputs: Inputs, count: int, compute: ComputeContext) -> list[torch.Tensor]:
     """Return the scores of that many photos, in as many parts as memory asks for."""
     try:
         with lonely_samples(model, count):
-            return [main_output(run(model, inputs, engine)).float().cpu()]
+            return [main_output(run(model, inputs, compute)).float().cpu()]
     except LonelySample as error:
         raise DataError(
             "a batch that is measured is a single sample, which a norm without running statistics cannot take. Use "
             "another batch size."
         ) from error
     except torch.OutOfMemoryError as error:
-        fewer = _fewer(count, engine, error)
-    _free_memory(engine)
+        fewer = _fewer(count, compute, error)
+    _free_memory(compute)
     first, second = slice(0, fewer), slice(fewer, count)
     return [
-        *_scores(model, rows(inputs, first), fewer, engine),
-        *_scores(model, rows(inputs, second), count - fewer, engine),
+        *_scores(model, rows(inputs, first), fewer, compute),
+        *_scores(model, rows(inputs, second), count - fewer, compute),
     ]
 
 
-def run(model: nn.Module, inputs: Inputs, engine: Engine) -> Any:
+def run(model: nn.Module, inputs: Inputs, compute: ComputeContext) -> Any:
     """Call `model` with one tensor, or with several, on the engine's device.
 
     One tensor is a batch of images, which become what the weights are; several are features, which are that already.
     """
     if not isinstance(inputs, torch.Tensor):
-        return model(*(_placed(tensor, engine) for tensor in inputs))
-    is_cast = engine.input_dtype is not None and inputs.is_floating_point()
-    return model(_placed(inputs, engine).to(engine.input_dtype if is_cast else inputs.dtype))
+        return model(*(_placed(tensor, compute) for tensor in inputs))
+    is_cast = compute.input_dtype is not None and inputs.is_floating_point()
+    return model(_placed(inputs, compute).to(compute.input_dtype if is_cast else inputs.dtype))
 
 
 @contextlib.contextmanager
@@ -352,9 +352,9 @@ def _lay_out(layers: list[nn.Conv2d], memory_format: torch.memory_format) -> Non
                 tensor.data = tensor.data.contiguous(memory_format=memory_format)
 
 
-def _placed(tensor: torch.Tensor, engine: Engine) -> torch.Tensor:
-    is_map = engine.has_channels_last and tensor.ndim == 4
-    return tensor.to(engine.device, memory_format=torch.channels_last if is_map else torch.preserve_format)
+def _placed(tensor: torch.Tensor, compute: ComputeContext) -> torch.Tensor:
+    is_map = compute.has_channels_last and tensor.ndim == 4
+    return tensor.to(compute.device, memory_format=torch.channels_last if is_map else torch.preserve_format)
 
 
 def main_output(output: Any) -> torch.Tensor:
@@ -380,7 +380,7 @@ def _scores_in(output: Any) -> torch.Tensor:
     raise ModelError(f"the model returned a {type(output).__name__}, expected a tensor of scores (N, K).")
 
 
-def choose_engine(device: str | torch.device, precision: str) -> Engine:
+def choose_compute(device: str | torch.device, precision: str) -> ComputeContext:
     """Resolve the options `device` and `precision`; see `TrainConfig`.
 
     Raises:
@@ -389,4 +389,4 @@ def choose_engine(device: str | torch.device, precision: str) -> Engine:
     chosen = usable_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if precision == "auto":
         precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return Engine(chosen, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    return ComputeContext(chosen, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])

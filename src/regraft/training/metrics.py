@@ -58,7 +58,7 @@ class Metrics:
         return {name: value for name, value in asdict(self).items() if value is not None and value != ()}
 
     def is_better_than(self, other: "Metrics | None") -> bool:
-        """Say whether these are better: higher accuracy, then lower loss; one that is no number is the worst."""
+        """Return whether these are better: higher accuracy, then lower loss; NaN ranks last."""
         check_arguments(Metrics.is_better_than, locals())
         return other is None or self._rank() > other._rank()
 
@@ -85,7 +85,7 @@ def measure(outputs: torch.Tensor, targets: torch.Tensor, classes: Sequence[str]
         DataError: A label is none of the classes, or there is not one number for each output.
     """
     if classes is None:
-        return _measure_numbers(outputs, targets)
+        return _measure_regression(outputs, targets)
     return _measure_classes(outputs, class_labels(outputs, targets), classes)
 
 
@@ -128,7 +128,7 @@ def _measure_classes(outputs: torch.Tensor, targets: torch.Tensor, classes: Sequ
     )
 
 
-def _measure_numbers(outputs: torch.Tensor, targets: torch.Tensor) -> Metrics:
+def _measure_regression(outputs: torch.Tensor, targets: torch.Tensor) -> Metrics:
     expected = targets.double().flatten()
     if outputs.numel() != expected.numel():
         raise DataError(

@@ -11,7 +11,7 @@ from regraft.errors import DataError
 
 
 @dataclass(frozen=True)
-class Partial:
+class PartialBatch:
     """A batch without those of its photos that cannot be read; None where none can."""
 
     batch: Any
@@ -35,7 +35,7 @@ def tolerant(photos: Photos) -> Photos:
 
 
 def tolerant_loader(photos: Photos, batch_size: int, **options: Any) -> Any:
-    """Return `loader` of photos, whose batches are `Partial` where some of them cannot be read any more."""
+    """Return `loader` of photos, whose batches are `PartialBatch` where some of them cannot be read any more."""
     made = loader(tolerant(photos), batch_size, **options)
     made.collate_fn = functools.partial(_collate_rest, collate=made.collate_fn)
     return made
@@ -46,4 +46,4 @@ def _collate_rest(items: list[Any], *, collate: Callable[[list[Any]], Any]) -> A
     if not lost:
         return collate(items)
     rest = [item for item in items if not isinstance(item, Unreadable)]
-    return Partial(collate(rest) if rest else None, lost)
+    return PartialBatch(collate(rest) if rest else None, lost)

@@ -18,7 +18,7 @@ from regraft.data.photos import Photos
 from regraft.data.transforms import is_random
 from regraft.errors import ConfigError, EditError, ModelError
 from regraft.freezing.auditing import audit
-from regraft.freezing.flags import freeze, settle, unfreeze
+from regraft.freezing.flags import freeze, sync_frozen_state, unfreeze
 from regraft.freezing.groups import build_optimizer, optimizer_class
 from regraft.freezing.schedule import Schedule
 from regraft.freezing.state import FreezeState
@@ -30,10 +30,10 @@ from regraft.training.config import FINE_TUNE_LR, HEAD_LR, SCRATCH_LR, HeadStart
 from regraft.training.features.batches import FeatureBatches
 from regraft.training.features.extract import Extractor
 from regraft.training.heads.sweep import DECAYS, Sweep, ridge_obstacle, ridge_start, sweep_heads
-from regraft.training.loop import Engine, choose_engine
+from regraft.training.loop import ComputeContext, choose_compute
 from regraft.training.losses import Loss, build_loss
 from regraft.training.result import Plan
-from regraft.training.train_data import Material, with_task
+from regraft.training.train_data import TrainData, with_task
 from regraft.zoo import preprocessing_of
 
 WARM_UP_SHARE = 0.05
@@ -41,12 +41,12 @@ OPTIMIZERS_OF_THEIR_OWN_KIND = ("LBFGS", "SparseAdam", "Adahessian")
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainSetup:
     """Everything that the training loop needs.
 
     Attributes:
         model: The whole network.
-        live: What runs in every epoch: the network, or the part of it that takes the features of `material`.
+        live: What runs in every epoch: the network, or the part of it that takes the features of `train_data`.
         rates: The arguments of `param_groups`, for layers that join later.
         unfreezing: Which layers join when; None: none do.
         sweep: What several ways to train a head came to; None where a learning rate was given, or it is no head.
@@ -55,12 +55,12 @@ class Job:
 
     model: nn.Module
     live: nn.Module
-    material: Material
+    train_data: TrainData
     criterion: Loss
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
-    engine: Engine
+    compute: ComputeContext
     plan: Plan
     rates: dict[str, Any]
     unfreezing: Schedule | None
@@ -68,9 +68,9 @@ class Job:
     head_start: HeadStart
 
     @property
-    def live_engine(self) -> Engine:
+    def live_engine(self) -> ComputeContext:
         """Where and in which precision the live part is computed."""
-        return _live_engine(self.engine, self.live, self.material)
+        return _live_engine(self.compute, self.live, self.train_data)
 
 
 def check_options(config: TrainConfig, task: Task | None, *, trust_code: bool) -> None:
@@ -81,7 +81,7 @@ def check_options(config: TrainConfig, task: Task | None, *, trust_code: bool) -
         ModelError: The device does not exist.
         TrustError: The loss is code of the user's own, and `trust_code` is false.
     """
-    choose_engine(config.device, config.precision)
+    choose_compute(config.device, config.precision)
     if task is not None:
         build_loss(config.loss, task, label_smoothing=config.label_smoothing, trust_code=trust_code)
     maker = optimizer_class(config.optimizer)
@@ -126,39 +126,39 @@ def prepare_model(
         freeze(built, *config.freeze, until=config.freeze_until)
     if config.unfreeze is not None:
         Schedule.parse(config.unfreeze).start(built)
-    settle(built)
+    sync_frozen_state(built)
     return built
 
 
-def prepare_job(
+def prepare_setup(
     model: nn.Module,
     name: str | None,
-    material: Material,
+    train_data: TrainData,
     config: TrainConfig,
-    engine: Engine,
+    compute: ComputeContext,
     loss: Loss | None,
     *,
     trust_code: bool,
-) -> Job:
+) -> TrainSetup:
     """Put loss, optimizer and schedule beside model and data, audit them, and try one batch."""
-    material = with_task(material, loss, config.loss)
+    train_data = with_task(train_data, loss, config.loss)
     criterion = loss or build_loss(
-        config.loss, material.task, label_smoothing=config.label_smoothing, trust_code=trust_code
+        config.loss, train_data.task, label_smoothing=config.label_smoothing, trust_code=trust_code
     )
-    live = material.frontier.parts.suffix if material.frontier is not None else model
+    live = train_data.frontier.parts.suffix if train_data.frontier is not None else model
     if isinstance(criterion, nn.Module):
-        criterion.to(engine.device)
-    try_one_batch(model, live, material, criterion, _live_engine(engine, live, material), config)
-    start = _required_ridge_start(live, material) if config.head_start == "ridge" else None
+        criterion.to(compute.device)
+    try_one_batch(model, live, train_data, criterion, _live_engine(compute, live, train_data), config)
+    start = _required_ridge_start(live, train_data) if config.head_start == "ridge" else None
     is_head_alone = config.lr is None and _is_head_alone_trained(model, live)
     rates = _rates(model, config, is_head_alone=is_head_alone)
     sweep = None
-    if config.lr is None and is_head_alone and isinstance(material.train, FeatureBatches) and _is_sweepable(config):
+    if config.lr is None and is_head_alone and isinstance(train_data.train, FeatureBatches) and _is_sweepable(config):
         if config.head_start == "auto":
-            start = ridge_start(live, material.train, torch.arange(len(material.train.dataset)))
+            start = ridge_start(live, train_data.train, torch.arange(len(train_data.train.dataset)))
         sweep = sweep_heads(
             live,
-            material.train,
+            train_data.train,
             criterion,
             epochs=config.epochs,
             decays=(config.weight_decay,) if "weight_decay" in config.model_fields_set else DECAYS,
@@ -175,17 +175,17 @@ def prepare_job(
         with torch.no_grad():
             for name, value in start.items():
                 live.get_parameter(name).copy_(value)
-    attach(model, classes=material.classes, task=material.task, preprocessing=preprocessing_of(model))
-    return Job(
+    attach(model, classes=train_data.classes, task=train_data.task, preprocessing=preprocessing_of(model))
+    return TrainSetup(
         model=model,
         live=live,
-        material=material,
+        train_data=train_data,
         criterion=criterion,
         optimizer=optimizer,
-        schedule=_schedule(optimizer, config, material),
-        scaler=engine.scaler(),
-        engine=engine,
-        plan=_plan(model, name, material, rates["lr"], engine),
+        schedule=_schedule(optimizer, config, train_data),
+        scaler=compute.scaler(),
+        compute=compute,
+        plan=_plan(model, name, train_data, rates["lr"], compute),
         rates=rates,
         unfreezing=Schedule.parse(config.unfreeze) if config.unfreeze is not None else None,
         sweep=sweep,
@@ -230,7 +230,7 @@ def _rates(model: nn.Module, config: TrainConfig, *, is_head_alone: bool) -> dic
 
 
 def make_extractor(
-    model: nn.Module, data: Any, config: TrainConfig, engine: Engine, progress: Progress
+    model: nn.Module, data: Any, config: TrainConfig, compute: ComputeContext, progress: Progress
 ) -> tuple[Extractor | None, str | None]:
     """Prepare to compute what is constant once, where the data and the network allow it.
 
@@ -247,7 +247,7 @@ def make_extractor(
     try:
         extractor = Extractor(
             model,
-            engine,
+            compute,
             fast=config.fast,
             precision=config.cache_precision,
             keep_pixels=config.unfreeze is not None,
@@ -261,13 +261,13 @@ def make_extractor(
     return extractor, None
 
 
-def _required_ridge_start(live: nn.Module, material: Material) -> dict[str, torch.Tensor]:
+def _required_ridge_start(live: nn.Module, train_data: TrainData) -> dict[str, torch.Tensor]:
     """Return the weights that ridge regression on all photos to learn from gives a linear head.
 
     Raises:
         ConfigError: What is trained is no linear layer on features that are computed once, or they are too many.
     """
-    batches = material.train
+    batches = train_data.train
     if isinstance(batches, FeatureBatches):
         rows = torch.arange(len(batches.dataset))
         start, reason = ridge_start(live, batches, rows), ridge_obstacle(live, batches, rows)
@@ -275,7 +275,7 @@ def _required_ridge_start(live: nn.Module, material: Material) -> dict[str, torc
             return start
         reason = reason or "not all of the features are finite"
     else:
-        reason = material.not_once_because or "nothing is computed once"
+        reason = train_data.not_once_because or "nothing is computed once"
     raise ConfigError(
         f"--head-start ridge needs a linear head on features that are computed once, and few enough of them: {reason}. "
         "Freeze everything but the last layer, or leave the option out."
@@ -307,19 +307,19 @@ def _is_one_layer(live: nn.Module) -> bool:
     return sum(any(True for _ in layer.parameters(False)) for layer in live.modules()) == 1
 
 
-def _live_engine(engine: Engine, live: nn.Module, material: Material) -> Engine:
+def _live_engine(compute: ComputeContext, live: nn.Module, train_data: TrainData) -> ComputeContext:
     """Return the engine of the live part: a single layer on what was computed once stays out of autocast.
 
     It takes no time either way, and in 16 bits a score or a predicted number would be wrong by 0.4 % of itself.
     """
-    is_head = material.frontier is not None and _is_one_layer(live)
-    return replace(engine, autocast_dtype=None) if is_head else engine
+    is_head = train_data.frontier is not None and _is_one_layer(live)
+    return replace(compute, autocast_dtype=None) if is_head else compute
 
 
 def _schedule(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, material: Material
+    optimizer: torch.optim.Optimizer, config: TrainConfig, train_data: TrainData
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    steps = max(1, config.epochs * (len(material.train) if isinstance(material.train, Sized) else 1))
+    steps = max(1, config.epochs * (len(train_data.train) if isinstance(train_data.train, Sized) else 1))
     warm_up = max(1, round(steps * WARM_UP_SHARE))
 
     def cosine(step: int) -> float:
@@ -327,32 +327,32 @@ def _schedule(
             return (step + 1) / warm_up
         return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
-    constant = config.schedule == "constant" or not isinstance(material.train, Sized)
+    constant = config.schedule == "constant" or not isinstance(train_data.train, Sized)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, (lambda step: 1.0) if constant else cosine)
 
 
-def _plan(model: nn.Module, name: str | None, material: Material, lr: float, engine: Engine) -> Plan:
+def _plan(model: nn.Module, name: str | None, train_data: TrainData, lr: float, compute: ComputeContext) -> Plan:
     recipe = card_of(model).recipe
-    listing = material.listing
+    listing = train_data.listing
     parameters = list(model.parameters())
-    precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[engine.autocast_dtype]
-    if engine.input_dtype not in (None, torch.float32):
+    precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[compute.autocast_dtype]
+    if compute.input_dtype not in (None, torch.float32):
         precision = f"in {type_names(parameters)}, as its weights are"
     return Plan(
         model=name or (recipe.source.name if recipe else type(model).__name__),
         weights=recipe.source.weights if recipe else "as given",
-        task=material.task,
-        classes=material.classes,
+        task=train_data.task,
+        classes=train_data.classes,
         counts=tuple(listing.counts()) if listing else (),
         split=listing.split if listing else "as given",
-        train_count=_count(material.train),
-        validation_count=_count(material.validation),
-        unreadable=material.unreadable,
+        train_count=_count(train_data.train),
+        validation_count=_count(train_data.validation),
+        unreadable=train_data.unreadable,
         parameters=sum(parameter.numel() for parameter in parameters),
         trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         trained_layers=tuple(_trained_layers(model)),
         lr=lr,
-        device=f"{engine.device} {precision}",
+        device=f"{compute.device} {precision}",
     )
 
 

@@ -27,14 +27,14 @@ from regraft.training.features.frontier import Frontier
 from regraft.training.features.pixels import read_or_find_photos
 from regraft.training.loop import Inputs
 from regraft.training.losses import Loss
-from regraft.training.partial_batches import Partial, tolerant_loader
+from regraft.training.partial_batches import PartialBatch, tolerant_loader
 from regraft.training.resume.rng import random_states, set_random_states
 
 MEASURED_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
-class Material:
+class TrainData:
     """What is learned from and measured on.
 
     Attributes:
@@ -71,20 +71,20 @@ def list_if_folder(data: Any, config: TrainConfig) -> Listing | None:
     return None
 
 
-def read_material(
+def load_train_data(
     data: Any,
     listing: Listing | None,
     preprocessing: Preprocessing,
     config: TrainConfig,
     progress: Progress,
     extractor: Extractor | None = None,
-) -> Material:
+) -> TrainData:
     """Decode the photos of a folder, or take datasets and loaders as they are.
 
     With an extractor, the batches are of what its constant part gives for photos (`FeatureBatches`).
     """
     if listing is None:
-        return _given_material(data, config, extractor)
+        return _from_pairs_or_loaders(data, config, extractor)
     store = Store() if config.cache else None
     versions = (augmentation(config.augment, preprocessing, config.views), augmentation("none", preprocessing))
     photos, unreadable, features = [], [], []
@@ -103,21 +103,23 @@ def read_material(
         unreadable += failed
     _require_readable(unreadable, len(listing.train) + len(listing.validation), config.max_unreadable)
     frontier = Frontier.of(extractor, features) if extractor is not None else None
-    material = _photo_material(photos[0], photos[1], config, frontier)
-    _require_all_classes(material.classes, photos[0])
-    return replace(material, task=listing.task, classes=listing.classes, listing=listing, unreadable=tuple(unreadable))
+    train_data = _from_photos(photos[0], photos[1], config, frontier)
+    _require_all_classes(train_data.classes, photos[0])
+    return replace(
+        train_data, task=listing.task, classes=listing.classes, listing=listing, unreadable=tuple(unreadable)
+    )
 
 
-def again(material: Material, config: TrainConfig, extractor: Extractor | None) -> Material:
+def again(train_data: TrainData, config: TrainConfig, extractor: Extractor | None) -> TrainData:
     """Return the same photos for a network whose flags have changed."""
-    assert material.photos is not None
-    features = [extractor.of_photos(part) for part in material.photos] if extractor is not None else None
+    assert train_data.photos is not None
+    features = [extractor.of_photos(part) for part in train_data.photos] if extractor is not None else None
     frontier = Frontier.of(extractor, features) if extractor is not None and features is not None else None
-    fresh = _photo_material(*material.photos, config, frontier)
-    return replace(material, train=fresh.train, validation=fresh.validation, frontier=frontier)
+    fresh = _from_photos(*train_data.photos, config, frontier)
+    return replace(train_data, train=fresh.train, validation=fresh.validation, frontier=frontier)
 
 
-def _given_material(data: Any, config: TrainConfig, extractor: Extractor | None) -> Material:
+def _from_pairs_or_loaders(data: Any, config: TrainConfig, extractor: Extractor | None) -> TrainData:
     if not (isinstance(data, (tuple, list)) and len(data) == 2):
         raise DataError(
             f"data is a {type(data).__name__}, expected a folder, a .csv table, or a pair (train, validation) of "
@@ -128,18 +130,18 @@ def _given_material(data: Any, config: TrainConfig, extractor: Extractor | None)
         train = train.augmented(augmentation(config.augment, train.preprocessing, config.views))
         features = [extractor.of_photos(part) for part in (train, validation)] if extractor is not None else []
         frontier = Frontier.of(extractor, features) if extractor is not None else None
-        return _photo_material(train, validation, config, frontier)
+        return _from_photos(train, validation, config, frontier)
     batches, measured = _batches(train, config, shuffle=True), _batches(validation, config, shuffle=False)
     for part, found in (("training", batches), ("validation", measured)):
         if isinstance(found, Sized) and len(found) == 0:
             raise DataError(f"the {part} data is empty. Give at least one batch.")
     _, targets = first_batch(batches)
     if targets.is_floating_point():
-        return Material(batches, measured, "regression", None, first_targets=targets)
-    return Material(batches, measured, "classification", _names(train), first_targets=targets)
+        return TrainData(batches, measured, "regression", None, first_targets=targets)
+    return TrainData(batches, measured, "classification", _names(train), first_targets=targets)
 
 
-def _photo_material(train: Photos, validation: Photos, config: TrainConfig, frontier: Frontier | None) -> Material:
+def _from_photos(train: Photos, validation: Photos, config: TrainConfig, frontier: Frontier | None) -> TrainData:
     if frontier is not None:
         sampler = SeededShuffle(len(train), config.seed)
         batches: Iterable[Any] = FeatureBatches(frontier.train, train, config.batch_size, sampler)
@@ -147,7 +149,7 @@ def _photo_material(train: Photos, validation: Photos, config: TrainConfig, fron
     else:
         batches = tolerant_loader(train, config.batch_size, shuffle_seed=config.seed, workers=config.workers)
         measured = tolerant_loader(validation, config.batch_size, workers=config.workers)
-    return Material(
+    return TrainData(
         batches,
         measured,
         "regression" if train.classes is None else "classification",
@@ -177,10 +179,10 @@ def _batches(data: Any, config: TrainConfig, *, shuffle: bool) -> Iterable[Any]:
 
 
 def first_batch(batches: Iterable[Any]) -> tuple[Inputs, torch.Tensor]:
-    """Take the first (inputs, targets), or say what else was there."""
+    """Take the first (inputs, targets), or raise an error that names what else was there."""
     if isinstance(batches, FeatureBatches):
         return next(iter(batches))
-    found = (batch.batch if isinstance(batch, Partial) else batch for batch in batches)
+    found = (batch.batch if isinstance(batch, PartialBatch) else batch for batch in batches)
     try:
         first = next((batch for batch in found if batch is not None), None)
     except TypeError as error:
@@ -236,40 +238,40 @@ def _require_pair(batch: Any, part: str) -> tuple[Inputs, torch.Tensor]:
     raise DataError(f"the {part} data yields {kind}, expected pairs (inputs, targets) of tensors: {advice}.")
 
 
-def with_task(material: Material, loss: Loss | None, loss_name: str | None) -> Material:
+def with_task(train_data: TrainData, loss: Loss | None, loss_name: str | None) -> TrainData:
     """Return datasets and loaders with the task that their targets and the loss call for; folders have one already.
 
     Raises:
         DataError: The targets are not what the loss compares, or may be two things.
     """
-    if material.photos is not None:
-        return material
-    assert material.first_targets is not None
-    targets = material.first_targets
-    with _states_put_back(material.validation):
-        measured = _peek(material.validation)
+    if train_data.photos is not None:
+        return train_data
+    assert train_data.first_targets is not None
+    targets = train_data.first_targets
+    with _states_put_back(train_data.validation):
+        measured = _peek(train_data.validation)
         if measured is not None:
             _require_pair(measured, "validation")
-    task = task_of(material.task, loss, loss_name, targets, None if measured is None else measured[1])
+    task = task_of(train_data.task, loss, loss_name, targets, None if measured is None else measured[1])
     if task == "classification" and measured is not None and measured[1].is_floating_point() and measured[1].ndim != 2:
         raise DataError(
             f"the validation targets are {str(measured[1].dtype).removeprefix('torch.')}, and the training targets are "
             "classes. Let both return classes (N,) of integers."
         )
-    if task == material.task:
-        return material
-    return replace(material, task=task, classes=None if task == "regression" else _names(material.train))
+    if task == train_data.task:
+        return train_data
+    return replace(train_data, task=task, classes=None if task == "regression" else _names(train_data.train))
 
 
-def _require_known_labels(material: Material, classes: int, ignored: int | None) -> None:
+def _require_known_labels(train_data: TrainData, classes: int, ignored: int | None) -> None:
     """Refuse labels that are none of the classes, as far as they are known without reading data.
 
     Raises:
         DataError: One is none of them; the message names it and the part of the data.
     """
-    if material.photos is not None:
+    if train_data.photos is not None:
         return
-    for part, batches in (("training ", material.train), ("validation ", material.validation)):
+    for part, batches in (("training ", train_data.train), ("validation ", train_data.validation)):
         labels = labels_in_memory(batches)
         if labels is None:
             with _states_put_back(batches):
@@ -280,7 +282,7 @@ def _require_known_labels(material: Material, classes: int, ignored: int | None)
 
 
 def require_scores(
-    model: nn.Module, output: torch.Tensor, targets: torch.Tensor, material: Material, ignored: int | None
+    model: nn.Module, output: torch.Tensor, targets: torch.Tensor, train_data: TrainData, ignored: int | None
 ) -> None:
     """Refuse outputs that are no scores (N, K) of the data's classes, and labels of which there is no score.
 
@@ -296,8 +298,8 @@ def require_scores(
         )
     labels = targets if targets.ndim != 2 or targets.shape[1] == 1 else targets.argmax(1)
     labels = labels[labels != ignored] if ignored is not None else labels
-    known = material.classes is not None
-    wanted = len(material.classes) if material.classes is not None else int(labels.max()) + 1 if len(labels) else 0
+    known = train_data.classes is not None
+    wanted = len(train_data.classes) if train_data.classes is not None else int(labels.max()) + 1 if len(labels) else 0
     if targets.ndim == 2 and targets.shape[1] > 1:
         known, wanted = True, targets.shape[1]
     if output.shape[1] < wanted or (known and output.shape[1] != wanted):
@@ -305,7 +307,7 @@ def require_scores(
             f"{type(model).__name__} gives {output.shape[1]} scores, the data has {wanted} classes. "
             f"Use model = regraft.replace_head(model, {wanted})."
         )
-    _require_known_labels(material, output.shape[1], ignored)
+    _require_known_labels(train_data, output.shape[1], ignored)
 
 
 def _peek(batches: Any) -> Any:

@@ -27,7 +27,7 @@ from torch.fx.node import map_arg
 from regraft.anatomy.dataflow.draws import generator_states
 from regraft.anatomy.dataflow.symbolic import DREW, Tracer, bound, required_inputs
 from regraft.anatomy.dataflow.symbolic import LAYER as LAYER
-from regraft.anatomy.dataflow.symbolic import Visit as Visit
+from regraft.anatomy.dataflow.symbolic import ModuleCall as ModuleCall
 from regraft.anatomy.dataflow.symbolic import is_training_flag as is_training_flag
 from regraft.anatomy.inputs import Arguments, arguments_for
 from regraft.anatomy.modes import preserved_randomness, seed_all
@@ -46,17 +46,17 @@ class Flow:
 
     Attributes:
         graph: Its nodes in the order of execution. Editing it is the purpose.
-        visits: Every call of every layer that is a node or was opened, in the order in which the calls ended.
+        module_calls: Every call of every layer that is a node or was opened, in the order in which the calls ended.
         training: The mode.
-        decider: Path of the layer whose mode decided a branch; None where none did, so that one graph serves both.
+        mode_switch: Path of the layer whose mode decided a branch; None where none did, so that one graph serves both.
         constants: Tensors that the forward makes out of nothing, by the name under which the graph reads them.
         inputs: An example of each input that the graph takes, in order; empty where none was given.
     """
 
     graph: fx.Graph
-    visits: list[Visit]
+    module_calls: list[ModuleCall]
     training: bool
-    decider: str | None = None
+    mode_switch: str | None = None
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     inputs: tuple[Any, ...] = ()
 
@@ -69,20 +69,20 @@ class Flow:
         """Let the forward return `value`."""
         self.graph.output_node().args = (value,)
 
-    def visits_of(self, path: str) -> list[Visit]:
+    def calls_of(self, path: str) -> list[ModuleCall]:
         """List the calls of one layer."""
-        return [visit for visit in self.visits if visit.path == path]
+        return [visit for visit in self.module_calls if visit.path == path]
 
     def copy(self) -> "Flow":
         """Return the same dataflow with a graph of its own, in a fraction of the time of another trace."""
         nodes: dict[fx.Node, fx.Node] = {}
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.graph, nodes))
-        visits = [
-            Visit(visit.path, *map_arg((visit.args, visit.kwargs, visit.output), nodes.__getitem__))
-            for visit in self.visits
+        module_calls = [
+            ModuleCall(visit.path, *map_arg((visit.args, visit.kwargs, visit.output), nodes.__getitem__))
+            for visit in self.module_calls
         ]
-        return replace(self, graph=graph, visits=visits)
+        return replace(self, graph=graph, module_calls=module_calls)
 
 
 def capture(
@@ -90,7 +90,7 @@ def capture(
     opened: Collection[str] = (),
     *,
     training: bool = False,
-    heed_pins: bool = False,
+    respect_pins: bool = False,
     arguments: Arguments | None = None,
 ) -> Flow:
     """Trace the forward of `model` into a graph; `model` itself is not touched.
@@ -99,7 +99,7 @@ def capture(
         model: Any module.
         opened: Paths of the layers to look into. The model itself always is.
         training: The mode that `if self.training` sees.
-        heed_pins: Whether a layer that is pinned sees evaluation mode instead; right as long as it stays pinned.
+        respect_pins: Whether a layer that is pinned sees evaluation mode instead; right as long as it stays pinned.
         arguments: What the forward is called with; the graph takes those inputs that hold tensors, and keeps what else
             is given. None: it takes all inputs without a default, or what `arguments_for` guesses where there are none.
 
@@ -112,11 +112,11 @@ def capture(
     if arguments is not None:
         bound(model, arguments)
 
-    def trace(twin: nn.Module) -> tuple[fx.Graph, Tracer]:
-        layers = {id(twin), *(id(twin.get_submodule(path)) for path in opened)}
-        tracer = Tracer(layers, training=training, heed_pins=heed_pins, arguments=arguments)
+    def trace(duplicate: nn.Module) -> tuple[fx.Graph, Tracer]:
+        layers = {id(duplicate), *(id(duplicate.get_submodule(path)) for path in opened)}
+        tracer = Tracer(layers, training=training, respect_pins=respect_pins, arguments=arguments)
         try:
-            return tracer.trace(twin), tracer
+            return tracer.trace(duplicate), tracer
         except Exception as error:  # a forward is anybody's code, and may raise anything when it is fed with proxies
             raise _untraceable(model, tracer.path, str(error).strip() or type(error).__name__) from error
 
@@ -139,7 +139,7 @@ def capture(
     differs = _first_difference(graph, again, constants, others)
     if differs is not None:
         raise _untraceable(model, differs, "it does not do the same in every call")
-    return Flow(graph, tracer.visits, training, tracer.decider, constants, tracer.inputs)
+    return Flow(graph, tracer.module_calls, training, tracer.mode_switch, constants, tracer.inputs)
 
 
 def capture_widely(
@@ -147,7 +147,7 @@ def capture_widely(
     opened: Collection[str],
     *,
     training: bool = False,
-    heed_pins: bool = False,
+    respect_pins: bool = False,
     arguments: Arguments | None = None,
 ) -> tuple[Flow, tuple[str, ...]]:
     """Trace the forward of `model`, looking into as many of the given layers as can be traced.
@@ -161,7 +161,7 @@ def capture_widely(
     wanted = tuple(opened)
     while True:
         try:
-            return capture(model, wanted, training=training, heed_pins=heed_pins, arguments=arguments), wanted
+            return capture(model, wanted, training=training, respect_pins=respect_pins, arguments=arguments), wanted
         except ForwardError as error:
             around = [*ancestors(error.path), error.path] if error.path else []
             stuck = next((path for path in reversed(around) if path in wanted), None)
@@ -187,7 +187,7 @@ def nodes_in(value: Any) -> list[fx.Node]:
     return found
 
 
-def crossing(graph: fx.Graph, cut: Collection[fx.Node]) -> list[fx.Node]:
+def live_across_cut(graph: fx.Graph, cut: Collection[fx.Node]) -> list[fx.Node]:
     """List what was computed from the input before a cut, besides the values of `cut`, and is used after it.
 
     Sizes do not count, nor does what the output does not need. Where the list is empty, the output depends on the cut
@@ -211,7 +211,7 @@ def tensors_from_input(graph: fx.Graph) -> set[fx.Node]:
 
 
 def is_size(node: fx.Node) -> bool:
-    """Say whether a value is a size or a kind of another, and depends on nothing else of it."""
+    """Return whether a value is a size or a kind of another, and depends on nothing else of it."""
     if node.op == "call_method":
         return node.target in SIZE_METHODS
     if node.target is len:
@@ -292,10 +292,10 @@ def _carry_over(
     return changed
 
 
-def _constants(model: nn.Module, graph: fx.Graph, twin: nn.Module) -> dict[str, torch.Tensor]:
+def _constants(model: nn.Module, graph: fx.Graph, duplicate: nn.Module) -> dict[str, torch.Tensor]:
     own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     return {
-        str(node.target): getattr(twin, str(node.target))
+        str(node.target): getattr(duplicate, str(node.target))
         for node in graph.nodes
         if node.op == "get_attr" and node.target not in own and str(node.target).startswith("_tensor_constant")
     }
@@ -305,9 +305,9 @@ def _first_difference(
     graph: fx.Graph, other: fx.Graph, constants: dict[str, torch.Tensor], others: dict[str, torch.Tensor]
 ) -> str | None:
     """Return the path of the layer in whose forward two graphs begin to differ; None where they do not."""
-    for node, twin in zip_longest(graph.nodes, other.nodes):
-        if node is None or twin is None or _described(node) != _described(twin):
-            return cast(fx.Node, node or twin).meta.get(LAYER, "")
+    for node, duplicate in zip_longest(graph.nodes, other.nodes):
+        if node is None or duplicate is None or _described(node) != _described(duplicate):
+            return cast(fx.Node, node or duplicate).meta.get(LAYER, "")
         name = str(node.target)
         if node.op == "get_attr" and name in constants and not _equal(constants[name], others[name]):
             return node.meta.get(LAYER, "")

@@ -36,7 +36,7 @@ DREW = "it draws random numbers in a way that a graph cannot repeat"
 
 
 @dataclass(frozen=True)
-class Visit:
+class ModuleCall:
     """One call of one layer.
 
     Attributes:
@@ -58,21 +58,21 @@ class Tracer(fx.Tracer):
     Args:
         opened: Identities of the modules to look into.
         training: The mode that `if self.training` sees.
-        heed_pins: Whether a layer that is pinned sees evaluation mode instead.
+        respect_pins: Whether a layer that is pinned sees evaluation mode instead.
         arguments: What the forward is called with; None: a stand-in for each parameter without a default.
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, opened: set[int], *, training: bool, heed_pins: bool, arguments: Arguments | None) -> None:
+    def __init__(self, opened: set[int], *, training: bool, respect_pins: bool, arguments: Arguments | None) -> None:
         super().__init__(autowrap_functions=_untraceable_functions(), param_shapes_constant=True)
-        self.visits: list[Visit] = []
-        self.decider: str | None = None
+        self.module_calls: list[ModuleCall] = []
+        self.mode_switch: str | None = None
         self.path = ""
         self.inputs: tuple[Any, ...] = ()
         self._opened = opened
         self._training = training
-        self._heed_pins = heed_pins
+        self._heed_pins = respect_pins
         self._arguments = arguments
         self._pinned: set[str] = set()
         self._random_state = random_state()
@@ -139,7 +139,7 @@ class Tracer(fx.Tracer):
         else:
             output = self.create_proxy("call_module", path, args, kwargs)
         self.path = before
-        self.visits.append(Visit(path, *_unproxied((args, kwargs, output))))
+        self.module_calls.append(ModuleCall(path, *_unproxied((args, kwargs, output))))
         return output
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:  # noqa: D102
@@ -164,7 +164,7 @@ class Tracer(fx.Tracer):
         path = target.rpartition(".")[0]
         if path in self._pinned:
             return False
-        self.decider = path if self.decider is None else self.decider
+        self.mode_switch = path if self.mode_switch is None else self.mode_switch
         return self._training
 
     def _require_no_draw(self) -> None:

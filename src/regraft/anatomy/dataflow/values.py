@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from regraft.anatomy.dataflow.graph import Flow, is_size
 from regraft.anatomy.inputs import Arguments
 from regraft.anatomy.modes import preserved_randomness, silenced
-from regraft.anatomy.shape_copies import GHOSTS
+from regraft.anatomy.shape_copies import SHAPE_ONLY_COPIES
 from regraft.anatomy.tracing import FAKES, unfused_attention
 
 Values = dict[fx.Node, Any]
@@ -38,12 +38,18 @@ def _run(model: nn.Module, flow: Flow, count: int, *, counts: bool) -> tuple[Val
     """Return every value of a graph, and the floating-point operations that each takes; 0 where nobody counts them."""
     problem: Exception | None = None
     unfused = unfused_attention if counts else nullcontext
-    for ghosts in GHOSTS:
+    for shape_only_copy in SHAPE_ONLY_COPIES:
         try:
-            with preserved_randomness(), silenced(FAKES), unfused(), ghosts(model) as twin, torch.no_grad():
+            with (
+                preserved_randomness(),
+                silenced(FAKES),
+                unfused(),
+                shape_only_copy(model) as duplicate,
+                torch.no_grad(),
+            ):
                 for name, tensor in flow.constants.items():
-                    setattr(twin, name, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype))
-                runner = Interpreter(twin, flow.graph)
+                    setattr(duplicate, name, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype))
+                runner = Interpreter(duplicate, flow.graph)
                 with runner.counter if counts else nullcontext():
                     runner.run(*Arguments(flow.inputs).of_batch(count).args)
                 return runner.env, runner.operations
@@ -59,7 +65,7 @@ def sizes_of(graph: fx.Graph, values: list[Values]) -> Sizes:
 
 
 def value_key(node: fx.Node) -> str:
-    """Say what a value is, in words that are the same in the graphs of both modes."""
+    """Describe what a value is, in words that are the same in the graphs of both modes."""
     if "regraft_key" not in node.meta:
         given = map_arg((node.args, node.kwargs), lambda source: value_key(source))
         node.meta["regraft_key"] = hashlib.sha256(repr((node.op, str(node.target), given)).encode()).hexdigest()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def whole_or_nothing(target: Path, *, flush: bool = True) -> Iterator[Path]:
+def atomic_write(target: Path, *, flush: bool = True) -> Iterator[Path]:
     """Let the block write a file beside `target`, which then takes its place.
 
     Where anything fails, `target` stays as it was, and nothing is left beside it.

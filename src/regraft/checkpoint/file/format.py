@@ -160,7 +160,7 @@ def index_of(path: Path) -> Path:
 
 
 def is_index(path: Path) -> bool:
-    """Say whether a path is called as the index of a checkpoint in several files."""
+    """Return whether a path is called as the index of a checkpoint in several files."""
     return path.name.endswith(INDEX_SUFFIX)
 
 
@@ -223,14 +223,14 @@ def _parse_header(path: Path, text: Any) -> Header:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Say whether a file looks like a safetensors file, by its first bytes."""
+    """Return whether a file looks like a safetensors file, by its first bytes."""
     with path.open("rb") as file:
         start = file.read(9)
     return len(start) == 9 and start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] < path.stat().st_size
 
 
 def is_plain_name(name: str) -> bool:
-    r"""Say whether a name can only mean a file in the folder where it is looked up.
+    r"""Return whether a name can only mean a file in the folder where it is looked up.
 
     >>> [is_plain_name(name) for name in ("a.safetensors", "../a", "/a", "a/b", "..", "C:a", "a\\b", "")]
     [True, False, False, False, False, False, False, False]

@@ -101,7 +101,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_start(path: Path) -> tuple[dict[str, Any], int]:
-    """Read the JSON text of a safetensors file, and say where the tensors' bytes start; no byte of them is read.
+    """Read the JSON text of a safetensors file, and return where the tensors' bytes start; no byte of them is read.
 
     Raises:
         CheckpointError: The file does not exist, or is no safetensors file.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from regraft.checkpoint.file.atomic import whole_or_nothing
+from regraft.checkpoint.file.atomic import atomic_write
 from regraft.checkpoint.file.format import (
     INDEX_SUFFIX,
     KEY,
@@ -31,7 +31,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def read_weight_map(index: Path) -> dict[str, Path]:
-    """Say which file holds each tensor, by its name.
+    """Return which file holds each tensor, by its name.
 
     Raises:
         CheckpointError: The index is malformed, or names anything but files beside it.
@@ -55,7 +55,7 @@ def _shard(index: Path, name: str) -> Path:
 
 
 def lies_beside(index: Path, file: Path) -> bool:
-    """Say whether a file lies in the folder of an index, links followed; some caches link both into one folder."""
+    """Return whether a file lies in the folder of an index, links followed; some caches link both into one folder."""
     return file.resolve().parent in (index.parent.resolve(), index.resolve().parent)
 
 
@@ -123,7 +123,7 @@ def write_whole(target: Path, write: Callable[[Path], object]) -> None:
         RunError: It cannot be written; nothing of it is left, and a previous file is as it was.
     """
     try:
-        with whole_or_nothing(target) as temporary:
+        with atomic_write(target) as temporary:
             write(temporary)
     except Exception as error:
         raise RunError(f"cannot write '{target}': {error}. Nothing of it was kept{_advice(error)}.") from error

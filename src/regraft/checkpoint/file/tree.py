@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from regraft.checkpoint.file.atomic import whole_or_nothing
+from regraft.checkpoint.file.atomic import atomic_write
 from regraft.checkpoint.file.digest import bytes_of
 from regraft.errors import CheckpointError, RunError
 
@@ -61,7 +61,7 @@ def write_tree(tree: Tree, path: Path) -> None:
     metadata = {KEY: document, DIGEST: _digest(document, tensors)}
     tensors = _apart(tensors)
     try:
-        with whole_or_nothing(path) as temporary:
+        with atomic_write(path) as temporary:
             save_file(tensors, temporary, metadata)
     except Exception as error:  # safetensors has an error of its own for a full disk
         raise RunError(f"cannot write '{path}': {error}. Free some space.") from error

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from regraft.checkpoint.foreign.restricted_unpickler import Inert, read_inert
+from regraft.checkpoint.foreign.restricted_unpickler import Stub, read_inert
 from regraft.checkpoint.foreign.state_dicts import DEPTH, WRAPPERS, may_hold_weights
 from regraft.errors import CheckpointError
 
@@ -57,7 +57,7 @@ def read_beside_objects(path: Path) -> Any:
             tensor of a class of another library.
     """
     content = read_inert(path, lambda name: _require_data(path, name))
-    if isinstance(content, Inert) and not content.entries:
+    if isinstance(content, Stub) and not content.entries:
         raise _more_than_tensors(path, content.origin)
     return _plain(path, content, (), {})
 
@@ -103,11 +103,11 @@ def _plain(path: Path, value: Any, place: tuple[str, ...], known: dict[int, Any]
     """Replace objects by their entries or None; arrays that stand where weights stand become tensors."""
     if isinstance(value, (list, tuple)) and len(place) <= DEPTH:
         return [_plain(path, item, (*place, str(position)), known) for position, item in enumerate(value)]
-    entries = value.entries if isinstance(value, Inert) else value
-    if isinstance(value, Inert) and not entries:
+    entries = value.entries if isinstance(value, Stub) else value
+    if isinstance(value, Stub) and not entries:
         return _left_out(path, value, place)
     if not isinstance(entries, Mapping) or len(place) > DEPTH:
-        return value if not isinstance(value, Inert) else None
+        return value if not isinstance(value, Stub) else None
     if id(value) in known:
         return known[id(value)]
     known[id(value)] = None  # for one that holds itself
@@ -117,7 +117,7 @@ def _plain(path: Path, value: Any, place: tuple[str, ...], known: dict[int, Any]
         entries = {**entries, **arrays}
     if is_state_dict and may_hold_weights(".".join(place)):
         for key, item in entries.items():
-            if isinstance(item, Inert) and _holds_tensors(item):
+            if isinstance(item, Stub) and _holds_tensors(item):
                 raise CheckpointError(
                     f"'{path}' holds '{key}' as a {item.origin}, a tensor of another class, as quantized weights are. "
                     "Expected plain tensors. Load the file with the library that it is from, dequantize it, and keep "
@@ -127,7 +127,7 @@ def _plain(path: Path, value: Any, place: tuple[str, ...], known: dict[int, Any]
     return known[id(value)]
 
 
-def _left_out(path: Path, value: Inert, place: tuple[str, ...]) -> None:
+def _left_out(path: Path, value: Stub, place: tuple[str, ...]) -> None:
     """Return None for an object beside the weights.
 
     Raises:
@@ -147,7 +147,7 @@ def _within(value: Any, depth: int) -> Iterator[Any]:
     if depth > DEPTH:
         return
     items: list[Any] = []
-    if isinstance(value, Inert):
+    if isinstance(value, Stub):
         items = [*value.arguments, value.state, *value.entries.values(), *value.elements]
     elif isinstance(value, Mapping):
         items = list(value.values())
@@ -161,7 +161,7 @@ def _array(value: Any) -> torch.Tensor | None:
     """Return the numbers of a pickled NumPy array as a tensor; None for anything else, and for text and objects."""
     import numpy as np
 
-    if not isinstance(value, Inert) or not value.origin.endswith("multiarray._reconstruct"):
+    if not isinstance(value, Stub) or not value.origin.endswith("multiarray._reconstruct"):
         return None
     try:
         _, shape, described, is_fortran, raw = value.state

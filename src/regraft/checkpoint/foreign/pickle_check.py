@@ -17,11 +17,11 @@ from torch import nn
 
 from regraft.errors import CheckpointError
 
-MOST_INSTRUCTIONS = 5_000_000
-MOST_OBJECTS = 1_000_000
-DEEPEST = 50  # tuples within each other
+MAX_INSTRUCTIONS = 5_000_000
+MAX_OBJECTS = 1_000_000
+MAX_DEPTH = 50  # tuples within each other
 LARGEST = 1_000_000  # values in one tuple, those within it included
-LONGEST_NAME = 1000  # characters
+MAX_NAME = 1000  # characters
 FREE_BYTES = 2**20  # that a tensor may take beyond what is stored of it, as a number that was expanded does
 EXTRA_STATE = "_extra_state"  # how the name of the extra state of a layer ends
 LEGACY_PICKLES = 5  # magic number, version, machine, content, names of storages
@@ -84,7 +84,7 @@ def check_legacy(path: Path, file: IO[bytes], size: int) -> None:
 def made_plain(path: Path, content: Any, size: int) -> Any:
     """Return what an unpickler built as plain dicts, lists, numbers, texts and tensors; whatever else is in it is None.
 
-    Nothing in it has attributes of its own any more, holds itself, or is nested more than `DEEPEST` deep. Tensors are
+    Nothing in it has attributes of its own any more, holds itself, or is nested more than `MAX_DEPTH` deep. Tensors are
     the file's own memory.
 
     Args:
@@ -115,13 +115,13 @@ def _plain(path: Path, value: Any, known: dict[int, Any], depth: int) -> Any:
         return known[id(value)]
     if isinstance(value, torch.Tensor):
         known[id(value)] = _tensor(path, value)
-    elif depth > DEEPEST:
+    elif depth > MAX_DEPTH:
         return None
     elif isinstance(value, dict):
         known[id(value)] = None  # while it is read: what holds itself ends here
         names = [item for item in dict.items(value) if type(item[0]) in (str, int)]
-        if any(isinstance(name, str) and len(name) > LONGEST_NAME for name, _ in names):
-            raise _refused(path, f"it has a name of more than {LONGEST_NAME:,} characters")
+        if any(isinstance(name, str) and len(name) > MAX_NAME for name, _ in names):
+            raise _refused(path, f"it has a name of more than {MAX_NAME:,} characters")
         known[id(value)] = {
             name: item if _is_extra_state(name, item) else _plain(path, item, known, depth + 1) for name, item in names
         }
@@ -137,7 +137,7 @@ def _is_extra_state(name: Any, value: Any) -> bool:
 
 
 def _is_simple(value: Any, depth: int) -> bool:
-    if depth > DEEPEST:
+    if depth > MAX_DEPTH:
         return False
     if value is None or type(value) in (bool, int, float, complex, str, bytes):
         return True
@@ -182,8 +182,8 @@ class _Reader:
     def read(self, data: bytes | IO[bytes]) -> None:
         try:
             for count, (instruction, argument, _) in enumerate(pickletools.genops(data)):
-                if count > MOST_INSTRUCTIONS or self._objects > MOST_OBJECTS:
-                    raise _refused(self._path, f"it builds more than {MOST_OBJECTS:,} objects")
+                if count > MAX_INSTRUCTIONS or self._objects > MAX_OBJECTS:
+                    raise _refused(self._path, f"it builds more than {MAX_OBJECTS:,} objects")
                 self._follow(instruction.name, argument)
         except CheckpointError:
             raise
@@ -247,7 +247,7 @@ class _Reader:
         nested = [item for item in items if isinstance(item, _Value)]
         size = len(items) + sum(item.size for item in nested)
         depth = 1 + max((item.depth for item in nested), default=0)
-        if size > LARGEST or depth > DEEPEST:
+        if size > LARGEST or depth > MAX_DEPTH:
             raise _refused(self._path, f"it nests values {depth} deep, {size:,} in all")
         return _Value(size, depth, tuple(items) if len(items) <= 8 else None)
 
@@ -255,7 +255,7 @@ class _Reader:
         known = NAME_MAPPING.get((module, last))
         module, last = known if known is not None else (IMPORT_MAPPING.get(module, module), last)
         name = f"{module}.{last}"
-        if len(name) > LONGEST_NAME:
+        if len(name) > MAX_NAME:
             raise _refused(self._path, f"it names something of {len(name):,} characters")
         is_type = module in ("torch", "torch.storage") and (
             last.endswith("Storage") or last.islower() or last[:1] == "Q"

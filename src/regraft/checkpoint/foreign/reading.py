@@ -96,7 +96,7 @@ def only_state_dict(contents: StateDicts) -> StateDict:
 
 
 def kind_of(path: Path) -> Kind:
-    """Say how a file is read, by its name for an index and by its first bytes otherwise."""
+    """Describe how a file is read, by its name for an index and by its first bytes otherwise."""
     if path.name.endswith(".index.json"):
         return "index"
     if is_safetensors(path):
@@ -115,7 +115,7 @@ def kind_of(path: Path) -> Kind:
 
 
 def unwrapping(entry: StateDict) -> list[str]:
-    """Say what was taken off to get at a state dict."""
+    """Describe what was taken off to get at a state dict."""
     if entry.parts:
         return [f"put together from the entries {', '.join(map(repr, entry.parts))}"]
     return [f"taken from the entry '{key}'" for key in entry.path]

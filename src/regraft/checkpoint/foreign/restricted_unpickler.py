@@ -42,12 +42,12 @@ Check = Callable[[str], None]  # raises where a name that stands for nothing her
 Fetch = Callable[[str, torch.dtype, int], torch.Tensor]  # key, dtype, number of elements → flat tensor
 
 
-class Inert:
+class Stub:
     """What stands in the place of an object of any class: what it was given, and nothing that runs."""
 
     origin = ""
 
-    def __new__(cls, *arguments: Any, **_: Any) -> "Inert":
+    def __new__(cls, *arguments: Any, **_: Any) -> "Stub":
         """Make one as an unpickler makes objects; the class of the original is not asked."""
         made = super().__new__(cls)
         made.arguments, made.state, made.entries, made.elements = arguments, {}, {}, []
@@ -99,7 +99,7 @@ class _Names(dict[Any, Any]):
 
 
 class InertUnpickler(pickle.Unpickler):
-    """Unpickles tensors, containers and plain values; everything else becomes `Inert`."""
+    """Unpickles tensors, containers and plain values; everything else becomes `Stub`."""
 
     def __init__(self, file: IO[bytes], fetch: Fetch, check: Check = lambda name: None) -> None:
         super().__init__(file, encoding="utf-8")
@@ -116,7 +116,7 @@ class InertUnpickler(pickle.Unpickler):
         if function is not None:
             return _Known(function)
         self._check(f"{module}.{name}")
-        return type("Inert", (Inert,), {"origin": f"{module}.{name}"})
+        return type("Stub", (Stub,), {"origin": f"{module}.{name}"})
 
     def persistent_load(self, pid: Any) -> Any:
         """Return the flat tensor of a storage that lies beside the pickle, or a class that stays inert."""
@@ -149,7 +149,7 @@ def read_pickled(path: Path) -> Any:
 
 
 def read_inert(path: Path, check: Check = lambda name: None) -> Any:
-    """Read a file of torch.save whatever it holds, with an `Inert` in the place of each object that is no plain data.
+    """Read a file of torch.save whatever it holds, with an `Stub` in the place of each object that is no plain data.
 
     Args:
         path: The file.
@@ -178,7 +178,7 @@ def _collect(value: Any, prefix: str, found: dict[str, torch.Tensor], visits: It
             f"layers lie within layers more than {DEPTH_LIMIT} deep, or are more than {VISIT_LIMIT:,}: this is no "
             "network. Expected a module that torch.save or torch.jit.save wrote."
         )
-    state = value.state if isinstance(value, Inert) else value
+    state = value.state if isinstance(value, Stub) else value
     if not isinstance(state, Mapping):
         return
     if "_modules" in state and "_parameters" in state:  # a pickled nn.Module
@@ -191,17 +191,17 @@ def _collect(value: Any, prefix: str, found: dict[str, torch.Tensor], visits: It
     for key, member in members.items():
         if isinstance(member, torch.Tensor):
             found[f"{prefix}{key}"] = member
-        elif isinstance(member, Inert):
+        elif isinstance(member, Stub):
             _collect(member, f"{prefix}{key}.", found, visits, depth + 1)
 
 
 def _plain(content: Any, made: dict[int, Any], depth: int = 0) -> Any:
     """Replace modules by dicts of their tensors, here and in the dicts below; each object once."""
-    if not isinstance(content, (Inert, Mapping)) or depth > DEPTH:
+    if not isinstance(content, (Stub, Mapping)) or depth > DEPTH:
         return content
     if id(content) not in made:
         made[id(content)] = {}  # for one that holds itself
-        if isinstance(content, Inert):
+        if isinstance(content, Stub):
             made[id(content)] = tensors_within(content) or dict(content.entries)
         else:
             made[id(content)] = {key: _plain(value, made, depth + 1) for key, value in content.items()}
@@ -316,7 +316,7 @@ def _viewed(
 def _of_type(function: Any, kind: Any, arguments: Sequence[Any], *_: Any) -> Any:
     """Rebuild a tensor that had attributes, which are left out; one of another class stays inert."""
     plain = function(*arguments) if isinstance(function, _Known) else None
-    return plain if getattr(kind, "origin", "") == "torch.Tensor" else Inert(plain)
+    return plain if getattr(kind, "origin", "") == "torch.Tensor" else Stub(plain)
 
 
 def _encoded(text: str, encoding: str = "") -> bytes:

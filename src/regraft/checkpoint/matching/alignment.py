@@ -126,7 +126,7 @@ def words_of(path: str) -> list[tuple[str, str]]:
 
 
 def likeness(a: str, b: str) -> float:
-    """Say how alike two paths are, from 0 to 1: words in common, synonyms included, and the same numbers."""
+    """Describe how alike two paths are, from 0 to 1: words in common, synonyms included, and the same numbers."""
     (words_a, numbers_a), (words_b, numbers_b) = _parsed(a), _parsed(b)
     common = len(words_a & words_b) / max(1, len(words_a | words_b))
     same = sum(min(count, numbers_b.get(number, 0)) for number, count in numbers_a.items())

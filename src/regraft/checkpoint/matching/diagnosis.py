@@ -1,4 +1,4 @@
-"""Say why a file does not fit in all, and what to do about it."""
+"""Explain why a file does not fit in all, and what to do about it."""
 
 from collections.abc import Iterator, Sequence
 

@@ -121,7 +121,7 @@ def _require_one_value_for_tied(plan: LoadPlan, slots: Tensors) -> None:
 
 
 def _copy(model: nn.Module, slots: Tensors, plan: LoadPlan) -> None:
-    """Copy all, or put everything back and say why."""
+    """Copy all, or restore everything and raise the reason."""
     before: list[tuple[torch.Tensor, torch.Tensor]] = []
     states: list[tuple[nn.Module, Any]] = []
     name = ""

@@ -99,7 +99,7 @@ class LoadReport:
         return tuple(match for match in self.matches if not match.loaded)
 
     def headline(self) -> str:
-        """Say it in a line."""
+        """Return a one-line description."""
         verb = "would be loaded" if self.dry_run else "loaded"
         counts = f"{len(self.loaded)} tensors {verb} from '{self.path}'"
         for word, names in (("missing", self.missing), ("unexpected", self.unexpected)):

@@ -90,7 +90,7 @@ def load_weights(
         min_share: Smallest share of the model's parameters, from 0 to 1, that must be loaded. A head that the file
             lacks or has for other classes is not counted.
         strict: Whether anything missing, unexpected or mismatched is an error.
-        dry_run: Whether to only say what would be done.
+        dry_run: Whether to return the report without changing anything.
 
     Returns:
         What was loaded and what was not, why, and what to do about it. Missing and mismatched tensors keep their

@@ -204,7 +204,7 @@ def _best_rule(loose: Shapes, ours: Shapes, total: int) -> tuple[Rule, set[str],
 
 
 def _competes(rule: Rule, claims: set[str], other: Rule, its: set[str]) -> bool:
-    """Say whether another rule explains at least half of the same with other tensors, or puts them elsewhere."""
+    """Return whether another rule explains at least half of the same with other tensors, or puts them elsewhere."""
     if rule.strip == other.strip:
         return rule.add != other.add and len(its) >= HALF * len(claims)
     is_nested = rule.strip.startswith(other.strip) or other.strip.startswith(rule.strip)

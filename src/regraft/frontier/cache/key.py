@@ -15,7 +15,7 @@ from torch import nn
 
 from regraft.checkpoint.file.digest import tensor_digest
 from regraft.frontier.replay import Recording
-from regraft.surgery.rewired import Rewired
+from regraft.surgery.rewired import EditedModule
 
 VERSION = 2  # of how values are computed and stored, notes included
 
@@ -40,12 +40,12 @@ def features_key(prefix_digest: str, files: Sequence[Path], **circumstances: Any
 def network_digest(network: nn.Module) -> str:
     """Return a digest of a network's structure and of every value in it."""
     found = hashlib.sha256(repr(network).encode())
-    kinds = {type(layer) for layer in network.modules() if not isinstance(layer, (Rewired, Recording))}
+    kinds = {type(layer) for layer in network.modules() if not isinstance(layer, (EditedModule, Recording))}
     if isinstance(network, Recording):
         kinds.add(network.kind)
     for source in sorted(map(_source, kinds)):
         found.update(source.encode())
-    if isinstance(network, Rewired):
+    if isinstance(network, EditedModule):
         for program in network.programs:
             found.update(program.code.encode())
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:

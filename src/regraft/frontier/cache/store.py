@@ -32,7 +32,7 @@ STALE_S = 24 * 3600  # age at which an unfinished write is somebody's crash
 ANEW = "Start the run again: what it kept is checked, and computed anew where it is damaged."
 
 
-class OnDisk:
+class DiskTensor:
     """Rows of a tensor in a file, read as they are asked for.
 
     Read and not mapped: the pages of a mapping count as memory of the process, and a file that is cut off under one
@@ -78,7 +78,7 @@ class OnDisk:
             rest, place = rest[count:], place + count
 
 
-Rows = torch.Tensor | OnDisk
+Rows = torch.Tensor | DiskTensor
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,12 @@ class Entry:
             if in_memory:
                 found.append(torch.from_numpy(np.fromfile(file, dtype=np.uint8)).view(dtype).view(shape))
             else:
-                found.append(OnDisk(file, shape, dtype))
+                found.append(DiskTensor(file, shape, dtype))
         return tuple(found)
 
 
 @dataclass(frozen=True)
-class Listed:
+class EntryInfo:
     """What is known of an entry without reading it: its name, bytes, time of last use, and what it holds in words."""
 
     key: str
@@ -152,15 +152,15 @@ class Store:
             os.utime(folder / ENTRY)  # used now
         return entry
 
-    def write(self, key: str) -> "Writing":
+    def write(self, key: str) -> "EntryWriter":
         """Begin an entry.
 
         Raises:
             OSError: The disk is full, or cannot be written.
         """
-        return Writing(self, _plain(key))
+        return EntryWriter(self, _plain(key))
 
-    def entries(self) -> list[Listed]:
+    def entries(self) -> list[EntryInfo]:
         """List what is kept, the least recently used first."""
         found = []
         for file in self.folder.glob(f"*/{ENTRY}"):
@@ -168,7 +168,7 @@ class Store:
                 size = sum(part.stat().st_size for part in file.parent.iterdir())
                 used_at = datetime.fromtimestamp(file.stat().st_mtime)
                 note = json.loads(file.read_text(encoding="utf-8")).get("note", {})
-                found.append(Listed(file.parent.name, size, used_at, str(note.get("holds", ""))))
+                found.append(EntryInfo(file.parent.name, size, used_at, str(note.get("holds", ""))))
         return sorted(found, key=lambda entry: entry.used_at)
 
     def clear(self) -> int:
@@ -200,7 +200,7 @@ class Store:
             total -= entry.bytes
 
     def has_room(self, size: int) -> bool:
-        """Say whether that many bytes fit on the disk and under the limit."""
+        """Return whether that many bytes fit on the disk and under the limit."""
         folder = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         try:
             return size < self.limit_bytes and size < 0.9 * shutil.disk_usage(folder).free
@@ -208,7 +208,7 @@ class Store:
             return False
 
 
-class Writing:
+class EntryWriter:
     """An entry that is being written, stretch by stretch of rows."""
 
     def __init__(self, store: Store, key: str) -> None:

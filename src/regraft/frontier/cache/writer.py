@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from regraft.frontier.cache.store import Rows, Store, Writing
+from regraft.frontier.cache.store import EntryWriter, Rows, Store
 from regraft.progress import Progress
 
 
-class Keeping:
+class FeatureWriter:
     """Takes rows of several tensors, batch by batch; a disk that is full costs the entry, not the run.
 
     Args:
@@ -23,7 +23,7 @@ class Keeping:
     def __init__(self, store: Store | None, key: str, size: int, *, in_memory: bool, progress: Progress) -> None:
         self._progress = progress
         self._kept: list[list[torch.Tensor]] | None = [] if in_memory else None
-        self._writing: Writing | None = None
+        self._writing: EntryWriter | None = None
         if store is not None and store.has_room(size):
             store.make_room(size)
             try:
@@ -31,7 +31,7 @@ class Keeping:
             except OSError as error:
                 self._give_up(error)
 
-    def __enter__(self) -> "Keeping":
+    def __enter__(self) -> "FeatureWriter":
         return self
 
     def __exit__(self, *_: object) -> None:

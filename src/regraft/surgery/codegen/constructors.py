@@ -44,7 +44,7 @@ def holder_of(layer: nn.Module) -> nn.Module | None:
 
 
 def is_timm_leaf(layer: nn.Module) -> bool:
-    """Say whether timm registers the class of a layer as not traceable."""
+    """Return whether timm registers the class of a layer as not traceable."""
     if "timm" not in sys.modules:
         return False
     from timm import layers
@@ -85,7 +85,7 @@ def _builtin_class(layer: nn.Module) -> type[nn.Module] | None:
 
 
 def _is_timm_norm(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Say whether a layer is timm's own form of a norm, set to compute what torch's computes."""
+    """Return whether a layer is timm's own form of a norm, set to compute what torch's computes."""
     home, name = type(layer).__module__, type(layer).__name__
     is_norm = home == "timm.layers.norm" and name in ("LayerNorm", "GroupNorm") and name == kind.__name__
     return is_norm and not getattr(layer, "_fast_norm", True)

@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 
 from regraft.anatomy.dataflow.graph import LAYER, Flow, ancestors, tidy
 from regraft.errors import EditError
-from regraft.surgery.codegen.literals import Names, quoted
+from regraft.surgery.codegen.literals import ImportTable, quoted
 
 BLOCK = 5  # lines that make a block worth a comment
 LOAD = 4  # operations that stand within one line besides its own
@@ -77,7 +77,7 @@ def merged(evaluate: Flow, train: Flow) -> bool:
     return True
 
 
-class Statements:
+class ForwardWriter:
     """Writes the graph of one mode.
 
     Args:
@@ -87,7 +87,7 @@ class Statements:
         model: The network, whose class names the comments say.
     """
 
-    def __init__(self, flow: Flow, attribute: Callable[[str], str], names: Names, model: nn.Module) -> None:
+    def __init__(self, flow: Flow, attribute: Callable[[str], str], names: ImportTable, model: nn.Module) -> None:
         self._graph, self._attribute, self._names, self._model = flow.graph, attribute, names, model
         self._order = {node: position for position, node in enumerate(flow.graph.nodes)}
         self._inlined = self._choose_inlined()

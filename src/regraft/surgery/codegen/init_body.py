@@ -14,7 +14,7 @@ from regraft.anatomy.paths import parent_and_name
 from regraft.errors import EditError
 from regraft.freezing.hold import PIN_HOOKS
 from regraft.surgery.codegen.constructors import as_builtin, constructor, holder_of, is_timm_leaf
-from regraft.surgery.codegen.literals import Constants, Names
+from regraft.surgery.codegen.literals import Constants, ImportTable
 
 HELPERS = {
     "block": '''
@@ -49,7 +49,7 @@ class Layers:
             self._look(child, name)
 
     def is_closed(self, path: str) -> bool:
-        """Say whether a layer is written as one call, or lies within one that is."""
+        """Return whether a layer is written as one call, or lies within one that is."""
         return any(part in self.closed for part in [*ancestors(path), path])
 
     def _look(self, layer: nn.Module, path: str) -> None:
@@ -77,7 +77,7 @@ class Layers:
             return None
 
 
-class Blueprint:
+class InitWriter:
     """Writes the `__init__`, and the expressions for what it makes.
 
     Args:
@@ -94,7 +94,7 @@ class Blueprint:
         layers: Layers,
         targets: Collection[str],
         constants: dict[str, torch.Tensor],
-        names: Names,
+        names: ImportTable,
     ) -> None:
         self._model, self._layers, self._targets, self._names = model, layers, set(targets), names
         self._made_here = constants

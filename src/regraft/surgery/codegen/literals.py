@@ -25,7 +25,7 @@ def unpack(text: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
 '''
 
 
-class Names:
+class ImportTable:
     """The names that a source file imports or defines at its top.
 
     Attributes:

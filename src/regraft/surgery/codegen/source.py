@@ -12,15 +12,15 @@ from torch.utils._pytree import tree_leaves
 from regraft.anatomy.dataflow.graph import Flow, capture
 from regraft.anatomy.inputs import Arguments, Inputs, arguments_for
 from regraft.anatomy.modes import in_mode, preserved_randomness
-from regraft.anatomy.shape_copies import real_twin, shared_copy
+from regraft.anatomy.shape_copies import aliased_copy, shared_copy
 from regraft.anatomy.tracing import trace
 from regraft.arguments import check_arguments
 from regraft.card import card_of
 from regraft.errors import EditError, ForwardError, ModelError
 from regraft.surgery.checks import require_editable
-from regraft.surgery.codegen.forward_body import POOL, Choice, Statements, merged, simplify
-from regraft.surgery.codegen.init_body import HELPERS, Blueprint, Layers, require_no_hooks
-from regraft.surgery.codegen.literals import UNPACK, WIDTH, Names, wrapped
+from regraft.surgery.codegen.forward_body import POOL, Choice, ForwardWriter, merged, simplify
+from regraft.surgery.codegen.init_body import HELPERS, InitWriter, Layers, require_no_hooks
+from regraft.surgery.codegen.literals import UNPACK, WIDTH, ImportTable, wrapped
 from regraft.surgery.detour import is_detoured
 from regraft.version import __version__
 
@@ -92,16 +92,16 @@ def _written(model: nn.Module, class_name: str) -> str:
     targets = {str(node.target) for node in nodes if node.op in ("call_module", "get_attr")}
     targets |= {f"{path}.training".lstrip(".") for path in _modes(flows)}
     inputs = [str(node.target) for node in flows[0].graph.nodes if node.op == "placeholder"]
-    names = Names((class_name, *POOL, *inputs))
+    names = ImportTable((class_name, *POOL, *inputs))
     constants = {name: tensor for flow in flows for name, tensor in flow.constants.items()}
-    blueprint = Blueprint(prepared, layers, targets, constants, names)
-    forwards = [Statements(flow, blueprint.attribute, names, model).lines() for flow in flows]
+    blueprint = InitWriter(prepared, layers, targets, constants, names)
+    forwards = [ForwardWriter(flow, blueprint.attribute, names, model).lines() for flow in flows]
     made = blueprint.lines()
     body = [f"class {class_name}(nn.Module):", "    def __init__(self):", "        super().__init__()"]
     body += [line for statement in made for line in wrapped(statement, 8)]
     signature = ", ".join(["self", *inputs])
     if len(forwards) == 2:
-        mode = blueprint.attribute(f"{flows[0].decider}.training".lstrip("."))
+        mode = blueprint.attribute(f"{flows[0].mode_switch}.training".lstrip("."))
         call = f"({', '.join(inputs)})"
         body += ["", f"    def forward({signature}):"]
         body += [f"        return self._forward_train{call} if {mode} else self._forward_eval{call}"]
@@ -112,7 +112,7 @@ def _written(model: nn.Module, class_name: str) -> str:
     return _file(model, class_name, body, names, blueprint)
 
 
-def _file(model: nn.Module, class_name: str, body: list[str], names: Names, blueprint: Blueprint) -> str:
+def _file(model: nn.Module, class_name: str, body: list[str], names: ImportTable, blueprint: InitWriter) -> str:
     tensors = blueprint.constants.lines
     blocks = [HELPERS[name].strip() for name in sorted(blueprint.helpers)]
     blocks += [UNPACK.strip()] if tensors else []
@@ -170,7 +170,7 @@ def _flows(model: nn.Module, layers: Layers) -> list[Flow]:
     """Trace a network: one graph, or two where evaluation and training differ in more than plain values."""
     try:
         flows = [capture(model, layers.opened)]
-        if flows[0].decider is not None:
+        if flows[0].mode_switch is not None:
             flows.append(capture(model, layers.opened, training=True))
     except ModelError as error:
         met = (why for path, why in layers.reasons.items() if f"layer '{path}' " in str(error))
@@ -183,7 +183,7 @@ def _flows(model: nn.Module, layers: Layers) -> list[Flow]:
 def _modes(flows: list[Flow]) -> set[str]:
     """List the layers whose mode the source asks for."""
     if len(flows) == 2:
-        return {flows[0].decider or ""}
+        return {flows[0].mode_switch or ""}
     return {choice.path for node in flows[0].graph.nodes for choice in _choices((node.args, node.kwargs))}
 
 
@@ -278,7 +278,7 @@ def _gives_the_same(maker: Any, model: nn.Module, given: Arguments) -> bool:
         values = given.with_values(device)
         fed = values.with_values(device)  # copies, as a forward may write to its input
         try:
-            expected = run(real_twin(model))
+            expected = run(aliased_copy(model))
         except Exception as error:  # a network of the user's own, on inputs of the user's own
             raise EditError(
                 f"{type(model).__name__} fails on these inputs: {error}. Pass others. Nothing was written."
@@ -287,7 +287,7 @@ def _gives_the_same(maker: Any, model: nn.Module, given: Arguments) -> bool:
         if _equal(run(in_mode(made.to(device), False)), expected):
             return True
         fed = values.with_values(device)
-        return not _equal(run(real_twin(model)), expected)  # a network that differs from itself proves nothing
+        return not _equal(run(aliased_copy(model)), expected)  # a network that differs from itself proves nothing
 
 
 def _equal(ours: list[Any], theirs: list[Any]) -> bool:

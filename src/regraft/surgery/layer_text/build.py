@@ -29,10 +29,10 @@ from regraft.surgery.layer_text.parse import EXPECTED, Call, calls_in, parsed, s
 from regraft.surgery.layer_text.read_back import LIBRARIES, OWN, library_name, parameters_of, read_call, undescribable
 from regraft.zoo import PYTHON, import_object
 
-MOST_ELEMENTS = 20_000_000_000  # of all tensors of one text
-MOST_REPEATS = 1000
-MOST_LAYERS = 20_000  # by copying
-MOST_OPERATIONS = 200_000  # of torch, to build all of one text
+MAX_ELEMENTS = 20_000_000_000  # of all tensors of one text
+MAX_REPEATS = 1000
+MAX_LAYERS = 20_000  # by copying
+MAX_OPERATIONS = 200_000  # of torch, to build all of one text
 REPEATS = (
     "num_layers",
     "num_encoder_layers",
@@ -118,13 +118,13 @@ class TooLargeError(EditError):
     """A text asks for more weights than may be built."""
 
 
-_most_elements: ContextVar[int] = ContextVar("most_elements", default=MOST_ELEMENTS)
+_most_elements: ContextVar[int] = ContextVar("most_elements", default=MAX_ELEMENTS)
 
 
 @contextlib.contextmanager
 def at_most(elements: int) -> Iterator[None]:
     """Let no text ask for more than that many elements of all its tensors together, inside of the block."""
-    token = _most_elements.set(min(elements, MOST_ELEMENTS))
+    token = _most_elements.set(min(elements, MAX_ELEMENTS))
     try:
         yield
     finally:
@@ -140,8 +140,8 @@ class _Counted(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._count += 1
-        if self._count > MOST_OPERATIONS:
-            raise EditError(f"a text asks for more than {MOST_OPERATIONS:,} operations, to be built alone.")
+        if self._count > MAX_OPERATIONS:
+            raise EditError(f"a text asks for more than {MAX_OPERATIONS:,} operations, to be built alone.")
         return func(*args, **(kwargs or {}))
 
 
@@ -158,7 +158,7 @@ def _dry_run(value: Any, *, trust_code: bool) -> Any:
     if elements > (most := _most_elements.get()):
         raise TooLargeError(
             f"'{shortened(text)}' asks for {elements:,} weights, and no more than "
-            f"{most:,} are built from {'a text' if most == MOST_ELEMENTS else 'this file'}. Nothing was allocated."
+            f"{most:,} are built from {'a text' if most == MAX_ELEMENTS else 'this file'}. Nothing was allocated."
         )
     return made
 
@@ -251,10 +251,8 @@ def _check_arguments(call: Call, maker: type[nn.Module], positional: tuple[Any, 
         )
     inner = sum(1 for value in given.values() if isinstance(value, nn.Module) for _ in value.modules())
     for name in REPEATS:
-        if isinstance(given.get(name), int) and (given[name] > MOST_REPEATS or given[name] * inner > MOST_LAYERS):
-            asked, most = (
-                (given[name], MOST_REPEATS) if given[name] > MOST_REPEATS else (given[name] * inner, MOST_LAYERS)
-            )
+        if isinstance(given.get(name), int) and (given[name] > MAX_REPEATS or given[name] * inner > MAX_LAYERS):
+            asked, most = (given[name], MAX_REPEATS) if given[name] > MAX_REPEATS else (given[name] * inner, MAX_LAYERS)
             raise EditError(f"'{shortened(str(call))}' asks for {asked:,} layers, and {most:,} are the most.")
     try:
         inspect.signature(maker.__init__).bind(None, *positional, **keywords)

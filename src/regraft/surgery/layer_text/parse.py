@@ -14,9 +14,9 @@ from typing import Any
 
 from regraft.errors import EditError, nearest
 
-LONGEST = 100_000  # characters
-DEEPEST = 50  # calls, tuples, lists and dicts within each other
-MOST_NODES = 20_000  # calls and literals
+MAX_LENGTH = 100_000  # characters
+MAX_DEPTH = 50  # calls, tuples, lists and dicts within each other
+MAX_NODES = 20_000  # calls and literals
 
 EXPECTED = (
     "Expected constructor calls with numbers, strings, True, False, None, tuples, lists, dicts or further calls as "
@@ -92,8 +92,8 @@ def parsed(text: str) -> Any:
     >>> parsed("Linear(8, 4, bias=False), ReLU()")[1]
     Call(name='ReLU', positional=(), keywords={})
     """
-    if len(text) > LONGEST:
-        raise EditError(f"a layer expression has {len(text):,} characters, and no more than {LONGEST:,} are read.")
+    if len(text) > MAX_LENGTH:
+        raise EditError(f"a layer expression has {len(text):,} characters, and no more than {MAX_LENGTH:,} are read.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd escapes and numbers
@@ -121,10 +121,10 @@ class _Reader:
 
     def value(self, node: ast.expr, depth: int) -> Any:
         self._nodes += 1
-        if self._nodes > MOST_NODES:
-            raise EditError(f"a layer expression has more than {MOST_NODES:,} parts: '{shortened(self._text)}'.")
-        if depth > DEEPEST:
-            raise EditError(f"a layer expression is nested more than {DEEPEST} deep: '{shortened(self._text)}'.")
+        if self._nodes > MAX_NODES:
+            raise EditError(f"a layer expression has more than {MAX_NODES:,} parts: '{shortened(self._text)}'.")
+        if depth > MAX_DEPTH:
+            raise EditError(f"a layer expression is nested more than {MAX_DEPTH} deep: '{shortened(self._text)}'.")
         match node:
             case ast.Constant(value=None | bool() | int() | float() | str()):
                 return node.value
@@ -199,7 +199,7 @@ _KINDS: dict[type[ast.AST], str] = {
 def _dotted(node: ast.expr) -> str | None:
     """Return `a.b.c` for names and attributes; None for anything else, or for more dots than any class has."""
     parts: list[str] = []
-    while isinstance(node, ast.Attribute) and len(parts) < DEEPEST:
+    while isinstance(node, ast.Attribute) and len(parts) < MAX_DEPTH:
         parts.append(node.attr)
         node = node.value
     return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else None

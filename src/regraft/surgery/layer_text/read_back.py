@@ -198,7 +198,7 @@ def _found(layer: nn.Module, path: str, entry: inspect.Parameter, library: str |
 
 
 def _has_no_weight_either(layer: nn.Module) -> bool:
-    """Say whether a norm was asked for neither weight nor bias, so that its `bias` argument is of no account."""
+    """Return whether a norm was asked for neither weight nor bias, so that its `bias` argument is ignored."""
     return False in (getattr(layer, "affine", None), getattr(layer, "elementwise_affine", None))
 
 

@@ -8,14 +8,19 @@ from regraft.errors import ConfigError, LossError, ModelError, RegraftError
 from regraft.training.checks.targets import batch_loss, ignored_label
 from regraft.training.checks.weight_types import type_names
 from regraft.training.config import TrainConfig
-from regraft.training.loop import Engine, Inputs, main_output, run
+from regraft.training.loop import ComputeContext, Inputs, main_output, run
 from regraft.training.losses import Loss
 from regraft.training.micro_batch import require_learnable
-from regraft.training.train_data import Material, first_batch, require_scores
+from regraft.training.train_data import TrainData, first_batch, require_scores
 
 
 def try_one_batch(
-    model: nn.Module, live: nn.Module, material: Material, criterion: Loss, engine: Engine, config: TrainConfig
+    model: nn.Module,
+    live: nn.Module,
+    train_data: TrainData,
+    criterion: Loss,
+    compute: ComputeContext,
+    config: TrainConfig,
 ) -> None:
     """Run the live part and the loss on one batch, so that what does not fit is said before the first epoch.
 
@@ -24,17 +29,17 @@ def try_one_batch(
         ConfigError: The inputs cannot be mixed, and that was asked for.
         LossError: The loss fails, or is not one number.
     """
-    inputs, targets = first_batch(material.train)
-    targets = targets.to(engine.device)
+    inputs, targets = first_batch(train_data.train)
+    targets = targets.to(compute.device)
     if config.mixup and not all(one.is_floating_point() for one in _several(inputs)):
         raise ConfigError(
             f"--mixup {config.mixup:g} mixes images or features of floating numbers, and the inputs are "
             f"{type_names(_several(inputs))}. Leave the option out, or give inputs that are scaled."
         )
-    require_learnable(live, lambda: run(live, inputs, engine), len(targets))
-    with evaluation_mode(live), torch.no_grad(), engine.autocast():
+    require_learnable(live, lambda: run(live, inputs, compute), len(targets))
+    with evaluation_mode(live), torch.no_grad(), compute.autocast():
         try:
-            output = main_output(run(live, inputs, engine))
+            output = main_output(run(live, inputs, compute))
         except (RegraftError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of a user's own network
@@ -44,15 +49,17 @@ def try_one_batch(
                 f"weights in {type_names(model.parameters())}): {reason}. Give inputs of the shape and type that it "
                 "was made for."
             ) from error
-        if material.task == "classification":
-            require_scores(model, output, targets, material, ignored_label(criterion))
+        if train_data.task == "classification":
+            require_scores(model, output, targets, train_data, ignored_label(criterion))
         try:
             batch_loss(criterion, output, targets)
         except RegraftError:
             raise
         except Exception as error:  # of anybody's code
             reason = str(error).partition("\n")[0]
-            advice = "Use model = regraft.replace_head(model, 1)." if material.task == "regression" else "Pass another."
+            advice = (
+                "Use model = regraft.replace_head(model, 1)." if train_data.task == "regression" else "Pass another."
+            )
             raise LossError(
                 f"the loss fails on scores of shape {tuple(output.shape)} ({type_names([output])}) and targets of "
                 f"shape {tuple(targets.shape)} ({type_names([targets])}): {reason}. {advice}"

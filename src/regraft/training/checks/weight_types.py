@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from regraft.errors import ConfigError, ModelError
-from regraft.training.loop import HALVES, Engine, choose_engine
+from regraft.training.loop import HALVES, ComputeContext, choose_compute
 
 FLOATING = (*HALVES, torch.float32, torch.float64)
 NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def engine_for(model: nn.Module, device: str | torch.device, precision: str = "fp32") -> Engine:
-    """Return the engine for a network, see `choose_engine`.
+def compute_for(model: nn.Module, device: str | torch.device, precision: str = "fp32") -> ComputeContext:
+    """Return the engine for a network, see `choose_compute`.
 
     Images are cast to the type of the first floating weight, as in `summary`. Autocast casts float32: a network without
     such weights runs in its own type.
@@ -23,17 +23,17 @@ def engine_for(model: nn.Module, device: str | torch.device, precision: str = "f
         ModelError: The device does not exist.
         ConfigError: A precision was asked for by name that weights of this type cannot be cast to.
     """
-    engine = choose_engine(device, precision)
+    compute = choose_compute(device, precision)
     dtypes = [parameter.dtype for parameter in model.parameters() if parameter.dtype in FLOATING]
     input_dtype = dtypes[0] if dtypes else None
     if not dtypes or torch.float32 in dtypes:
-        return replace(engine, input_dtype=input_dtype)
+        return replace(compute, input_dtype=input_dtype)
     if precision in NAMES and NAMES[precision] not in dtypes:
         raise ConfigError(
             f"--precision {precision} casts weights in float32, and those of {type(model).__name__} are in "
             f"{type_names(model.parameters())}. Convert them with model.float(), or leave the option out."
         )
-    return replace(engine, autocast_dtype=None, input_dtype=input_dtype)
+    return replace(compute, autocast_dtype=None, input_dtype=input_dtype)
 
 
 def require_trainable_types(model: nn.Module, *, thaws_all: bool) -> None:

@@ -13,17 +13,17 @@ from regraft.anatomy.modes import evaluation_mode
 from regraft.data.decode import Unreadable
 from regraft.data.folders import Sample
 from regraft.data.photos import Photos, free_memory_bytes, positions, read_photos, without
-from regraft.data.transforms import Versions, normalize
+from regraft.data.transforms import Views, normalize
 from regraft.errors import ModelError
 from regraft.frontier.cache.key import features_key, network_digest
 from regraft.frontier.cache.precision import TOLERANCES, Precision, packed, packed_bytes, unpacked
 from regraft.frontier.cache.store import Rows, Store
-from regraft.frontier.cache.writer import Keeping
+from regraft.frontier.cache.writer import FeatureWriter
 from regraft.frontier.fuse import faster
 from regraft.frontier.partitioning import Partition, partition
 from regraft.progress import SILENT, Progress
 from regraft.training.features.batches import Features
-from regraft.training.loop import HALVES, Engine, main_output
+from regraft.training.loop import HALVES, ComputeContext, main_output
 from regraft.zoo import preprocessing_of
 
 BATCH = {"cpu": 16, "cuda": 256}  # photos that go through the constant part at a time
@@ -37,7 +37,7 @@ class Extractor:
 
     Args:
         model: The model, on its device, with its flags as they will be while it trains.
-        engine: Where and in which precision it runs.
+        compute: Where and in which precision it runs.
         fast: Whether the constant part may be replaced by a faster copy, equal up to rounding (see `faster`).
         precision: How precisely features are kept.
         keep_pixels: Whether decoded photos stay in memory, as the network will be split again.
@@ -52,7 +52,7 @@ class Extractor:
     def __init__(
         self,
         model: nn.Module,
-        engine: Engine,
+        compute: ComputeContext,
         *,
         fast: bool = False,
         precision: Precision = "full",
@@ -61,10 +61,10 @@ class Extractor:
         progress: Progress = SILENT,
     ) -> None:
         self.preprocessing = preprocessing_of(model)
-        self._input_dtype = engine.input_dtype or torch.float32
+        self._input_dtype = compute.input_dtype or torch.float32
         example = torch.empty(self.preprocessing.input_size, dtype=self._input_dtype)
         self.parts: Partition = partition(model, example)
-        self.engine, self.store, self.progress = engine, store, progress
+        self.compute, self.store, self.progress = compute, store, progress
         self.precision: Precision = precision
         self._model, self._is_proven = model, False
         self._has_halves = any(parameter.dtype in HALVES for parameter in model.parameters())
@@ -74,7 +74,7 @@ class Extractor:
         self._prefix = faster(self.parts.prefix) if fast else self.parts.prefix
 
     def of_samples(
-        self, samples: Sequence[Sample], versions: Versions, classes: tuple[str, ...] | None, *, description: str
+        self, samples: Sequence[Sample], versions: Views, classes: tuple[str, ...] | None, *, description: str
     ) -> tuple[Features, Photos, tuple[Unreadable, ...]]:
         """Return the features of photo files, decoding none of them where an earlier run kept what is needed.
 
@@ -134,15 +134,15 @@ class Extractor:
             ModelError: The constant part fails.
             torch.OutOfMemoryError: There is no memory for that many.
         """
-        with _failing_in_words("its constant part"), torch.inference_mode(), self.engine.autocast():
+        with _failing_in_words("its constant part"), torch.inference_mode(), self.compute.autocast():
             return [tensor.contiguous() for tensor in self._prefix(self._batch(pixels))]
 
     def _batch(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
         batch = normalize(torch.stack(list(pixels)), self.preprocessing)
-        layout = torch.channels_last if self.engine.has_channels_last else torch.contiguous_format
-        return batch.to(self.engine.device, self._input_dtype, memory_format=layout)
+        layout = torch.channels_last if self.compute.has_channels_last else torch.contiguous_format
+        return batch.to(self.compute.device, self._input_dtype, memory_format=layout)
 
-    def _key(self, files: Sequence[Path], versions: Versions) -> str:
+    def _key(self, files: Sequence[Path], versions: Views) -> str:
         if self.store is None:
             return ""
         return features_key(
@@ -150,8 +150,8 @@ class Extractor:
             files,
             preprocessing=self.preprocessing.model_dump(),
             views=versions.name,
-            precision=f"{self.engine.autocast_dtype} {self.precision}",
-            device=self.engine.device.type,
+            precision=f"{self.compute.autocast_dtype} {self.precision}",
+            device=self.compute.device.type,
             fast=self._fast,
         )
 
@@ -159,16 +159,16 @@ class Extractor:
         entry = self.store.find(key) if self.store is not None else None
         return (entry.tensors(in_memory=entry.bytes < MEMORY_BYTES), entry.note) if entry is not None else None
 
-    def _keeping(self, key: str, count: int, versions: Versions) -> Keeping:
+    def _keeping(self, key: str, count: int, versions: Views) -> FeatureWriter:
         assert versions.count is not None
         rows = count * versions.count
         # At most, as autocast halves some of the tensors, and which ones is known when they are computed.
         size = sum(packed_bytes(rows, cut.shape, cut.dtype, self.precision) for cut in self.parts.frontier)
-        keeping = Keeping(self.store, key, size, in_memory=size < MEMORY_BYTES, progress=self.progress)
+        keeping = FeatureWriter(self.store, key, size, in_memory=size < MEMORY_BYTES, progress=self.progress)
         if keeping.has_place:
             return keeping
         if size < MEMORY_SHARE * free_memory_bytes():
-            return Keeping(None, key, size, in_memory=True, progress=self.progress)
+            return FeatureWriter(None, key, size, in_memory=True, progress=self.progress)
         raise ModelError(
             f"{size / 2**30:.1f} GiB for what is computed once fit neither into memory nor on the disk "
             "(REGRAFT_CACHE names another folder)"
@@ -178,11 +178,11 @@ class Extractor:
         self, rows: tuple[Rows, ...], note: dict[str, Any], photos: Photos, began: float, *, was_found: bool
     ) -> Features:
         place = "memory" if all(isinstance(tensor, torch.Tensor) for tensor in rows) else "disk"
-        if self.engine.device.type == "cuda" and place == "memory":
-            free, _ = torch.cuda.mem_get_info(self.engine.device)
+        if self.compute.device.type == "cuda" and place == "memory":
+            free, _ = torch.cuda.mem_get_info(self.compute.device)
             tensors = [tensor for tensor in rows if isinstance(tensor, torch.Tensor)]
             if sum(tensor.nbytes for tensor in tensors) < MEMORY_SHARE * free:
-                rows, place = tuple(tensor.to(self.engine.device) for tensor in tensors), str(self.engine.device)
+                rows, place = tuple(tensor.to(self.compute.device) for tensor in tensors), str(self.compute.device)
         assert photos.versions.count is not None
         features = Features(
             rows,
@@ -194,7 +194,7 @@ class Extractor:
             note["seconds"],
             was_found,
             place,
-            self.engine.device,
+            self.compute.device,
         )
         self._check(features, photos)
         return features
@@ -213,10 +213,10 @@ class Extractor:
         batch = self._batch([photos.versions.of(index, photos.decoded(index), 0) for index in indices.tolist()])
         kept, suffix = features.pick(indices * features.views), self.parts.suffix
         of_weights = TOLERANCES["bf16" if self._has_halves else "full"]
-        is_mixed = self.engine.autocast_dtype is not None
+        is_mixed = self.compute.autocast_dtype is not None
         tolerance = max(TOLERANCES[self.precision], TOLERANCES["bf16"] if is_mixed else of_weights)
         with evaluation_mode(self._model), evaluation_mode(suffix), torch.no_grad():
-            with self.engine.autocast():
+            with self.compute.autocast():
                 again = self._prefix(batch)
             for ours, theirs in zip(kept, again, strict=True):
                 _require_same(ours, theirs, tolerance)
@@ -255,10 +255,10 @@ def _require_same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) ->
 class _Extraction:
     """Gathers photos into batches, and keeps their features."""
 
-    def __init__(self, extractor: Extractor, versions: Versions, keeping: Keeping) -> None:
+    def __init__(self, extractor: Extractor, versions: Views, keeping: FeatureWriter) -> None:
         assert versions.count is not None
         self._extractor, self._versions, self._views, self._keeping = extractor, versions, versions.count, keeping
-        self._batch = BATCH.get(extractor.engine.device.type, 16)
+        self._batch = BATCH.get(extractor.compute.device.type, 16)
         self._waiting: list[torch.Tensor] = []
         self._count, self._began = 0, time.perf_counter()
         self._rounding: dict[int, tuple[float, float]] = {}  # of each tensor: largest error, and largest value
@@ -305,7 +305,7 @@ class _Extraction:
                 found = self._extractor.run(self._waiting[: self._batch])
             except torch.OutOfMemoryError as error:
                 if self._batch == 1:
-                    raise ModelError(f"{self._extractor.engine.device} has no memory for a single photo") from error
+                    raise ModelError(f"{self._extractor.compute.device} has no memory for a single photo") from error
                 self._batch = self._batch // 2
             else:
                 self._waiting = self._waiting[self._batch :]

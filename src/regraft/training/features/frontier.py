@@ -33,11 +33,11 @@ class Frontier:
         return cls(extractor.parts, train, validation, checksum(extractor.parts.prefix))
 
     def is_valid(self) -> bool:
-        """Say whether the constant part is what it was when the features were computed."""
+        """Return whether the constant part is what it was when the features were computed."""
         return checksum(self.parts.prefix) == self.sum
 
     def summary(self, epochs: int) -> ComputedOnce:
-        """Say what was computed once for so many epochs, and what that saved."""
+        """Describe what was computed once for so many epochs, and what that saved."""
         parts, both = self.parts, (self.train, self.validation)
         constant, live = parts.multiply_adds
         an_epoch_s = sum(part.cost_s / part.views for part in both)
@@ -55,7 +55,7 @@ class Frontier:
         )
 
     def lines(self) -> list[str]:
-        """Say what was computed once, a line each."""
+        """Describe what was computed once, a line each."""
         seconds = self.train.seconds + self.validation.seconds
         how = "found in the cache" if self.train.was_found and self.validation.was_found else "computed once"
         views = f", {self.train.views} versions of each photo" if self.train.views > 1 else ""

@@ -12,7 +12,7 @@ from regraft.data.photos import Photos, estimate_bytes, fit_memory, positions, r
 from regraft.data.transforms import augmentation
 from regraft.frontier.cache.key import features_key
 from regraft.frontier.cache.store import Rows, Store
-from regraft.frontier.cache.writer import Keeping
+from regraft.frontier.cache.writer import FeatureWriter
 from regraft.progress import Progress
 
 
@@ -65,7 +65,7 @@ def read_or_find_photos(
         pixels = StoredPixels(entry.tensors(in_memory=False))
         return Photos(readable, preprocessing, augmentation("none", preprocessing), classes, pixels), unreadable
     size = estimate_bytes(len(samples), preprocessing)
-    with Keeping(store, key, size, in_memory=False, progress=progress) as keeping:
+    with FeatureWriter(store, key, size, in_memory=False, progress=progress) as keeping:
         photos, unreadable = read_photos(
             samples,
             preprocessing,

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from regraft.anatomy.modes import evaluation_mode
 
-MOST_NUMBERS = 20_000_000  # of the features, of the targets, and of the versions of all photos on each other; float64
-MOST_DIRECTIONS = 1_024  # of the eigenvalue problem
+MAX_NUMBERS = 20_000_000  # of the features, of the targets, and of the versions of all photos on each other; float64
+MAX_DIRECTIONS = 1_024  # of the eigenvalue problem
 PENALTIES = torch.logspace(-3, 3, 13, dtype=torch.float64)  # times the mean squared singular value
-LEAST_SPREAD = 1e-9
+MIN_SPREAD = 1e-9
 STRETCHES = torch.logspace(0, 2, 21, dtype=torch.float64)
 
 
@@ -44,7 +44,7 @@ def linear_head(live: nn.Module, features: tuple[torch.Tensor, ...]) -> tuple[st
 def is_solvable(photos: int, width: int, outputs: int, *, views: int = 1) -> bool:
     """Return whether `ridge` is worth its time and memory for that many photos, features D, outputs K and versions."""
     count = photos * views
-    is_small = count * max(width, outputs, views) <= MOST_NUMBERS and min(count, width) <= MOST_DIRECTIONS
+    is_small = count * max(width, outputs, views) <= MAX_NUMBERS and min(count, width) <= MAX_DIRECTIONS
     return is_small and photos >= 2
 
 
@@ -69,7 +69,7 @@ def ridge(
     wanted = F.one_hot(targets, outputs).double() if not targets.is_floating_point() else targets.double()[:, None]
     middle, mean = inputs.mean(0), wanted.mean(0)
     spread = inputs.std(0)
-    spread = spread.where(spread > LEAST_SPREAD * spread.max(), 1.0)  # of a feature that never changes
+    spread = spread.where(spread > MIN_SPREAD * spread.max(), 1.0)  # of a feature that never changes
     left, singular, right = torch.linalg.svd((inputs - middle) / spread, full_matrices=False)
     squares, projected = singular.square(), left.T @ (wanted - mean)  # (R,), (R, K)
     by_photo = left.unflatten(0, (-1, views))

@@ -31,10 +31,10 @@ from regraft.training.losses import Loss
 RATES = (1e-5, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # with the least, a start from ridge regression stays what it is
 DECAYS = (0.05, 1.0)
 FOLDS = 5
-MOST_EPOCHS = 8  # enough to tell choices apart; a head that is trained longer changes little
-MOST_PARAMETERS = 4_000_000  # of all heads together
-FEWEST_PHOTOS, MOST_PHOTOS = 40, 4_000
-MOST_BYTES = 2**30  # of the features that are tried
+MAX_EPOCHS = 8  # enough to tell choices apart; a head that is trained longer changes little
+MAX_PARAMETERS = 4_000_000  # of all heads together
+MIN_PHOTOS, MAX_PHOTOS = 40, 4_000
+MAX_BYTES = 2**30  # of the features that are tried
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's, https://arxiv.org/abs/1711.05101
 
 
@@ -87,13 +87,13 @@ def sweep_heads(
     may_start_from_ridge: bool,
     seed: int,
 ) -> Sweep | None:
-    """Train heads in several ways, and say which did best; `live` stays as it is.
+    """Train heads in several ways, and return which did best; `live` stays as it is.
 
     Args:
         live: The part of a network that takes the features.
         batches: Features and targets to learn from.
         criterion: The loss, which has been tried on the head; its own state stays as it is.
-        epochs: Passes over the features in the run itself; more than `MOST_EPOCHS` are not tried.
+        epochs: Passes over the features in the run itself; more than `MAX_EPOCHS` are not tried.
         decays: Weight decays to try, of weight matrices.
         may_start_from_ridge: Whether that start is tried as well, where every fold has one.
         seed: Decides the folds, the order of the photos, and the first weights.
@@ -102,10 +102,10 @@ def sweep_heads(
         None where it cannot be done: too few photos, too large a head, or layers that cannot be trained side by side.
     """
     size = sum(parameter.numel() for parameter in live.parameters() if parameter.requires_grad)
-    photos = min(len(batches.dataset), MOST_PHOTOS)
-    is_large = 2 * size * len(decays) * len(RATES) * FOLDS > MOST_PARAMETERS
-    is_large |= photos * batches.features.row_bytes > MOST_BYTES
-    if is_large or photos < FEWEST_PHOTOS:
+    photos = min(len(batches.dataset), MAX_PHOTOS)
+    is_large = 2 * size * len(decays) * len(RATES) * FOLDS > MAX_PARAMETERS
+    is_large |= photos * batches.features.row_bytes > MAX_BYTES
+    if is_large or photos < MIN_PHOTOS:
         return None
     generator = torch.Generator().manual_seed(seed)
     folds = torch.randperm(len(batches.dataset), generator=generator)[: photos // FOLDS * FOLDS].view(FOLDS, -1)
@@ -131,7 +131,7 @@ def sweep_heads(
     try:
         with preserved_randomness(seed):
             live.train()
-            steps = list(_steps(learned, batches.batch_size, min(epochs, MOST_EPOCHS), generator))
+            steps = list(_steps(learned, batches.batch_size, min(epochs, MAX_EPOCHS), generator))
             for step, rows in enumerate(steps):
                 draws = torch.randint(2**62, rows.shape, generator=generator)
                 losses_of(rows, draws).sum().backward()

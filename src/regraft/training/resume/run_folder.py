@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from regraft.checkpoint.file.atomic import whole_or_nothing
+from regraft.checkpoint.file.atomic import atomic_write
 from regraft.checkpoint.write import save
 from regraft.errors import ConfigError, RunError
 from regraft.training.config import TrainConfig, write_config
@@ -98,7 +98,7 @@ class RunFolder:
         rows = [record.to_row() for record in history]
         with (
             self._writing(),
-            whole_or_nothing(self.path / METRICS, flush=False) as temporary,
+            atomic_write(self.path / METRICS, flush=False) as temporary,
             temporary.open("w", newline="", encoding="utf-8") as file,
         ):
             writer = csv.DictWriter(file, list(rows[0]))

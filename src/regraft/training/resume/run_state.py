@@ -1,251 +1,153 @@
-"""The state of a run as one tree: taken from it, held against the run that is to go on, and put back."""
+"""Where a run stands: everything that changes while it trains, but for the network and its optimizer."""
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Sized
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from regraft.checkpoint.file.tree import Tree, snapshot
-from regraft.data.folders import Sample
-from regraft.errors import CheckpointError, ConfigError, DataError
-from regraft.frontier.cache.key import sum_of_bits
-from regraft.progress import SILENT, Progress
-from regraft.training.config import TrainConfig, make_config
-from regraft.training.resume.progress import Standing
-from regraft.training.resume.rng import random_states, set_random_states
-from regraft.training.resume.run_folder import CHECKPOINT, STATES
-from regraft.training.resume.state_writer import find_state
-from regraft.training.setup import Job
-from regraft.training.train_data import Material
-
-FORMAT = 1
-FREE = {"data", "out", "workers", "checkpoint_minutes", "keep_last", "max_unreadable"}  # change no weight
+from regraft.card import attach
+from regraft.checkpoint.file.tree import Tree
+from regraft.training.loop import Tally
+from regraft.training.metrics import ClassMetrics, Metrics
+from regraft.training.result import EpochRecord
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What a state belongs to.
+class Best:
+    """The weights that did best so far, and how they did.
 
     Attributes:
-        config: The options of the run, as they were given.
-        chosen: Those that were worked out.
-        is_named: Whether the options say all: a network by name, a folder, a loss by name.
-        data: Digest of the list of photos, and of what else is known of the data.
-        frozen: Sum of the bits of all that cannot change.
-        device: Where it trains, and in which precision.
+        epoch: When that was, from 1.
+        metrics: On the validation photos.
+        outputs: Scores (N, K) on them.
+        targets: What was to be found (N,).
+        paths: The photos, in order; empty for datasets that are no files.
+        tensors: Copies of the weights, on the CPU.
     """
 
-    config: Tree
-    chosen: Tree
-    is_named: bool
-    data: str
-    frozen: int
-    device: str
+    epoch: int
+    metrics: Metrics
+    outputs: torch.Tensor
+    targets: torch.Tensor
+    paths: tuple[Path, ...]
+    tensors: dict[str, torch.Tensor]
+
+    def put_back(self, model: nn.Module) -> None:
+        """Give the model these weights again."""
+        slots = model.state_dict(keep_vars=True)
+        with torch.no_grad():
+            for name, copied in self.tensors.items():
+                slots[name].copy_(copied)
+        attach(model, metrics=self.metrics.to_dict())
+
+    def to_tree(self) -> Tree:
+        """Return all of it as plain data."""
+        return {
+            **{name: getattr(self, name) for name in ("epoch", "outputs", "targets", "tensors")},
+            "metrics": metrics_to_tree(self.metrics),
+            "paths": list(map(str, self.paths)),
+        }
 
     @classmethod
-    def of(cls, job: Job, config: TrainConfig, *, is_named: bool) -> "Origin":
-        """Work it out for a run that is about to begin; what is compared later, only where states will be written."""
-        changing = changing_tensors(job)
-        rest = [tensor for name, tensor in job.model.state_dict(keep_vars=True).items() if name not in changing]
-        return cls(
-            config=json.loads(config.model_dump_json(exclude_unset=True)),
-            chosen={"lr": job.plan.lr, "weight_decay": job.rates["weight_decay"], "head_start": job.head_start},
-            is_named=is_named,
-            data=_data_digest(job.material) if config.out is not None else "",
-            frozen=sum_of_bits(rest) if config.out is not None else 0,
-            device=job.plan.device,
-        )
+    def from_tree(cls, tree: Tree) -> "Best":
+        """Read what `to_tree` returned."""
+        return cls(**{**tree, "metrics": metrics_from_tree(tree["metrics"]), "paths": tuple(map(Path, tree["paths"]))})
 
 
-@dataclass(frozen=True)
-class Found:
-    """A state that a run left, and where it is."""
+@dataclass
+class RunState:
+    """Where a run stands.
 
-    path: Path
-    tree: Tree
-
-    @property
-    def origin(self) -> Origin:
-        """What it belongs to."""
-        return Origin(**self.tree["origin"])
-
-    @property
-    def config(self) -> TrainConfig:
-        """The options of the run, as they were given."""
-        return make_config(self.origin.config, f"the options in '{self.path}'")
-
-    def settled(self, config: TrainConfig) -> TrainConfig:
-        """Return the options with those that were worked out.
-
-        Raises:
-            ConfigError: They are others than those of the run.
-        """
-        ours, theirs = config.model_dump(mode="json"), self.config.model_dump(mode="json")
-        if other := [name for name in ours if name not in FREE and ours[name] != theirs[name]]:
-            said = "; ".join(f"{name} was {theirs[name]!r}, is {ours[name]!r}" for name in other)
-            raise ConfigError(
-                f"the run in '{self.path.parent.parent}' has other options: {said}. Continue it with its own, or begin "
-                "another one elsewhere. Nothing was changed."
-            )
-        return config.updated(**self.origin.chosen)
-
-
-def find_run(folder: Path, progress: Progress = SILENT) -> Found | None:
-    """Find the state with which the run in a folder goes on; None where there is none.
-
-    Raises:
-        ConfigError: It cannot be read, or another version wrote it.
+    Attributes:
+        epoch: The one that goes on, from 1; one more than there are when all is done.
+        step: Number of its batches that are done.
+        tally: What it has come to so far.
+        history: The epochs that are complete.
+        best: The best of them; None: there are none.
+        seconds: Of each phase.
+        states: The random states with which the epoch's order begins; None where it has not begun.
     """
-    found = find_state(folder / STATES, progress)
-    if found is None:
-        return None
-    path, tree = found
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-        raise ConfigError(f"'{path}' was written by another version of regraft. Continue the run with that one.")
-    return Found(path, tree)
 
+    epoch: int = 1
+    step: int = 0
+    tally: Tally = field(default_factory=Tally)
+    history: list[EpochRecord] = field(default_factory=list)
+    best: Best | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    states: Tree | None = None
+    _written: list[Tree] = field(default_factory=list)
 
-def find_run_to_continue(folder: Path, progress: Progress = SILENT) -> TrainConfig:
-    """Return the options of the run that stopped in a folder.
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the seconds of the block to those of a phase."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
-    Raises:
-        ConfigError: No run stopped there, or it was begun in Python with a network, data or loss of its own.
-    """
-    found = find_run(folder, progress) if folder.is_dir() else None
-    if found is None:
-        if not folder.is_dir():
-            problem = f"there is no folder '{folder}' (looked from {Path.cwd()})"
-        elif (folder / CHECKPOINT).exists():
-            problem = f"the run in '{folder}' has ended: its model is '{folder / CHECKPOINT}'"
-        else:
-            problem = f"no run has begun in '{folder}'"
-        raise ConfigError(f"there is nothing to continue: {problem}. Begin one with regraft train DATA.")
-    if not found.origin.is_named:
-        raise ConfigError(
-            f"the run in '{folder}' was begun in Python, with a network, data or a loss of its own. Continue it there: "
-            f"regraft.fit(…, out={str(folder)!r}, resume=True)."
-        )
-    return found.config.updated(out=str(folder))
+    def begin_next_epoch(self) -> None:
+        """The epoch is complete."""
+        self.epoch, self.step, self.states = self.epoch + 1, 0, None
+        self.tally = Tally(at_a_time=self.tally.at_a_time)
 
-
-def changing_tensors(job: Job) -> dict[str, torch.Tensor]:
-    """Return what training can change: all of the state but parameters that stay frozen."""
-    model = job.model
-    if job.unfreezing is not None:
-        return model.state_dict(keep_vars=True)
-    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
-    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in frozen}
-
-
-def take_state(job: Job, standing: Standing, origin: Origin, *, has_stale_results: bool) -> Tree:
-    """Return everything that is needed to go on from here, bit for bit; later steps do not change it."""
-    data = (job.material.train, job.material.validation)
-    best = standing.best.to_tree() if standing.best is not None else None
-    tree = snapshot(
-        {
-            "standing": {**standing.to_tree(), "best": None},
-            "states": standing.states if standing.states is not None else random_states(*data),
-            "states_now": random_states(),
-            "tensors": dict(changing_tensors(job)),
-            "optimizer": job.optimizer.state_dict(),
-            "schedule": job.schedule.state_dict(),
-            "scaler": job.scaler.state_dict(),
+    def to_tree(self) -> Tree:
+        """Return all of it but the random states as plain data."""
+        self._written += [_record_to_tree(record) for record in self.history[len(self._written) :]]
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "tally": dataclasses.asdict(self.tally),
+            "history": list(self._written),
+            "best": self.best.to_tree() if self.best is not None else None,
+            "seconds": dict(self.seconds),
         }
-    )
-    tree["standing"]["best"] = best  # is never changed, so that nothing of it needs to be copied
+
+    @classmethod
+    def from_tree(cls, tree: Tree) -> "RunState":
+        """Read what `to_tree` returned."""
+        return cls(
+            epoch=tree["epoch"],
+            step=tree["step"],
+            tally=Tally(**tree["tally"]),
+            history=[
+                EpochRecord(**{**record, "validation": metrics_from_tree(record["validation"])})
+                for record in tree["history"]
+            ],
+            best=Best.from_tree(tree["best"]) if tree["best"] is not None else None,
+            seconds=tree["seconds"],
+        )
+
+
+def metrics_to_tree(metrics: Metrics) -> Tree:
+    """Return metrics as plain data; of the confusion matrix only what is not zero."""
+    confusion = torch.tensor(metrics.confusion, dtype=torch.int64)
+    places = confusion.nonzero()
+    counts = confusion[tuple(places.T)] if len(metrics.confusion) else confusion
     return {
-        "format": FORMAT,
-        "origin": dataclasses.asdict(origin),
-        "has_stale_results": has_stale_results,
-        **tree,
+        **{item.name: getattr(metrics, item.name) for item in dataclasses.fields(metrics)},
+        "per_class": [dataclasses.asdict(found) for found in metrics.per_class],
+        "confusion": (len(metrics.confusion), places, counts),
     }
 
 
-def check_state(found: Found, job: Job, origin: Origin) -> None:
-    """Refuse a state that does not belong to this network and this data, before anything is changed.
-
-    Raises:
-        DataError: The photos are others than those of the run.
-        CheckpointError: The network, its frozen weights, or its optimizer are.
-    """
-    theirs = found.origin
-    if theirs.data != origin.data:
-        raise DataError(
-            f"the data is not what the run in '{found.path.parent.parent}' has seen so far: photos were added, taken "
-            "away, renamed or changed, or can no longer be read. Put them back, or begin again. Nothing was changed."
-        )
-    where = f"the state '{found.path}' does not fit"
-    slots, tensors = changing_tensors(job), found.tree["tensors"]
-    for name in [*slots, *tensors]:
-        ours, saved = (tuple(part[name].shape) if name in part else None for part in (slots, tensors))
-        if ours != saved:
-            raise CheckpointError(
-                f"{where}: '{name}' has the shape {saved} there and {ours} in {type(job.model).__name__}. Give the "
-                "network that the run began with, with the same layers frozen. Nothing was changed."
-            )
-    if theirs.frozen != origin.frozen:
-        raise CheckpointError(
-            f"{where}: the frozen weights are others than those that the run began with. Give the same ones. Nothing "
-            "was changed."
-        )
+def metrics_from_tree(tree: Tree) -> Metrics:
+    """Read what `metrics_to_tree` returned."""
+    width, places, counts = tree["confusion"]
+    confusion = torch.zeros(width, width, dtype=torch.int64)
+    if width:
+        confusion[tuple(places.T)] = counts
+    per_class = tuple(ClassMetrics(**found) for found in tree["per_class"])
+    rows: list[Any] = confusion.tolist()
+    return Metrics(**{**tree, "per_class": per_class, "confusion": tuple(map(tuple, rows))})
 
 
-def put_back(found: Found, job: Job) -> tuple[Standing, bool]:
-    """Give network, optimizer, schedule and random generators the state that they had.
-
-    Returns:
-        Where the run stands, and whether layers have joined since it began.
-    """
-    tree, standing = found.tree, Standing.from_tree(found.tree["standing"])
-    has_thawed = False
-    if job.unfreezing is not None:  # as far as epochs have begun, so that the optimizer has the same groups
-        for epoch in range(1, standing.epoch + (standing.step > 0)):
-            report = job.unfreezing.advance(epoch, job.model, job.optimizer, scheduler=job.schedule, **job.rates)
-            has_thawed |= report is not None
-    slots = changing_tensors(job)
-    with torch.no_grad():
-        for name, tensor in tree["tensors"].items():
-            slots[name].copy_(tensor)
-    job.optimizer.load_state_dict(tree["optimizer"])
-    job.schedule.load_state_dict(tree["schedule"])
-    if tree["scaler"]:
-        job.scaler.load_state_dict(tree["scaler"])
-    set_random_states(tree["states"], job.material.train, job.material.validation)
-    if standing.step > 0:
-        standing.states = tree["states"]
-        set_random_states({**tree["states_now"], "loaders": []})
-    return standing, has_thawed
-
-
-def _data_digest(material: Material) -> str:
-    """Return a digest of the lists of photos, with their targets and sizes; of other data, of its lengths."""
-    found = hashlib.sha256(json.dumps(material.classes).encode())
-    if material.photos is not None:
-        listing = material.listing
-        root = listing.root if listing is not None else Path()
-        for photos in material.photos:
-            for sample in photos.samples:
-                found.update(f"{_relative(sample, root)}\t{sample.target}\t{_size(sample)}\n".encode(errors="replace"))
-        return found.hexdigest()
-    for part in (material.train, material.validation):
-        dataset: Any = getattr(part, "dataset", None)
-        for sized in (part, dataset):
-            found.update(f"{len(sized) if isinstance(sized, Sized) else None};".encode())
-    return found.hexdigest()
-
-
-def _relative(sample: Sample, root: Path) -> str:
-    folder = root if root.is_dir() else root.parent
-    return str(sample.path.relative_to(folder) if sample.path.is_relative_to(folder) else sample.path)
-
-
-def _size(sample: Sample) -> int:
-    try:
-        return sample.path.stat().st_size
-    except OSError:
-        return -1
+def _record_to_tree(record: EpochRecord) -> Tree:
+    figures = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
+    return {**figures, "validation": metrics_to_tree(record.validation)}

@@ -12,11 +12,11 @@ from regraft.errors import CheckpointError, ConfigError, LossError, RunError
 from regraft.progress import SILENT, Progress
 
 PATTERN = "state-*.safetensors"
-LEAST_S = 1.0  # between states at the end of epochs
+MIN_SECONDS = 1.0  # between states at the end of epochs
 SHARE = 20  # times as long as a state takes are spent on training before the next
 
 
-class Keeper:
+class StateWriter:
     """Writes states in the background, one at a time.
 
     As a context: where the block ends well, the states are deleted, as they are where a loss is wrong: the run would
@@ -48,7 +48,7 @@ class Keeper:
         self._problem = ""
         self.has_more_than_the_beginning = found is not None
 
-    def __enter__(self) -> "Keeper":
+    def __enter__(self) -> "StateWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -64,16 +64,16 @@ class Keeper:
         return bool(self._kept)
 
     def is_due_within_epoch(self) -> bool:
-        """Say whether it is time for a state after a step."""
+        """Return whether it is time for a state after a step."""
         if self._folder is None:
             return False
         return self._every_s == 0 or (self._elapsed() >= self._every_s and not self._is_busy())
 
     def is_due_after_epoch(self) -> bool:
-        """Say whether it is time for a state after an epoch: always, but where that would slow training down."""
+        """Return whether it is time for a state after an epoch: always, but where that would slow training down."""
         if self._folder is None:
             return False
-        is_late = self._elapsed() >= max(LEAST_S, SHARE * self._cost_s) and not self._is_busy()
+        is_late = self._elapsed() >= max(MIN_SECONDS, SHARE * self._cost_s) and not self._is_busy()
         return is_late or self.is_due_within_epoch()
 
     def keep(self, take: Callable[[], Tree], epoch: int, step: int) -> None:

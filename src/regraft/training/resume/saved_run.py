@@ -1,0 +1,253 @@
+"""The state of a run as one tree: taken from it, held against the run that is to go on, and put back."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regraft.checkpoint.file.tree import Tree, snapshot
+from regraft.data.folders import Sample
+from regraft.errors import CheckpointError, ConfigError, DataError
+from regraft.frontier.cache.key import sum_of_bits
+from regraft.progress import SILENT, Progress
+from regraft.training.config import TrainConfig, make_config
+from regraft.training.resume.rng import random_states, set_random_states
+from regraft.training.resume.run_folder import CHECKPOINT, STATES
+from regraft.training.resume.run_state import RunState
+from regraft.training.resume.state_writer import find_state
+from regraft.training.setup import TrainSetup
+from regraft.training.train_data import TrainData
+
+FORMAT = 1
+FREE = {"data", "out", "workers", "checkpoint_minutes", "keep_last", "max_unreadable"}  # change no weight
+
+
+@dataclass(frozen=True)
+class RunFingerprint:
+    """What a state belongs to.
+
+    Attributes:
+        config: The options of the run, as they were given.
+        chosen: Those that were worked out.
+        is_named: Whether the options say all: a network by name, a folder, a loss by name.
+        data: Digest of the list of photos, and of what else is known of the data.
+        frozen: Sum of the bits of all that cannot change.
+        device: Where it trains, and in which precision.
+    """
+
+    config: Tree
+    chosen: Tree
+    is_named: bool
+    data: str
+    frozen: int
+    device: str
+
+    @classmethod
+    def of(cls, setup: TrainSetup, config: TrainConfig, *, is_named: bool) -> "RunFingerprint":
+        """Work it out for a run that is about to begin; what is compared later, only where states will be written."""
+        changing = changing_tensors(setup)
+        rest = [tensor for name, tensor in setup.model.state_dict(keep_vars=True).items() if name not in changing]
+        return cls(
+            config=json.loads(config.model_dump_json(exclude_unset=True)),
+            chosen={"lr": setup.plan.lr, "weight_decay": setup.rates["weight_decay"], "head_start": setup.head_start},
+            is_named=is_named,
+            data=_data_digest(setup.train_data) if config.out is not None else "",
+            frozen=sum_of_bits(rest) if config.out is not None else 0,
+            device=setup.plan.device,
+        )
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A state that a run left, and where it is."""
+
+    path: Path
+    tree: Tree
+
+    @property
+    def fingerprint(self) -> RunFingerprint:
+        """What it belongs to."""
+        return RunFingerprint(**self.tree["origin"])
+
+    @property
+    def config(self) -> TrainConfig:
+        """The options of the run, as they were given."""
+        return make_config(self.fingerprint.config, f"the options in '{self.path}'")
+
+    def with_resolved_options(self, config: TrainConfig) -> TrainConfig:
+        """Return the options with those that were worked out.
+
+        Raises:
+            ConfigError: They are others than those of the run.
+        """
+        ours, theirs = config.model_dump(mode="json"), self.config.model_dump(mode="json")
+        if other := [name for name in ours if name not in FREE and ours[name] != theirs[name]]:
+            said = "; ".join(f"{name} was {theirs[name]!r}, is {ours[name]!r}" for name in other)
+            raise ConfigError(
+                f"the run in '{self.path.parent.parent}' has other options: {said}. Continue it with its own, or begin "
+                "another one elsewhere. Nothing was changed."
+            )
+        return config.updated(**self.fingerprint.chosen)
+
+
+def find_run(folder: Path, progress: Progress = SILENT) -> SavedRun | None:
+    """Find the state with which the run in a folder goes on; None where there is none.
+
+    Raises:
+        ConfigError: It cannot be read, or another version wrote it.
+    """
+    found = find_state(folder / STATES, progress)
+    if found is None:
+        return None
+    path, tree = found
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        raise ConfigError(f"'{path}' was written by another version of regraft. Continue the run with that one.")
+    return SavedRun(path, tree)
+
+
+def find_run_to_continue(folder: Path, progress: Progress = SILENT) -> TrainConfig:
+    """Return the options of the run that stopped in a folder.
+
+    Raises:
+        ConfigError: No run stopped there, or it was begun in Python with a network, data or loss of its own.
+    """
+    found = find_run(folder, progress) if folder.is_dir() else None
+    if found is None:
+        if not folder.is_dir():
+            problem = f"there is no folder '{folder}' (looked from {Path.cwd()})"
+        elif (folder / CHECKPOINT).exists():
+            problem = f"the run in '{folder}' has ended: its model is '{folder / CHECKPOINT}'"
+        else:
+            problem = f"no run has begun in '{folder}'"
+        raise ConfigError(f"there is nothing to continue: {problem}. Begin one with regraft train DATA.")
+    if not found.fingerprint.is_named:
+        raise ConfigError(
+            f"the run in '{folder}' was begun in Python, with a network, data or a loss of its own. Continue it there: "
+            f"regraft.fit(…, out={str(folder)!r}, resume=True)."
+        )
+    return found.config.updated(out=str(folder))
+
+
+def changing_tensors(setup: TrainSetup) -> dict[str, torch.Tensor]:
+    """Return what training can change: all of the state but parameters that stay frozen."""
+    model = setup.model
+    if setup.unfreezing is not None:
+        return model.state_dict(keep_vars=True)
+    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in frozen}
+
+
+def take_state(setup: TrainSetup, run_state: RunState, fingerprint: RunFingerprint, *, has_stale_results: bool) -> Tree:
+    """Return everything that is needed to go on from here, bit for bit; later steps do not change it."""
+    data = (setup.train_data.train, setup.train_data.validation)
+    best = run_state.best.to_tree() if run_state.best is not None else None
+    tree = snapshot(
+        {
+            "standing": {**run_state.to_tree(), "best": None},
+            "states": run_state.states if run_state.states is not None else random_states(*data),
+            "states_now": random_states(),
+            "tensors": dict(changing_tensors(setup)),
+            "optimizer": setup.optimizer.state_dict(),
+            "schedule": setup.schedule.state_dict(),
+            "scaler": setup.scaler.state_dict(),
+        }
+    )
+    tree["standing"]["best"] = best  # is never changed, so that nothing of it needs to be copied
+    return {
+        "format": FORMAT,
+        "origin": dataclasses.asdict(fingerprint),
+        "has_stale_results": has_stale_results,
+        **tree,
+    }
+
+
+def check_state(found: SavedRun, setup: TrainSetup, fingerprint: RunFingerprint) -> None:
+    """Refuse a state that does not belong to this network and this data, before anything is changed.
+
+    Raises:
+        DataError: The photos are others than those of the run.
+        CheckpointError: The network, its frozen weights, or its optimizer are.
+    """
+    theirs = found.fingerprint
+    if theirs.data != fingerprint.data:
+        raise DataError(
+            f"the data is not what the run in '{found.path.parent.parent}' has seen so far: photos were added, taken "
+            "away, renamed or changed, or can no longer be read. Put them back, or begin again. Nothing was changed."
+        )
+    where = f"the state '{found.path}' does not fit"
+    slots, tensors = changing_tensors(setup), found.tree["tensors"]
+    for name in [*slots, *tensors]:
+        ours, saved = (tuple(part[name].shape) if name in part else None for part in (slots, tensors))
+        if ours != saved:
+            raise CheckpointError(
+                f"{where}: '{name}' has the shape {saved} there and {ours} in {type(setup.model).__name__}. Give the "
+                "network that the run began with, with the same layers frozen. Nothing was changed."
+            )
+    if theirs.frozen != fingerprint.frozen:
+        raise CheckpointError(
+            f"{where}: the frozen weights are others than those that the run began with. Give the same ones. Nothing "
+            "was changed."
+        )
+
+
+def put_back(found: SavedRun, setup: TrainSetup) -> tuple[RunState, bool]:
+    """Give network, optimizer, schedule and random generators the state that they had.
+
+    Returns:
+        Where the run stands, and whether layers have joined since it began.
+    """
+    tree, run_state = found.tree, RunState.from_tree(found.tree["standing"])
+    has_thawed = False
+    if setup.unfreezing is not None:  # as far as epochs have begun, so that the optimizer has the same groups
+        for epoch in range(1, run_state.epoch + (run_state.step > 0)):
+            report = setup.unfreezing.advance(
+                epoch, setup.model, setup.optimizer, scheduler=setup.schedule, **setup.rates
+            )
+            has_thawed |= report is not None
+    slots = changing_tensors(setup)
+    with torch.no_grad():
+        for name, tensor in tree["tensors"].items():
+            slots[name].copy_(tensor)
+    setup.optimizer.load_state_dict(tree["optimizer"])
+    setup.schedule.load_state_dict(tree["schedule"])
+    if tree["scaler"]:
+        setup.scaler.load_state_dict(tree["scaler"])
+    set_random_states(tree["states"], setup.train_data.train, setup.train_data.validation)
+    if run_state.step > 0:
+        run_state.states = tree["states"]
+        set_random_states({**tree["states_now"], "loaders": []})
+    return run_state, has_thawed
+
+
+def _data_digest(train_data: TrainData) -> str:
+    """Return a digest of the lists of photos, with their targets and sizes; of other data, of its lengths."""
+    found = hashlib.sha256(json.dumps(train_data.classes).encode())
+    if train_data.photos is not None:
+        listing = train_data.listing
+        root = listing.root if listing is not None else Path()
+        for photos in train_data.photos:
+            for sample in photos.samples:
+                found.update(f"{_relative(sample, root)}\t{sample.target}\t{_size(sample)}\n".encode(errors="replace"))
+        return found.hexdigest()
+    for part in (train_data.train, train_data.validation):
+        dataset: Any = getattr(part, "dataset", None)
+        for sized in (part, dataset):
+            found.update(f"{len(sized) if isinstance(sized, Sized) else None};".encode())
+    return found.hexdigest()
+
+
+def _relative(sample: Sample, root: Path) -> str:
+    folder = root if root.is_dir() else root.parent
+    return str(sample.path.relative_to(folder) if sample.path.is_relative_to(folder) else sample.path)
+
+
+def _size(sample: Sample) -> int:
+    try:
+        return sample.path.stat().st_size
+    except OSError:
+        return -1
