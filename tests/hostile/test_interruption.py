@@ -5,7 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,14 +20,6 @@ Cli = Callable[..., typer.testing.Result]
 Fit = Callable[..., regraft.FitResult]
 
 STEPS = 3  # of an epoch
-
-
-@pytest.fixture(autouse=True)
-def heard() -> Iterator[None]:
-    """Let Ctrl-C be heard also where the tests run in the background of a shell, which ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def results() -> set[str]:

@@ -56,14 +56,6 @@ class Noisy(Dataset):
         return self.images[index] * drawn, self.targets[index]
 
 
-@pytest.fixture(autouse=True)
-def heard() -> Iterator[None]:
-    """Let Ctrl-C be heard also where the tests run in the background of a shell, which ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_photos(tmp_path_factory.mktemp("photos"), 16)
