@@ -150,7 +150,7 @@ def test_tied_weights_stay_tied(own: str, tmp_path: Path) -> None:
     model = create_model(own, trust_code=True)
     path = save(model, tmp_path / "model.safetensors")
     loaded = load(path, trust_code=True)
-    assert loaded.duplicate.weight is loaded.body.weight
+    assert loaded.twin.weight is loaded.body.weight
     with safe_open(path, "pt") as file:
         assert "twin.weight" not in file.keys()  # noqa: SIM118
     assert len(list(loaded.parameters())) == len(list(model.parameters()))

@@ -71,7 +71,7 @@ def test_tied_weights_and_flags_survive(own: str, tmp_path: Path) -> None:  # no
     model = create_model(own, trust_code=True)
     model.body.bias.requires_grad_(False)
     loaded = load(save(model, tmp_path / "model.safetensors", shard_bytes=100), trust_code=True)
-    assert loaded.duplicate.weight is loaded.body.weight
+    assert loaded.twin.weight is loaded.body.weight
     assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
     assert_equal(loaded, model)
 

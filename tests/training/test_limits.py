@@ -60,7 +60,7 @@ def has_ridge(found: sweep.Sweep | None) -> bool:
 def test_fit_with_photos_around_what_the_closed_form_takes(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ridge_module, "MOST_DIRECTIONS", 80)  # of 128 features; folds learn from 4/5 of the photos
+    monkeypatch.setattr(ridge_module, "MAX_DIRECTIONS", 80)  # of 128 features; folds learn from 4/5 of the photos
     photos = write_photos(tmp_path / "photos", (count + 1) // 2, measured=4)
     if count % 2:
         next((photos / "train" / "class000").iterdir()).unlink()
@@ -109,8 +109,8 @@ def test_is_solvable_on_both_sides(photos: int, width: int, outputs: int, views:
 @pytest.mark.parametrize(
     ("limit", "value"),
     [
-        ("MOST_PARAMETERS", 2 * 3 * (WIDTH + 1) * len(sweep.RATES) * sweep.FOLDS),
-        ("MOST_BYTES", 60 * WIDTH * 4),
+        ("MAX_PARAMETERS", 2 * 3 * (WIDTH + 1) * len(sweep.RATES) * sweep.FOLDS),
+        ("MAX_BYTES", 60 * WIDTH * 4),
         ("MIN_PHOTOS", 60),
     ],
 )
@@ -125,7 +125,7 @@ def test_sweep_heads_on_both_sides(limit: str, value: int, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("most", [44, 45, 46, 60, 61])
 def test_sweep_heads_learns_from_as_many_photos_as_it_may(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "MOST_PHOTOS", most)
+    monkeypatch.setattr(sweep, "MAX_PHOTOS", most)
     assert has_ridge(swept(batches(torch.arange(60) % 3), 3))
 
 

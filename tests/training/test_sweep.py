@@ -88,10 +88,10 @@ def test_the_network_and_the_random_state_stay_as_they_are(random_state: Any) ->
 def test_what_cannot_be_trained_side_by_side_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = nn.Sequential(nn.Linear(WIDTH, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     assert sweep_heads(norm, batches(), F.cross_entropy, **options()) is None
-    monkeypatch.setattr(sweep, "MOST_PARAMETERS", 10)
+    monkeypatch.setattr(sweep, "MAX_PARAMETERS", 10)
     assert sweep_heads(nn.Linear(WIDTH, 3), batches(), F.cross_entropy, **options()) is None
     monkeypatch.undo()
-    monkeypatch.setattr(sweep, "FEWEST_PHOTOS", COUNT + 1)
+    monkeypatch.setattr(sweep, "MIN_PHOTOS", COUNT + 1)
     assert sweep_heads(nn.Linear(WIDTH, 3), batches(), F.cross_entropy, **options()) is None
 
 
