@@ -36,6 +36,18 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_architecture_names_files_and_rooms_that_exist() -> None:
+    source = ROOT / "src/regraft"
+    text = (ROOT / "docs/architecture.md").read_text()
+    named = set(re.findall(r"\b[a-z_]+(?:/[a-z_]+)*(?:\.py|\.html|/)(?=\W)", text))
+    outside = {"tests/test_layering.py"}
+    inner = {f"{folder.relative_to(source)}/" for folder in source.rglob("*") if (folder / "__init__.py").exists()}
+    assert inner <= named
+    for name in named - outside:
+        places = [source / name, *(source / room / name for room in ("checkpoint", "checkpoint/file"))]
+        assert any(place.exists() for place in places) or name in ("photos/train/", "cat/", "photos/"), name
+
+
 def write_photos(folder: Path, classes: tuple[str, ...], count: int) -> None:
     rng = np.random.default_rng(0)
     for index, name in enumerate(classes):
