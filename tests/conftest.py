@@ -14,6 +14,26 @@ import numpy as np
 import pytest
 import torch
 
+OWN_CLASS = """
+import torch
+from torch import nn
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(12, 12)
+        self.norm = nn.BatchNorm1d(12)
+        self.twin = nn.Linear(12, 12)
+        self.twin.weight = self.body.weight
+        self.register_buffer("scale", torch.rand(12))
+        self.register_buffer("count", torch.tensor(3))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.head(self.twin(self.norm(self.body(x))) * self.scale)
+"""
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
@@ -55,3 +75,11 @@ def random_state() -> Callable[[], tuple[object, ...]]:
         tuple(np.random.get_state()[1].tolist()),
         np.random.get_state()[2],
     )
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    """Return the name of a class in a file of the user's, with tied weights and buffers of several kinds."""
+    file = tmp_path / "own.py"
+    file.write_text(OWN_CLASS)
+    return f"py:{file}:Own"

@@ -1,18 +1,20 @@
 """Independent ways to say what must not have changed."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from regraft.card import ATTRIBUTE, card_of
 
 
-def snapshot(model: nn.Module) -> dict[str, object]:
+def snapshot(model: nn.Module) -> dict[str, Any]:
     """Write down everything about a model that a look at it must not change."""
     return {
         "bytes": {name: tensor.detach().clone() for name, tensor in model.state_dict().items()},
         "identities": [id(tensor) for tensor in model.state_dict(keep_vars=True).values()],
         "flags": [parameter.requires_grad for parameter in model.parameters()],
-        "gradients": [parameter.grad for parameter in model.parameters()],
+        "gradients": [None if p.grad is None else p.grad.detach().clone() for p in model.parameters()],
         "modes": [module.training for module in model.modules()],
         "classes": [type(module) for module in model.modules()],
         "hooks": [
@@ -24,13 +26,15 @@ def snapshot(model: nn.Module) -> dict[str, object]:
     }
 
 
-def same(before: dict[str, object], after: dict[str, object]) -> bool:
-    """Compare two snapshots, tensors bit by bit."""
-    ours, theirs = before["bytes"], after["bytes"]
-    assert isinstance(ours, dict)
-    assert isinstance(theirs, dict)
-    tensors = ours.keys() == theirs.keys() and all(identical(ours[name], theirs[name]) for name in ours)
-    return tensors and all(before[key] == after[key] for key in before if key not in ("bytes", "gradients"))
+def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Compare two snapshots, tensors and gradients bit by bit."""
+    ours, others = before["bytes"], after["bytes"]
+    if ours.keys() != others.keys() or not all(identical(ours[name], others[name]) for name in ours):
+        return False
+    pairs = list(zip(before["gradients"], after["gradients"], strict=True))
+    if not all(a is b if a is None or b is None else identical(a, b) for a, b in pairs):
+        return False
+    return all(before[key] == after[key] for key in before if key not in ("bytes", "gradients"))
 
 
 def identical(a: torch.Tensor, b: torch.Tensor) -> bool:

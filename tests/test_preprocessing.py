@@ -17,7 +17,7 @@ from regraft.data.decode import decode
 from regraft.data.transforms import center_crop, normalize
 from regraft.errors import ModelError
 from regraft.zoo import preprocessing_of, preprocessing_source
-from training.test_features import Lines, write_photos
+from training.factories import Lines, write_photos
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

@@ -13,7 +13,7 @@ from torchvision import models
 from typer.testing import CliRunner
 
 import tiny
-from checkpoint.test_save_load import assert_equal, flipped, own, rewritten, shake  # noqa: F401
+from checkpoint.altered import assert_equal, chain, changed, flipped, rewritten, shake
 from oracles import identical
 from regraft import create_model, diff, freeze, load, merge, replace_head, save, truncate, unfreeze
 from regraft.card import attach
@@ -39,13 +39,6 @@ def registered(pretrained: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPa
 
 def stored(path: Path) -> set[str]:
     return set(safetensors.torch.load_file(path))
-
-
-def changed(model: nn.Module, *names: str) -> nn.Module:
-    with torch.no_grad():
-        for name in names:
-            model.state_dict(keep_vars=True)[name].add_(1)
-    return model
 
 
 def test_a_new_head_over_registered_weights_takes_10_kilobytes(
@@ -161,7 +154,7 @@ def test_what_was_edited_is_bit_equal_and_merges_to_what_save_writes(
         assert read_header(delta).digests == {}
 
 
-def test_tied_weights_over_untied_ones_and_back(own: str, tmp_path: Path) -> None:  # noqa: F811
+def test_tied_weights_over_untied_ones_and_back(own: str, tmp_path: Path) -> None:
     tied = create_model(own, trust_code=True)
     untied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     base = save(untied, tmp_path / "untied.safetensors")
@@ -179,15 +172,6 @@ def test_tied_weights_over_untied_ones_and_back(own: str, tmp_path: Path) -> Non
     assert_equal(load(third), back)
     path = save(tied, tmp_path / "own.safetensors")
     assert_equal(load(save(changed(tied, "head.bias"), tmp_path / "d", base=path), trust_code=True), tied)
-
-
-def chain(folder: Path, length: int) -> tuple[Path, nn.Module]:
-    path = save(tiny.build("sequential"), folder / "0.safetensors")
-    model = load(path)
-    for number in range(1, length + 1):
-        changed(model, "7.bias" if number % 2 else "1.weight")
-        path = save(model, folder / f"{number}.safetensors", base=path)
-    return path, model
 
 
 def test_deltas_over_deltas(tmp_path: Path) -> None:

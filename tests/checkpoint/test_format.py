@@ -18,7 +18,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import tiny
-from checkpoint.test_save_load import rewritten, shake
+from checkpoint.altered import rewritten, shake
 from oracles import identical
 from regraft import create_model, freeze, load, save
 from regraft.card import Card, Preprocessing, Recipe, Source, Step, attach

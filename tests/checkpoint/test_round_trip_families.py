@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from another_process import Loader, loading, same_images
-from freezing.test_families import NAMES, images
+from families import NAMES, images
 from regraft import create_model, save
 from regraft.checkpoint import read_header
 from regraft.checkpoint.file.digest import tensor_digest

@@ -1,7 +1,5 @@
 """What is loaded is what was saved, bit for bit, and a failed write leaves what was there before."""
 
-import json
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,60 +12,13 @@ from torch import nn
 
 import regraft
 import tiny
+from checkpoint.altered import assert_equal, flipped, rewritten, shake
 from oracles import identical, same, snapshot
 from regraft import Preprocessing, create_model, freeze, load, load_weights, replace_head, save, unfreeze
 from regraft.card import attach, card_of
 from regraft.checkpoint import current_versions, read_header
 from regraft.errors import CheckpointError, RegraftError, RunError, TrustError
 from regraft.freezing.pins import is_pinned
-
-CLASS_FILE = """
-import torch
-from torch import nn
-
-class Own(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Linear(12, 12)
-        self.norm = nn.BatchNorm1d(12)
-        self.twin = nn.Linear(12, 12)
-        self.twin.weight = self.body.weight
-        self.register_buffer("scale", torch.rand(12))
-        self.register_buffer("count", torch.tensor(3))
-        self.register_buffer("scratch", torch.zeros(2), persistent=False)
-        self.head = nn.Linear(12, 5)
-
-    def forward(self, x):
-        return self.head(self.twin(self.norm(self.body(x))) * self.scale)
-"""
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> str:
-    file = tmp_path / "own.py"
-    file.write_text(CLASS_FILE)
-    return f"py:{file}:Own"
-
-
-def shake(model: nn.Module) -> nn.Module:
-    """Move every tensor of the state away from what a constructor sets, NaN and infinity included."""
-    with torch.no_grad():
-        for tensor in model.state_dict(keep_vars=True).values():
-            if tensor.is_floating_point():
-                tensor.add_(torch.randn(tensor.shape).to(tensor.dtype))
-            else:
-                tensor.add_(5)
-        first = next(model.parameters())
-        first.view(-1)[:3] = torch.tensor([float("nan"), float("-inf"), -0.0]).to(first.dtype)
-    return model
-
-
-def assert_equal(ours: nn.Module, theirs: nn.Module) -> None:
-    a, b = ours.state_dict(), theirs.state_dict()
-    assert list(a) == list(b)
-    for name, tensor in a.items():
-        assert identical(tensor, b[name]), name
-
 
 MADE: dict[str, Callable[[], nn.Module]] = {
     "torchvision": lambda: create_model("mobilenet_v3_small", weights="none"),
@@ -302,26 +253,6 @@ def test_a_loaded_model_does_not_depend_on_its_file_any_more(tmp_path: Path) -> 
 def test_saving_twice_writes_the_same_bytes(tmp_path: Path) -> None:
     model = tiny.build("sequential")
     assert save(model, tmp_path / "a").read_bytes() == save(model, tmp_path / "b").read_bytes()
-
-
-def rewritten(path: Path, change: Callable[[dict[str, object]], None]) -> Path:
-    """Change the header of a checkpoint by hand."""
-    raw = path.read_bytes()
-    length = struct.unpack("<Q", raw[:8])[0]
-    whole = json.loads(raw[8 : 8 + length])
-    header = json.loads(whole["__metadata__"]["regraft"])
-    change(header)
-    whole["__metadata__"]["regraft"] = json.dumps(header)
-    text = json.dumps(whole).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
-    return path
-
-
-def flipped(path: Path) -> Path:
-    raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
-    path.write_bytes(raw)
-    return path
 
 
 def cut(path: Path) -> Path:

@@ -14,7 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import tiny
-from checkpoint.test_save_load import assert_equal, own, shake  # noqa: F401
+from checkpoint.altered import assert_equal, shake
 from oracles import identical
 from regraft import create_model, diff, load, save
 from regraft.checkpoint import read_header
@@ -67,7 +67,7 @@ def test_the_index_is_that_of_other_libraries(tmp_path: Path) -> None:
         )
 
 
-def test_tied_weights_and_flags_survive(own: str, tmp_path: Path) -> None:  # noqa: F811
+def test_tied_weights_and_flags_survive(own: str, tmp_path: Path) -> None:
     model = create_model(own, trust_code=True)
     model.body.bias.requires_grad_(False)
     loaded = load(save(model, tmp_path / "model.safetensors", shard_bytes=100), trust_code=True)

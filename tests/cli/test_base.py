@@ -8,8 +8,7 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from checkpoint.test_delta import chain, changed
-from checkpoint.test_save_load import assert_equal
+from checkpoint.altered import assert_equal, chain, changed
 from regraft import load, save
 from regraft.card import Preprocessing, attach
 from regraft.checkpoint import read_header

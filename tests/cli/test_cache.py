@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from regraft.cli.app import app
 from regraft.frontier.cache.store import Store
-from training.test_features import run, write_photos
+from training.factories import run, write_photos
 
 
 def call(*arguments: str) -> str:

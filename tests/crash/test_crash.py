@@ -18,7 +18,7 @@ from oracles import identical
 from regraft.checkpoint.file.tree import read_tree
 from regraft.training.config import read_config
 from regraft.training.resume.run_folder import LOCK, RunFolder
-from training.test_features import write_photos
+from training.factories import write_photos
 
 STUCK_S = 60.0
 

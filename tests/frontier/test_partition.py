@@ -11,65 +11,10 @@ from torchvision import models
 
 import regraft
 import tiny
+from frontier.architectures import NETS, PATTERNS, make
 from oracles import identical, same, snapshot
-from regraft.anatomy.depths import parameter_depths
-from regraft.anatomy.heads import find_heads
 from regraft.errors import EditError, ModelError
 from regraft.frontier import partition
-
-
-def middle(model: nn.Module) -> str:
-    depths = parameter_depths(model)
-    order = sorted(set(depths.values()))
-    half = order[(len(order) - 1) // 2]
-    return [name for name, _ in model.named_parameters() if depths.get(name) == half][-1].rpartition(".")[0]
-
-
-def head_alone(model: nn.Module) -> None:
-    regraft.freeze(model)
-    regraft.unfreeze(model, *find_heads(model))
-
-
-def head_and_a_late_norm(model: nn.Module) -> None:
-    head_alone(model)
-    norms = [
-        path for path, layer in model.named_modules() if "Norm" in type(layer).__name__ and list(layer.parameters())
-    ]
-    regraft.unfreeze(model, norms[-2])
-
-
-def late_biases(model: nn.Module) -> None:
-    head_alone(model)
-    biases = [name for name, _ in model.named_parameters() if name.endswith("bias")]
-    for name in biases[-6:]:
-        regraft.unfreeze(model, f"params:{name}")
-
-
-PATTERNS: dict[str, Callable[[nn.Module], object]] = {
-    "head": head_alone,
-    "half": lambda model: regraft.freeze(model, until=middle(model)),
-    "norm": head_and_a_late_norm,
-    "biases": late_biases,
-}
-NETS = {
-    "resnet18": 64,
-    "densenet121": 64,
-    "mobilenet_v2": 64,
-    "mobilenet_v3_small": 64,
-    "shufflenet_v2_x0_5": 64,
-    "googlenet": 64,
-    "convnext_tiny": 64,
-    "swin_t": 64,
-    "efficientnet_b0": 64,
-    "regnet_y_400mf": 64,
-    "mnasnet0_5": 64,
-    "vit_b_32": 224,
-}
-
-
-def make(name: str) -> nn.Module:
-    options = {"init_weights": False} if name == "googlenet" else {}  # which takes a minute
-    return models.get_model(name, weights=None, **options)
 
 
 def run(model: Callable[..., Any], *inputs: torch.Tensor) -> torch.Tensor:

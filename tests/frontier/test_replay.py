@@ -8,29 +8,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import regraft
+from frontier.architectures import Scaled
 from oracles import identical, same, snapshot
 from regraft.errors import ModelError
 from regraft.frontier import partition
 from regraft.frontier.cache.key import network_digest
 from regraft.frontier.replay import Recording
-
-
-class Scaled(nn.Module):
-    """Halves its scores until they are small, which no graph can hold."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
-        self.second = nn.Conv2d(6, 4, 3)
-        self.drop = nn.Dropout(0.5)
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.second(self.first(x)).mean((2, 3))
-        scores = self.head(self.drop(x))
-        while scores.abs().max() > 0.1:
-            scores = scores / 2
-        return scores
 
 
 class WithSkip(Scaled):

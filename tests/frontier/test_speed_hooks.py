@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import regraft
 from regraft.frontier import partition
 from regraft.frontier.fuse import faster
-from training.test_features import write_photos
+from training.factories import write_photos
 
 
 class Net(nn.Module):

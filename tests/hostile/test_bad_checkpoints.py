@@ -19,6 +19,7 @@ from scene import assert_refused, nothing_written, only_json
 from torch import nn
 
 import regraft
+from hostile.crafted import document, write_with
 from regraft.card import Recipe, Source
 from regraft.checkpoint import Header, read_header
 from regraft.checkpoint.create import rebuild
@@ -26,20 +27,6 @@ from regraft.checkpoint.file.digest import tensor_digest
 from regraft.errors import CheckpointError, DataError, InputError, ModelError, TrustError
 
 Cli = Callable[..., typer.testing.Result]
-
-
-def write_with(saved: Path, target: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Write a copy of a checkpoint with another header document."""
-    raw = saved.read_bytes()
-    length = struct.unpack("<Q", raw[:8])[0]
-    head = json.loads(raw[8 : 8 + length])
-    head["__metadata__"] = change(json.loads(head["__metadata__"]["regraft"]))
-    changed = json.dumps(head).encode()
-    target.write_bytes(struct.pack("<Q", len(changed)) + changed + raw[8 + length :])
-
-
-def document(**fields: Any) -> Callable[[dict[str, Any]], dict[str, str]]:
-    return lambda known: {"regraft": json.dumps({**known, **fields})}
 
 
 def flip_last_byte(saved: Path, target: Path) -> None:

@@ -13,10 +13,10 @@ import torch
 import typer.testing
 from safetensors.torch import save_file
 from scene import assert_refused, listing, nothing_written, only_json
-from test_bad_checkpoints import document, write_with
 from torch import nn
 
 import regraft
+from hostile.crafted import document, write_with
 from regraft.checkpoint import Plan, build_plan, read_header, read_plan
 from regraft.errors import ConfigError, InputError, TrustError
 from regraft.frontier.cache.store import Store

@@ -18,6 +18,7 @@ from oracles import identical, same, snapshot
 from regraft.anatomy.modes import evaluation_mode
 from regraft.card import card_of
 from regraft.errors import EditError, SelectionError
+from surgery.models import first
 
 CUTS = [
     ("plain", "bn1"),
@@ -219,10 +220,6 @@ def test_networks_without_weights_are_edited_without_memory(edit: str) -> None:
         "replace_stem": lambda: regraft.replace_stem(model, 1),
     }
     assert all(parameter.is_meta for parameter in edits[edit]().parameters())
-
-
-def first(output: Any) -> torch.Tensor:
-    return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def resnet() -> nn.Module:

@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from freezing.test_families import SOME_NAMES, images
+from families import SOME_NAMES, images
 from oracles import same, snapshot
 from regraft import replace_head, replace_stem
 from regraft.errors import EditError

@@ -17,24 +17,7 @@ from regraft import create_model, load, replace_head, save
 from regraft.anatomy.heads import find_heads
 from regraft.card import attach, card_of
 from regraft.errors import ArgumentError, EditError, ModelError, SelectionError
-
-NEW = 7
-
-
-def without_init(make: Callable[[], nn.Module]) -> nn.Module:
-    """Build a network whose random init is slow, with cheap random weights."""
-    with torch.device("meta"):
-        model = make()
-    model = model.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
-                draw = torch.rand(tensor.shape, generator=generator)
-                tensor.copy_(draw if "var" in name else (draw - 0.5) * 0.1)
-            else:
-                tensor.zero_()
-    return model
+from surgery.models import NEW, without_init
 
 
 def small_vit() -> nn.Module:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import regraft
 from another_process import Loader, loading, same_images
-from freezing.test_families import IS_COMPLETE, NAMES, SOME_NAMES, family, images
+from families import IS_COMPLETE, NAMES, SOME_NAMES, family, images
 from oracles import identical
 from regraft.errors import EditError, RegraftError
 from regraft.zoo import build

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import regraft
 from oracles import identical, same, snapshot
 from regraft.errors import EditError
-from surgery.test_edits import first
+from surgery.models import first
 
 
 class Branching(nn.Module):

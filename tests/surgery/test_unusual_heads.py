@@ -15,7 +15,7 @@ from oracles import identical, same, snapshot
 from regraft import replace_head
 from regraft.anatomy.heads import find_auxiliary_heads
 from regraft.training.loop import ComputeContext, train_epoch
-from surgery.test_head import NEW, without_init
+from surgery.models import NEW, without_init
 
 AUXILIARY: dict[str, tuple[Callable[[], nn.Module], int, list[str]]] = {
     "inception_v3": (lambda: without_init(lambda: models.inception_v3(init_weights=False)), 299, ["AuxLogits.fc"]),

@@ -19,8 +19,7 @@ import tiny
 from oracles import identical, same, snapshot
 from regraft.errors import DataError, LossError, RunError
 from regraft.training.loop import ComputeContext, Tally, score, train_epoch
-from training.test_features import Lines, write_photos
-from training.test_fit import dataset, three_classes
+from training.factories import Lines, dataset, three_classes, write_photos
 
 CPU = ComputeContext(torch.device("cpu"))
 OPTIONS: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 0.02}

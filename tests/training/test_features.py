@@ -14,29 +14,13 @@ from torch import nn
 
 import regraft
 import tiny
-from frontier.test_partition import NETS, PATTERNS, make
-from frontier.test_replay import Scaled
+from frontier.architectures import NETS, PATTERNS, Scaled, make
 from oracles import identical
 from regraft.frontier.cache.store import EntryWriter, Store
-from regraft.progress import Progress
 from regraft.training.features import extract
+from training.factories import EXACT, Lines, half_frozen, run, write_photos
 
-# at ten times the rate, a change of one weight by 1e-7 moves the loss of some of these untrained networks by 0.03
-EXACT: dict[str, Any] = {"augment": "none", "fast": False, "optimizer": "sgd", "lr": 0.001, "batch_size": 6}
 CLOSE = 1e-5
-
-
-class Lines(Progress):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    def __contains__(self, part: str) -> bool:
-        return any(part in line for line in self.lines)
 
 
 @pytest.fixture(scope="module")
@@ -47,32 +31,6 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def own_photos(tmp_path: Path) -> Path:
     return write_photos(tmp_path / "photos")
-
-
-def write_photos(root: Path, count: int = 12) -> Path:
-    drawn = np.random.default_rng(3)
-    for part in ("train", "val"):
-        for label in ("dark", "light"):
-            folder = root / part / label
-            folder.mkdir(parents=True)
-            for number in range(count // 2):
-                base = 80 if label == "dark" else 160
-                pixels = np.clip(base + drawn.normal(0, 40, (70, 80, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{number}.png")
-    return root
-
-
-def half_frozen() -> nn.Module:
-    model = tiny.PlainCnn(num_classes=2)
-    regraft.freeze(model, "conv1", "bn1")
-    return model
-
-
-def run(photos: Path, model: nn.Module | None = None, **options: Any) -> tuple[regraft.FitResult, Lines]:
-    torch.manual_seed(0)
-    lines = Lines()
-    options = {**EXACT, "epochs": 2, "image_size": tiny.SIDE, **options}
-    return regraft.fit(model or half_frozen(), photos, progress=lines, **options), lines
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

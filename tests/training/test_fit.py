@@ -16,24 +16,10 @@ from regraft import TrainConfig, evaluate, fit, freeze, load, predict
 from regraft.card import card_of
 from regraft.errors import ConfigError, DataError, Interrupted, LossError, ModelError, SelectionError
 from regraft.progress import Progress
+from training.factories import dataset, three_classes
 
 OPTIONS = {"epochs": 3, "batch_size": 8, "lr": 0.02}
 COLOURS = {"blue": (30, 40, 200), "green": (20, 190, 60), "red": (220, 30, 30)}
-
-
-def dataset(count: int = 24, seed: int = 0) -> TensorDataset:
-    """Draw images whose brightest channel is their class."""
-    generator = torch.Generator().manual_seed(seed)
-    targets = torch.arange(count) % 3
-    images = torch.randn(count, 3, tiny.SIDE, tiny.SIDE, generator=generator) / 2
-    images[torch.arange(count), targets] += 1.5
-    return TensorDataset(images, targets)
-
-
-def three_classes() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        return tiny.PlainCnn(num_classes=3)
 
 
 @pytest.fixture(scope="module")

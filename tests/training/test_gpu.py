@@ -13,10 +13,9 @@ from torch import nn
 import regraft
 from regraft.anatomy.heads import find_heads
 from regraft.errors import Interrupted
-from training.test_features import Lines
-from training.test_low_precision import DEVICES, built, loop_by_hand, read_photos, write_photos
-from training.test_low_precision import STEPS as STEPS_OF_LOOP
-from training.test_resume import StopsAt, assert_same
+from training.by_hand import DEVICES, built, loop_by_hand, read_photos, write_photos
+from training.by_hand import STEPS as STEPS_OF_LOOP
+from training.factories import Lines, StopsAt, assert_same
 
 ARCHITECTURES = ["resnet50", "vit_b_16", "mobilenet_v3_small", "convnext_tiny"]
 

@@ -23,8 +23,8 @@ from regraft.training.heads import sweep
 from regraft.training.heads.ridge import is_solvable, ridge
 from regraft.training.heads.sweep import ridge_obstacle, ridge_start, sweep_heads
 from regraft.training.losses import build_loss
-from training.test_features import Lines
-from training.test_low_precision import built, write_photos
+from training.by_hand import built, write_photos
+from training.factories import Lines
 
 WIDTH = 6
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import regraft
 from regraft.errors import DataError, RegraftError, RunError
 from regraft.training.micro_batch import Batch
-from training.test_features import Lines
+from training.factories import Lines
 
 
 class Limited(nn.Module):

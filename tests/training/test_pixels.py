@@ -10,7 +10,7 @@ import torch
 import regraft
 import tiny
 from regraft.frontier.cache.store import EntryWriter, Store
-from training.test_features import Lines, write_photos
+from training.factories import Lines, write_photos
 
 RANDOM: dict[str, Any] = {"augment": "standard", "epochs": 3, "batch_size": 6, "lr": 0.01, "image_size": tiny.SIDE}
 

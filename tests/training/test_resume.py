@@ -19,27 +19,9 @@ from regraft.checkpoint.file.tree import read_tree
 from regraft.errors import CheckpointError, ConfigError, DataError, Interrupted, LossError
 from regraft.progress import SILENT, Progress
 from regraft.training.config import read_config
-from training.test_features import write_photos
-from training.test_fit import dataset
+from training.factories import StopsAt, assert_same, dataset, write_photos
 
 Stop = tuple[int, int]  # epoch and step, from 1
-
-
-class StopsAt(Progress):
-    """Sends a signal to this process when a batch is about to be learned from, and keeps what is said."""
-
-    def __init__(self, epoch: int, step: int, number: int = signal.SIGINT) -> None:
-        self._epoch, self._step, self._number = epoch, step, number
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    def track(self, items: Any, description: str, total: int | None = None) -> Iterator[Any]:
-        for step, item in enumerate(items, start=1):
-            if description.startswith(f"epoch {self._epoch}/") and step == self._step:
-                signal.raise_signal(self._number)
-            yield item
 
 
 class Noisy(Dataset):
@@ -141,23 +123,6 @@ def make(request: pytest.FixtureRequest) -> Callable[[str], tuple[nn.Module, Any
 def train(made: tuple[nn.Module, Any, dict[str, Any]], out: Path, progress: Progress = SILENT, **more: Any) -> Any:
     model, data, options = made
     return regraft.fit(model, data, out=str(out), progress=progress, **{**options, **more})
-
-
-def assert_same(ours: regraft.FitResult, theirs: regraft.FitResult) -> None:
-    for name, tensor in theirs.model.state_dict().items():
-        assert identical(tensor, ours.model.state_dict()[name]), name
-    assert identical(ours.outputs, theirs.outputs)
-    assert ours.validation == theirs.validation
-    assert ours.paths == theirs.paths
-    for one, other in zip(ours.history, theirs.history, strict=True):
-        assert (one.epoch, one.train_loss, one.validation, one.lr) == (
-            other.epoch,
-            other.train_loss,
-            other.validation,
-            other.lr,
-        )
-    free = {"out", "checkpoint_minutes"}
-    assert ours.config.model_dump(exclude=free) == theirs.config.model_dump(exclude=free)
 
 
 CASES = [(name, stops) for name in RUNS for stops in STOPS if name not in OPTIMIZERS or stops is STOPS[1]]

@@ -22,7 +22,7 @@ from regraft.training.features.batches import FeatureBatches, Features
 from regraft.training.heads import sweep
 from regraft.training.heads.ridge import PENALTIES, ridge
 from regraft.training.heads.sweep import Choice, ridge_start, sweep_heads
-from training.test_features import Lines, half_frozen, run, write_photos
+from training.factories import Lines, half_frozen, run, write_photos
 
 COUNT, WIDTH = 60, 6
 
