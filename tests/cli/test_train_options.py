@@ -1,0 +1,57 @@
+"""The options of `fit`, of `regraft train --help` and of the docs are the same, with the same defaults."""
+
+import inspect
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from regraft.cli.train import train
+from regraft.training.config import TrainConfig
+
+PAGE = (Path(__file__).parents[2] / "docs/training.md").read_text()
+OF_THE_COMMAND = {"overwrite", "resume", "trust_code", "config", "as_json"}
+IN_WORDS = {  # defaults that depend on something else
+    "lr": "by what is trained",
+    "backbone_lr": "as --lr; a twentieth with --unfreeze",
+    "loss": "by data",
+    "views": "a new one each epoch",
+    "workers": "as useful",
+    "image_size": "its own",
+    "out": "runs/DATA-1, -2, …",
+    "cache": "on",
+    "fast": "fast",
+}
+
+
+def help_texts() -> dict[str, str]:
+    """Return the help of each option of `regraft train`, by its name in Python."""
+    signature = inspect.signature(train)
+    return {name: get_args(entry.annotation)[1].help for name, entry in signature.parameters.items()}
+
+
+def test_train_takes_every_field_of_train_config() -> None:
+    assert set(help_texts()) - OF_THE_COMMAND == set(TrainConfig.model_fields)
+
+
+@pytest.mark.parametrize("name", TrainConfig.model_fields)
+def test_train_help_states_the_default_of_train_config(name: str) -> None:
+    default = TrainConfig.model_fields[name].default
+    stated = re.search(r"\[default: (.*)\]", help_texts()[name])
+    if stated is None:
+        assert not default  # None, False, or nothing
+    elif name in IN_WORDS:
+        assert stated[1] == IN_WORDS[name]
+    else:
+        assert stated[1] == (f"{default:g}" if isinstance(default, (int, float)) else default)
+
+
+@pytest.mark.parametrize("name", sorted(set(TrainConfig.model_fields) - {"data"}))
+def test_the_page_of_training_names_every_option(name: str) -> None:
+    assert f"--{name.replace('_', '-')}" in PAGE
+
+
+@pytest.mark.parametrize("name", TrainConfig.model_fields)
+def test_train_config_documents_every_field(name: str) -> None:
+    assert re.search(rf"^        {name}: ", TrainConfig.__doc__ or "", re.MULTILINE)
