@@ -15,7 +15,7 @@ from regraft.checkpoint.file.shards import lies_beside
 from regraft.checkpoint.foreign.kinds import describe_folder, require_weights
 from regraft.checkpoint.foreign.limits import check_container
 from regraft.checkpoint.foreign.objects import read_beside_objects
-from regraft.checkpoint.foreign.pickle_check import made_plain
+from regraft.checkpoint.foreign.pickle_check import to_plain_data
 from regraft.checkpoint.foreign.restricted_unpickler import read_pickled, read_torchscript
 from regraft.checkpoint.foreign.state_dicts import StateDict, StateDicts, Tensors, listed, split_extra, state_dicts_of
 from regraft.errors import CheckpointError
@@ -128,13 +128,13 @@ def _read_torch(path: Path) -> Any:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         if isinstance(error, pickle.UnpicklingError) and FOREIGN_NAME.search(str(error)):
-            return made_plain(path, read_beside_objects(path), path.stat().st_size)
+            return to_plain_data(path, read_beside_objects(path), path.stat().st_size)
         reason = "no pickle that holds tensors" if isinstance(error, pickle.UnpicklingError) else str(error)
         raise CheckpointError(
             f"'{path}' cannot be read as weights: {type(error).__name__}: {reason.partition(chr(10))[0][:200]}. "
             "Expected a safetensors file or one that torch.save wrote."
         ) from error
-    return made_plain(path, content, path.stat().st_size)
+    return to_plain_data(path, content, path.stat().st_size)
 
 
 def _read_safetensors(path: Path) -> Tensors:
