@@ -1,4 +1,4 @@
-"""Turn a file of others into safetensors: as it is without wrappers, or as a checkpoint of a network with a name."""
+"""Convert a file of other tools to safetensors: its tensors alone, or a checkpoint of a named network."""
 
 import os
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ from regraft.checkpoint.foreign.state_dicts import StateDicts, Tensors, listed
 from regraft.checkpoint.matching.adapting import shape
 from regraft.checkpoint.matching.load_plan import LoadPlan, carry_out
 from regraft.checkpoint.matching.load_report import LoadReport, Match, Sureness, some
-from regraft.checkpoint.matching.loading import Rules, plan_loading, renamed
-from regraft.checkpoint.matching.naming import without_wrappers
+from regraft.checkpoint.matching.loading import Rules, plan_loading
+from regraft.checkpoint.matching.naming import renamed, without_wrappers
 from regraft.checkpoint.write import save
 from regraft.errors import CheckpointError
 from regraft.surgery.head import replace_head
@@ -41,26 +41,26 @@ def convert(
 ) -> LoadReport:
     """Write the weights in a file as safetensors, without running anything in it.
 
-    Without a model, the tensors keep their dtypes, and their names but for what wrappers put on them. With one, they
-    get the model's names and dtypes, and the file becomes a checkpoint that `load` rebuilds: every tensor of the model
-    must then be in the file; a head for another number of classes is built as the file has it.
+    Without a model, the tensors keep their dtypes and names; only prefixes of wrappers are stripped. With a model, they
+    get its names and dtypes, and the file becomes a checkpoint that `load` rebuilds: every tensor of the model must
+    then be in the file; a head for another number of classes is built as the file has it.
 
     Args:
-        path: Whatever `load_weights` reads.
+        path: Any file that `load_weights` reads.
         out: The file to write, which ends in `.safetensors`.
         model: Name of a network, as `create_model` takes it.
         rename: As for `load_weights`.
-        match: As for `load_weights`; with a model alone.
+        match: As for `load_weights`; only with a model.
         entry: As for `load_weights`.
-        accept: As for `load_weights`; with a model alone.
-        tensors_only: Take the tensors out of a file that holds more than tensors, as a whole pickled module: classes
-            are read as inert data, nothing of them is imported or run.
+        accept: As for `load_weights`; only with a model.
+        tensors_only: Whether to extract the tensors from a file that holds more, such as a whole pickled module:
+            classes are read as inert data, and none is imported or run.
         trust_code: Whether a class of your own (`py:…`) may be imported to build the model.
         dry_run: Whether to return the report without writing anything.
 
     Raises:
         CheckpointError: The file cannot be read, holds several networks, or does not fill the model.
-        RunError: The file cannot be written; a previous one is as it was.
+        RunError: The file cannot be written; a previous file is unchanged.
     """
     check_arguments(convert, locals())
     source, target = Path(path), Path(out)
@@ -72,7 +72,7 @@ def convert(
         raise CheckpointError(f"'{target}' is the file that is read. Choose another name. Nothing was written.")
     contents = read_state_dicts(source, tensors_only=tensors_only)
     if model is None:
-        tensors, report = _plain(contents, rename or {}, entry)
+        tensors, report = _strip_wrappers(contents, rename or {}, entry)
         if not dry_run:
             write_tensors(
                 target,
@@ -81,12 +81,13 @@ def convert(
             )
         return replace(report, dry_run=dry_run)
     rules = Rules(rename or {}, match, entry, accept, adapt=(), may_adapt=False)
-    return _into_network(model, contents, rules, target, trust_code=trust_code, dry_run=dry_run)
+    return _convert_to_network(model, contents, rules, target, trust_code=trust_code, dry_run=dry_run)
 
 
-def _into_network(
+def _convert_to_network(
     name: str, contents: StateDicts, rules: Rules, target: Path, *, trust_code: bool, dry_run: bool
 ) -> LoadReport:
+    """Load the weights into a named network and save that; see `convert`."""
     with preserved_randomness():
         network, plan = _with_its_head(build(name, trust_code=trust_code), contents, rules)
     if dry_run:
@@ -101,8 +102,8 @@ def _into_network(
     return plan.report
 
 
-def _plain(contents: StateDicts, rename: Mapping[str, str], entry: str | None) -> tuple[Tensors, LoadReport]:
-    """Take wrappers off the names of the one state dict in a file."""
+def _strip_wrappers(contents: StateDicts, rename: Mapping[str, str], entry: str | None) -> tuple[Tensors, LoadReport]:
+    """Strip wrappers from the names of the only state dict in a file."""
     choices = contents.choices(entry)
     if len(choices) > 1:
         raise CheckpointError(
@@ -112,7 +113,7 @@ def _plain(contents: StateDicts, rename: Mapping[str, str], entry: str | None) -
     tensors = renamed(choices[0].tensors, rename, contents.path)
     names, notes = without_wrappers(tensors)
     originals = dict(zip(tensors, choices[0].tensors, strict=True))
-    others = [other.key for other in contents.entries if other.key and other is not choices[0]]
+    others = [another.key for another in contents.entries if another.key and another is not choices[0]]
     report = LoadReport(
         path=str(contents.path),
         loaded=tuple(names.values()),
@@ -130,15 +131,15 @@ def _plain(contents: StateDicts, rename: Mapping[str, str], entry: str | None) -
 
 
 def _with_its_head(network: nn.Module, contents: StateDicts, rules: Rules) -> tuple[nn.Module, LoadPlan]:
-    """Plan the loading; where only the number of classes differs, into a network with that many."""
+    """Plan the loading; if only the number of classes differs, into a network whose head has the file's number."""
     plan = plan_loading(network, contents, rules)
-    widths = {theirs[0] for _, theirs, _ in plan.report.mismatched if theirs}
-    is_head = all(theirs[1:] == ours[1:] for _, theirs, ours in plan.report.mismatched)
+    widths = {file_shape[0] for _, file_shape, _ in plan.report.mismatched if file_shape}
+    is_head = all(file_shape[1:] == model_shape[1:] for _, file_shape, model_shape in plan.report.mismatched)
     if len(widths) != 1 or not is_head or plan.report.missing:
         return network, plan
     edited = replace_head(network, widths.pop())
-    again = plan_loading(edited, contents, rules)
-    return (edited, again) if not again.report.mismatched else (network, plan)
+    edited_plan = plan_loading(edited, contents, rules)
+    return (edited, edited_plan) if not edited_plan.report.mismatched else (network, plan)
 
 
 def _require_whole(report: LoadReport, model: str) -> None:

@@ -1,4 +1,4 @@
-"""Names, recipes and weights → modules."""
+"""Create networks: from a name and weights, or from the recipe of a checkpoint."""
 
 import contextlib
 from collections.abc import Mapping
@@ -27,9 +27,9 @@ from regraft.surgery.recipe import apply_step
 from regraft.surgery.stitching import rebuild_stitched
 from regraft.zoo import PYTHON, build, weights_name
 
-MAX_STEPS = 64  # in a recipe; each costs a run on shapes
+MAX_STEPS = 64  # in a recipe; each costs a shape-only run
 MAX_PARTS = 32
-OTHER_WORDS = {  # of torchvision, timm, Keras and transformers
+OTHER_WORDS = {  # arguments of torchvision, timm, Keras and transformers → what to write instead
     "pretrained_cfg": 'Write weights="default", or the name of registered weights.',
     "checkpoint_path": "Write weights=PATH.",
     "in_chans": "Change the finished network: regraft.replace_stem(model, channels).",
@@ -38,7 +38,8 @@ OTHER_WORDS = {  # of torchvision, timm, Keras and transformers
     "drop_rate": "Build the network with timm, and pass the module on.",
     **dict.fromkeys(("classes", "n_classes", "num_labels", "nb_classes", "out_features"), "Write num_classes=K."),
 }
-# What constructors set parameters with: the methods of a tensor, and the functions of torch.nn.init.
+# The functions with which constructors initialize parameters: methods of tensors, and torch.nn.init. All of them return
+# the tensor that they fill, which is what lets `_SkipInitialization` answer in their place.
 # fmt: off
 FILLS = frozenset((
     "normal_", "uniform_", "fill_", "zero_", "copy_", "erfinv_", "mul_", "div_", "add_", "sub_", "clamp_", "constant_",
@@ -57,16 +58,16 @@ def create_model(
     trust_code: bool = False,
     **others: Any,
 ) -> nn.Module:
-    """Create a network by name, with pretrained weights and, where wanted, a new head.
+    """Create a network by name, with pretrained weights and, if requested, a new head.
 
     Args:
         name: `"resnet18"` (torchvision), `"timm/NAME"`, `"py:path/file.py:Class"` or `"py:package.module:Class"`.
-        weights: `"default"` (what its library recommends, downloaded where needed), `"none"`, the name of registered
+        weights: `"default"` (what its library recommends, downloaded if needed), `"none"`, the name of registered
             weights such as `"IMAGENET1K_V2"` or torchvision's `ResNet18_Weights.IMAGENET1K_V1`, or a file. None is
-            `"none"`. A file must fit in everything but the head.
-        num_classes: Number of outputs K of a new head, which starts from fresh weights; None keeps the head.
+            `"none"`. A file must fit except for the head.
+        num_classes: Number of outputs K of a new, freshly initialized head; None keeps the head.
         trust_code: Whether a class of your own (`py:…`) may be imported.
-        **others: None; what torchvision, timm and Keras call otherwise is refused with what to write here.
+        **others: Not accepted; the error names the equivalent of an argument of torchvision, timm or Keras.
 
     Raises:
         ConfigError: An argument is unknown.
@@ -80,6 +81,7 @@ def create_model(
     path = Path(weights)
     from_file = str(weights) not in ("default", "none") and (isinstance(weights, Path) or _looks_like_file(path))
     model = build(name, weights="none" if from_file else str(weights), trust_code=trust_code)
+    # The file goes in before the head is replaced: it must fit the network that its authors trained.
     if from_file:
         _load_backbone(model, path, name)
     if num_classes is not None:
@@ -88,10 +90,10 @@ def create_model(
 
 
 def _refuse_other_words(others: Mapping[str, Any]) -> None:
-    """Describe what to write here in the place of other libraries' arguments of the same function.
+    """Refuse arguments that other libraries have, and name their equivalent here.
 
     Raises:
-        ConfigError: There is one of them.
+        ConfigError: There is such an argument.
     """
     for word, value in others.items():
         advice = nearest(word, ("weights", "num_classes", "trust_code")) or "It takes weights, num_classes, trust_code."
@@ -101,25 +103,29 @@ def _refuse_other_words(others: Mapping[str, Any]) -> None:
 
 
 def rebuild(recipe: Recipe, *, trust_code: bool = False, unset: bool = False) -> nn.Module:
-    """Build the architecture that a recipe describes, with fresh weights; the random state stays as it is.
+    """Build the architecture that a recipe describes, with fresh weights; the random state is preserved.
 
     Args:
         recipe: A source and edits.
-        trust_code: Whether code of the user's own may be imported.
-        unset: Whether parameters may hold anything, as the caller sets all of them or reads none. That saves most of
-            the time. Buffers are as their constructors made them in any case, as some are in no file.
+        trust_code: Whether the user's own code may be imported.
+        unset: Whether parameters may stay uninitialized, because the caller overwrites all of them or reads none. This
+            saves most of the time. Buffers are always initialized, as some of them are in no file.
 
     Raises:
         ModelError: The source is unknown here.
-        TrustError: The source is code of the user's own and `trust_code` is false.
+        TrustError: The source is the user's own code and `trust_code` is false.
         EditError: A step does not fit.
     """
+    # A caller who trusts code may run anything, so limits on a recipe protect nobody then.
     if not trust_code:
-        _require_sane(recipe)
+        _require_bounded(recipe)
+    # Initialization is skipped only if nothing reads the values: layers given as text, stitched parts and a user's own
+    # constructors may compute with their weights, and so do edits such as `replace_stem`.
     is_plain = not recipe.source.layers and not recipe.source.parts and not recipe.source.name.startswith(PYTHON)
-    is_blind = is_plain and all(step.operation == "replace_head" for step in recipe.steps)  # others look at weights
+    is_blind = is_plain and all(step.operation == "replace_head" for step in recipe.steps)
     with preserved_randomness():
-        with _Unset() if unset and is_blind else contextlib.nullcontext():
+        # The steps lie outside of the interception: a new head is initialized as always, which costs little.
+        with _SkipInitialization() if unset and is_blind else contextlib.nullcontext():
             model = _from_source(recipe.source, trust_code)
         for step in recipe.steps:
             model = apply_step(model, step, trust_code=trust_code)
@@ -127,6 +133,11 @@ def rebuild(recipe: Recipe, *, trust_code: bool = False, unset: bool = False) ->
 
 
 def _from_source(source: Source, trust_code: bool) -> nn.Module:
+    """Build the network that a recipe starts from.
+
+    Raises:
+        ModelError: The source is unknown, or its parts cannot be joined.
+    """
     if source.layers:
         return construct(source.layers, trust_code=trust_code)
     if not source.parts:
@@ -139,26 +150,26 @@ def _from_source(source: Source, trust_code: bool) -> nn.Module:
         return join(parts, source.arguments, trust_code=trust_code)
     except RegraftError:
         raise
-    except Exception as error:  # a recipe is data from anywhere
+    except Exception as error:  # a recipe comes from a file, so its arguments may be of any type
         raise ModelError(
             f"a recipe cannot put its {len(parts)} networks together by {source.name}: {type(error).__name__}: "
             f"{str(error)[:200]}. Get or make the file again."
         ) from error
 
 
-def _require_sane(recipe: Recipe) -> None:
-    """Refuse a recipe that would keep a machine busy for hours.
+def _require_bounded(recipe: Recipe) -> None:
+    """Refuse a recipe whose cost has no reasonable limit.
 
     Raises:
-        EditError: It has more steps or parts than any network was made of, or a regular expression, which has no
-            limit.
+        EditError: It has too many steps or parts, or selects layers by a regular expression, whose time is unbounded.
     """
+    # An explicit list instead of recursion: recipes nest as deep as the file says.
     recipes, steps, waiting = 0, 0, [recipe]
     while waiting:
-        one = waiting.pop()
-        recipes, steps = recipes + 1, steps + len(one.steps)
-        waiting += one.source.parts
-        slow = next((step for step in one.steps if str(step.arguments.get("path")).startswith("re:")), None)
+        current = waiting.pop()
+        recipes, steps = recipes + 1, steps + len(current.steps)
+        waiting += current.source.parts
+        slow = next((step for step in current.steps if str(step.arguments.get("path")).startswith("re:")), None)
         if slow is not None:
             raise EditError(
                 f"a recipe names layers by a regular expression ('{shortened(str(slow))}'), which it may not. "
@@ -171,15 +182,18 @@ def _require_sane(recipe: Recipe) -> None:
             )
 
 
-class _Unset(TorchFunctionMode):
-    """Leaves parameters unset while a network of torchvision or timm is built.
+class _SkipInitialization(TorchFunctionMode):
+    """Skips the initialization of parameters while a network of torchvision or timm is built.
 
-    Drawing weights takes most of the time of that, and memory that nobody writes to is not even taken from the system.
+    Initialization takes most of the time of building, and the system does not provide memory until it is written to.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function of torch, or return its target unchanged if it would initialize a parameter."""
         kwargs = kwargs or {}
+        # Methods have their tensor first; torch.nn.init passes itself on by keyword, with the name "tensor".
         target = args[0] if args else kwargs.get("tensor")
+        # Parameters only: buffers and temporary tensors, such as timm's drop-path rates, keep their values.
         if isinstance(target, nn.Parameter) and getattr(func, "__name__", "") in FILLS:
             return target
         return func(*args, **kwargs)
@@ -203,10 +217,14 @@ def _load_backbone(model: nn.Module, path: Path, name: str) -> LoadReport:
     heads = find_heads(model)
     absent = [*report.missing, *(name for name, _, _ in report.mismatched)]
     absent = [key for key in absent if not any(is_within(key, head) for head in heads)]
+    # A file may hold more than the network, as a projector of self-supervised training. Only unknown tensors inside of
+    # its own children show another architecture.
     children = {child for child, _ in model.named_children()}
     surplus = [key for key in report.unexpected if key.partition(".")[0] in children]
     if absent or surplus:
-        problem = f"it lacks {_some(absent)}" if absent else f"it has {_some(surplus)}, which the model lacks"
+        problem = (
+            f"it lacks {_first_names(absent)}" if absent else f"it has {_first_names(surplus)}, which the model lacks"
+        )
         raise CheckpointError(
             f"'{path}' holds weights of another architecture than {name}: {problem}. "
             "Give the name of the network that the file was trained with."
@@ -218,6 +236,6 @@ def _load_backbone(model: nn.Module, path: Path, name: str) -> LoadReport:
     return report
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     shown = ", ".join(map(repr, names[:3]))
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

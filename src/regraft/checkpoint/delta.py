@@ -1,4 +1,7 @@
-"""Deltas: checkpoints that hold what differs from a base, and pin that base by its digest."""
+"""Deltas: checkpoints that hold only the tensors that differ from a base, and pin that base by its digest.
+
+A base may itself be a delta. The chain is first followed by headers alone, then read from its end to its start.
+"""
 
 import os
 from collections.abc import Mapping
@@ -31,7 +34,7 @@ from regraft.checkpoint.storable import require_storable, stored_state
 from regraft.errors import CheckpointError, ModelError
 from regraft.zoo import build, list_models
 
-DEPTH_LIMIT = 16  # deltas over deltas
+DEPTH_LIMIT = 16  # deltas in a chain
 SHARD_BYTES = 5 * 2**30
 
 Place = Path | str  # a file, or the name of registered weights
@@ -39,10 +42,10 @@ PathLike = str | os.PathLike[str]
 
 
 class MissingBaseError(CheckpointError):
-    """The base that a delta needs is not there, or is another one.
+    """The base that a delta needs is missing, or has another digest.
 
     Attributes:
-        problem: The message without what to do, as only some functions can be told where a base is.
+        problem: The message without its advice, as not every function has an argument for the base.
     """
 
     def __init__(self, problem: str, advice: str) -> None:
@@ -52,24 +55,29 @@ class MissingBaseError(CheckpointError):
 
 @dataclass(frozen=True)
 class Link:
-    """One of a chain of checkpoints, each of which is the base of the one before."""
+    """A checkpoint in a chain, in which each is the base of the one before.
+
+    Attributes:
+        place: The file, or the name of registered weights.
+        header: Its header; None for registered weights and for files that regraft did not write.
+    """
 
     place: Place
     header: Header | None = None
 
 
 def merge(path: PathLike, out: PathLike, *, base: PathLike | None = None, shard_bytes: int = SHARD_BYTES) -> Path:
-    """Make a full checkpoint of a delta, and return its path. No code of the network is needed.
+    """Convert a delta to a full checkpoint, and return its path. No code of the network is needed.
 
     Args:
         path: The delta.
-        out: Where to; its folder must exist.
-        base: Where its base is: a file, a folder with it, or the name of registered weights; None looks beside the
+        out: The file to write; its folder must exist.
+        base: Location of its base: a file, a folder with it, or the name of registered weights. None looks beside the
             delta, or takes the registered weights that it names.
-        shard_bytes: Above this size, it is written as several files with an index.
+        shard_bytes: Above this total size, the checkpoint is written as several files with an index.
 
     Raises:
-        CheckpointError: The file is no delta, is damaged, or the base that it needs is not there. Nothing was written.
+        CheckpointError: The file is not a delta, is damaged, or its base is missing. Nothing was written.
         RunError: The new file cannot be written.
     """
     check_arguments(merge, locals())
@@ -86,38 +94,41 @@ def merge(path: PathLike, out: PathLike, *, base: PathLike | None = None, shard_
 
 
 def resolve(source: Path, base: PathLike | None = None) -> Contents:
-    """Read a checkpoint with all that it is based on, each part of it verified.
+    """Read a checkpoint with all of its bases, and verify every part.
 
     Args:
         source: A checkpoint, a delta or not.
-        base: As `merge` takes it.
+        base: As for `merge`.
 
     Raises:
-        CheckpointError: A file is damaged, or a base is missing or is not the one that is needed. Nothing was changed.
+        CheckpointError: A file is damaged, or a base is missing or has another digest. Nothing was changed.
     """
     chain = chain_of(source, base)
     last = chain[-1]
-    found = read_base(last.place) if len(chain) > 1 else read_contents(source, last.header)
+    # A chain of one is read as a checkpoint. Only a base may also be registered weights or a file of other tools, which
+    # `read_base` reads.
+    contents = read_base(last.place) if len(chain) > 1 else read_contents(source, last.header)
     for link in reversed(chain[:-1]):
         assert isinstance(link.place, Path)
         assert link.header is not None
-        found = _merged(link.place, link.header, found)
-    return found
+        contents = _merge_delta(link.place, link.header, contents)
+    return contents
 
 
 def chain_of(source: Path, base: PathLike | None = None) -> list[Link]:
-    """List a checkpoint and all that it is based on, from their headers alone.
+    """List a checkpoint and all of its bases, from their headers alone.
 
     Raises:
-        CheckpointError: A base is missing or is not the one that is needed, or there are too many.
+        CheckpointError: A base is missing or has another digest, or there are too many.
     """
     place: Place = locate(source)
     links: list[Link] = []
     pinned: Base | None = None
     while True:
         header = _header_of(place)
+        # Found out here, a wrong base costs no reading of tensors. Bases without a header are verified in `_merged`.
         if pinned is not None and header is not None and header.digest() != pinned.digest:
-            raise _other_base(links[-1].place, pinned, place, header.digest())
+            raise _wrong_base_error(links[-1].place, pinned, place, header.digest())
         if any(isinstance(place, Path) and _is_same(place, link.place) for link in links):
             raise CheckpointError(f"'{source}' is based on itself, by way of '{place}'. Get or make the files again.")
         links.append(Link(place, header))
@@ -131,21 +142,23 @@ def chain_of(source: Path, base: PathLike | None = None) -> list[Link]:
         assert isinstance(place, Path)
         pinned = header.base
         place = _place_of(place, pinned, base)
+        # A file names the first base only. A folder may hold the whole chain, so it goes on to the next link.
         base = base if base is not None and Path(base).is_dir() else None
 
 
 def merge_advice(delta: Path) -> str:
-    """Return what to do about a base that is not there, where the caller cannot say where it is."""
+    """Return the advice for a missing base, for functions that have no argument for it."""
     return f"or make a full file once: `regraft merge {delta.name} --out FULL.safetensors --base FILE`."
 
 
 def choose_base(base: PathLike) -> Place:
-    """Describe what a caller means by a base: a file, or registered weights by name.
+    """Return the place that an argument `base` means: a file, or the name of registered weights.
 
     Raises:
         CheckpointError: It is neither.
     """
     text = os.fspath(base)
+    # An existing file wins over a registered name: `resnet18` may be a file in the current folder.
     if isinstance(base, str) and not Path(base).is_file():
         name = base if "@" in base else f"{base}@default"
         if REGISTERED.fullmatch(name) and name.partition("@")[0] in list_models():
@@ -160,10 +173,10 @@ def choose_base(base: PathLike) -> Place:
 
 
 def read_base(place: Place) -> Contents:
-    """Read all tensors of a base: registered weights, or a file of any kind that `load_weights` reads.
+    """Read all tensors of a base: registered weights, or any file that `load_weights` reads.
 
     Raises:
-        CheckpointError: It cannot be read, or the weights cannot be had.
+        CheckpointError: It cannot be read, or the weights cannot be downloaded.
     """
     if isinstance(place, Path):
         header = _header_of(place)
@@ -172,15 +185,15 @@ def read_base(place: Place) -> Contents:
         foreign = only_state_dict(read_foreign(weights_file(place))).tensors
         tensors = {name: tensor.contiguous() for name, tensor in foreign.items()}
         return Contents(tensors, digests_of(tensors))
-    tensors, shared = untied_state_dict(_registered(place))
+    tensors, shared = untied_state_dict(_build_registered(place))
     return Contents(tensors, digests_of(tensors), shared)
 
 
 def pin_base(place: Place) -> tuple[Base, Contents]:
-    """Read a base with all that it is based on, and return how a delta names it.
+    """Read a base with all of its own bases, and return it with the `Base` that a delta keeps in its header.
 
     Raises:
-        CheckpointError: It cannot be read, or is a chain that is too long already.
+        CheckpointError: It cannot be read, or its chain is already too long.
     """
     if isinstance(place, Path):
         if not is_plain_name(place.name):
@@ -199,7 +212,7 @@ def pin_base(place: Place) -> tuple[Base, Contents]:
             )
         found = read_base(place) if len(chain) == 1 else resolve(place)
         return Base(kind="file", name=place.name, digest=found.digest()), found
-    model = _registered(place)
+    model = _build_registered(place)
     recipe = card_of(model).recipe
     assert recipe is not None
     tensors, shared = untied_state_dict(model)
@@ -209,7 +222,7 @@ def pin_base(place: Place) -> tuple[Base, Contents]:
 
 
 def untied_state_dict(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return each tensor of the state dict once, on the CPU, and the names of those that are the same as another.
+    """Return each tensor of the state dict once, on the CPU, and alias → name for tied tensors.
 
     Raises:
         CheckpointError: A tensor, or the extra state of a layer, is of a kind that no safetensors file holds.
@@ -221,6 +234,7 @@ def untied_state_dict(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[s
         first = first_names.setdefault(id(tensor), name)
         if first == name:
             plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+            # safetensors refuses tensors that share memory, as views of one larger storage do.
             tensors[name] = plain.clone() if plain.untyped_storage().nbytes() != plain.nbytes else plain
         else:
             shared[name] = first
@@ -228,55 +242,70 @@ def untied_state_dict(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[s
 
 
 def differing(tensors: Mapping[str, torch.Tensor], base: Contents) -> dict[str, torch.Tensor]:
-    """Return the tensors that the base does not hold bit for bit under the same name."""
-    theirs = base.expanded()
+    """Return the tensors that the base does not hold bit-identical under the same name."""
+    base_tensors = base.expanded()
     return {
         name: tensor
         for name, tensor in tensors.items()
-        if name not in theirs or not _is_identical(tensor, theirs[name])
+        if name not in base_tensors or not _is_identical(tensor, base_tensors[name])
     }
 
 
 def _is_identical(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether two tensors are bit-identical."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
+    # As bytes: values would call NaN different from itself, and 0.0 equal to -0.0.
     return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))
 
 
-def _merged(path: Path, header: Header, base: Contents) -> Contents:
-    """Put the tensors of a delta over those of its base, and verify both."""
+def _merge_delta(path: Path, header: Header, base: Contents) -> Contents:
+    """Overlay the tensors of a delta on those of its base, and verify both.
+
+    Raises:
+        CheckpointError: The base has another digest, or the result is not the network that was saved.
+    """
     assert header.base is not None
     if base.digest() != header.base.digest:
-        raise _other_base(path, header.base, header.base.name, base.digest())
-    held = read_contents(path, header)
-    gone = {*header.removed, *header.shared}
-    kept = [name for name in base.expanded() if name not in gone and name not in held.tensors]
-    theirs, known = base.expanded(), base.all_digests()
-    digests = {**{name: known[name] for name in kept}, **held.digests}
+        raise _wrong_base_error(path, header.base, header.base.name, base.digest())
+    delta = read_contents(path, header)
+    # An alias of the delta may be a tensor of its own in the base: the tie is what was saved.
+    replaced = {*header.removed, *header.shared}
+    kept = [name for name in base.expanded() if name not in replaced and name not in delta.tensors]
+    base_tensors, base_digests = base.expanded(), base.all_digests()
+    digests = {**{name: base_digests[name] for name in kept}, **delta.digests}
+    # The digests above are of bytes as read, so this verifies base, delta and the way that they were put together.
     if digest_of(digests) != header.whole or not set(header.shared.values()) <= set(digests):
         raise CheckpointError(
             f"'{path}' is damaged: with its base '{header.base.name}' it does not make the network that was saved. "
             "Get or make it again."
         )
-    return Contents({**{name: theirs[name] for name in kept}, **held.tensors}, digests, header.shared)
+    return Contents({**{name: base_tensors[name] for name in kept}, **delta.tensors}, digests, header.shared)
 
 
 def _header_of(place: Place) -> Header | None:
+    """Return the header of a checkpoint of regraft; None for registered weights and for files of other tools."""
     if isinstance(place, str):
         return None
+    # A path that is no file also goes to `read_header`, whose error says what is missing.
     is_ours = is_index(place) or not place.is_file() or is_safetensors(place)
     return read_header(place) if is_ours else None
 
 
-def _place_of(delta: Path, base: Base, given: PathLike | None) -> Place:
-    """Return where the base of a delta is: where the caller says, or beside the delta."""
-    if given is not None and not Path(given).is_dir():
-        return choose_base(given)
+def _place_of(delta: Path, base: Base, location: PathLike | None) -> Place:
+    """Return the place of a delta's base: the one that the caller names, or beside the delta.
+
+    Raises:
+        MissingBaseError: There is no such file, or it is a link to another folder.
+    """
+    if location is not None and not Path(location).is_dir():
+        return choose_base(location)
     if base.kind == "registered":
         return base.name
-    folder = delta.parent if given is None else Path(given)
+    folder = delta.parent if location is None else Path(location)
     place = folder / base.name
     if place.is_file():
+        # The delta names this file, not the caller: it must not lead out of the folders that the caller named.
         if place.resolve().parent not in (folder.resolve(), delta.resolve().parent):
             raise MissingBaseError(
                 f"'{place}', the base of '{delta}', is a link to another folder.",
@@ -289,7 +318,12 @@ def _place_of(delta: Path, base: Base, given: PathLike | None) -> Place:
     )
 
 
-def _registered(name: str) -> nn.Module:
+def _build_registered(name: str) -> nn.Module:
+    """Build a network with registered weights, from `NAME@WEIGHTS`.
+
+    Raises:
+        CheckpointError: The weights are random, or cannot be downloaded.
+    """
     model, _, weights = name.partition("@")
     if weights == "none":
         raise CheckpointError(f"'{name}' is no base: its weights are drawn anew each time. Save it, and use that file.")
@@ -300,7 +334,8 @@ def _registered(name: str) -> nn.Module:
         raise CheckpointError(f"the base '{name}' cannot be had: {error} Or give a file of it: base=FILE.") from error
 
 
-def _other_base(delta: Place, pinned: Base, place: Place, digest: str) -> CheckpointError:
+def _wrong_base_error(delta: Place, pinned: Base, place: Place, digest: str) -> CheckpointError:
+    """Return the error for a base with another digest than the pinned one."""
     return MissingBaseError(
         f"'{delta}' is a delta over {pinned}, and '{place}' is another ({digest[:12]}…).",
         "Give the one that it was made from: base=FILE (--base FILE).",

@@ -1,4 +1,4 @@
-"""Write a file so that a reader finds either the old one or the whole new one."""
+"""Write files atomically: a reader finds either the old file or the complete new one."""
 
 import contextlib
 import os
@@ -8,14 +8,14 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_write(target: Path, *, flush: bool = True) -> Iterator[Path]:
-    """Let the block write a file beside `target`, which then takes its place.
+    """Give the block a temporary path beside `target`, and rename that file to `target` afterwards.
 
-    Where anything fails, `target` stays as it was, and nothing is left beside it.
+    On any failure, `target` is unchanged and the temporary file is removed.
 
     Args:
-        target: The file.
-        flush: Whether it is on the disk before it takes that place, so that a power cut does no harm either. That takes
-            milliseconds, too long for a table that is written anew after each short epoch.
+        target: The file to write.
+        flush: Whether to flush the file to the disk before the rename, which protects from a power cut. It takes
+            milliseconds, too long for a table that is rewritten after each short epoch.
 
     Raises:
         OSError: The disk is full, or cannot be written.
@@ -34,7 +34,7 @@ def atomic_write(target: Path, *, flush: bool = True) -> Iterator[Path]:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Let the new name survive a power cut too, where the file system can do that."""
+    """Flush the folder's entries, so that the rename survives a power cut; ignored where that is not supported."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Read the tensors of a checkpoint into memory of their own, and verify each on the way."""
+"""Read the tensors of a checkpoint into memory of their own, and verify each while reading."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from regraft.checkpoint.file.layout import Entry, read_layout
 from regraft.checkpoint.file.shards import read_weight_map
 from regraft.errors import CheckpointError
 
-CHUNK_BYTES = 1 << 20  # fits into a core's cache: what was just read is hashed from there
+CHUNK_BYTES = 1 << 20  # fits into a core's cache, from which it is hashed
 
 Tensors = dict[str, torch.Tensor]
 
@@ -24,9 +24,9 @@ class Contents:
     """The tensors of a checkpoint, each once.
 
     Attributes:
-        tensors: By their names, in memory that belongs to nobody else.
-        digests: Of each of them, worked out from what is in memory.
-        shared: Names of tensors that are the same as another, and that other's name.
+        tensors: Tensors by name, in memory that is not shared.
+        digests: Digest of each tensor by name, computed from the bytes in memory.
+        shared: Alias → name, for tied tensors.
     """
 
     tensors: Tensors
@@ -38,17 +38,17 @@ class Contents:
         return digest_of(self.digests)
 
     def expanded(self) -> Tensors:
-        """Return the tensors under all their names."""
+        """Return the tensors under all names, aliases included."""
         return {**self.tensors, **{alias: self.tensors[name] for alias, name in self.shared.items()}}
 
     def all_digests(self) -> dict[str, str]:
-        """Return the digests under all names."""
+        """Return the digests under all names, aliases included."""
         return {**self.digests, **{alias: self.digests[name] for alias, name in self.shared.items()}}
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A tensor in a file, and the memory that it is read into."""
+    """A tensor in a file, and the memory to read it into."""
 
     name: str
     file: Path
@@ -57,16 +57,16 @@ class _Piece:
 
 
 def read_contents(path: Path, header: Header | None) -> Contents:
-    """Read what one checkpoint itself holds, from one file or several; of a delta, the tensors that differ.
+    """Read the tensors of one checkpoint, from one file or several; of a delta, only those that it holds itself.
 
-    Each tensor is read straight into its own memory and hashed on the way, in several threads.
+    Each tensor is read into its own memory and hashed at the same time, in several threads.
 
     Args:
         path: The file, or the index.
-        header: What `read_header` says of it.
+        header: Its header, from `read_header`; without one, nothing is verified.
 
     Raises:
-        CheckpointError: A file is missing or damaged, or a tensor is not what was saved.
+        CheckpointError: A file is missing or damaged, or a tensor has another digest than when it was saved.
     """
     path = locate(path)
     entries = find_entries(path)
@@ -85,7 +85,7 @@ def read_contents(path: Path, header: Header | None) -> Contents:
             _Piece(name, file, entry, torch.empty(entry.shape, dtype=entry.dtype))
             for name, (file, entry) in entries.items()
         ]
-    except (RuntimeError, OverflowError) as error:  # a file that is mostly a hole may declare anything
+    except (RuntimeError, OverflowError) as error:  # a sparse file may declare more than there is memory
         size = sum(entry.size for _, entry in entries.values())
         raise CheckpointError(
             f"'{path}' declares {size:,} bytes of tensors, for which there is no memory. Check where it comes from."
@@ -99,7 +99,7 @@ def read_contents(path: Path, header: Header | None) -> Contents:
 
 
 def find_entries(path: Path) -> dict[str, tuple[Path, Entry]]:
-    """Say in which file, and where in it, each tensor of a checkpoint lies; no byte of a tensor is read.
+    """Return name → (file, entry in it) for each tensor of a checkpoint; no byte of a tensor is read.
 
     Raises:
         CheckpointError: A file is missing or damaged, or an index does not fit its files.
@@ -123,33 +123,35 @@ def _read_layouts(index: Path) -> tuple[dict[str, Path], dict[Path, dict[str, En
         except CheckpointError:
             before, weight_map = weight_map, read_weight_map(index)
             if weight_map == before:
-                raise  # otherwise somebody has just saved another checkpoint in its place
+                raise  # a changed index means that another checkpoint was saved meanwhile: read that one
 
 
 def _read_all(path: Path, pieces: Sequence[_Piece]) -> dict[str, str]:
-    """Fill the memory of all pieces, and return their digests."""
+    """Read all pieces into their memory, and return their digests by name."""
     with ExitStack() as stack:
         try:
             files = {
                 file: stack.enter_context(file.open("rb", buffering=0))
                 for file in dict.fromkeys(piece.file for piece in pieces)
             }
-            numbers = {file: opened.fileno() for file, opened in files.items()}
+            descriptors = {file: opened.fileno() for file, opened in files.items()}
             groups = balanced(pieces, lambda piece: piece.entry.size)
-            found = side_by_side(lambda group: [(one.name, _read(one, numbers[one.file])) for one in group], groups)
+            results = side_by_side(
+                lambda group: [(piece.name, _read(piece, descriptors[piece.file])) for piece in group], groups
+            )
         except OSError as error:
             raise CheckpointError(f"'{path}' cannot be read: {error}. Try again, or get it again.") from error
-    return dict(entry for group in found for entry in group)
+    return dict(entry for group in results for entry in group)
 
 
-def _read(piece: _Piece, number: int) -> str:
-    # No mapped file: whoever cuts it off while it is read would kill the process, and every byte is copied anyhow.
+def _read(piece: _Piece, descriptor: int) -> str:
+    # Not memory-mapped: if another process truncates a mapped file, reading it kills this one. Bytes are copied anyway.
     digest = started_digest(piece.entry.dtype, piece.entry.shape)
     memory = bytes_of(piece.target)
     done = 0
     while done < len(memory):
         chunk = memory[done : done + CHUNK_BYTES]
-        count = os.preadv(number, [chunk], piece.entry.start + done)
+        count = os.preadv(descriptor, [chunk], piece.entry.start + done)
         if count == 0:
             raise CheckpointError(f"'{piece.file}' is damaged: it was cut off while it was read. Get it again.")
         digest.update(chunk[:count])

@@ -1,4 +1,4 @@
-"""Digests of tensors: the same digest means bit-identical."""
+"""Digests of tensors: equal digests mean bit-identical tensors."""
 
 import hashlib
 import os
@@ -27,7 +27,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 
 def started_digest(dtype: torch.dtype, shape: Iterable[int]) -> Any:
-    """Return a SHA-256 that has seen a dtype and a shape, and waits for the bytes."""
+    """Return a SHA-256 object updated with a dtype and a shape; the caller adds the bytes."""
     return hashlib.sha256(f"{dtype}{tuple(shape)}".encode())
 
 
@@ -37,15 +37,15 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Return the digest of each tensor, worked out side by side, sorted by name."""
+    """Return the digest of each tensor, computed in parallel, sorted by name."""
     groups = balanced(list(tensors.items()), lambda item: item[1].nbytes)
-    found = side_by_side(lambda group: [(name, tensor_digest(tensor)) for name, tensor in group], groups)
-    by_name = {name: digest for group in found for name, digest in group}
+    results = side_by_side(lambda group: [(name, tensor_digest(tensor)) for name, tensor in group], groups)
+    by_name = {name: digest for group in results for name, digest in group}
     return {name: by_name[name] for name in sorted(by_name)}
 
 
 def balanced(items: Sequence[Item], size: Callable[[Item], int]) -> list[list[Item]]:
-    """Share items out among the threads, so that each has about as many bytes to go through."""
+    """Distribute items over the threads, so that each has about the same number of bytes to process."""
     groups: list[list[Item]] = [[] for _ in range(WORKERS)]
     loads = [0] * WORKERS
     for item in sorted(items, key=size, reverse=True):
@@ -56,7 +56,7 @@ def balanced(items: Sequence[Item], size: Callable[[Item], int]) -> list[list[It
 
 
 def side_by_side(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """Do some work on each item, in threads: reading, copying and hashing let others run meanwhile."""
+    """Process each item in a thread of its own: reading, copying and hashing release the interpreter lock."""
     if len(items) < 2:
         return [work(item) for item in items]
     with ThreadPoolExecutor(len(items)) as pool:

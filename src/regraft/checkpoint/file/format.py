@@ -1,4 +1,4 @@
-"""The file format: what stands in the header of a checkpoint beside the tensors. `docs/format.md` specifies it.
+"""The file format: the header of a checkpoint beside its tensors. `docs/format.md` specifies it.
 
 A checkpoint is one safetensors file, or several with an index. The metadata of the file or of the index has one key,
 `regraft`, with a JSON document of the fields of `Header`. Any safetensors reader can read the tensors; none of them
@@ -24,16 +24,16 @@ KEY = "regraft"
 DOCUMENT_LIMIT_BYTES = 32_000_000
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
-REGISTERED = re.compile(r"(timm/)?\w+@[\w.]+", re.ASCII)  # a name of the zoo and of its weights: no path, no code
+REGISTERED = re.compile(r"(timm/)?\w+@[\w.]+", re.ASCII)  # NAME@WEIGHTS of the zoo; matches no path and no code
 DIGEST = r"^[0-9a-f]{64}$"
 
 
 class Base(BaseModel):
-    """What a delta is the difference to.
+    """The base of a delta.
 
     Attributes:
         kind: `registered` weights, or a `file`.
-        name: `NAME@WEIGHTS` as in `resnet18@IMAGENET1K_V1`, or the plain name of a file.
+        name: `NAME@WEIGHTS` as in `resnet18@IMAGENET1K_V1`, or the name of a file without a folder.
         digest: `Header.digest` of the base.
     """
 
@@ -56,19 +56,19 @@ class Base(BaseModel):
 
 
 class Header(BaseModel):
-    """What a checkpoint says of itself. Fields that this version does not know are kept.
+    """The header of a checkpoint. Fields that this version does not know are kept.
 
     Attributes:
         format: Version of this format, `MAJOR.MINOR`; a reader refuses another major version.
         card: Recipe, preprocessing, task, classes and metrics.
-        digests: SHA-256 of every tensor that is stored, by its name in the state dict.
-        shared: Names of tensors that are stored under another name, because they are the same tensor.
-        frozen: Names of the parameters that were frozen.
-        base: Of a delta, what the other tensors are taken from.
-        removed: Of a delta, names in its base that it lacks.
-        whole: Of a delta, `digest()` of the network that it makes of its base.
-        versions: Of Python, torch and regraft, for information.
-        metadata: Whatever the caller of `save` added.
+        digests: SHA-256 of every stored tensor, by its name in the state dict.
+        shared: Alias → name, for tied tensors, which are stored once.
+        frozen: Names of the frozen parameters.
+        base: For a delta, the checkpoint that holds the other tensors.
+        removed: For a delta, names of the base that it does not have.
+        whole: For a delta, `digest()` of the complete network.
+        versions: Versions of Python, torch and regraft, for information.
+        metadata: Data that the caller of `save` added.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -95,10 +95,10 @@ class Header(BaseModel):
         return self.whole or digest_of(self.digests)
 
     def document(self) -> str:
-        """Return the JSON document that stands in a file.
+        """Return the header as the JSON document in a file.
 
         Raises:
-            CheckpointError: It is longer than a reader would read, or holds what is no JSON data.
+            CheckpointError: It is longer than a reader accepts, or holds something that is not JSON data.
         """
         try:
             text = self.model_dump_json()
@@ -142,16 +142,16 @@ def locate(path: Path) -> Path:
         CheckpointError: `path` is a folder with several indexes.
     """
     if path.is_dir():
-        found = sorted(path.glob(f"*{INDEX_SUFFIX}"))
-        if len(found) > 1:
-            names = ", ".join(f"'{index.name}'" for index in found[:3])
-            raise CheckpointError(f"'{path}' holds {len(found)} checkpoints ({names}). Give the path of one of them.")
-        return found[0] if found else path
+        indexes = sorted(path.glob(f"*{INDEX_SUFFIX}"))
+        if len(indexes) > 1:
+            names = ", ".join(f"'{index.name}'" for index in indexes[:3])
+            raise CheckpointError(f"'{path}' holds {len(indexes)} checkpoints ({names}). Give the path of one of them.")
+        return indexes[0] if indexes else path
     return index_of(path) if not path.exists() and index_of(path).is_file() else path
 
 
 def index_of(path: Path) -> Path:
-    """Return the name of the index for a checkpoint that is to be called `path`.
+    """Return the path of the index for a checkpoint at `path`.
 
     >>> index_of(Path("runs/model.safetensors")).name
     'model.safetensors.index.json'
@@ -160,12 +160,12 @@ def index_of(path: Path) -> Path:
 
 
 def is_index(path: Path) -> bool:
-    """Return whether a path is called as the index of a checkpoint in several files."""
+    """Return whether a path has the name of an index of a checkpoint in several files."""
     return path.name.endswith(INDEX_SUFFIX)
 
 
 def read_header(path: Path) -> Header | None:
-    """Read the header alone: no tensor, and no more bytes than the header has.
+    """Read the header only, without the bytes of any tensor.
 
     Args:
         path: A checkpoint, the index of one in several files, or a folder with one index.
@@ -174,7 +174,7 @@ def read_header(path: Path) -> Header | None:
         The header, or None for a safetensors file that regraft did not write.
 
     Raises:
-        CheckpointError: The file does not exist, is no safetensors file, or has a header that cannot be understood.
+        CheckpointError: The file does not exist, is not a safetensors file, or has a malformed header.
     """
     path = locate(path)
     metadata = read_index(path).get("metadata") if is_index(path) else read_start(path)[0].get("__metadata__")
@@ -187,7 +187,7 @@ def read_index(path: Path) -> dict[str, Any]:
     """Read the JSON object in an index.
 
     Raises:
-        CheckpointError: The file does not exist, is too long, or holds anything else.
+        CheckpointError: The file does not exist, is too long, or is not a JSON object.
     """
     if not path.is_file():
         raise CheckpointError(f"no file '{path}' (looked from {Path.cwd()}). Give the path of a checkpoint.")
@@ -208,7 +208,7 @@ def _parse_header(path: Path, text: Any) -> Header:
         if not isinstance(text, str) or len(text) > DOCUMENT_LIMIT_BYTES:
             raise ValueError(f"expected text of at most {DOCUMENT_LIMIT_BYTES:,} bytes")
         content = parse_json(text)
-        version = str(content["format"])[:40]  # first: the rest of another major version may mean anything
+        version = str(content["format"])[:40]  # checked first, as another major version may have other fields
         if version.partition(".")[0] != VERSION.partition(".")[0]:
             raise CheckpointError(
                 f"'{path}' has the format {version}; this version reads {VERSION}. Install a newer regraft."
@@ -230,7 +230,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def is_plain_name(name: str) -> bool:
-    r"""Return whether a name can only mean a file in the folder where it is looked up.
+    r"""Return whether a name is that of a file without a folder, on every operating system.
 
     >>> [is_plain_name(name) for name in ("a.safetensors", "../a", "/a", "a/b", "..", "C:a", "a\\b", "")]
     [True, False, False, False, False, False, False, False]

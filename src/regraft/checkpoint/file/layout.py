@@ -1,6 +1,7 @@
 """The layout of a safetensors file: which of its bytes belong to which tensor.
 
-Eight bytes with the length of a JSON text, the JSON text, and the tensors' bytes. Nothing here reads a tensor.
+The file consists of eight bytes with the length of a JSON text, the JSON text, and the bytes of the tensors. Nothing in
+this module reads a tensor.
 """
 
 import json
@@ -17,7 +18,7 @@ from regraft.checkpoint.foreign.kinds import require_weights
 from regraft.errors import CheckpointError
 
 HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library itself
-ENTRY_LIMIT = 2_000_000  # values in a JSON text: parsed, they take no more than 256 MiB
+ENTRY_LIMIT = 2_000_000  # values in a JSON text; parsed, they take at most 256 MiB
 DIMENSION_LIMIT = 64
 NAME_LIMIT = 1000  # characters
 SIZE_LIMIT = 2**63  # of a dimension, and of a file
@@ -43,18 +44,18 @@ DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-UNSUPPORTED = ("F6_E2M3", "F6_E3M2")  # dtypes of the safetensors library that torch has not
-PACKED = {"F4": 2}  # elements of the file in one of torch: its last side is that many times as long in the file
+UNSUPPORTED = ("F6_E2M3", "F6_E3M2")  # dtypes of the safetensors library that torch does not have
+PACKED = {"F4": 2}  # numbers in one element of torch; the last dimension is that many times as long in the file
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies.
+    """The position and type of one tensor in a file.
 
     Attributes:
-        dtype: Of its elements.
-        shape: Of the tensor.
-        start: Of its bytes, from the beginning of the file.
+        dtype: Type of its elements.
+        shape: Shape in torch.
+        start: Offset of its first byte from the beginning of the file.
         size: Number of its bytes.
     """
 
@@ -66,11 +67,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """All of a file but its tensors' bytes.
+    """A safetensors file without the bytes of its tensors.
 
     Attributes:
-        entries: Where each tensor lies, by its name.
-        metadata: What else the file says of itself.
+        entries: Position and type of each tensor, by name.
+        metadata: The text under `__metadata__`.
     """
 
     entries: dict[str, Entry]
@@ -78,33 +79,37 @@ class Layout:
 
 
 def parse_json(text: bytes | str) -> Any:
-    """Parse JSON of others: no more values than fit into a quarter of a gigabyte, whatever their kind.
+    """Parse JSON from a file of unknown origin, in at most 256 MiB of memory.
 
     Raises:
-        ValueError: It is not JSON in UTF-8, is nested too deep, holds too many values, or has an entry twice.
+        ValueError: It is not JSON in UTF-8, is nested too deep, holds too many values, or has a key twice.
     """
+    # Counted in the text, before anything is parsed: each value has one of these marks in front of it.
     marks = (b"[", b"{", b",", b":") if isinstance(text, bytes) else ("[", "{", ",", ":")
     if sum(text.count(mark) for mark in marks) > ENTRY_LIMIT:  # pyright: ignore[reportArgumentType]
         raise ValueError(f"more than {ENTRY_LIMIT:,} values")
     try:
-        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, object_pairs_hook=_unique)
+        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, object_pairs_hook=_unique_dict)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dict; what two readers would read differently is no header."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _unique_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict, and refuse duplicate keys: readers disagree on which of them counts."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         raise ValueError("an entry is there twice")
-    return found
+    return entries
 
 
 def read_start(path: Path) -> tuple[dict[str, Any], int]:
-    """Read the JSON text of a safetensors file, and return where the tensors' bytes start; no byte of them is read.
+    """Read the JSON text of a safetensors file; no byte of a tensor is read.
+
+    Returns:
+        The JSON object, and the offset at which the bytes of the tensors start.
 
     Raises:
-        CheckpointError: The file does not exist, or is no safetensors file.
+        CheckpointError: The file does not exist, or is not a safetensors file.
     """
     if not path.is_file():
         raise CheckpointError(f"no file '{path}' (looked from {Path.cwd()}). Give the path of a checkpoint.")
@@ -129,41 +134,46 @@ def read_start(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def read_layout(path: Path) -> Layout:
-    """Read where each tensor of a safetensors file lies; no byte of a tensor is read.
+    """Read the position of each tensor of a safetensors file; no byte of a tensor is read.
 
     Raises:
-        CheckpointError: The file does not exist, is no safetensors file, or its tensors overlap, leave gaps, or reach
-            beyond its end.
+        CheckpointError: The file does not exist, is not a safetensors file, or its tensors overlap, leave gaps, or
+            exceed the file.
     """
     content, start = read_start(path)
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _damaged(path, "its metadata are not text")
+        raise _damaged_error(path, "its metadata are not text")
     if any(len(name) > NAME_LIMIT for name in content):
-        raise _damaged(path, f"it has a name of more than {NAME_LIMIT:,} characters")
-    entries = {name: _entry(path, name, described, start) for name, described in content.items()}
+        raise _damaged_error(path, f"it has a name of more than {NAME_LIMIT:,} characters")
+    entries = {name: _parse_entry(path, name, described, start) for name, described in content.items()}
     end = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
         if entry.start != end:
-            raise _damaged(path, f"the bytes of '{name}' do not follow those of the tensor before it")
+            raise _damaged_error(path, f"the bytes of '{name}' do not follow those of the tensor before it")
         end += entry.size
     size = path.stat().st_size
     if size != end:
-        raise _damaged(path, f"it has {size:,} bytes, expected {end:,}")
+        raise _damaged_error(path, f"it has {size:,} bytes, expected {end:,}")
     return Layout(entries, metadata)
 
 
-def _entry(path: Path, name: str, described: Any, start: int) -> Entry:
+def _parse_entry(path: Path, name: str, fields: Any, start: int) -> Entry:
+    """Parse the JSON entry of one tensor; `start` is the offset of the tensors' bytes.
+
+    Raises:
+        CheckpointError: Its dtype, shape and offsets are malformed, or contradict each other.
+    """
     try:
-        if described["dtype"] in UNSUPPORTED:
+        if fields["dtype"] in UNSUPPORTED:
             raise CheckpointError(
-                f"'{path}' holds '{name[:200]}' as {described['dtype']}, for which torch has no dtype. "
+                f"'{path}' holds '{name[:200]}' as {fields['dtype']}, for which torch has no dtype. "
                 f"Expected one of {', '.join(DTYPES)}. Convert it where the file was made."
             )
-        dtype, shape, (first, last) = DTYPES[described["dtype"]], described["shape"], described["data_offsets"]
+        dtype, shape, (first, last) = DTYPES[fields["dtype"]], fields["shape"], fields["data_offsets"]
         sizes = [*shape, first, last]
         is_sound = len(shape) <= DIMENSION_LIMIT and all(type(size) is int and 0 <= size < SIZE_LIMIT for size in sizes)
-        packed = PACKED.get(described["dtype"], 1)
+        packed = PACKED.get(fields["dtype"], 1)
         if is_sound and packed > 1 and shape and shape[-1] % packed == 0:
             shape = [*shape[:-1], shape[-1] // packed]
         elif packed > 1:
@@ -172,8 +182,8 @@ def _entry(path: Path, name: str, described: Any, start: int) -> Entry:
             return Entry(dtype, tuple(shape), start + first, last - first)
     except (KeyError, TypeError, ValueError):
         pass
-    raise _damaged(path, f"dtype, shape and offsets of '{name[:200]}' do not agree, or are not known")
+    raise _damaged_error(path, f"dtype, shape and offsets of '{name[:200]}' do not agree, or are not known")
 
 
-def _damaged(path: Path, reason: str) -> CheckpointError:
+def _damaged_error(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"'{path}' is damaged: {reason}. Get or make it again.")

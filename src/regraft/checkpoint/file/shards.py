@@ -25,16 +25,16 @@ from regraft.checkpoint.file.layout import read_start
 from regraft.checkpoint.storable import require_storable
 from regraft.errors import CheckpointError, RunError
 
-SHARD_OF = "regraft-shard-of"  # in the metadata of a shard: the name of its index
+SHARD_OF = "regraft-shard-of"  # metadata key of a shard; its value is the name of the index
 
 Tensors = Mapping[str, torch.Tensor]
 
 
 def read_weight_map(index: Path) -> dict[str, Path]:
-    """Return which file holds each tensor, by its name.
+    """Return name of a tensor → file that holds it.
 
     Raises:
-        CheckpointError: The index is malformed, or names anything but files beside it.
+        CheckpointError: The index is malformed, or names other than files beside it.
     """
     names = read_index(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
@@ -44,7 +44,7 @@ def read_weight_map(index: Path) -> dict[str, Path]:
 
 
 def _shard(index: Path, name: str) -> Path:
-    """Return the file that an index calls `name`, which can only lie beside the index, links included."""
+    """Return the path of a file that an index names; it must lie beside the index, links included."""
     file = index.parent / name
     if not is_plain_name(name) or not name.endswith(SUFFIX) or not lies_beside(index, file):
         raise CheckpointError(
@@ -55,28 +55,31 @@ def _shard(index: Path, name: str) -> Path:
 
 
 def lies_beside(index: Path, file: Path) -> bool:
-    """Return whether a file lies in the folder of an index, links followed; some caches link both into one folder."""
+    """Return whether a file lies in the folder of an index, after links are resolved.
+
+    The folder of the link and the folder of its target both count, as caches link index and files into one folder.
+    """
     return file.resolve().parent in (index.parent.resolve(), index.resolve().parent)
 
 
 def shard_of(path: Path) -> str | None:
-    """Return the name of the index that a file says it belongs to; None for any other file."""
+    """Return the name of the index in a shard's metadata; None for any other file."""
     metadata = read_start(path)[0].get("__metadata__")
     name = metadata.get(SHARD_OF) if isinstance(metadata, dict) else None
     return name if isinstance(name, str) else None
 
 
 def write_checkpoint(target: Path, tensors: Tensors, header: Header, shard_bytes: int) -> Path:
-    """Write tensors and header as one file, or as several with an index where one would be longer than `shard_bytes`.
+    """Write tensors and header as one file, or as several with an index if all tensors exceed `shard_bytes`.
 
-    A reader finds what was there before or all that is new: the file, or the index, is renamed into place last.
+    A reader finds the old checkpoint or the complete new one: the file, or the index, is renamed into place last.
 
     Returns:
         The file, or the index.
 
     Raises:
         CheckpointError: The header is too long.
-        RunError: Something cannot be written; nothing of it is left, and what was there before is as it was.
+        RunError: A file cannot be written; no new file is left, and the old checkpoint is unchanged.
     """
     document = header.document()
     name = target.name.removesuffix(INDEX_SUFFIX)
@@ -104,11 +107,11 @@ def write_checkpoint(target: Path, tensors: Tensors, header: Header, shard_bytes
 
 
 def write_tensors(target: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
-    """Write one safetensors file; a reader finds what was there before or the whole of it.
+    """Write one safetensors file atomically.
 
     Raises:
         CheckpointError: A tensor has a dtype that safetensors cannot hold. Nothing was written.
-        RunError: It cannot be written.
+        RunError: The file cannot be written.
     """
     import safetensors.torch
 
@@ -117,10 +120,10 @@ def write_tensors(target: Path, tensors: Tensors, metadata: dict[str, str]) -> N
 
 
 def write_whole(target: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name, flush it to the disk, and rename it.
+    """Write a file under a temporary name, flush it to the disk, and rename it.
 
     Raises:
-        RunError: It cannot be written; nothing of it is left, and a previous file is as it was.
+        RunError: It cannot be written; nothing of it is left, and a previous file is unchanged.
     """
     try:
         with atomic_write(target) as temporary:
@@ -130,13 +133,14 @@ def write_whole(target: Path, write: Callable[[Path], object]) -> None:
 
 
 def _advice(error: Exception) -> str:
+    """Return what to do about a failed write; safetensors reports a full disk only in the text of its error."""
     if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error).lower():
         return "; free some space and retry"
     return "; check that its folder exists and can be written to, and that the disk has space, then retry"
 
 
 def _split(tensors: Tensors, shard_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Fill one shard after the other; a tensor that is larger than a shard has one for itself."""
+    """Distribute tensors over shards in their order; a tensor larger than a shard gets one of its own."""
     group: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in tensors.items():
@@ -149,7 +153,7 @@ def _split(tensors: Tensors, shard_bytes: int) -> Iterator[dict[str, torch.Tenso
 
 
 def _free_names(index: Path, count: int, digest: str) -> list[Path]:
-    """Return names of shards that nobody has, so that a previous checkpoint stays whole until the index is replaced."""
+    """Return unused paths for shards, so that a previous checkpoint stays complete until the index is replaced."""
     stem = index.name.removesuffix(INDEX_SUFFIX)
     for attempt in itertools.count():
         infix = "" if attempt == 0 else f"-{digest[:8]}" if attempt == 1 else f"-{digest[:8]}-{attempt}"
@@ -161,18 +165,19 @@ def _free_names(index: Path, count: int, digest: str) -> list[Path]:
 
 
 def _shards_beside(index: Path) -> list[Path]:
-    """List the shards that say that they belong to `index`, those of a save that was killed included."""
+    """List the shards of `index`, including those that an interrupted save has left."""
     stem = re.escape(index.name.removesuffix(INDEX_SUFFIX))
     pattern = re.compile(rf"{stem}(-[0-9a-f]{{8}}(-\d+)?)?-\d{{5}}-of-\d{{5}}{re.escape(SUFFIX)}")
-    found = []
+    shards = []
     for file in sorted(index.parent.glob(f"*{SUFFIX}")):
         with contextlib.suppress(CheckpointError, OSError):
             if pattern.fullmatch(file.name) and shard_of(file) == index.name:
-                found.append(file)
-    return found
+                shards.append(file)
+    return shards
 
 
 def _is_ours(index: Path) -> bool:
+    """Return whether regraft wrote an index; a missing or malformed one counts as foreign, and is not removed."""
     with contextlib.suppress(CheckpointError, OSError):
         return read_header(index) is not None
     return False
@@ -180,5 +185,5 @@ def _is_ours(index: Path) -> bool:
 
 def _remove(files: list[Path]) -> None:
     for file in files:
-        with contextlib.suppress(OSError):  # what is left over is removed by the next save
+        with contextlib.suppress(OSError):  # the next save removes what is left
             file.unlink(missing_ok=True)

@@ -1,11 +1,11 @@
-"""Nested plain data with tensors in it ↔ one safetensors file; no pickle.
+"""Store nested plain data with tensors in one safetensors file, without pickle.
 
-The tensors are the file's tensors, under their paths in the data. The rest is a JSON document in the metadata, beside
-a digest of all of it. What JSON does not have is an object with one key:
+The tensors are stored under their paths in the data. The rest is a JSON document in the metadata, next to a digest of
+document and tensors. Types that JSON does not have are objects with one key:
 
     {"tuple": […]}   {"dict": [[key, value], …]}   {"float": "inf"}   {"tensor": "name", "order": […]}
 
-`order` is there for a tensor whose dimensions lie in another order in memory, as with `torch.channels_last`.
+`order` is present if the dimensions of a tensor have another order in memory, as with `torch.channels_last`.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ Tree = Any
 
 
 def snapshot(tree: Tree) -> Tree:
-    """Return a copy whose tensors are on the CPU and share memory with nothing; how they lie in memory is kept.
+    """Return a copy whose tensors are on the CPU and share no memory; strides are preserved.
 
     >>> weight = torch.zeros(1)
     >>> snapshot({"weight": (weight, 1)})["weight"][0] is weight
@@ -44,34 +44,34 @@ def snapshot(tree: Tree) -> Tree:
 def write_tree(tree: Tree, path: Path) -> None:
     """Write dicts (with keys of str or int), lists, tuples, tensors, and plain values (None, bool, int, float, str).
 
-    The file is written under another name, flushed to the disk and renamed.
+    The file is written under a temporary name, flushed to the disk and renamed.
 
     Args:
         tree: The data.
-        path: Where to; its folder must exist.
+        path: The file to write; its folder must exist.
 
     Raises:
-        TypeError: Something is of another kind; the message says where. Nothing was written.
-        RunError: The disk is full, or cannot be written. What was there before is still there.
+        TypeError: A value is of another type; the message says where. Nothing was written.
+        RunError: The disk is full, or cannot be written. A previous file is unchanged.
     """
     from safetensors.torch import save_file
 
     tensors: dict[str, torch.Tensor] = {}
-    document = json.dumps(_encoded(tree, (), tensors), allow_nan=False)
+    document = json.dumps(_encode(tree, (), tensors), allow_nan=False)
     metadata = {KEY: document, DIGEST: _digest(document, tensors)}
-    tensors = _apart(tensors)
+    tensors = _without_shared_memory(tensors)
     try:
         with atomic_write(path) as temporary:
             save_file(tensors, temporary, metadata)
-    except Exception as error:  # safetensors has an error of its own for a full disk
+    except Exception as error:  # safetensors raises its own error for a full disk
         raise RunError(f"cannot write '{path}': {error}. Free some space.") from error
 
 
 def read_tree(path: Path) -> Tree:
-    """Read what `write_tree` wrote; tensors are on the CPU.
+    """Read a file of `write_tree`; tensors are on the CPU.
 
     Raises:
-        CheckpointError: There is no such file, it was cut off, or anything in it has changed.
+        CheckpointError: There is no such file, it is truncated, or its content has changed.
     """
     from safetensors import safe_open
 
@@ -84,35 +84,37 @@ def read_tree(path: Path) -> Tree:
         document = metadata[KEY]
         if _digest(document, tensors) != metadata[DIGEST]:
             raise ValueError("its digest is another")
-        return _decoded(json.loads(document), tensors)
-    except Exception as error:  # of safetensors, JSON, or of data that is not what was written
+        return _decode(json.loads(document), tensors)
+    except Exception as error:  # safetensors, JSON and malformed data raise many types
         reason = f"it has no '{error.args[0]}'" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"'{path}' is damaged: {reason}. Use an older one, or start again.") from error
 
 
-def _encoded(value: Tree, place: tuple[object, ...], tensors: dict[str, torch.Tensor]) -> Any:
+def _encode(value: Tree, place: tuple[object, ...], tensors: dict[str, torch.Tensor]) -> Any:
+    """Convert a value at `place` to JSON data, and add its tensors to `tensors`."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else {"float": repr(value)}
     if isinstance(value, torch.Tensor):
-        return _encoded_tensor(value, place, tensors)
+        return _encode_tensor(value, place, tensors)
     if isinstance(value, dict):
         for key in value:
             if isinstance(key, bool) or not isinstance(key, (str, int)):
-                raise TypeError(f"a key at '{_name(place)}' is a {type(key).__name__}, expected a str or an int")
-        return {"dict": [[key, _encoded(part, (*place, key), tensors)] for key, part in value.items()]}
+                raise TypeError(f"a key at '{_path_text(place)}' is a {type(key).__name__}, expected a str or an int")
+        return {"dict": [[key, _encode(part, (*place, key), tensors)] for key, part in value.items()]}
     if isinstance(value, (list, tuple)):
-        parts = [_encoded(part, (*place, position), tensors) for position, part in enumerate(value)]
+        parts = [_encode(part, (*place, position), tensors) for position, part in enumerate(value)]
         return parts if isinstance(value, list) else {"tuple": parts}
-    raise TypeError(f"'{_name(place)}' is a {type(value).__name__}, which is no plain data")
+    raise TypeError(f"'{_path_text(place)}' is a {type(value).__name__}, which is no plain data")
 
 
-def _encoded_tensor(tensor: torch.Tensor, place: tuple[object, ...], tensors: dict[str, torch.Tensor]) -> Any:
-    name = _name(place)
-    while name in tensors:
+def _encode_tensor(tensor: torch.Tensor, place: tuple[object, ...], tensors: dict[str, torch.Tensor]) -> Any:
+    name = _path_text(place)
+    while name in tensors:  # the keys 1 and "1" give the same path
         name += "'"
     plain = tensor.detach().cpu()
+    # safetensors stores contiguous tensors only. Permuted to its order in memory, a channels_last tensor is contiguous.
     order = sorted(range(plain.ndim), key=lambda dimension: -plain.stride(dimension))
     if plain.is_contiguous() or not plain.permute(order).is_contiguous():
         tensors[name] = plain.contiguous()
@@ -121,26 +123,26 @@ def _encoded_tensor(tensor: torch.Tensor, place: tuple[object, ...], tensors: di
     return {"tensor": name, "order": order}
 
 
-def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copy those that share memory with another, which safetensors refuses."""
+def _without_shared_memory(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copy tensors that share memory with an earlier one, which safetensors refuses."""
     seen: set[int] = set()
-    found = {}
+    separate = {}
     for name, tensor in tensors.items():
         memory = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if memory in seen else tensor
+        separate[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
-    return found
+    return separate
 
 
-def _decoded(value: Any, tensors: dict[str, torch.Tensor]) -> Tree:
+def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Tree:
     if isinstance(value, list):
-        return [_decoded(part, tensors) for part in value]
+        return [_decode(part, tensors) for part in value]
     if not isinstance(value, dict):
         return value
     if "dict" in value:
-        return {key: _decoded(part, tensors) for key, part in value["dict"]}
+        return {key: _decode(part, tensors) for key, part in value["dict"]}
     if "tuple" in value:
-        return tuple(_decoded(part, tensors) for part in value["tuple"])
+        return tuple(_decode(part, tensors) for part in value["tuple"])
     if "float" in value:
         return float(value["float"])
     tensor = tensors[value["tensor"]]
@@ -151,13 +153,13 @@ def _decoded(value: Any, tensors: dict[str, torch.Tensor]) -> Tree:
 
 
 def _digest(document: str, tensors: dict[str, torch.Tensor]) -> str:
-    found = hashlib.blake2b(document.encode(), digest_size=32)
+    digest = hashlib.blake2b(document.encode(), digest_size=32)
     for name in sorted(tensors):
         tensor = tensors[name]
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(bytes_of(tensor))
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(bytes_of(tensor))
+    return digest.hexdigest()
 
 
-def _name(place: tuple[object, ...]) -> str:
+def _path_text(place: tuple[object, ...]) -> str:
     return "/".join(map(str, place)) or "value"

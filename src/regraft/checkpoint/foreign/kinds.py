@@ -1,7 +1,7 @@
-"""Name what a file is that is not read: a pointer, a web page, an archive, a file of another framework.
+"""Identify files that are not readable as weights: a pointer, a web page, an archive, a file of another framework.
 
-Files are known by their first bytes, and by their names only where the bytes say nothing. The messages say what to do,
-because the usual causes are a download that went wrong and a file of another framework.
+A file is identified by its first bytes, and by its name only for formats without a signature. The messages say what to
+do, because the usual causes are a failed download and a file of another framework.
 """
 
 import json
@@ -19,7 +19,7 @@ UNPACK = "Unpack it, and give the file with the weights."
 FLAX = "Load it with flax.serialization, and keep its arrays with numpy.savez or safetensors."
 KERAS = "Load it with Keras, and keep its arrays with numpy.savez under the names of the network."
 
-MAGIC: tuple[tuple[int, bytes, str, str], ...] = (  # offset, bytes, what it is, what to do
+MAGIC: tuple[tuple[int, bytes, str, str], ...] = (  # (offset, bytes, description, advice)
     (0, b"\x1f\x8b", "a gzip archive", UNPACK),
     (0, b"BZh", "a bzip2 archive", UNPACK),
     (0, b"\xfd7zXZ\x00", "an xz archive", UNPACK),
@@ -44,7 +44,7 @@ MAGIC: tuple[tuple[int, bytes, str, str], ...] = (  # offset, bytes, what it is,
     (0, b"\xff\xd8\xff", "a picture (JPEG)", EXPECTED),
     (0, b"%PDF", "a PDF document", EXPECTED),
 )
-BY_NAME: dict[str, tuple[str, str]] = {  # where the bytes say nothing: formats without a signature
+BY_NAME: dict[str, tuple[str, str]] = {  # formats without a signature: suffix → (description, advice)
     ".onnx": ("an ONNX model", "Give the weights that it was exported from."),
     ".mlmodel": ("a Core ML model", "Give the weights that it was converted from."),
     ".pb": ("a TensorFlow graph (SavedModel or frozen)", "Load it with TensorFlow, and keep its arrays as npz."),
@@ -53,7 +53,7 @@ BY_NAME: dict[str, tuple[str, str]] = {  # where the bytes say nothing: formats 
     ".h5": ("not the HDF5 file that its name says", "Get it again."),
 }
 TENSORFLOW_DATA = re.compile(r"\.data-\d{5}-of-\d{5}$")
-FOLDERS: tuple[tuple[str, str, str], ...] = (  # a file in it, what the folder is, what to do
+FOLDERS: tuple[tuple[str, str, str], ...] = (  # (file in the folder, description of the folder, advice)
     ("saved_model.pb", "a TensorFlow SavedModel", "Load it with TensorFlow, and keep its arrays as npz."),
     (".metadata", "a checkpoint of torch.distributed", "Make one file of it with torch.distributed.checkpoint."
      "format_utils.dcp_to_torch_save."),
@@ -69,31 +69,32 @@ WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".th", ".npz")
 
 
 def require_weights(path: Path) -> None:
-    """Check that a file is one of the kinds that are read at all.
+    """Refuse a file that is recognizably not a file of weights.
 
     Raises:
         CheckpointError: It is of another kind, which the message names.
     """
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
-    described = _described(path, head)
+    described = _identify(path, head)
     if described is not None:
         what, advice = described
         raise CheckpointError(f"'{path}' cannot be read as weights: it is {what}. {advice}")
 
 
 def describe_folder(path: Path) -> str:
-    """Return what a folder without weights that are read is, and what to do, as the end of an error message."""
+    """Describe a folder without readable weights, with advice, as the end of an error message."""
     for name, what, advice in FOLDERS:
         if (path / name).exists():
             return f"it is {what}. {advice}"
     files = sorted(file.name for file in path.iterdir() if file.name.endswith(WEIGHTS))
     if files:
-        return f"it holds {_some(files)}. Give the path of one of them."
+        return f"it holds {_first_names(files)}. Give the path of one of them."
     return "it holds no file of weights. Give the path of a file."
 
 
-def _described(path: Path, head: bytes) -> tuple[str, str] | None:
+def _identify(path: Path, head: bytes) -> tuple[str, str] | None:
+    """Return description and advice for a file that is not readable; None for one that may be."""
     if not head:
         return "empty (0 bytes)", "The download or the copy failed: get it again."
     for offset, magic, what, advice in MAGIC:
@@ -101,9 +102,9 @@ def _described(path: Path, head: bytes) -> tuple[str, str] | None:
             return what, advice
     if head[8:10] == b'{"' and b'"dtype"' in head[:1000]:
         return "a safetensors file that is cut off in its header", "The download or the copy failed: get it again."
-    text = _text(head)
+    text = _decode_text(head)
     if text is not None:
-        return _text_file(path, text)
+        return _identify_text(path, text)
     if TENSORFLOW_DATA.search(path.name):
         return "a part of a TensorFlow checkpoint", "Load it with TensorFlow, and keep its arrays as npz."
     is_torch = head[:1] == b"\x80" or head[8:9] == b"{"  # a pickle, or the header of a safetensors file
@@ -117,27 +118,28 @@ def _described(path: Path, head: bytes) -> tuple[str, str] | None:
             "Where you trust it, unpickle it yourself and keep its weights with torch.save or numpy.savez.",
         )
     if (0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF)) and head[8:9] != b"{":
-        return BY_NAME[".msgpack"]  # a map, to msgpack
+        return BY_NAME[".msgpack"]  # these first bytes are maps in msgpack
     return None
 
 
 def _is_torch_pickle(head: bytes) -> bool:
-    """Return whether it begins as torch.save before 1.6 began: a pickle of the magic number alone."""
+    """Return whether a file begins as those of torch.save before 1.6: with a pickle of the magic number alone."""
     return b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19" in head[:40] or len(head) < 16
 
 
 def require_torch_zip(path: Path, names: list[str]) -> None:
-    """Check that a zip file with these entries is one that torch or NumPy wrote.
+    """Check that a zip file with these entries was written by torch or NumPy.
 
     Raises:
-        CheckpointError: It is another, which the message names.
+        CheckpointError: It is of another kind, which the message names.
     """
-    described = _zip([name for name in names if not name.endswith("/")])
+    described = _identify_zip([name for name in names if not name.endswith("/")])
     if described is not None:
         raise CheckpointError(f"'{path}' cannot be read as weights: it is {described[0]}. {described[1]}")
 
 
-def _zip(names: list[str]) -> tuple[str, str] | None:
+def _identify_zip(names: list[str]) -> tuple[str, str] | None:
+    """Return description and advice for a zip file of other tools; None for one of torch or NumPy."""
     if any(name.rpartition("/")[2] == "data.pkl" for name in names) or any(name.endswith(".npy") for name in names):
         return None
     if any(name.endswith("model.weights.h5") for name in names):
@@ -147,23 +149,24 @@ def _zip(names: list[str]) -> tuple[str, str] | None:
     if any("/.data/" in f"/{name}" for name in names):
         return "a package of torch.package", "Load it where you trust it, and keep model.state_dict() with torch.save."
     inside = [name for name in names if name.endswith(WEIGHTS)]
-    held = f"; in it: {_some(inside)}" if inside else ""
+    held = f"; in it: {_first_names(inside)}" if inside else ""
     return f"a zip archive of {len(names)} files that neither torch nor NumPy wrote{held}", UNPACK
 
 
-def _text(head: bytes) -> str | None:
-    """Return the beginning of a file as text; None for one that is none."""
+def _decode_text(head: bytes) -> str | None:
+    """Return the beginning of a file as text; None for a binary file."""
     try:
         text = head.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        if error.start < len(head) - 4:  # otherwise a character is cut in its middle
+        if error.start < len(head) - 4:  # closer to the end, the read may have cut a character
             return None
         text = head[: error.start].decode("utf-8-sig")
     controls = sum(character < " " and character not in "\t\r\n\f\x1b" for character in text)
     return text if not controls and text.strip() else None
 
 
-def _text_file(path: Path, text: str) -> tuple[str, str]:
+def _identify_text(path: Path, text: str) -> tuple[str, str]:
+    """Return description and advice for a text file."""
     start = text.lstrip()
     lower = start[:1000].lower()
     if start.startswith("version https://git-lfs.github.com/spec/"):
@@ -179,7 +182,7 @@ def _text_file(path: Path, text: str) -> tuple[str, str]:
         named = f" with the answer of a server, {_excerpt(code[1])}" if code else ""
         return f"XML{named}", "Check the address and your rights to it, and download it again."
     if start[:1] in "{[":
-        return _json(path, start)
+        return _identify_json(path, start)
     if start.startswith("model_checkpoint_path:"):
         return "the list of a TensorFlow checkpoint", "Load it with TensorFlow, and keep its arrays as npz."
     if re.match(
@@ -192,7 +195,8 @@ def _text_file(path: Path, text: str) -> tuple[str, str]:
     return f"text, which begins '{_excerpt(start)}'", EXPECTED
 
 
-def _json(path: Path, text: str) -> tuple[str, str]:
+def _identify_json(path: Path, text: str) -> tuple[str, str]:
+    """Return description and advice for a JSON file."""
     try:
         content = json.loads(text) if len(text) < HEAD_BYTES // 2 else None
     except (ValueError, RecursionError):
@@ -205,7 +209,7 @@ def _json(path: Path, text: str) -> tuple[str, str]:
             )
         if "weight_map" in content:
             return "an index of weights under another name", f"Call it '{path.stem}.index.json'."
-        return f"JSON with {_some(map(str, content))}, as a configuration", EXPECTED
+        return f"JSON with {_first_names(map(str, content))}, as a configuration", EXPECTED
     return "JSON", EXPECTED
 
 
@@ -214,7 +218,7 @@ def _excerpt(text: str) -> str:
     return plain if len(plain) <= MAX_EXCERPT else f"{plain[:MAX_EXCERPT]}…"
 
 
-def _some(names: Iterable[str]) -> str:
+def _first_names(names: Iterable[str]) -> str:
     known = list(names)
     shown = ", ".join(repr(name[:80]) for name in known[:3])
     return shown if len(known) <= 3 else f"{shown} and {len(known) - 3} more"

@@ -1,8 +1,8 @@
-"""What a file of others may ask for, found by its header alone, before any library reads it.
+"""Check the sizes that a file declares, by its header alone, before any library reads it.
 
-A header can claim anything: sizes that no disk holds, entries on top of each other, a storage longer than its bytes.
-Here each claim is held against the size of the file itself, so that reading what passes takes no more memory than the
-file has bytes, and `SLACK_BYTES` besides. `layout` does the same for safetensors files.
+A header may declare wrong sizes: more bytes than the file has, overlapping entries, a storage longer than its bytes.
+Each declared size is compared with the size of the file. Reading a file that passes takes no more memory than the file
+has bytes, plus `SLACK_BYTES`. `layout` does the same for safetensors files.
 """
 
 import math
@@ -19,16 +19,16 @@ from regraft.checkpoint.foreign.pickle_check import check_legacy, check_pickle
 from regraft.errors import CheckpointError
 
 SLACK_BYTES = 192 * 2**20
-DIRECTORY_LIMIT_BYTES = 8 * 2**20  # of a zip file: that of some 100,000 entries
-PICKLE_LIMIT_BYTES = 64 * 2**20  # without the tensors, which lie beside it
-CODE_LIMIT_BYTES = 64 * 2**20  # of a TorchScript archive, unpacked
+DIRECTORY_LIMIT_BYTES = 8 * 2**20  # directory of a zip file: about 100,000 entries
+PICKLE_LIMIT_BYTES = 64 * 2**20  # without the tensors, which are entries of their own
+CODE_LIMIT_BYTES = 64 * 2**20  # code of a TorchScript archive, unpacked
 
 
 def check_container(path: Path) -> None:
     """Check a file of weights by its header: safetensors, a zip file (of torch or NumPy), or an older file of torch.
 
     Raises:
-        CheckpointError: It asks for more than a file of its size can hold, or is damaged. No tensor was read.
+        CheckpointError: It declares more than a file of its size can hold, or is damaged. No tensor was read.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -45,7 +45,7 @@ def check_container(path: Path) -> None:
 def _check_zip(path: Path, file: IO[bytes], size: int) -> None:
     try:
         if _directory_bytes(file, size) > DIRECTORY_LIMIT_BYTES:
-            raise _damaged(path, f"its list of entries takes more than {DIRECTORY_LIMIT_BYTES:,} bytes")
+            raise _damaged_error(path, f"its list of entries takes more than {DIRECTORY_LIMIT_BYTES:,} bytes")
         with zipfile.ZipFile(file) as archive:
             _check_entries(path, archive, size)
             require_torch_zip(path, archive.namelist())
@@ -55,63 +55,69 @@ def _check_zip(path: Path, file: IO[bytes], size: int) -> None:
                 _check_records(path, file, archive, size)
     except CheckpointError:
         raise
-    except Exception as error:  # whatever zipfile and NumPy say of what is none
-        raise _damaged(path, f"it is no whole zip file ({type(error).__name__}: {str(error)[:120]})") from error
+    except Exception as error:  # zipfile and NumPy raise many types on malformed data
+        raise _damaged_error(path, f"it is no whole zip file ({type(error).__name__}: {str(error)[:120]})") from error
 
 
 def _directory_bytes(file: IO[bytes], size: int) -> int:
-    """Return how long the list of entries may be, by every place at the end of the file that could say so."""
+    """Return the length of a zip file's directory: the largest of all lengths that the end of the file could state.
+
+    Readers differ in which end record they use, so every candidate is considered.
+    """
     file.seek(max(0, size - 2**16 - 256))
     end = file.read()
-    short = [match.start() + 12 for match in re.finditer(b"PK\x05\x06", end)]
-    long = [match.start() + 40 for match in re.finditer(b"PK\x06\x06", end)]
-    found = [struct.unpack("<I", end[at : at + 4])[0] for at in short if at + 4 <= len(end)]
-    found = [length for length in found if length != 0xFFFFFFFF]  # which stands for "see the long one"
-    found += [struct.unpack("<Q", end[at : at + 8])[0] for at in long if at + 8 <= len(end)]
-    return max(found, default=0)
+    end_records = [match.start() + 12 for match in re.finditer(b"PK\x05\x06", end)]
+    zip64_records = [match.start() + 40 for match in re.finditer(b"PK\x06\x06", end)]
+    lengths = [struct.unpack("<I", end[offset : offset + 4])[0] for offset in end_records if offset + 4 <= len(end)]
+    lengths = [length for length in lengths if length != 0xFFFFFFFF]  # a placeholder: the zip64 record has the length
+    lengths += [struct.unpack("<Q", end[offset : offset + 8])[0] for offset in zip64_records if offset + 8 <= len(end)]
+    return max(lengths, default=0)
 
 
 def _check_entries(path: Path, archive: zipfile.ZipFile, size: int) -> None:
+    """Check that names are unique and stay inside of the archive, and that each entry lies within the file."""
     names = set()
     for entry in archive.infolist():
         name = entry.filename
         parts = name.split("/")
         if "\\" in name or ".." in parts or parts[0] in ("", "~") or ":" in parts[0] or name != entry.orig_filename:
-            raise _damaged(path, f"it has an entry {name[:80]!r}, whose name leads out of it")
+            raise _damaged_error(path, f"it has an entry {name[:80]!r}, whose name leads out of it")
         if name in names:
-            raise _damaged(path, f"it has the entry {name[:80]!r} twice")
+            raise _damaged_error(path, f"it has the entry {name[:80]!r} twice")
         names.add(name)
         if entry.header_offset + entry.compress_size > size or entry.flag_bits & 1:
-            raise _damaged(path, f"its entry {name[:80]!r} is encrypted, or is not in it as a whole")
+            raise _damaged_error(path, f"its entry {name[:80]!r} is encrypted, or is not in it as a whole")
 
 
 def _check_records(path: Path, file: IO[bytes], archive: zipfile.ZipFile, size: int) -> None:
-    """Check what torch wrote: it compresses nothing but the code of TorchScript."""
+    """Check the entries of a file of torch, which compresses nothing but the code of TorchScript."""
     entries = {entry.filename: entry for entry in archive.infolist()}
     packed = [entry for entry in entries.values() if entry.compress_type != zipfile.ZIP_STORED]
     wrong = next((entry for entry in packed if "code" not in entry.filename.split("/")), None)
     if wrong is not None:
-        raise _damaged(path, f"its entry {wrong.filename[:80]!r} is compressed, which torch never does")
+        raise _damaged_error(path, f"its entry {wrong.filename[:80]!r} is compressed, which torch never does")
     if sum(entry.file_size for entry in packed) > CODE_LIMIT_BYTES:
-        raise _damaged(path, f"its code takes more than {CODE_LIMIT_BYTES:,} bytes unpacked")
+        raise _damaged_error(path, f"its code takes more than {CODE_LIMIT_BYTES:,} bytes unpacked")
     plain = [entry for entry in entries.values() if entry.compress_type == zipfile.ZIP_STORED]
     claimed = sum(entry.file_size for entry in plain)
     if claimed > size or any(entry.file_size != entry.compress_size for entry in plain):
-        raise _damaged(path, f"its entries take {claimed:,} bytes, and the file has {size:,}")
+        raise _damaged_error(path, f"its entries take {claimed:,} bytes, and the file has {size:,}")
     for name, entry in entries.items():
         if name.rpartition("/")[2] != "data.pkl" or entry.compress_type != zipfile.ZIP_STORED:
             continue
         if entry.file_size > PICKLE_LIMIT_BYTES:
-            raise _damaged(
+            raise _damaged_error(
                 path, f"its entry {name!r} has {entry.file_size:,} bytes, {PICKLE_LIMIT_BYTES:,} are the most"
             )
         folder = name.removesuffix("data.pkl") + "data/"
-        records = {key.removeprefix(folder): one.file_size for key, one in entries.items() if key.startswith(folder)}
-        check_pickle(path, _stored(file, entry), records)
+        records = {
+            key.removeprefix(folder): record.file_size for key, record in entries.items() if key.startswith(folder)
+        }
+        check_pickle(path, _read_stored(file, entry), records)
 
 
-def _stored(file: IO[bytes], entry: zipfile.ZipInfo) -> bytes:
-    """Read an entry as it lies in the file, whose check sum torch may leave out."""
+def _read_stored(file: IO[bytes], entry: zipfile.ZipInfo) -> bytes:
+    """Read the bytes of an uncompressed entry without zipfile, as torch may write entries without a checksum."""
     file.seek(entry.header_offset)
     local = file.read(30)
     name_bytes, extra_bytes = struct.unpack("<HH", local[26:30])
@@ -120,7 +126,7 @@ def _stored(file: IO[bytes], entry: zipfile.ZipInfo) -> bytes:
 
 
 def _check_arrays(path: Path, archive: zipfile.ZipFile, size: int) -> None:
-    """Check what NumPy wrote: each array by its header, and all of them together."""
+    """Check the arrays of an npz file: each by its header, and the sum of all."""
     import numpy as np
 
     claimed = sum(entry.file_size for entry in archive.infolist())
@@ -143,8 +149,10 @@ def _check_arrays(path: Path, archive: zipfile.ZipFile, size: int) -> None:
                 "Expected arrays of numbers."
             )
         if any(side < 0 for side in shape) or math.prod(shape) * dtype.itemsize > entry.file_size:
-            raise _damaged(path, f"{entry.filename!r} has the shape {str(shape)[:80]}, and {entry.file_size:,} bytes")
+            raise _damaged_error(
+                path, f"{entry.filename!r} has the shape {str(shape)[:80]}, and {entry.file_size:,} bytes"
+            )
 
 
-def _damaged(path: Path, reason: str) -> CheckpointError:
+def _damaged_error(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"'{path}' is damaged: {reason}. Get or make it again.")

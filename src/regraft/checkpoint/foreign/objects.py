@@ -1,10 +1,10 @@
-"""Read a file whose tensors lie beside other objects: numbers of NumPy, dates, paths, namespaces, configurations.
+"""Read a file that holds tensors and other objects: NumPy numbers, dates, paths, namespaces, configurations.
 
-torch's weights-only unpickler refuses all of these, although most checkpoints that people train have one. They are read
-with the inert unpickler, which imports and calls nothing, and become plain data or None. What is read so is an
-allowlist: names of Python, NumPy and torch that stand for data, and classes of other packages, of which only the state
-is kept. A file that names anything else of Python (`os.getcwd`, `builtins.print`) is refused, although it would not
-run: nobody wants weights from it.
+torch's weights-only unpickler refuses all of these, although most training checkpoints contain one. Here they are read
+with the inert unpickler, which imports and calls nothing, and become plain data or None. Names are accepted by an
+allowlist: those of Python, NumPy and torch that stand for data, and classes of other packages, of which only the state
+is read. A file that names anything else of Python (`os.getcwd`, `builtins.print`) is refused, although nothing would
+run: such a file is no checkpoint.
 """
 
 import math
@@ -20,7 +20,7 @@ from regraft.checkpoint.foreign.state_dicts import DEPTH, WRAPPERS, may_hold_wei
 from regraft.errors import CheckpointError
 
 # fmt: off
-DATA: Mapping[str, frozenset[str]] = {  # of Python itself: by module, the names that stand for data
+DATA: Mapping[str, frozenset[str]] = {  # module of Python → its names that stand for data
     "builtins": frozenset((
         "set", "frozenset", "slice", "complex", "range", "xrange", "object", "list", "dict", "tuple", "int", "long",
         "float", "str", "unicode", "bytes", "bool", "Ellipsis", "NotImplemented", "type",
@@ -44,7 +44,7 @@ DATA: Mapping[str, frozenset[str]] = {  # of Python itself: by module, the names
 }
 PATHS = frozenset(("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath"))
 # fmt: on
-LIBRARIES = ("torch.nn.", "torch.optim.", "torch.distributions.", "numpy.random.")  # objects that are left out
+LIBRARIES = ("torch.nn.", "torch.optim.", "torch.distributions.", "numpy.random.")  # their objects become None
 NUMPY_CALLS = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
 MAX_NUMBER_BYTES = 16  # of one element of an array
 
@@ -53,17 +53,17 @@ def read_beside_objects(path: Path) -> Any:
     """Read a file of torch.save as dicts, lists, plain values and tensors; every other object becomes None.
 
     Raises:
-        CheckpointError: It is damaged, names what is no data, or its weights lie in an object: a whole module, or a
-            tensor of a class of another library.
+        CheckpointError: It is damaged, names something that is not data, or holds its weights in an object: a whole
+            module, or a tensor subclass of another library.
     """
     content = read_inert(path, lambda name: _require_data(path, name))
     if isinstance(content, Stub) and not content.entries:
-        raise _more_than_tensors(path, content.origin)
-    return _plain(path, content, (), {})
+        raise _more_than_tensors_error(path, content.origin)
+    return _to_plain(path, content, (), {})
 
 
 def more_than_tensors(path: Path, name: str) -> str:
-    """Return the message for a file whose weights cannot be had without running code from it."""
+    """Return the message for a file whose weights cannot be loaded without running code from it."""
     return (
         f"'{path}' holds more than tensors ({name}), and reading it would run code from it. Its tensors can be taken "
         f"out without running any: `regraft convert {path.name} OUT.safetensors --tensors-only`."
@@ -71,7 +71,7 @@ def more_than_tensors(path: Path, name: str) -> str:
 
 
 def is_data(name: str) -> bool:
-    """Return whether a name that a pickle refers to stands for data, or for a class of which only the state is kept.
+    """Return whether a name in a pickle stands for data, or for a class of which only the state is read.
 
     >>> [is_data(name) for name in ("argparse.Namespace", "my_project.config.Config", "os.getcwd", "builtins.print")]
     [True, True, False, False]
@@ -92,27 +92,35 @@ NUMPY_NAMES = ("scalar", "_reconstruct", "_frombuffer")
 
 def _require_data(path: Path, name: str) -> None:
     if not is_data(name):
-        raise _more_than_tensors(path, name)
+        raise _more_than_tensors_error(path, name)
 
 
-def _more_than_tensors(path: Path, name: str) -> CheckpointError:
+def _more_than_tensors_error(path: Path, name: str) -> CheckpointError:
     return CheckpointError(more_than_tensors(path, name))
 
 
-def _plain(path: Path, value: Any, place: tuple[str, ...], known: dict[int, Any]) -> Any:
-    """Replace objects by their entries or None; arrays that stand where weights stand become tensors."""
+def _to_plain(path: Path, value: Any, place: tuple[str, ...], known: dict[int, Any]) -> Any:
+    """Replace objects by their entries or None; NumPy arrays of a state dict become tensors.
+
+    Args:
+        path: The file, for the message.
+        value: An unpickled value.
+        place: The keys that lead to it.
+        known: Identity of a converted value → its result, as values may be shared.
+    """
     if isinstance(value, (list, tuple)) and len(place) <= DEPTH:
-        return [_plain(path, item, (*place, str(position)), known) for position, item in enumerate(value)]
+        return [_to_plain(path, item, (*place, str(position)), known) for position, item in enumerate(value)]
     entries = value.entries if isinstance(value, Stub) else value
     if isinstance(value, Stub) and not entries:
-        return _left_out(path, value, place)
+        return _leave_out(path, value, place)
     if not isinstance(entries, Mapping) or len(place) > DEPTH:
         return value if not isinstance(value, Stub) else None
     if id(value) in known:
         return known[id(value)]
-    known[id(value)] = None  # for one that holds itself
+    known[id(value)] = None  # an object that contains itself ends here
     is_state_dict = any(isinstance(item, torch.Tensor) for item in entries.values())
-    arrays = {key: array for key, item in entries.items() if (array := _array(item)) is not None}
+    arrays = {key: array for key, item in entries.items() if (array := _array_to_tensor(item)) is not None}
+    # Arrays beside other values are statistics of a training; only a dict of nothing but numbers is a state dict.
     if arrays and len(arrays) + sum(isinstance(item, torch.Tensor) for item in entries.values()) == len(entries):
         entries = {**entries, **arrays}
     if is_state_dict and may_hold_weights(".".join(place)):
@@ -123,26 +131,26 @@ def _plain(path: Path, value: Any, place: tuple[str, ...], known: dict[int, Any]
                     "Expected plain tensors. Load the file with the library that it is from, dequantize it, and keep "
                     "the result with torch.save."
                 )
-    known[id(value)] = {key: _plain(path, item, (*place, str(key)), known) for key, item in entries.items()}
+    known[id(value)] = {key: _to_plain(path, item, (*place, str(key)), known) for key, item in entries.items()}
     return known[id(value)]
 
 
-def _left_out(path: Path, value: Stub, place: tuple[str, ...]) -> None:
-    """Return None for an object beside the weights.
+def _leave_out(path: Path, value: Stub, place: tuple[str, ...]) -> None:
+    """Return None for an object that is not needed.
 
     Raises:
-        CheckpointError: It is where the weights are expected, and holds tensors, as a whole module does.
+        CheckpointError: It is in the place of the weights and holds tensors, as a whole module does.
     """
     if place and place[-1] in WRAPPERS and may_hold_weights(".".join(place)) and _holds_tensors(value):
-        raise _more_than_tensors(path, value.origin)
+        raise _more_than_tensors_error(path, value.origin)
 
 
 def _holds_tensors(value: Any) -> bool:
-    return any(isinstance(item, torch.Tensor) for item in _within(value, 0))
+    return any(isinstance(item, torch.Tensor) for item in _walk(value, 0))
 
 
-def _within(value: Any, depth: int) -> Iterator[Any]:
-    """List what is in an object, as deep as files keep weights."""
+def _walk(value: Any, depth: int) -> Iterator[Any]:
+    """List an object and everything in it, down to the depth at which files keep weights."""
     yield value
     if depth > DEPTH:
         return
@@ -154,11 +162,11 @@ def _within(value: Any, depth: int) -> Iterator[Any]:
     elif isinstance(value, (list, tuple)):
         items = list(value)
     for item in items[:10_000]:
-        yield from _within(item, depth + 1)
+        yield from _walk(item, depth + 1)
 
 
-def _array(value: Any) -> torch.Tensor | None:
-    """Return the numbers of a pickled NumPy array as a tensor; None for anything else, and for text and objects."""
+def _array_to_tensor(value: Any) -> torch.Tensor | None:
+    """Return a pickled NumPy array of numbers as a tensor; None for anything else."""
     import numpy as np
 
     if not isinstance(value, Stub) or not value.origin.endswith("multiarray._reconstruct"):

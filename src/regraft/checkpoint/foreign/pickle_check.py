@@ -1,7 +1,22 @@
-"""What a pickle of torch would build: found without building it, and made plain afterwards.
+"""Check a pickle of torch before it is unpickled, and reduce the result to plain data afterwards.
 
-torch's weights-only unpickler runs no code, but what it builds, and for how long, is for the file to say. Here the
-instructions are followed on paper first: of each value only its size and depth are known, and both have limits.
+`torch.load(weights_only=True)` runs no code of the file, but the file decides how much is built. So `check_pickle`
+interprets the opcodes symbolically first. It keeps a stack and a memo as an unpickler does, but a value on that stack
+is only a size (values inside it) and a depth (tuples within tuples). Nothing is built, imported or called.
+
+    opcode              simulated stack, top on the right
+    MARK                MARK
+    BININT1 3           MARK 3
+    BININT1 4           MARK 3 4
+    TUPLE               _Value(size=2, depth=1, items=(3, 4))        the shape (3, 4) of a tensor
+
+Refused are: an opcode that torch does not accept, a function of torch that no file of weights needs, too many opcodes
+or objects, tuples that are too large or too deep, and a storage that claims more bytes than the file has for it. After
+torch has unpickled the file, `to_plain_data` keeps only tensors and plain data of the result.
+
+Alternatives: limits on a child process cost a process start for each file, and differ between operating systems.
+Unpickling first and measuring afterwards is too late: the memory is already taken. A reader of our own in the place of
+torch's would have to follow every change of its format; `restricted_unpickler` is one, for files that torch refuses.
 """
 
 import pickletools
@@ -20,12 +35,13 @@ from regraft.errors import CheckpointError
 MAX_INSTRUCTIONS = 5_000_000
 MAX_OBJECTS = 1_000_000
 MAX_DEPTH = 50  # tuples within each other
-LARGEST = 1_000_000  # values in one tuple, those within it included
+MAX_TUPLE = 1_000_000  # values in one tuple, including those in tuples within it
 MAX_NAME = 1000  # characters
-FREE_BYTES = 2**20  # that a tensor may take beyond what is stored of it, as a number that was expanded does
-EXTRA_STATE = "_extra_state"  # how the name of the extra state of a layer ends
-LEGACY_PICKLES = 5  # magic number, version, machine, content, names of storages
+FREE_BYTES = 2**20  # size of a tensor that may exceed its stored bytes, as an expanded scalar does
+EXTRA_STATE = "_extra_state"  # ending of the name of a layer's extra state
+LEGACY_PICKLES = 5  # magic number, version, machine, content, keys of storages
 
+# The functions that a file of weights needs. torch's own list of safe names is longer.
 _CALLS = frozenset(
     f"torch._utils._rebuild_{name}"
     for name in ("parameter", "parameter_with_state", "qtensor", "tensor", "tensor_v2", "tensor_v3", "sparse_tensor")
@@ -41,7 +57,13 @@ _ITEM_BYTES |= {"DoubleStorage": 8, "ComplexFloatStorage": 8, "ComplexDoubleStor
 
 @dataclass(frozen=True)
 class _Value:
-    """A value on paper: how many values are in it, how deep, and those of a short tuple themselves."""
+    """A value on the simulated stack.
+
+    Attributes:
+        size: Number of values in it.
+        depth: Nesting of tuples in it.
+        items: The elements of a short tuple, which may describe a storage or a call; None for any other value.
+    """
 
     size: int = 1
     depth: int = 0
@@ -50,11 +72,13 @@ class _Value:
 
 @dataclass(frozen=True)
 class _Global:
+    """A name that the pickle refers to, with its module; it is not imported."""
+
     name: str
 
 
 _MARK = object()
-_PLAIN = _Value()
+_ANY_VALUE = _Value()
 
 
 def check_pickle(path: Path, data: bytes, records: Mapping[str, int]) -> None:
@@ -63,76 +87,85 @@ def check_pickle(path: Path, data: bytes, records: Mapping[str, int]) -> None:
     Args:
         path: The file, for the message.
         data: The pickle.
-        records: Bytes of each storage beside it, by its key.
+        records: Key of a storage → its bytes in the zip file.
 
     Raises:
-        CheckpointError: It is no pickle of tensors, or asks for more than there is.
+        CheckpointError: It is not a pickle of tensors, or claims more than the file holds.
     """
-    _Reader(path, records).read(data)
+    _Interpreter(path, records).read(data)
 
 
 def check_legacy(path: Path, file: IO[bytes], size: int) -> None:
-    """Check a file of torch from before 1.6: pickles one after the other, and the storages behind them.
-
-    Raises:
-        CheckpointError: It is none, or asks for more than there is.
-    """
-    for _ in range(LEGACY_PICKLES):
-        _Reader(path, size).read(file)
-
-
-def made_plain(path: Path, content: Any, size: int) -> Any:
-    """Return what an unpickler built as plain dicts, lists, numbers, texts and tensors; whatever else is in it is None.
-
-    Nothing in it has attributes of its own any more, holds itself, or is nested more than `MAX_DEPTH` deep. Tensors are
-    the file's own memory.
+    """Check a file of torch from before 1.6: consecutive pickles, followed by the storages.
 
     Args:
         path: The file, for the message.
-        content: What was built.
+        file: The opened file, at its start.
         size: Bytes of the file.
 
     Raises:
-        CheckpointError: A tensor is of a kind that no network keeps (sparse, quantized), or larger than what the file
-            has of it.
+        CheckpointError: It is not such a file, or claims more than the file holds.
+    """
+    for _ in range(LEGACY_PICKLES):
+        _Interpreter(path, size).read(file)
+
+
+def to_plain_data(path: Path, content: Any, size: int) -> Any:
+    """Return an unpickled value as plain dicts, lists, numbers, strings, bytes and tensors; anything else becomes None.
+
+    No value keeps attributes, contains itself, or is nested more than `MAX_DEPTH` deep. Tensors share the memory of the
+    unpickled ones.
+
+    Args:
+        path: The file, for the message.
+        content: The unpickled value.
+        size: Bytes of the file.
+
+    Raises:
+        CheckpointError: A tensor is not strided, plain and on the CPU (sparse, quantized), or larger than its stored
+            bytes.
     """
     known: dict[int, Any] = {}
-    result = _plain(path, content, known, 0)
+    result = _to_plain(path, content, known, 0)
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in known.values()
         if isinstance(tensor, torch.Tensor)
     }
+    # Counted per storage, as tensors may share one. Each tensor was checked by itself; this checks all together.
     if sum(storages.values()) > size:
-        raise _refused(path, f"its tensors take {sum(storages.values()):,} bytes, and the file has {size:,}")
+        raise _refusal_error(path, f"its tensors take {sum(storages.values()):,} bytes, and the file has {size:,}")
     return result
 
 
-def _plain(path: Path, value: Any, known: dict[int, Any], depth: int) -> Any:
+def _to_plain(path: Path, value: Any, known: dict[int, Any], depth: int) -> Any:
+    """Convert one value; `known` maps the identity of a converted value to its result, as values may be shared."""
+    # type(...) instead of isinstance: a subclass may carry methods and attributes, which plain data must not.
     if value is None or type(value) in (bool, int, float, str, bytes):
         return value
     if id(value) in known:
         return known[id(value)]
     if isinstance(value, torch.Tensor):
-        known[id(value)] = _tensor(path, value)
+        known[id(value)] = _plain_tensor(path, value)
     elif depth > MAX_DEPTH:
         return None
     elif isinstance(value, dict):
-        known[id(value)] = None  # while it is read: what holds itself ends here
+        known[id(value)] = None  # while it is converted: a dict that contains itself ends here
         names = [item for item in dict.items(value) if type(item[0]) in (str, int)]
         if any(isinstance(name, str) and len(name) > MAX_NAME for name, _ in names):
-            raise _refused(path, f"it has a name of more than {MAX_NAME:,} characters")
+            raise _refusal_error(path, f"it has a name of more than {MAX_NAME:,} characters")
         known[id(value)] = {
-            name: item if _is_extra_state(name, item) else _plain(path, item, known, depth + 1) for name, item in names
+            name: item if _is_extra_state(name, item) else _to_plain(path, item, known, depth + 1)
+            for name, item in names
         }
     elif isinstance(value, (list, tuple)):
         known[id(value)] = None
-        known[id(value)] = [_plain(path, item, known, depth + 1) for item in value]
+        known[id(value)] = [_to_plain(path, item, known, depth + 1) for item in value]
     return known.get(id(value))
 
 
 def _is_extra_state(name: Any, value: Any) -> bool:
-    """Return whether a value is the extra state of a layer, and of types that it may have as they are."""
+    """Return whether a value is the extra state of a layer and holds plain data only, so that it is kept unchanged."""
     return isinstance(name, str) and name.endswith(EXTRA_STATE) and _is_simple(value, 0)
 
 
@@ -146,11 +179,15 @@ def _is_simple(value: Any, depth: int) -> bool:
     return type(value) in (list, tuple, set) and all(_is_simple(item, depth + 1) for item in value)
 
 
-def _tensor(path: Path, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor without its class and attributes, on the same memory."""
+def _plain_tensor(path: Path, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor without its class and attributes, on the same memory.
+
+    Raises:
+        CheckpointError: It is not a plain tensor on the CPU, or its shape needs more bytes than are stored.
+    """
     if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
-        raise _refused(path, f"it holds a tensor of the class {type(tensor).__name__}")
-    plain = torch.Tensor.detach(tensor)
+        raise _refusal_error(path, f"it holds a tensor of the class {type(tensor).__name__}")
+    plain = torch.Tensor.detach(tensor)  # the method of the class, whatever attributes the tensor has
     if plain.layout is not torch.strided or plain.is_quantized or plain.is_nested or plain.device.type != "cpu":
         if plain.is_quantized:
             raise CheckpointError(
@@ -158,18 +195,25 @@ def _tensor(path: Path, tensor: torch.Tensor) -> torch.Tensor:
                 "plain ones. Call dequantize() on them where the file was made, and save the result."
             )
         kind = str(plain.layout).removeprefix("torch.")
-        raise _refused(path, f"it holds a tensor that is {kind} on '{plain.device}', expected a plain one with values")
-    taken, there = plain.numel() * plain.itemsize, plain.untyped_storage().nbytes()
-    if taken > max(there, FREE_BYTES):
-        raise _refused(
-            path, f"a tensor of the shape {tuple(plain.shape)} takes {taken:,} bytes, and {there:,} are stored"
+        raise _refusal_error(
+            path, f"it holds a tensor that is {kind} on '{plain.device}', expected a plain one with values"
         )
-    # One element may have any stride, and is contiguous to torch all the same; until it is viewed as bytes.
-    return plain.clone(memory_format=torch.contiguous_format) if taken <= plain.itemsize else plain
+    needed, stored = plain.numel() * plain.itemsize, plain.untyped_storage().nbytes()
+    if needed > max(stored, FREE_BYTES):
+        raise _refusal_error(
+            path, f"a tensor of the shape {tuple(plain.shape)} takes {needed:,} bytes, and {stored:,} are stored"
+        )
+    # torch calls a tensor of one element contiguous whatever its strides are, but viewing it as bytes then fails.
+    return plain.clone(memory_format=torch.contiguous_format) if needed <= plain.itemsize else plain
 
 
-class _Reader:
-    """Follows the instructions of one pickle; those that torch's unpickler knows, and no others."""
+class _Interpreter:
+    """Interprets the opcodes of pickles symbolically; only those that torch's weights-only unpickler accepts.
+
+    Args:
+        path: The file, for the message.
+        records: Bytes of each storage by its key; or of the whole file, where storages have no place of their own.
+    """
 
     def __init__(self, path: Path, records: Mapping[str, int] | int) -> None:
         self._path, self._records = path, records
@@ -180,88 +224,111 @@ class _Reader:
         self._claimed = 0
 
     def read(self, data: bytes | IO[bytes]) -> None:
+        """Interpret one pickle up to its STOP.
+
+        Raises:
+            CheckpointError: It is no pickle, has another opcode, or exceeds a limit.
+        """
         try:
             for count, (instruction, argument, _) in enumerate(pickletools.genops(data)):
                 if count > MAX_INSTRUCTIONS or self._objects > MAX_OBJECTS:
-                    raise _refused(self._path, f"it builds more than {MAX_OBJECTS:,} objects")
-                self._follow(instruction.name, argument)
+                    raise _refusal_error(self._path, f"it builds more than {MAX_OBJECTS:,} objects")
+                self._apply_opcode(instruction.name, argument)
         except CheckpointError:
             raise
-        except Exception as error:  # whatever pickletools says of what is no pickle
-            raise _no_pickle(self._path) from error
+        except Exception as error:  # pickletools raises many types on malformed data
+            raise _no_pickle_error(self._path) from error
 
-    def _follow(self, name: str, argument: Any) -> None:
+    def _apply_opcode(self, name: str, argument: Any) -> None:
+        """Apply one opcode to the simulated stack and memo."""
         stack = self._stack
         match name:
             case "PROTO" | "STOP":
                 return
             case "NONE" | "NEWFALSE" | "NEWTRUE" | "BINFLOAT":
-                stack.append(_PLAIN)
+                stack.append(_ANY_VALUE)
+            # Integers and texts are kept as they are: keys and sizes of storages are checked against the file.
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINUNICODE" | "SHORT_BINSTRING":
                 stack.append(argument)
             case "GLOBAL":
-                stack.append(self._global(*argument.split(" ", 1)))
+                stack.append(self._resolve_name(*argument.split(" ", 1)))
             case "MARK":
                 stack.append(_MARK)
             case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET":
                 self._objects += 1
                 stack.append(_Value(items=() if name == "EMPTY_TUPLE" else None))
             case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
-                items = self._to_mark() if name == "TUPLE" else self._last(int(name[-1]))
-                stack.append(self._tuple(items))
+                items = self._pop_to_mark() if name == "TUPLE" else self._pop(int(name[-1]))
+                stack.append(self._make_tuple(items))
+            # The list, dict or object below keeps its size and depth: what is added to it was counted, as objects or
+            # as opcodes, when it was pushed.
             case "APPEND" | "BUILD":
-                self._last(1)
+                self._pop(1)
             case "SETITEM":
-                self._last(2)
+                self._pop(2)
             case "APPENDS" | "SETITEMS":
-                self._to_mark()
+                self._pop_to_mark()
             case "BINGET" | "LONG_BINGET":
                 stack.append(self._memo[argument])
             case "BINPUT" | "LONG_BINPUT":
                 self._memo[argument] = stack[-1]
             case "NEWOBJ" | "REDUCE":
-                stack.append(self._call(*self._last(2)))
+                stack.append(self._apply_call(*self._pop(2)))
             case "BINPERSID":
-                self._storage(*self._last(1))
-                stack.append(_PLAIN)
+                self._check_storage(*self._pop(1))
+                stack.append(_ANY_VALUE)
             case _:
-                raise _no_pickle(self._path)
+                raise _no_pickle_error(self._path)
 
-    def _last(self, count: int) -> list[Any]:
+    def _pop(self, count: int) -> list[Any]:
+        """Pop the last `count` values."""
         if len(self._stack) < count:
-            raise _no_pickle(self._path)
+            raise _no_pickle_error(self._path)
         items = self._stack[-count:]
         del self._stack[-count:]
         return items
 
-    def _to_mark(self) -> list[Any]:
+    def _pop_to_mark(self) -> list[Any]:
+        """Pop all values above the last mark, and the mark."""
         place = len(self._stack) - 1
-        while self._stack[place] is not _MARK:  # an IndexError where there is none
+        while self._stack[place] is not _MARK:  # without a mark, the IndexError becomes "no pickle" in `read`
             place -= 1
         items = self._stack[place + 1 :]
         del self._stack[place:]
         return items
 
-    def _tuple(self, items: list[Any]) -> _Value:
+    def _make_tuple(self, items: list[Any]) -> _Value:
+        """Return a tuple of some values, by its size and depth.
+
+        Raises:
+            CheckpointError: It is too large or too deep.
+        """
         self._objects += 1
+        # A tuple inside of a tuple counts each time it is used, so the size is that of the expanded value.
         nested = [item for item in items if isinstance(item, _Value)]
         size = len(items) + sum(item.size for item in nested)
         depth = 1 + max((item.depth for item in nested), default=0)
-        if size > LARGEST or depth > MAX_DEPTH:
-            raise _refused(self._path, f"it nests values {depth} deep, {size:,} in all")
+        if size > MAX_TUPLE or depth > MAX_DEPTH:
+            raise _refusal_error(self._path, f"it nests values {depth} deep, {size:,} in all")
         return _Value(size, depth, tuple(items) if len(items) <= 8 else None)
 
-    def _global(self, module: str, last: str) -> _Global:
-        known = NAME_MAPPING.get((module, last))
-        module, last = known if known is not None else (IMPORT_MAPPING.get(module, module), last)
+    def _resolve_name(self, module: str, last: str) -> _Global:
+        """Return the name that GLOBAL refers to, in the spelling of Python 3.
+
+        Raises:
+            CheckpointError: It is a function of torch that no file of weights needs.
+        """
+        python3_name = NAME_MAPPING.get((module, last))
+        module, last = python3_name if python3_name is not None else (IMPORT_MAPPING.get(module, module), last)
         name = f"{module}.{last}"
         if len(name) > MAX_NAME:
-            raise _refused(self._path, f"it names something of {len(name):,} characters")
+            raise _refusal_error(self._path, f"it names something of {len(name):,} characters")
         is_type = module in ("torch", "torch.storage") and (
             last.endswith("Storage") or last.islower() or last[:1] == "Q"
         )
         is_torchs = module in _OF_TORCH and not is_type and name not in _CALLS and name != "torch.Tensor"
-        if is_torchs or name == "builtins.bytearray":  # what torch would call, and no file of weights needs
+        # Names of other packages pass: torch refuses them itself, or they are read as inert data (see `objects`).
+        if is_torchs or name == "builtins.bytearray":  # torch would call these
             raise CheckpointError(
                 f"'{self._path}' holds more than tensors ({name}), and reading it could take any memory or run code "
                 "from it. On a machine where you trust the file, load it yourself and write "
@@ -269,46 +336,60 @@ class _Reader:
             )
         return _Global(name)
 
-    def _call(self, function: Any, arguments: Any) -> _Value:
+    def _apply_call(self, function: Any, arguments: Any) -> _Value:
+        """Return the result of a call, of size 1 and as deep as its arguments.
+
+        Raises:
+            CheckpointError: It is a function of torch outside of `_CALLS`, or its arguments are unusual.
+        """
         self._objects += 1
         name = function.name if isinstance(function, _Global) else ""
         items = arguments.items if isinstance(arguments, _Value) else None
         if name.startswith("torch.") and name not in _CALLS and name.rpartition(".")[0] in _OF_TORCH:
-            raise _refused(self._path, f"it calls {name}")
+            raise _refusal_error(self._path, f"it calls {name}")
         if name == "_codecs.encode" and (items is None or items[1:] != ("latin1",)):
-            raise _refused(self._path, "it calls _codecs.encode for another encoding than latin1")
-        if name == "torch._tensor._rebuild_from_type_v2":
+            raise _refusal_error(self._path, "it calls _codecs.encode for another encoding than latin1")
+        if name == "torch._tensor._rebuild_from_type_v2":  # calls the function that is its first argument
             inner = items[0] if items else None
             if not isinstance(inner, _Global) or not inner.name.startswith("torch._utils._rebuild_"):
-                raise _refused(self._path, f"it calls {name} for something else than tensors")
-        return _Value(1, arguments.depth) if isinstance(arguments, _Value) else _PLAIN
+                raise _refusal_error(self._path, f"it calls {name} for something else than tensors")
+        return _Value(1, arguments.depth) if isinstance(arguments, _Value) else _ANY_VALUE
 
-    def _storage(self, identity: Any) -> None:
-        """Check that a storage is no longer than the bytes that the file has of it."""
+    def _check_storage(self, identity: Any) -> None:
+        """Check that a storage claims no more bytes than the file has for it.
+
+        Args:
+            identity: The tuple ("storage", type, key, device, number of elements).
+
+        Raises:
+            CheckpointError: It claims more, or is no such tuple.
+        """
         items = identity.items if isinstance(identity, _Value) else None
         if items and items[0] == "module" and isinstance(self._records, int):
             return  # the source of a class in an older file, which nothing reads
         if items is None or len(items) < 5 or items[0] != "storage":
-            raise _refused(self._path, "it refers to something that is no storage")
+            raise _refusal_error(self._path, "it refers to something that is no storage")
         kind, key, count = items[1], items[2], items[4]
         name = kind.name.rpartition(".")[2] if isinstance(kind, _Global) else ""
         if name not in _ITEM_BYTES or not isinstance(key, str) or type(count) is not int or count < 0:
-            raise _refused(self._path, f"it describes a storage by {name or kind!r}, {key!r}, {count!r}")
-        there = self._records if isinstance(self._records, int) else self._records.get(key, 0)
+            raise _refusal_error(self._path, f"it describes a storage by {name or kind!r}, {key!r}, {count!r}")
+        # Older files have no record for each storage, so all claims together must fit into the file. A storage that
+        # is referred to again with the same size is counted once.
+        available = self._records if isinstance(self._records, int) else self._records.get(key, 0)
         claimed = count * _ITEM_BYTES[name]
         self._claimed += 0 if self._claims.get(key) == claimed else claimed
         self._claims[key] = claimed
-        if claimed > there or (isinstance(self._records, int) and self._claimed > there):
-            raise _refused(
-                self._path, f"the storage '{key[:40]}' claims {count:,} × {_ITEM_BYTES[name]} bytes of {there:,}"
+        if claimed > available or (isinstance(self._records, int) and self._claimed > available):
+            raise _refusal_error(
+                self._path, f"the storage '{key[:40]}' claims {count:,} × {_ITEM_BYTES[name]} bytes of {available:,}"
             )
 
 
-def _refused(path: Path, reason: str) -> CheckpointError:
+def _refusal_error(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"'{path}' cannot be read as weights: {reason}. Get or make the file again.")
 
 
-def _no_pickle(path: Path) -> CheckpointError:
+def _no_pickle_error(path: Path) -> CheckpointError:
     return CheckpointError(
         f"'{path}' cannot be read as weights: UnpicklingError: no pickle that holds tensors. "
         "Expected a safetensors file or one that torch.save wrote."

@@ -1,12 +1,11 @@
-"""Turn weights that are stored in eight bits with a scale beside them back into numbers, or name the scheme and refuse.
+"""Dequantize weights that are stored in eight bits with a scale; refuse other quantization schemes by name.
 
-A stored weight of eight bits means its number times a scale that lies beside it in the file. Loaded without that scale
-it is wrong by orders of magnitude, with the right name and shape. So every tensor beside a weight of eight bits is
-accounted for: it is a scale whose shape says what it scales, something that belongs to activations, or the file is
-refused.
+An eight-bit weight means its number times a scale, which is another tensor of the file. Loaded without its scale, it is
+wrong by orders of magnitude, with the right name and shape. So every tensor next to an eight-bit weight must be
+explained: it is a scale whose shape says what it scales, or belongs to activations; otherwise the file is refused.
 
 Sources: the layouts of compressed-tensors and vLLM (`weight_scale`, `weight_zero_point`), DeepSeek-V3
-(`weight_scale_inv`, blocks of 128 × 128, which is multiplied in spite of its name), ComfyUI (`scale_weight`),
+(`weight_scale_inv`, blocks of 128 × 128, a factor in spite of its name), ComfyUI (`scale_weight`),
 bitsandbytes' LLM.int8 (`SCB`, the largest value of each row, which 127 stands for) and optimum-quanto (`_data`,
 `_scale`).
 """
@@ -22,7 +21,7 @@ from regraft.errors import CheckpointError
 
 FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 WHOLE = (torch.int8, torch.uint8)
-BLOCK = 128  # sides of the blocks of `weight_scale_inv`
+BLOCK = 128  # side of the blocks of `weight_scale_inv`
 SCALES = ("{name}_scale", "{name}_scale_inv", "{name}.scale", "{name}_scales", "{parent}scale_{last}", "{parent}scale",
           "{parent}scales", "{parent}scale_inv")  # fmt: skip
 ZERO_POINTS = ("{name}_zero_point", "{name}.zero_point", "{parent}zero_point", "{parent}zero_points")
@@ -31,12 +30,12 @@ ACTIVATIONS = re.compile(
 )
 BLOCKS_OF_128 = ("_scale_inv", "scale_inv")
 ROLES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "gamma", "beta")
-PLAIN = re.compile(r"bias|weight$|norm|mean|var$|gamma|beta|embed|token")  # other parameters of a layer
+PLAIN = re.compile(r"bias|weight$|norm|mean|var$|gamma|beta|embed|token")  # usual parameters of a layer
 SUSPECT = re.compile(r"scale|zero|absmax|amax|quant|codebook|SCB|(^|[._])(lut|qmap|nf4|fp4)", re.IGNORECASE)
-MARKERS = ("scaled_fp8",)  # of ComfyUI: says that scales are there
-FORMAT = "weight_format"  # of bitsandbytes: 0 stands for rows in their order
+MARKERS = ("scaled_fp8",)  # of ComfyUI: the file has scales
+FORMAT = "weight_format"  # of bitsandbytes: 0 means rows in their usual order
 
-SCHEMES: tuple[tuple[str, str], ...] = (  # ending of a name, and the scheme that has such names; the first that fits
+SCHEMES: tuple[tuple[str, str], ...] = (  # (ending of a name, scheme with such names); the first match counts
     (r"\.quant_state\.bitsandbytes__(\w+)$", r"bitsandbytes, 4 bits (\1)"),
     (r"\.(weight\.)?(absmax|quant_map|nested_absmax)$", "bitsandbytes, 4 bits"),
     (r"\.qweight$", ""),  # of GPTQ or AWQ
@@ -53,13 +52,13 @@ SCHEMES: tuple[tuple[str, str], ...] = (  # ending of a name, and the scheme tha
 
 @dataclass(frozen=True)
 class Scaled:
-    """A weight of a file that means its numbers times a scale.
+    """The names of an eight-bit weight and of its scale.
 
     Attributes:
-        name: Of the weight, as it is without its scale.
-        data: The stored numbers.
-        scale: By name in the file.
-        zero_point: By name in the file; empty where there is none.
+        name: Name of the dequantized weight.
+        data: Name of the stored numbers in the file.
+        scale: Name of the scale in the file.
+        zero_point: Name of the zero point in the file; empty where there is none.
     """
 
     name: str
@@ -69,27 +68,27 @@ class Scaled:
 
 
 def dequantized(tensors: Tensors, slots: Collection[str], path: object) -> tuple[Tensors, tuple[str, ...]]:
-    """Multiply weights of eight bits with the scales beside them, as float32.
+    """Multiply eight-bit weights by their scales, to float32.
 
-    Weights of a model that keeps such scales itself are left as they are.
+    Weights stay as they are if the model itself has such scales.
 
     Args:
-        tensors: Of the file, by name.
+        tensors: Tensors of the file, by name.
         slots: Names of the model's tensors.
         path: The file, for messages.
 
     Returns:
-        The tensors without scales that were used and those of activations, and what was done.
+        The tensors without the scales that were used and without those of activations, and notes about what was done.
 
     Raises:
-        CheckpointError: They are quantized by a scheme that is not read, or a weight of eight bits lacks its scale, or
-            has one that does not fit. Nothing was changed.
+        CheckpointError: The scheme is not supported, or an eight-bit weight has no scale, or one that does not fit.
+            Nothing was changed.
     """
     ends = {name.rpartition(".")[2] for name in slots}
     _refuse_schemes(tensors, ends, path)
     tensors = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] not in MARKERS}
     stored = [name for name, tensor in tensors.items() if tensor.dtype in (*FLOATS, *WHOLE) and tensor.ndim]
-    plan = [scaled for name in stored if (scaled := _scaled(name, tensors, ends, path)) is not None]
+    plan = [scaled for name in stored if (scaled := _find_scale(name, tensors, ends, path)) is not None]
     if not plan:
         return tensors, ()
     by_data = {scaled.data: scaled for scaled in plan}
@@ -104,15 +103,22 @@ def dequantized(tensors: Tensors, slots: Collection[str], path: object) -> tuple
     result: Tensors = {}
     for name, tensor in tensors.items():
         if name in by_data:
-            result[by_data[name].name] = _values(by_data[name], tensors, path)
+            result[by_data[name].name] = _dequantize(by_data[name], tensors, path)
         elif name not in used and not (_parent(name) in parents and _is_ignored(name)):
             result[name] = tensor
     kinds = ", ".join(sorted({_dtype(tensors[scaled.data]) for scaled in plan}))
     return result, (f"{len(plan)} weights in {kinds} multiplied with their scales, as '{plan[0].scale}'",)
 
 
-def _scaled(name: str, tensors: Tensors, ends: Collection[str], path: object) -> Scaled | None:
-    """Find the scale of a stored weight; None for a tensor that needs none."""
+def _find_scale(name: str, tensors: Tensors, ends: Collection[str], path: object) -> Scaled | None:
+    """Find the scale of a stored weight; None for a tensor without a scale.
+
+    Args:
+        name: Name of an eight-bit tensor in the file.
+        tensors: Tensors of the file, by name.
+        ends: Last parts of the names in the model.
+        path: The file, for messages.
+    """
     parent, last = _parent(name), name.rpartition(".")[2]
     if _is_scale(name) or last in (FORMAT, *ROLES[1:]) or _is_ignored(name):
         return None
@@ -123,44 +129,45 @@ def _scaled(name: str, tensors: Tensors, ends: Collection[str], path: object) ->
             return None if "_data" in ends else Scaled(base, name, scale)
     if f"{parent}SCB" in tensors and last == "weight" and tensors[name].dtype is torch.int8:
         if int(tensors.get(f"{parent}{FORMAT}", torch.tensor(0)).sum()):
-            raise _refused(path, "bitsandbytes, 8 bits in tiles", f"{parent}{FORMAT}")
+            raise _refusal_error(path, "bitsandbytes, 8 bits in tiles", f"{parent}{FORMAT}")
         return None if "SCB" in ends else Scaled(name, name, f"{parent}SCB")
     if tensors[name].dtype in WHOLE and "weight" not in last:
         return None  # a mask or an index
     spellings = {"name": name, "parent": parent, "last": last}
-    scales = [made for text in SCALES if (made := text.format(**spellings)) in tensors]
-    zeros = [made for text in ZERO_POINTS if (made := text.format(**spellings)) in tensors]
+    scales = [candidate for text in SCALES if (candidate := text.format(**spellings)) in tensors]
+    zeros = [candidate for text in ZERO_POINTS if (candidate := text.format(**spellings)) in tensors]
     if scales and scales[0].rpartition(".")[2] in ends:
         return None  # the model keeps the scale, and so the weight in eight bits
-    unknown = [other for other in _beside(name, tensors, ends) if other not in (*scales, *zeros)]
+    unknown = [neighbor for neighbor in _suspect_neighbors(name, tensors, ends) if neighbor not in (*scales, *zeros)]
     if unknown or len(scales) > 1 or len(zeros) > 1 or (zeros and not scales):
         odd = (unknown or scales[1:] or zeros)[0]
         if odd.rpartition(".")[2] in ends:
             return None
-        raise _refused(path, f"a scheme that is not known: '{name}' is {_dtype(tensors[name])}", odd)
+        raise _refusal_error(path, f"a scheme that is not known: '{name}' is {_dtype(tensors[name])}", odd)
     return Scaled(name, name, scales[0], zeros[0] if zeros else "") if scales else None
 
 
-def _beside(name: str, tensors: Tensors, ends: Collection[str]) -> Iterator[str]:
-    """List what of the same layer looks like a part of a quantized weight, by its name or as no layer has it."""
+def _suspect_neighbors(name: str, tensors: Tensors, ends: Collection[str]) -> Iterator[str]:
+    """List tensors of the same layer that look like parts of a quantized weight, by a suspect or an unusual name."""
     parent = _parent(name)
-    for other, tensor in tensors.items():
-        last = other[len(parent) :]
-        is_near = other.startswith((f"{name}.", f"{name}_")) or (_parent(other) == parent and other != name)
-        if not is_near or last in (*ROLES, FORMAT) or _is_ignored(other) or tensor.dtype in (*FLOATS, *WHOLE):
+    for neighbor, tensor in tensors.items():
+        last = neighbor[len(parent) :]
+        is_near = neighbor.startswith((f"{name}.", f"{name}_")) or (_parent(neighbor) == parent and neighbor != name)
+        if not is_near or last in (*ROLES, FORMAT) or _is_ignored(neighbor) or tensor.dtype in (*FLOATS, *WHOLE):
             continue
         is_odd = last not in ends and tensor.is_floating_point() and not PLAIN.search(last)
         if SUSPECT.search(last) or is_odd:
-            yield other
+            yield neighbor
 
 
-def _values(scaled: Scaled, tensors: Tensors, path: object) -> torch.Tensor:
+def _dequantize(scaled: Scaled, tensors: Tensors, path: object) -> torch.Tensor:
+    """Return (data - zero point) * scale in float32."""
     if not tensors[scaled.scale].is_floating_point():
-        raise _refused(path, f"a scale in {_dtype(tensors[scaled.scale])}, as of MX formats", scaled.scale)
+        raise _refusal_error(path, f"a scale in {_dtype(tensors[scaled.scale])}, as of MX formats", scaled.scale)
     data, scale = tensors[scaled.data].float(), tensors[scaled.scale].float()
     if scaled.scale.endswith("SCB"):
         scale = scale / 127
-    spread = _spread(scale, data.shape, scaled.scale)
+    spread = _broadcast_scale(scale, data.shape, scaled.scale)
     if spread is None:
         raise CheckpointError(
             f"'{path}' has the scale '{scaled.scale}' {tuple(scale.shape)} for '{scaled.data}' {tuple(data.shape)}, "
@@ -168,18 +175,18 @@ def _values(scaled: Scaled, tensors: Tensors, path: object) -> torch.Tensor:
             "library that wrote it. Nothing was changed."
         )
     if scaled.zero_point:
-        zero = _spread(tensors[scaled.zero_point].float(), data.shape, scaled.zero_point)
+        zero = _broadcast_scale(tensors[scaled.zero_point].float(), data.shape, scaled.zero_point)
         if zero is None:
-            raise _refused(path, "a scheme that is not known", scaled.zero_point)
+            raise _refusal_error(path, "a scheme that is not known", scaled.zero_point)
         data = data - zero
     return data * spread
 
 
-def _spread(scale: torch.Tensor, shape: torch.Size, name: str) -> torch.Tensor | None:
-    """Return a scale so that it can be multiplied with a tensor (out, in, …); None where it does not fit for sure.
+def _broadcast_scale(scale: torch.Tensor, shape: torch.Size, name: str) -> torch.Tensor | None:
+    """Broadcast a scale to a tensor (out, in, …); None where its shape is ambiguous or does not fit.
 
-    One number is for all. (out,) and (out, 1, …) are for rows, (rows, columns) for blocks: of 128 × 128 in
-    `…_scale_inv`, of equal size otherwise.
+    One number scales the whole tensor, (out,) and (out, 1, …) scale rows, and (rows, columns) scale blocks: of
+    128 × 128 in `…_scale_inv`, of equal size otherwise.
     """
     if scale.numel() == 1:
         return scale.reshape(())
@@ -200,6 +207,7 @@ def _spread(scale: torch.Tensor, shape: torch.Size, name: str) -> torch.Tensor |
 
 
 def _refuse_schemes(tensors: Tensors, ends: Collection[str], path: object) -> None:
+    """Refuse files of the schemes in `SCHEMES`, unless the model has tensors of these names itself."""
     for pattern, scheme in SCHEMES:
         for name, tensor in tensors.items():
             match = re.search(pattern, f".{name}")
@@ -210,18 +218,18 @@ def _refuse_schemes(tensors: Tensors, ends: Collection[str], path: object) -> No
             ):
                 continue
             if tensor.dtype.is_floating_point and scheme == "" and tensor.ndim:
-                continue  # a weight that is called so
+                continue  # a plain weight with such a name
             if not scheme:
                 has_order = f"{_parent(name)}g_idx" in tensors
-                raise _refused(path, "GPTQ" if has_order else "AWQ", name)
-            raise _refused(path, match.expand(scheme), name)
+                raise _refusal_error(path, "GPTQ" if has_order else "AWQ", name)
+            raise _refusal_error(path, match.expand(scheme), name)
 
 
 def _is_mxfp4(name: str, tensors: Tensors) -> bool:
     return name.removesuffix("_blocks") + "_scales" in tensors and tensors[name].dtype is torch.uint8
 
 
-def _refused(path: object, scheme: str, name: str) -> CheckpointError:
+def _refusal_error(path: object, scheme: str, name: str) -> CheckpointError:
     return CheckpointError(
         f"'{path}' holds quantized weights ({scheme}), as '{name}' shows, and loading them as they are would be wrong. "
         "Dequantize them with the library that wrote the file, and save the result. Nothing was changed."

@@ -1,4 +1,4 @@
-"""Read what people really have into names with tensors, without running anything that is in it."""
+"""Read the weights in a file of any supported kind, without running code from it."""
 
 import json
 import pickle
@@ -15,12 +15,12 @@ from regraft.checkpoint.file.shards import lies_beside
 from regraft.checkpoint.foreign.kinds import describe_folder, require_weights
 from regraft.checkpoint.foreign.limits import check_container
 from regraft.checkpoint.foreign.objects import read_beside_objects
-from regraft.checkpoint.foreign.pickle_check import made_plain
+from regraft.checkpoint.foreign.pickle_check import to_plain_data
 from regraft.checkpoint.foreign.restricted_unpickler import read_pickled, read_torchscript
 from regraft.checkpoint.foreign.state_dicts import StateDict, StateDicts, Tensors, listed, split_extra, state_dicts_of
 from regraft.errors import CheckpointError
 
-FOREIGN_NAME = re.compile(r"(?:GLOBAL|function|class|type) <?([\w.]+)")  # in what torch's unpickler complains about
+FOREIGN_NAME = re.compile(r"(?:GLOBAL|function|class|type) <?([\w.]+)")  # in errors of torch's weights-only unpickler
 INDEX_LIMIT_BYTES = 100_000_000
 FOLDER_FILES = (
     "model.safetensors",
@@ -33,10 +33,10 @@ Kind = Literal["index", "safetensors", "torchscript", "npz", "torch"]
 
 
 def weights_file(path: Path) -> Path:
-    """Return the file that holds the weights: `path` itself, or in a folder the one that Hugging Face's names.
+    """Return the file that holds the weights: `path` itself, or in a folder the file with Hugging Face's name.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: There is no such file.
     """
     if path.is_dir():
         path = next((path / name for name in FOLDER_FILES if (path / name).is_file()), path)
@@ -48,12 +48,12 @@ def weights_file(path: Path) -> Path:
 
 
 def read_foreign(path: Path, *, tensors_only: bool = False) -> StateDicts:
-    """Read every state dict of a file that others wrote, on the CPU; `path` as `weights_file` returns it.
+    """Read every state dict of a file of other tools, on the CPU.
 
     Args:
-        path: A file, or an index of Hugging Face.
-        tensors_only: Take the tensors out of a file that holds more, as a whole pickled module, without running any of
-            it: see `restricted_unpickler`.
+        path: A file, or an index of Hugging Face, as `weights_file` returns it.
+        tensors_only: Whether to extract the tensors from a file that holds more, such as a whole pickled module,
+            without running its code: see `restricted_unpickler`.
 
     Raises:
         CheckpointError: The file is damaged, or cannot be read without running code.
@@ -78,8 +78,10 @@ def read_foreign(path: Path, *, tensors_only: bool = False) -> StateDicts:
             path, (StateDict((), tensors),), notes=("read from a TorchScript archive; its code was not run",)
         )
     if tensors_only:
-        found = state_dicts_of(read_pickled(path), path)
-        return StateDicts(path, found.entries, found.left_out, ("its tensors were taken out; no code of it was run",))
+        contents = state_dicts_of(read_pickled(path), path)
+        return StateDicts(
+            path, contents.entries, contents.left_out, ("its tensors were taken out; no code of it was run",)
+        )
     return state_dicts_of(_read_torch(path), path)
 
 
@@ -96,7 +98,7 @@ def only_state_dict(contents: StateDicts) -> StateDict:
 
 
 def kind_of(path: Path) -> Kind:
-    """Describe how a file is read, by its name for an index and by its first bytes otherwise."""
+    """Return how a file is read: by its name for an index, by its content otherwise."""
     if path.name.endswith(".index.json"):
         return "index"
     if is_safetensors(path):
@@ -107,7 +109,7 @@ def kind_of(path: Path) -> Kind:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return "torch"  # whose reader says what is wrong
+        return "torch"  # its reader raises the error with the reason
     if names and all(name.endswith(".npy") for name in names):
         return "npz"
     is_script = any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names)
@@ -115,26 +117,27 @@ def kind_of(path: Path) -> Kind:
 
 
 def unwrapping(entry: StateDict) -> list[str]:
-    """Describe what was taken off to get at a state dict."""
+    """Describe in which entries of a file a state dict was found."""
     if entry.parts:
         return [f"put together from the entries {', '.join(map(repr, entry.parts))}"]
     return [f"taken from the entry '{key}'" for key in entry.path]
 
 
 def _read_torch(path: Path) -> Any:
+    """Read a file of torch.save with torch's weights-only unpickler; with the inert one if it names other classes."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the age of the file's format
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         if isinstance(error, pickle.UnpicklingError) and FOREIGN_NAME.search(str(error)):
-            return made_plain(path, read_beside_objects(path), path.stat().st_size)
+            return to_plain_data(path, read_beside_objects(path), path.stat().st_size)
         reason = "no pickle that holds tensors" if isinstance(error, pickle.UnpicklingError) else str(error)
         raise CheckpointError(
             f"'{path}' cannot be read as weights: {type(error).__name__}: {reason.partition(chr(10))[0][:200]}. "
             "Expected a safetensors file or one that torch.save wrote."
         ) from error
-    return made_plain(path, content, path.stat().st_size)
+    return to_plain_data(path, content, path.stat().st_size)
 
 
 def _read_safetensors(path: Path) -> Tensors:
@@ -149,7 +152,11 @@ def _read_safetensors(path: Path) -> Tensors:
 
 
 def _read_arrays(path: Path) -> tuple[Tensors, tuple[str, ...]]:
-    """Read an npz archive; arrays of what torch has no dtype for (text, records) are named and left out."""
+    """Read an npz archive.
+
+    Returns:
+        The tensors by name, and the names of arrays without a dtype in torch (text, records), which are left out.
+    """
     import numpy as np
 
     tensors: Tensors = {}
@@ -174,11 +181,10 @@ def _read_arrays(path: Path) -> tuple[Tensors, tuple[str, ...]]:
 
 
 def _read_shards(path: Path) -> StateDicts:
-    """Read the files that an index of Hugging Face names; they lie beside it.
+    """Read the files beside an index of Hugging Face that it names.
 
     Raises:
-        CheckpointError: The index is no such index, names anything but files beside it, or they do not hold what it
-            says.
+        CheckpointError: The index is malformed, names other than files beside it, or does not match their tensors.
     """
     weight_map, _ = read_index(path)
     tensors: Tensors = {}
@@ -190,26 +196,26 @@ def _read_shards(path: Path) -> StateDicts:
             raise CheckpointError(f"'{path}' names the part '{shard}', which is not beside it. Get the whole set.")
         if kind_of(file) == "index":
             raise CheckpointError(f"'{path}' names '{shard}', which is an index as well. Expected files with tensors.")
-        held = only_state_dict(read_foreign(file)).tensors
-        absent = [name for name, where in weight_map.items() if where == shard and name not in held]
+        shard_tensors = only_state_dict(read_foreign(file)).tensors
+        absent = [name for name, where in weight_map.items() if where == shard and name not in shard_tensors]
         if absent:
             raise CheckpointError(f"'{path}' says that '{shard}' holds '{absent[0]}', which it lacks. Get it again.")
-        tensors |= {name: held[name] for name, where in weight_map.items() if where == shard}
-    held_all = {name: tensors[name] for name in weight_map}
+        tensors |= {name: shard_tensors[name] for name, where in weight_map.items() if where == shard}
+    ordered = {name: tensors[name] for name in weight_map}
     count = len(set(weight_map.values()))
     return StateDicts(
-        path, (StateDict((), held_all, is_ordered=False),), notes=(f"read from {count} files that the index names",)
+        path, (StateDict((), ordered, is_ordered=False),), notes=(f"read from {count} files that the index names",)
     )
 
 
 def read_index(path: Path) -> tuple[dict[str, str], bool]:
-    """Return which file holds which tensor, and whether regraft wrote the index."""
+    """Return name of a tensor → name of its file, and whether regraft wrote the index."""
     expected = 'Expected {"weight_map": {NAME: FILE}} with files beside it.'
     if path.stat().st_size > INDEX_LIMIT_BYTES:
         raise CheckpointError(f"'{path}' is larger than an index can be ({INDEX_LIMIT_BYTES:,} bytes). {expected}")
     try:
-        found = json.loads(path.read_bytes())
-        weight_map = found["weight_map"]
+        index = json.loads(path.read_bytes())
+        weight_map = index["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"'{path}' is no index of weights: {type(error).__name__}: {error}. {expected}"
@@ -219,5 +225,5 @@ def read_index(path: Path) -> tuple[dict[str, str], bool]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w\-+=][\w.\-+= ]*", shard):
             raise CheckpointError(f"'{path}' names {shard!r} for '{name}', which is no plain file name. {expected}")
-    metadata = found.get("metadata")
+    metadata = index.get("metadata")
     return weight_map, isinstance(metadata, dict) and KEY in metadata

@@ -1,8 +1,8 @@
 """Read pickled tensors without the code that they were pickled with.
 
-An unpickler calls what a file names, which is how pickles run code. The one here knows a few names that rebuild tensors
-and gives each of them a function of its own; every other name, whatever it is, becomes an empty class that keeps what
-it is given and does nothing. Nothing is imported, so nothing of the file or of its libraries runs.
+A normal unpickler imports and calls what a file names. The unpickler here has its own functions for the few names that
+rebuild tensors. Every other name becomes an empty class, `Stub`, that stores its arguments and does nothing. Nothing is
+imported, so no code of the file or of its libraries runs.
 """
 
 import itertools
@@ -35,23 +35,23 @@ STORAGES = {
     "UntypedStorage": torch.uint8,
 }
 DEPTH_LIMIT = 200  # layers within layers
-VISIT_LIMIT = 200_000  # layers in all, however often the same object is met
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # what older torch.save begins with, as torch.serialization has it
+VISIT_LIMIT = 200_000  # layers in total; an object that occurs twice counts twice
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first value in files of older torch.save; torch.serialization.MAGIC_NUMBER
 
-Check = Callable[[str], None]  # raises where a name that stands for nothing here is refused
+Check = Callable[[str], None]  # called with a name that becomes a Stub; raises to refuse it
 Fetch = Callable[[str, torch.dtype, int], torch.Tensor]  # key, dtype, number of elements → flat tensor
 
 
 class Stub:
-    """What stands in the place of an object of any class: what it was given, and nothing that runs."""
+    """A placeholder for an object of any class. It stores arguments, state, entries and elements, and runs nothing."""
 
     origin = ""
 
     def __new__(cls, *arguments: Any, **_: Any) -> "Stub":
-        """Make one as an unpickler makes objects; the class of the original is not asked."""
-        made = super().__new__(cls)
-        made.arguments, made.state, made.entries, made.elements = arguments, {}, {}, []
-        return made
+        """Create a placeholder from the arguments of a pickled object."""
+        stub = super().__new__(cls)
+        stub.arguments, stub.state, stub.entries, stub.elements = arguments, {}, {}, []
+        return stub
 
     arguments: tuple[Any, ...]
     state: Any
@@ -68,16 +68,16 @@ class Stub:
         self.entries[key] = value
 
     def append(self, value: Any) -> None:
-        """Keep one element, as pickles of lists add them."""
+        """Store one element, as pickles of lists add it."""
         self.elements.append(value)
 
     def add(self, value: Any) -> None:
-        """Keep one element, as pickles of sets add them."""
+        """Store one element, as pickles of sets add it."""
         self.elements.append(value)
 
 
-class _Known:
-    """A function for the unpickler; it has no attributes that a file could set."""
+class _Function:
+    """A function that the unpickler may call; a file cannot set attributes on it."""
 
     __slots__ = ("_function",)
 
@@ -91,8 +91,8 @@ class _Known:
         raise pickle.UnpicklingError("a function is given a state")
 
 
-class _Names(dict[Any, Any]):
-    """An ordered dict that ignores what was attached to it, as a state dict's `_metadata`."""
+class _PlainDict(dict[Any, Any]):
+    """An ordered dict without the attributes of the pickled one, such as a state dict's `_metadata`."""
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -106,21 +106,21 @@ class InertUnpickler(pickle.Unpickler):
         self._fetch, self._check = fetch, check
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what a name stands for here; nothing is imported."""
-        module, name = NAME_MAPPING.get((module, name)) or (IMPORT_MAPPING.get(module, module), name)  # of Python 2
+        """Return the stand-in for a name; nothing is imported."""
+        module, name = NAME_MAPPING.get((module, name)) or (IMPORT_MAPPING.get(module, module), name)  # from Python 2
         if module in ("torch", "torch.storage") and name in STORAGES:
             return STORAGES[name]
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         function = KNOWN.get((module, name))
         if function is not None:
-            return _Known(function)
+            return _Function(function)
         self._check(f"{module}.{name}")
         return type("Stub", (Stub,), {"origin": f"{module}.{name}"})
 
     def persistent_load(self, pid: Any) -> Any:
-        """Return the flat tensor of a storage that lies beside the pickle, or a class that stays inert."""
-        if pid[0] == "module":  # a class with its source, as older files have it
+        """Return the flat tensor of a storage outside of the pickle, or the stand-in of a class."""
+        if pid[0] == "module":  # a class with its source text, in older files
             return pid[1]
         kind, dtype, key, _, count = pid[:5]
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not _is_count(count):
@@ -140,23 +140,23 @@ def read_torchscript(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_pickled(path: Path) -> Any:
-    """Read a file of torch.save whatever it holds: modules become dicts of their tensors, other objects are left out.
+    """Read any file of torch.save: modules become dicts of their tensors, other objects are left out.
 
     Raises:
-        CheckpointError: It is damaged, or no such file.
+        CheckpointError: It is damaged, or not such a file.
     """
-    return _plain(read_inert(path), {})
+    return _replace_modules(read_inert(path), {})
 
 
 def read_inert(path: Path, check: Check = lambda name: None) -> Any:
-    """Read a file of torch.save whatever it holds, with an `Stub` in the place of each object that is no plain data.
+    """Read any file of torch.save, with a `Stub` for each object that is not plain data.
 
     Args:
         path: The file.
-        check: Is called with each name that stands for nothing here, and may raise a CheckpointError.
+        check: Called with each name that becomes a `Stub`; may raise a CheckpointError.
 
     Raises:
-        CheckpointError: It is damaged, or no such file, or `check` refuses it.
+        CheckpointError: It is damaged, or not such a file, or `check` refuses it.
     """
     return _from_archive(path, check) if zipfile.is_zipfile(path) else _from_legacy(path, check)
 
@@ -167,12 +167,15 @@ def tensors_within(value: Any) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: Its layers contain themselves.
     """
-    found: dict[str, torch.Tensor] = {}
-    _collect(value, "", found, itertools.count(), 0)
-    return found
+    tensors: dict[str, torch.Tensor] = {}
+    _collect_tensors(value, "", tensors, itertools.count(), 0)
+    return tensors
 
 
-def _collect(value: Any, prefix: str, found: dict[str, torch.Tensor], visits: Iterator[int], depth: int) -> None:
+def _collect_tensors(
+    value: Any, prefix: str, tensors: dict[str, torch.Tensor], visits: Iterator[int], depth: int
+) -> None:
+    """Add the tensors of a layer and of the layers in it to `tensors`, under their names in a state dict."""
     if depth > DEPTH_LIMIT or next(visits) > VISIT_LIMIT:
         raise CheckpointError(
             f"layers lie within layers more than {DEPTH_LIMIT} deep, or are more than {VISIT_LIMIT:,}: this is no "
@@ -183,32 +186,32 @@ def _collect(value: Any, prefix: str, found: dict[str, torch.Tensor], visits: It
         return
     if "_modules" in state and "_parameters" in state:  # a pickled nn.Module
         left_out = state.get("_non_persistent_buffers_set") or ()
-        own = {**_mapping(state["_parameters"]), **_mapping(state.get("_buffers"))}
+        own = {**_as_dict(state["_parameters"]), **_as_dict(state.get("_buffers"))}
         members = {key: member for key, member in own.items() if key not in left_out}
-        members |= _mapping(state["_modules"])
-    else:  # a scripted one, whose parameters, buffers and layers are attributes
+        members |= _as_dict(state["_modules"])
+    else:  # a scripted module, whose parameters, buffers and layers are attributes
         members = dict(state)
     for key, member in members.items():
         if isinstance(member, torch.Tensor):
-            found[f"{prefix}{key}"] = member
+            tensors[f"{prefix}{key}"] = member
         elif isinstance(member, Stub):
-            _collect(member, f"{prefix}{key}.", found, visits, depth + 1)
+            _collect_tensors(member, f"{prefix}{key}.", tensors, visits, depth + 1)
 
 
-def _plain(content: Any, made: dict[int, Any], depth: int = 0) -> Any:
-    """Replace modules by dicts of their tensors, here and in the dicts below; each object once."""
+def _replace_modules(content: Any, results: dict[int, Any], depth: int = 0) -> Any:
+    """Replace modules by dicts of their tensors, also in dicts within; `results` maps object identities to results."""
     if not isinstance(content, (Stub, Mapping)) or depth > DEPTH:
         return content
-    if id(content) not in made:
-        made[id(content)] = {}  # for one that holds itself
+    if id(content) not in results:
+        results[id(content)] = {}  # an object that contains itself ends here
         if isinstance(content, Stub):
-            made[id(content)] = tensors_within(content) or dict(content.entries)
+            results[id(content)] = tensors_within(content) or dict(content.entries)
         else:
-            made[id(content)] = {key: _plain(value, made, depth + 1) for key, value in content.items()}
-    return made[id(content)]
+            results[id(content)] = {key: _replace_modules(value, results, depth + 1) for key, value in content.items()}
+    return results[id(content)]
 
 
-def _mapping(value: Any) -> dict[Any, Any]:
+def _as_dict(value: Any) -> dict[Any, Any]:
     return dict(value) if isinstance(value, Mapping) else {}
 
 
@@ -228,28 +231,29 @@ def _from_archive(path: Path, check: Check = lambda name: None) -> Any:
 
             def fetch(key: str, dtype: torch.dtype, count: int) -> torch.Tensor:
                 if key not in storages:
-                    info = _stored(members[f"{root}data/{key}"])
+                    info = _require_uncompressed(members[f"{root}data/{key}"])
                     if info.file_size + sum(flat.nbytes for flat in storages.values()) > size:
                         raise pickle.UnpicklingError("its storages are larger than the file")
                     storages[key] = torch.frombuffer(bytearray(archive.read(info)) or bytearray(1), dtype=torch.uint8)
                 return storages[key][: count * dtype.itemsize].view(dtype)
 
-            with archive.open(_stored(members[main])) as file:
+            with archive.open(_require_uncompressed(members[main])) as file:
                 return InertUnpickler(file, fetch, check).load()
     except CheckpointError:
         raise
-    except Exception as error:  # a hostile or a damaged file can make an unpickler raise anything
-        raise _damaged(path, error) from error
+    except Exception as error:  # an unpickler may raise anything on damaged data
+        raise _damaged_error(path, error) from error
 
 
-def _stored(info: zipfile.ZipInfo) -> zipfile.ZipInfo:
+def _require_uncompressed(info: zipfile.ZipInfo) -> zipfile.ZipInfo:
+    """Return an entry unchanged if it is not compressed."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise pickle.UnpicklingError(f"'{info.filename}' is compressed, which torch never writes")
     return info
 
 
 def _from_legacy(path: Path, check: Check) -> Any:
-    """Unpickle what torch.save wrote before 1.6: a few pickles in a row, then the bytes of each storage."""
+    """Unpickle a file of torch.save before 1.6: consecutive pickles, then the bytes of each storage."""
     size = path.stat().st_size
     storages: dict[str, tuple[torch.dtype, torch.Tensor]] = {}
 
@@ -264,7 +268,7 @@ def _from_legacy(path: Path, check: Check) -> Any:
         with path.open("rb") as file:
             if InertUnpickler(file, fetch).load() != LEGACY_MAGIC:
                 raise pickle.UnpicklingError("it does not begin as torch.save begins")
-            for _ in range(2):  # the protocol, and what machine it was
+            for _ in range(2):  # the protocol, and the properties of the machine
                 InertUnpickler(file, fetch).load()
             content = InertUnpickler(file, fetch, check).load()
             for key in InertUnpickler(file, fetch).load():
@@ -279,10 +283,10 @@ def _from_legacy(path: Path, check: Check) -> Any:
     except CheckpointError:
         raise
     except Exception as error:
-        raise _damaged(path, error) from error
+        raise _damaged_error(path, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
+def _damaged_error(path: Path, error: Exception) -> CheckpointError:
     reason = str(error).partition("\n")[0][:200]
     return CheckpointError(
         f"'{path}' cannot be read as weights: {type(error).__name__}: {reason}. "
@@ -290,14 +294,16 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _tensor(flat: torch.Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any) -> torch.Tensor:
-    """Rebuild a tensor from its storage; torch itself checks that it lies inside."""
+def _rebuild_tensor(
+    flat: torch.Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any
+) -> torch.Tensor:
+    """Rebuild a tensor from its storage; torch checks that it lies inside."""
     if not all(_is_count(number) for number in (offset, *size, *stride)) or math.prod(size) > max(flat.numel(), 1):
         raise pickle.UnpicklingError(f"a tensor {tuple(size)} does not lie inside its storage")
     return torch.as_strided(flat, tuple(size), tuple(stride), offset)
 
 
-def _viewed(
+def _rebuild_view(
     flat: torch.Tensor,
     offset: int,
     size: Sequence[int],
@@ -307,20 +313,20 @@ def _viewed(
     dtype: Any,
     *_: Any,
 ) -> torch.Tensor:
-    """Rebuild a tensor of a dtype that has no storage of its own, as the eight-bit floats."""
+    """Rebuild a tensor of a dtype without a storage class of its own, such as eight-bit floats."""
     if not isinstance(dtype, torch.dtype) or flat.nbytes % dtype.itemsize:
         raise pickle.UnpicklingError("a tensor of no known dtype")
-    return _tensor(flat.view(dtype), offset, size, stride)
+    return _rebuild_tensor(flat.view(dtype), offset, size, stride)
 
 
-def _of_type(function: Any, kind: Any, arguments: Sequence[Any], *_: Any) -> Any:
-    """Rebuild a tensor that had attributes, which are left out; one of another class stays inert."""
-    plain = function(*arguments) if isinstance(function, _Known) else None
+def _rebuild_typed(function: Any, kind: Any, arguments: Sequence[Any], *_: Any) -> Any:
+    """Rebuild a tensor without its attributes; a tensor of a subclass becomes a `Stub`."""
+    plain = function(*arguments) if isinstance(function, _Function) else None
     return plain if getattr(kind, "origin", "") == "torch.Tensor" else Stub(plain)
 
 
-def _encoded(text: str, encoding: str = "") -> bytes:
-    """Return the bytes that pickles of protocol 2 keep as text."""
+def _encode_latin1(text: str, encoding: str = "") -> bytes:
+    """Return bytes that pickles of protocol 2 store as text."""
     if encoding != "latin1":
         raise pickle.UnpicklingError("bytes in another encoding than latin1")
     return text.encode("latin1")
@@ -330,25 +336,25 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _first(value: Any, *_: Any) -> Any:
+def _first_argument(value: Any, *_: Any) -> Any:
     return value
 
 
 KNOWN: Mapping[tuple[str, str], Callable[..., Any]] = {
-    ("torch._utils", "_rebuild_tensor"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): _viewed,
-    ("torch._tensor", "_rebuild_from_type_v2"): _of_type,
-    ("torch._utils", "_rebuild_parameter"): _first,
-    ("torch._utils", "_rebuild_parameter_with_state"): _first,
-    ("torch.jit._pickle", "restore_type_tag"): _first,
-    ("torch.jit._pickle", "build_tensorlist"): _first,
-    ("torch.jit._pickle", "build_intlist"): _first,
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_view,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_typed,
+    ("torch._utils", "_rebuild_parameter"): _first_argument,
+    ("torch._utils", "_rebuild_parameter_with_state"): _first_argument,
+    ("torch.jit._pickle", "restore_type_tag"): _first_argument,
+    ("torch.jit._pickle", "build_tensorlist"): _first_argument,
+    ("torch.jit._pickle", "build_intlist"): _first_argument,
     ("torch", "Size"): tuple,
-    ("collections", "OrderedDict"): _Names,
-    ("collections", "defaultdict"): lambda *_: _Names(),
-    ("collections", "Counter"): lambda counts=(), *_: _Names(counts),
-    ("_codecs", "encode"): _encoded,
+    ("collections", "OrderedDict"): _PlainDict,
+    ("collections", "defaultdict"): lambda *_: _PlainDict(),
+    ("collections", "Counter"): lambda counts=(), *_: _PlainDict(counts),
+    ("_codecs", "encode"): _encode_latin1,
     ("builtins", "set"): set,
     ("builtins", "complex"): complex,
     ("torch", "device"): lambda *_: None,

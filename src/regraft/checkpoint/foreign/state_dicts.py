@@ -1,4 +1,4 @@
-"""Find the state dicts in what a file holds, and choose one."""
+"""Find the state dicts in the content of a file, and choose one."""
 
 import re
 import reprlib
@@ -25,9 +25,9 @@ WRAPPERS = (
     "ema_state_dict",
     "ema",
 )
-TRAINING = re.compile(r"(^|_)(optim\w*|\w*sched\w*|scaler|loops|hyper_parameters|rng\w*|amp)(_|$)")  # how that stood
+TRAINING = re.compile(r"(^|_)(optim\w*|\w*sched\w*|scaler|loops|hyper_parameters|rng\w*|amp)(_|$)")  # keys of a run
 DEPTH = 5
-EXTRA_STATE = "_extra_state"  # as torch calls it in a state dict
+EXTRA_STATE = "_extra_state"  # its name in torch's state dicts
 
 Tensors = dict[str, torch.Tensor]
 
@@ -37,12 +37,12 @@ class StateDict:
     """One state dict in a file.
 
     Attributes:
-        path: The keys under which it lies, outermost first; empty for a file that is one.
+        path: The keys that lead to it, outermost first; empty where the file itself is a state dict.
         tensors: Its tensors by name.
-        is_ordered: Whether they stand in the order in which the network registered them; safetensors sorts them.
-        parts: Keys of the entries that it was put together from; empty for one that lies in the file so.
-        sources: Of one that was put together, what the file calls each tensor.
-        extra: What `get_extra_state` of layers returned, by name: any plain data.
+        is_ordered: Whether the tensors are in the order of registration; safetensors sorts them by name.
+        parts: Keys of the entries that it was joined from; empty for a state dict that the file holds as it is.
+        sources: For a joined state dict, name → name in the file.
+        extra: Name → plain data that `get_extra_state` of a layer returned.
     """
 
     path: tuple[str, ...]
@@ -59,19 +59,19 @@ class StateDict:
 
     @property
     def is_average(self) -> bool:
-        """Whether it is named as a running average of the weights is."""
+        """Whether it is named like a running average of the weights."""
         return any("ema" in part.lower().split("_") or part.lower() in ("swa", "averaged") for part in self.path)
 
 
 @dataclass(frozen=True)
 class StateDicts:
-    """What a file holds.
+    """All state dicts of a file.
 
     Attributes:
         path: The file.
-        entries: The state dicts in it; one at least.
-        left_out: What else lies beside them.
-        notes: What was noticed while reading.
+        entries: The state dicts in it, at least one.
+        left_out: Keys of other entries.
+        notes: Remarks for the report, made while reading.
     """
 
     path: Path
@@ -80,12 +80,15 @@ class StateDicts:
     notes: tuple[str, ...] = ()
 
     def choices(self, wanted: str | None = None) -> list[StateDict]:
-        """Return the state dict to take: the wanted one, or the one that files keep under a usual name.
+        """Return the state dict to load: the wanted one, or the one under a usual key.
 
-        The raw weights go before an average of them. Where no usual name tells, all that are left are returned.
+        Raw weights are preferred to an average of them. Without a usual key, all remaining candidates are returned.
+
+        Args:
+            wanted: Key of an entry.
 
         Raises:
-            CheckpointError: No entry is called so, or several are.
+            CheckpointError: No entry has the wanted key, or several have.
         """
         if wanted is not None:
             return [self._named(wanted)]
@@ -96,18 +99,18 @@ class StateDicts:
 
     def _named(self, wanted: str) -> StateDict:
         exact = [entry for entry in self.entries if entry.key == wanted]
-        found = exact or [entry for entry in self.entries if f".{entry.key}.".find(f".{wanted}.") >= 0]
-        if len(found) != 1:
-            problem = f"no entry '{wanted}'" if not found else f"several entries '{wanted}'"
+        matching = exact or [entry for entry in self.entries if f".{entry.key}.".find(f".{wanted}.") >= 0]
+        if len(matching) != 1:
+            problem = f"no entry '{wanted}'" if not matching else f"several entries '{wanted}'"
             known = [entry.key for entry in self.entries]
             listed = ", ".join(map(repr, known)) if any(known) else "none: it is one state dict"
             raise CheckpointError(
                 f"'{self.path}' has {problem}. {nearest(wanted, known)} Its entries: {listed}.".replace("  ", " ")
             )
-        return found[0]
+        return matching[0]
 
     def _usual(self, path: tuple[str, ...]) -> StateDict | None:
-        """Follow the usual names from `path` on, then take what lies there."""
+        """Follow the usual keys from `path` on, and return the state dict there; None where there is none."""
         below = [entry for entry in self.entries if entry.path[: len(path)] == path]
         for key in WRAPPERS:
             if any(entry.path[len(path) : len(path) + 1] == (key,) for entry in below):
@@ -125,8 +128,8 @@ def state_dicts_of(content: Any, path: Path) -> StateDicts:
     entries = tuple(_find(content, (), set())) if isinstance(content, Mapping) else ()
     if not entries:
         is_dict = isinstance(content, Mapping)
-        found = f"a dict with {', '.join(map(repr, list(content)[:8]))}" if is_dict else reprlib.repr(content)
-        raise CheckpointError(f"'{path}' holds no state dict, but {found[:200]}. Expected names with tensors.")
+        description = f"a dict with {', '.join(map(repr, list(content)[:8]))}" if is_dict else reprlib.repr(content)
+        raise CheckpointError(f"'{path}' holds no state dict, but {description[:200]}. Expected names with tensors.")
     tops = {entry.path[0] for entry in entries if entry.path}
     has_own = any(not entry.path for entry in entries)
     values = content.items() if isinstance(content, Mapping) else ()
@@ -137,23 +140,23 @@ def state_dicts_of(content: Any, path: Path) -> StateDicts:
 
 
 def is_extra_state(name: str) -> bool:
-    """Return whether a name of a state dict stands for what `get_extra_state` of a layer returned."""
+    """Return whether a name of a state dict belongs to the extra state of a layer."""
     return name.rpartition(".")[2] == EXTRA_STATE
 
 
 def split_extra(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
-    """Return the weights among some tensors, and the extra states of layers."""
+    """Split a state dict into weights and extra states of layers."""
     extra = {name: tensor for name, tensor in tensors.items() if is_extra_state(name)}
     return {name: tensor for name, tensor in tensors.items() if name not in extra}, extra
 
 
 def tensors_of(content: Mapping[Any, Any]) -> Tensors:
-    """Return what is a tensor in a dict, by name."""
+    """Return the tensors among the values of a dict, by name."""
     return {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
 
 
 def listed(entries: Sequence[StateDict]) -> str:
-    """Name entries in a sentence."""
+    """Describe entries in a message: their keys and numbers of tensors."""
     return ", ".join(f"'{entry.key}' ({len(entry.tensors)} tensors)" for entry in entries)
 
 
@@ -187,5 +190,5 @@ def _mappings(key: str, value: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
 
 
 def may_hold_weights(key: str) -> bool:
-    """Return whether a key can stand for weights; how a training stood is none."""
+    """Return whether a key may hold weights; keys of a training run, such as `optimizer`, do not."""
     return not TRAINING.search(key.lower())

@@ -1,4 +1,4 @@
-"""Make tensors of a file fit a model where it is known how: positions, the first convolution, rows of classes."""
+"""Adapt tensors of a file to the shapes of a model: position embeddings, the first convolution, rows of classes."""
 
 import math
 import re
@@ -23,12 +23,12 @@ STANDARD = ("torch.nn.modules.conv", "timm.layers.conv2d_same")  # whose outputs
 
 
 class Fitter:
-    """Adapts tensors to one model; what it has to find out about the model, it finds out when it is first asked.
+    """Adapts tensors to one model. Heads and stem of the model are searched for on first use, and kept.
 
     Args:
         model: The model; it is not changed.
         slots: Its tensors by name.
-        held: The tensors of the file, under the names that they have in the model.
+        held: The tensors of the file, under their names in the model.
         kinds: What may be adapted.
     """
 
@@ -38,28 +38,28 @@ class Fitter:
         self._stem: str | None = None
 
     def fit(self, name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Adaptation] | None:
-        """Return a tensor that fits the model's `name`, and what was done; None where nothing is known to do.
+        """Return a tensor of the shape of the model's `name`, and what was done; None where no adaptation applies.
 
-        Shapes that differ in sides of length 1 alone are always made to fit, as they hold the same numbers.
+        Shapes that differ only in dimensions of length 1 are always reshaped, as they hold the same numbers.
         """
         slot = self._slots[name]
         text = f"{shape(tensor)} → {shape(slot)}"
         if [side for side in tensor.shape if side != 1] == [side for side in slot.shape if side != 1]:
             return tensor.reshape(slot.shape), Adaptation(name, "reshape", f"reshaped, {text}")
         if "positions" in self._kinds and POSITIONS.search(name):
-            made = self._resampled(name, tensor)
-            if made is not None:
-                return made, Adaptation(name, "positions", f"positions resampled (bicubic), {text}")
+            adapted = self._resampled(name, tensor)
+            if adapted is not None:
+                return adapted, Adaptation(name, "positions", f"positions resampled (bicubic), {text}")
         if "stem" in self._kinds and self._is_stem(name, tensor):
             return _other_channels(tensor, slot.shape[1]), Adaptation(
                 name, "stem", f"filters for {tensor.shape[1]} channels made to take {slot.shape[1]}, {text}"
             )
         if "head" in self._kinds and self.is_other_head(name, tensor):
             rows = min(len(tensor), len(slot))
-            made = slot.detach().cpu().to(tensor.dtype).clone()
-            made[:rows] = tensor[:rows]
+            adapted = slot.detach().cpu().to(tensor.dtype).clone()
+            adapted[:rows] = tensor[:rows]
             rest = f"; the other {len(slot) - rows} keep their values" if len(slot) > rows else ""
-            return made, Adaptation(name, "head", f"the first {rows} classes taken{rest}, {text}")
+            return adapted, Adaptation(name, "head", f"the first {rows} classes taken{rest}, {text}")
         return None
 
     def is_other_head(self, name: str, tensor: torch.Tensor) -> bool:
@@ -69,7 +69,7 @@ class Fitter:
         return is_alike and self.is_in_output(name)
 
     def is_in_output(self, name: str) -> bool:
-        """Return whether `name` belongs to the layer that gives the classes: the last one of a head."""
+        """Return whether `name` belongs to the layer that outputs the classes: the last one of a head."""
         if not self.is_in_head(name):
             return False
         assert self._heads is not None
@@ -102,7 +102,10 @@ class Fitter:
         return isinstance(layer, CONVOLUTIONS) and layer.groups == 1 and type(layer).__module__ in STANDARD
 
     def _resampled(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Resample absolute positions (1, T, D), (T, D) or (1, H, W, D); class tokens keep theirs."""
+        """Resample absolute position embeddings (1, T, D), (T, D) or (1, H, W, D); those of class tokens are kept.
+
+        None where the grid is not square or not known, or the file has another number of class tokens.
+        """
         from timm.layers.pos_embed import resample_abs_pos_embed, resample_abs_pos_embed_nhwc
 
         slot = self._slots[name]
@@ -113,38 +116,43 @@ class Fitter:
         if slot.ndim not in (2, 3) or (slot.ndim == 3 and not len(tensor) == len(slot) == 1):
             return None
         kept, grid = self._tokens_and_grid(name, slot.shape[-2])
-        if grid is None or (_tokens(self._held) != _tokens(self._slots)):
+        if grid is None or (_count_class_tokens(self._held) != _count_class_tokens(self._slots)):
             return None
-        if _square(tensor.shape[-2] - kept) is None:
+        if _square_side(tensor.shape[-2] - kept) is None:
             return None
-        made = resample_abs_pos_embed(tensor.reshape(1, *tensor.shape[-2:]), list(grid), num_prefix_tokens=kept)
-        return made.reshape(slot.shape)
+        resampled = resample_abs_pos_embed(tensor.reshape(1, *tensor.shape[-2:]), list(grid), num_prefix_tokens=kept)
+        return resampled.reshape(slot.shape)
 
     def _tokens_and_grid(self, name: str, length: int) -> tuple[int, tuple[int, int] | None]:
-        """Return how many of the model's positions belong to class tokens, and the grid of the others."""
+        """Return how many of the model's `length` positions belong to class tokens, and (rows, columns) of the others.
+
+        The layer's own attributes are trusted first; without them, a square grid is assumed, with class tokens or
+        without.
+        """
         owner: Any = self._model.get_submodule(name.rpartition(".")[0])
         grid = getattr(getattr(owner, "patch_embed", None), "grid_size", None)
         if grid is not None and isinstance(getattr(owner, "num_prefix_tokens", None), int):
             kept = 0 if getattr(owner, "no_embed_class", False) else owner.num_prefix_tokens
             return (kept, (grid[0], grid[1])) if kept + grid[0] * grid[1] == length else (0, None)
-        for kept in dict.fromkeys((_tokens(self._slots), 0)):
-            if (side := _square(length - kept)) is not None:
+        for kept in dict.fromkeys((_count_class_tokens(self._slots), 0)):
+            if (side := _square_side(length - kept)) is not None:
                 return kept, (side, side)
         return 0, None
 
 
 def shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Return a shape as plain numbers."""
+    """Return a shape as a tuple of integers."""
     return tuple(tensor.shape)
 
 
-def _tokens(tensors: Mapping[str, torch.Tensor]) -> int:
+def _count_class_tokens(tensors: Mapping[str, torch.Tensor]) -> int:
     """Count the class, distillation and register tokens among some tensors."""
-    found = [tensor for name, tensor in tensors.items() if TOKENS.search(name)]
-    return sum(tensor.shape[-2] if tensor.ndim > 1 else 1 for tensor in found)
+    class_tokens = [tensor for name, tensor in tensors.items() if TOKENS.search(name)]
+    return sum(tensor.shape[-2] if tensor.ndim > 1 else 1 for tensor in class_tokens)
 
 
-def _square(count: int) -> int | None:
+def _square_side(count: int) -> int | None:
+    """Return the side of a square grid of `count` positions; None where it is not square."""
     side = math.isqrt(count) if count > 0 else 0
     return side if side and side * side == count else None
 
@@ -152,8 +160,8 @@ def _square(count: int) -> int | None:
 def _other_channels(weight: torch.Tensor, channels: int) -> torch.Tensor:
     """Return filters (out, in, …) for another number of channels.
 
-    Those of gray images are shared out, so that a gray image shown in all channels gives what it gave; all others
-    become what `replace_stem` makes of them.
+    Filters for gray images are repeated and divided by the number of channels, so that a gray image in all channels
+    gives the same output. All others are converted as `replace_stem` does it.
     """
     if weight.shape[1] == 1:
         return weight.repeat(1, channels, *[1] * (weight.ndim - 2)) / channels

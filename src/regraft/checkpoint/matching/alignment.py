@@ -1,9 +1,9 @@
-"""Match the layers of two networks in the order in which they are registered.
+"""Align the layers of two networks in the order in which they are registered.
 
-Tensors that one layer owns (weight, bias, running statistics) go together as a unit. Two units may belong to each other
-where the shapes of all their tensors are equal; which of them do is the longest common subsequence of both lists,
-weighed by how alike the names are. It is worked out from the front and from the back: pairs on which both agree have no
-rival in order.
+The tensors that one layer owns (weight, bias, running statistics) form a unit. Two units are candidates for a pair if
+the shapes of all their tensors are equal. The pairs are the longest common subsequence of both lists, weighted by how
+similar the names are. It is computed from the front and from the back: where both agree on a pair, the order leaves no
+choice.
 """
 
 import functools
@@ -31,10 +31,10 @@ class Unit:
     """The tensors that one layer owns.
 
     Attributes:
-        path: Of the layer; for a tensor that is no weight, bias or running statistic, of the tensor itself.
+        path: Path of the layer; the name of the tensor itself if it is no weight, bias or running statistic.
         members: Name of each tensor by its role.
-        signature: Role and shape of each, without sides of length 1.
-        exact: The same with all sides.
+        signature: (role, shape without dimensions of length 1) of each tensor.
+        exact: (role, shape) of each tensor.
     """
 
     path: str
@@ -44,7 +44,7 @@ class Unit:
 
 
 def units_of(shapes: Mapping[str, Shape]) -> list[Unit]:
-    """Group names with shapes into units, in their order; counters of batches go with no unit."""
+    """Group names with shapes into units, in their order; `num_batches_tracked` belongs to no unit."""
     groups: dict[str, dict[str, str]] = {}
     for name in shapes:
         parent, _, last = name.rpartition(".")
@@ -61,54 +61,55 @@ def units_of(shapes: Mapping[str, Shape]) -> list[Unit]:
 
 
 def single_units(shapes: Mapping[str, Shape]) -> list[Unit]:
-    """Make a unit of each tensor by itself; single numbers, as the counters of batches are, go with none."""
+    """Make one unit of each tensor; scalars such as `num_batches_tracked` belong to none."""
     return [_unit(name, {"value": name}, shapes) for name, shape in shapes.items() if shape]
 
 
 def align(
-    theirs: Sequence[Unit], ours: Sequence[Unit], *, by_name: bool
+    file_units: Sequence[Unit], model_units: Sequence[Unit], *, by_name: bool
 ) -> tuple[list[tuple[int, int]], dict[int, tuple[int, ...]]]:
     """Pair units of equal shapes in order.
 
     Args:
-        theirs: The units of the file.
-        ours: The units of the model.
-        by_name: Whether alike names weigh; otherwise shapes and order alone do.
+        file_units: The units of the file.
+        model_units: The units of the model.
+        by_name: Whether similar names add to the weight of a pair; otherwise only shapes and order count.
 
     Returns:
-        Pairs of positions; and for positions in `ours` for which the order leaves a choice, those in `theirs` that
-        would do.
+        Pairs of positions; and position in `model_units` → positions in `file_units`, where the order leaves a choice.
     """
-    pairs = _subsequence(theirs, ours, by_name=by_name)
-    back = _subsequence(theirs[::-1], ours[::-1], by_name=by_name)
-    mirrored = [(len(theirs) - 1 - i, len(ours) - 1 - j) for i, j in back]
+    pairs = _subsequence(file_units, model_units, by_name=by_name)
+    reversed_pairs = _subsequence(file_units[::-1], model_units[::-1], by_name=by_name)
+    mirrored = [(len(file_units) - 1 - i, len(model_units) - 1 - j) for i, j in reversed_pairs]
     choices: dict[int, tuple[int, ...]] = {}
     for i, j in sorted(set(pairs) ^ set(mirrored)):
         choices[j] = (*choices.get(j, ()), i)
     return pairs, choices
 
 
-def assign(theirs: Sequence[Unit], ours: Sequence[Unit]) -> list[tuple[int, int, bool]]:
-    """Pair units of equal shapes by how alike their names are, whatever their order; the most alike first.
+def assign(file_units: Sequence[Unit], model_units: Sequence[Unit]) -> list[tuple[int, int, bool]]:
+    """Pair units of equal shapes by the similarity of their names, in any order; the most similar pairs first.
 
     Returns:
-        Positions, and whether no other unit of these shapes was left on either side.
+        (Position in `file_units`, position in `model_units`, whether these are the only units of their shapes).
     """
     groups: dict[object, tuple[list[int], list[int]]] = {}
-    for side, units in enumerate((theirs, ours)):
+    for side, units in enumerate((file_units, model_units)):
         for position, unit in enumerate(units):
             groups.setdefault(unit.signature, ([], []))[side].append(position)
     pairs = []
-    for left, right in groups.values():
-        is_only = len(left) == len(right) == 1
-        ranked = sorted((-likeness(theirs[i].path, ours[j].path), i, j) for i in left for j in right)
-        used_i: set[int] = set()
-        used_j: set[int] = set()
+    for file_positions, model_positions in groups.values():
+        is_only = len(file_positions) == len(model_positions) == 1
+        ranked = sorted(
+            (-likeness(file_units[i].path, model_units[j].path), i, j) for i in file_positions for j in model_positions
+        )
+        used_file: set[int] = set()
+        used_model: set[int] = set()
         for _, i, j in ranked:
-            if i not in used_i and j not in used_j:
+            if i not in used_file and j not in used_model:
                 pairs.append((i, j, is_only))
-                used_i.add(i)
-                used_j.add(j)
+                used_file.add(i)
+                used_model.add(j)
     return sorted(pairs, key=lambda pair: pair[1])
 
 
@@ -126,7 +127,7 @@ def words_of(path: str) -> list[tuple[str, str]]:
 
 
 def likeness(a: str, b: str) -> float:
-    """Describe how alike two paths are, from 0 to 1: words in common, synonyms included, and the same numbers."""
+    """Return the similarity of two paths, from 0 to 1: the mean of the shares of common words and of common numbers."""
     (words_a, numbers_a), (words_b, numbers_b) = _parsed(a), _parsed(b)
     common = len(words_a & words_b) / max(1, len(words_a | words_b))
     same = sum(min(count, numbers_b.get(number, 0)) for number, count in numbers_a.items())
@@ -135,9 +136,9 @@ def likeness(a: str, b: str) -> float:
 
 @functools.lru_cache(maxsize=10_000)
 def _parsed(path: str) -> tuple[frozenset[str], dict[str, int]]:
-    """Return the words of a path, each as the first of its synonyms, and how often it has each number."""
-    found = {word for word in re.split(r"[\W\d_]+", path.lower()) if word}
-    words = frozenset(next((min(group) for group in SYNONYMS if word in group), word) for word in found)
+    """Return the words of a path, each replaced by the first of its synonyms, and the count of each number."""
+    raw_words = {word for word in re.split(r"[\W\d_]+", path.lower()) if word}
+    words = frozenset(next((min(group) for group in SYNONYMS if word in group), word) for word in raw_words)
     return words, dict(Counter(re.findall(r"\d+", path)))
 
 
@@ -150,24 +151,26 @@ def _squeezed(shape: Iterable[int]) -> Shape:
     return tuple(side for side in shape if side != 1)
 
 
-def _subsequence(theirs: Sequence[Unit], ours: Sequence[Unit], *, by_name: bool) -> list[tuple[int, int]]:
-    """Return the best common subsequence; among equals, the one whose pairs come first."""
+def _subsequence(file_units: Sequence[Unit], model_units: Sequence[Unit], *, by_name: bool) -> list[tuple[int, int]]:
+    """Return the common subsequence of the largest weight; among equals, the one with the earliest pairs."""
     kinds: dict[object, int] = {}
-    rows = [kinds.setdefault(unit.signature, len(kinds)) for unit in theirs]
-    columns = [kinds.setdefault(unit.signature, len(kinds)) for unit in ours]
-    best = [[0.0] * (len(ours) + 1) for _ in range(len(theirs) + 1)]  # of what comes from (i, j) on
+    rows = [kinds.setdefault(unit.signature, len(kinds)) for unit in file_units]
+    columns = [kinds.setdefault(unit.signature, len(kinds)) for unit in model_units]
+    # Dynamic programming from the back: best[i][j] is the largest weight of the units from (i, j) on.
+    best = [[0.0] * (len(model_units) + 1) for _ in range(len(file_units) + 1)]
     gain: dict[tuple[int, int], float] = {}
-    for i in range(len(theirs) - 1, -1, -1):
+    for i in range(len(file_units) - 1, -1, -1):
         below, row = best[i + 1], best[i]
-        for j in range(len(ours) - 1, -1, -1):
+        for j in range(len(model_units) - 1, -1, -1):
             value = max(below[j], row[j + 1])
             if rows[i] == columns[j]:
-                weight = 1 + (likeness(theirs[i].path, ours[j].path) / 2 if by_name else 0)
+                # Similar names add at most 0.5 to a pair, so that they never outweigh one more pair.
+                weight = 1 + (likeness(file_units[i].path, model_units[j].path) / 2 if by_name else 0)
                 gain[i, j] = weight
                 value = max(value, weight + below[j + 1])
             row[j] = value
     pairs, i, j = [], 0, 0
-    while i < len(theirs) and j < len(ours):
+    while i < len(file_units) and j < len(model_units):
         if (i, j) in gain and best[i][j] <= gain[i, j] + best[i + 1][j + 1] + 1e-9:
             pairs.append((i, j))
             i, j = i + 1, j + 1

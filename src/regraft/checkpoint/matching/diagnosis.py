@@ -1,4 +1,4 @@
-"""Explain why a file does not fit in all, and what to do about it."""
+"""Explain why a file does not fit a model completely, and what to do about it."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,51 +9,51 @@ from regraft.checkpoint.matching.mapping import Proposal, weakest
 from regraft.checkpoint.matching.naming import Shape
 
 SIDES_OF_LINEAR = 2  # of its weight: (out, in)
-MANY = 3  # tensors that need no explanation each
+MANY = 3  # from this number on, tensors are counted instead of explained one by one
 
 
 def diagnose(
-    report: LoadReport, found: Proposal, fitter: Fitter, others: Sequence[StateDict], *, may_adapt: bool = True
+    report: LoadReport, proposal: Proposal, fitter: Fitter, others: Sequence[StateDict], *, may_adapt: bool = True
 ) -> tuple[str, str]:
     """Return the likely cause of what was not loaded and a suggestion, both without a full stop at the end.
 
     Args:
         report: What was loaded.
-        found: The mapping.
-        fitter: What knows the heads of the model.
-        others: State dicts of the file that were not taken.
+        proposal: The mapping.
+        fitter: Knows the heads of the model.
+        others: State dicts of the file that were not loaded.
         may_adapt: Whether the caller has an argument `adapt`.
     """
     causes, advice = [], []
-    for cause, suggestion in _findings(report, found, fitter, may_adapt=may_adapt):
+    for cause, suggestion in _explain(report, proposal, fitter, may_adapt=may_adapt):
         causes.append(cause)
         advice += [suggestion] if suggestion else []
     averages = [entry for entry in others if entry.is_average]
     if averages:
         advice.append(f"the file also has averaged weights, {listed(averages)}: take them with entry= (--entry)")
-    if found.averages:
-        prefix = found.averages[0]
+    if proposal.averages:
+        prefix = proposal.averages[0]
         pattern = prefix.rstrip(".").replace(".", r"\.")
         advice.append(f"the file also has averaged weights under '{prefix}': rename={{r'^{pattern}\\.': ''}}")
     return "; ".join(causes), "; ".join(advice)
 
 
-def _findings(report: LoadReport, found: Proposal, fitter: Fitter, *, may_adapt: bool) -> Iterator[tuple[str, str]]:
-    if found.rivals:
+def _explain(report: LoadReport, proposal: Proposal, fitter: Fitter, *, may_adapt: bool) -> Iterator[tuple[str, str]]:
+    if proposal.rivals:
         yield (
-            f"several parts of the file fit equally well: {'; '.join(found.rivals)}",
+            f"several parts of the file fit equally well: {'; '.join(proposal.rivals)}",
             r"choose one by its prefix, as in rename={r'^student\.(.*)': r'\1'} (--rename 'student\.(.*)=\1')",
         )
-    waiting = report.proposed
-    if waiting and not found.rivals:
-        level = weakest(waiting)
+    proposed = report.proposed
+    if proposed and not proposal.rivals:
+        level = weakest(proposed)
         yield (
-            f"the names of {len(waiting)} tensors differ, as '{waiting[0].source}' for '{waiting[0].name}'",
+            f"the names of {len(proposed)} tensors differ, as '{proposed[0].source}' for '{proposed[0].name}'",
             f"look at the mapping with dry_run=True (--dry-run); take it with accept='{level}' (--accept {level}), or "
             "give rename= (--rename)",
         )
-    yield from _shapes(report, fitter, may_adapt=may_adapt)
-    missing = [name for name in report.missing if name not in {match.name for match in waiting}]
+    yield from _explain_shapes(report, fitter, may_adapt=may_adapt)
+    missing = [name for name in report.missing if name not in {match.name for match in proposed}]
     if missing:
         in_heads = all(fitter.is_in_head(name) for name in missing)
         is_whole = not any(fitter.is_in_head(name) for name in report.loaded)
@@ -61,63 +61,73 @@ def _findings(report: LoadReport, found: Proposal, fitter: Fitter, *, may_adapt:
         yield f"the file has {what} ({some(missing)})", ""
 
 
-def _shapes(report: LoadReport, fitter: Fitter, *, may_adapt: bool) -> Iterator[tuple[str, str]]:
-    turned = [
+def _explain_shapes(report: LoadReport, fitter: Fitter, *, may_adapt: bool) -> Iterator[tuple[str, str]]:
+    # Each group leaves the next what it did not explain: transposed tensors, heads, dtypes, other shapes.
+    transposed = [
         entry
         for entry in report.mismatched
         if len(entry[1]) > 1 and entry[1] != entry[2] and entry[1][::-1] == entry[2]
     ]
-    heads = [entry for entry in report.mismatched if fitter.is_in_head(entry[0]) and entry not in turned]
-    if heads:  # weights tell more than biases
-        yield _head(
+    heads = [entry for entry in report.mismatched if fitter.is_in_head(entry[0]) and entry not in transposed]
+    if heads:  # one entry stands for all: a weight, of more dimensions, says more than a bias
+        yield _explain_head(
             max(heads, key=lambda entry: (entry[0] in report.reasons, len(entry[2]))),
             report,
             fitter,
             may_adapt=may_adapt,
         )
     others = [entry for entry in report.mismatched if entry not in heads]
-    if turned:
+    if transposed:
         yield (
-            f"{len(turned)} tensors look transposed ({some(name for name, _, _ in turned)})",
+            f"{len(transposed)} tensors look transposed ({some(name for name, _, _ in transposed)})",
             "transpose them before saving, as other libraries keep (in, out) where torch has (out, in)",
         )
-    alike = [name for name, _, _ in others if name in report.reasons]
-    if alike:
+    other_dtypes = [name for name, _, _ in others if name in report.reasons]
+    if other_dtypes:
         yield (
-            f"{len(alike)} tensors hold another kind of numbers ({some(alike)}), as in a quantized network: "
-            f"'{alike[0]}' {report.reasons[alike[0]]}",
+            f"{len(other_dtypes)} tensors hold another kind of numbers ({some(other_dtypes)}), as in a quantized "
+            f"network: '{other_dtypes[0]}' {report.reasons[other_dtypes[0]]}",
             "",
         )
-    rest = [entry for entry in others if entry not in turned and entry[0] not in alike]
+    rest = [entry for entry in others if entry not in transposed and entry[0] not in other_dtypes]
     if len(rest) >= MANY:
         yield f"{len(rest)} tensors have another shape, as in a wider or a narrower network", ""
     elif rest:
-        name, theirs, ours = rest[0]
-        yield f"'{name}' has the shape {theirs} in the file and {ours} in the model", ""
+        name, file_shape, model_shape = rest[0]
+        yield f"'{name}' has the shape {file_shape} in the file and {model_shape} in the model", ""
 
 
-def _head(entry: tuple[str, Shape, Shape], report: LoadReport, fitter: Fitter, *, may_adapt: bool) -> tuple[str, str]:
-    """Return why a tensor of a head keeps its values: another kind of numbers, other classes, or other features."""
-    name, theirs, ours = entry
+def _explain_head(
+    entry: tuple[str, Shape, Shape], report: LoadReport, fitter: Fitter, *, may_adapt: bool
+) -> tuple[str, str]:
+    """Return the cause and the suggestion for a tensor of a head: another dtype, other classes, or other features."""
+    name, file_shape, model_shape = entry
     layer = name.rpartition(".")[0]
     if name in report.reasons:
         return (
             f"'{name}' of the head {report.reasons[name]}, so it keeps its values",
             "train it, or save it in the model's dtype where the file was made",
         )
-    plain_theirs, plain_ours = ([side for side in shape[1:] if side != 1] for shape in (theirs, ours))
-    if theirs and ours and plain_theirs == plain_ours and fitter.is_in_output(name):
-        is_adaptable = may_adapt and len(theirs) == len(ours)
+    file_features, model_features = ([side for side in shape[1:] if side != 1] for shape in (file_shape, model_shape))
+    if file_shape and model_shape and file_features == model_features and fitter.is_in_output(name):
+        is_adaptable = may_adapt and len(file_shape) == len(model_shape)
         options = ", or take the first classes with adapt=('positions', 'stem', 'head')" if is_adaptable else ""
         return (
-            f"the head '{layer}' is for {theirs[0]} classes in the file and for {ours[0]} in the model, so it keeps "
-            "its values",
+            f"the head '{layer}' is for {file_shape[0]} classes in the file and for {model_shape[0]} in the model, so "
+            "it keeps its values",
             f"train it{options}",
         )
-    if theirs[:1] == ours[:1] and len(theirs) == len(ours) == SIDES_OF_LINEAR and fitter.is_in_output(name):
+    if (
+        file_shape[:1] == model_shape[:1]
+        and len(file_shape) == len(model_shape) == SIDES_OF_LINEAR
+        and fitter.is_in_output(name)
+    ):
         return (
-            f"the head '{layer}' is made for {theirs[1]} features in the file and for {ours[1]} in the model, so its "
-            "weight keeps its values",
+            f"the head '{layer}' is made for {file_shape[1]} features in the file and for {model_shape[1]} in the "
+            "model, so its weight keeps its values",
             "train it",
         )
-    return f"'{name}' of the head is {theirs} in the file and {ours} in the model, so it keeps its values", "train it"
+    return (
+        f"'{name}' of the head is {file_shape} in the file and {model_shape} in the model, so it keeps its values",
+        "train it",
+    )

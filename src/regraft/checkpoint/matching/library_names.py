@@ -1,13 +1,13 @@
-"""What a library renames while it loads its own files: older versions, and the formats of those who trained them.
+"""Rename tensors as libraries do while they load their own files: older versions, and formats of the original authors.
 
-Each library has its own mechanism, and that is what runs here, on names and tensors of the file alone:
+Each library has its own mechanism, which runs here on the names and tensors of the file only:
 
 - torch: `_load_from_state_dict` of a layer, and the pre-hooks registered on it, run on a copy of the layer whose
-  parameters have no memory. torchvision's ViT renames `mlp.linear_1` so, and weight norms their older names.
-- timm: `checkpoint_filter_fn` of the module that the network comes from, which knows the files of its authors.
+  parameters have no memory. torchvision's ViT renames `mlp.linear_1` this way, and weight norm its older names.
+- timm: `checkpoint_filter_fn` of the module that defines the network, which knows the files of its authors.
 - transformers: the conversions that `from_pretrained` applies.
 
-What a library itself renames is certain. Where none of it fills more of the model, the file is taken as it is.
+What a library itself renames is certain. If none of the mechanisms loads more of the model, the names stay.
 """
 
 import copy
@@ -29,7 +29,7 @@ from regraft.checkpoint.matching.naming import WRAPPER_PARTS, fit_names, strip_w
 from regraft.checkpoint.matching.reparametrized import without_reparametrization
 
 FILTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained", "_convert_state_dict")
-OPTIONS = ("adapt_layer_scale",)  # of a filter, which some families of a module set
+OPTIONS = ("adapt_layer_scale",)  # arguments of a filter that some families of a module set
 EXTRA_STATE = "_extra_state"
 TABLES: tuple[tuple[str, str], ...] = (  # what libraries rename outside of their layers: torchvision's densenet, and
     # the norm layers of TensorFlow, which Hugging Face's and others' files of converted networks have
@@ -44,41 +44,48 @@ Conversion = Callable[[nn.Module, Tensors, Mapping[str, torch.Tensor]], Tensors 
 
 
 def renamed_by_libraries(model: nn.Module, tensors: Tensors, slots: Tensors) -> tuple[Tensors, dict[str, str]]:
-    """Return tensors under the names that the model's library gives them while loading, and who renamed each.
+    """Rename tensors as the model's library does while loading.
 
     Args:
-        model: It is not changed.
-        tensors: Of the file, by name.
-        slots: Of the model, by name.
+        model: The model; it is not changed.
+        tensors: Tensors of the file, by name.
+        slots: Tensors of the model, by name.
+
+    Returns:
+        Tensors under their new names, and new name → which mechanism renamed it.
     """
     slots = {now: slots[name] for name, now in strip_wrapper_parts(slots).items()}
     stripped = {now: tensors[name] for name, now in strip_wrapper_parts(tensors).items()}
-    best, who = tensors, {}
-    most = _filled(_fitted_names(tensors, slots), slots)
+    best, renamed_by = tensors, {}
+    most = _count_filled(_fitted_names(tensors, slots), slots)
     if most == len(slots):
-        return best, who
-    for library, start in _starts(model, tensors, stripped, slots):
+        return best, renamed_by
+    for library, start in _starting_points(model, tensors, stripped, slots):
         named = _fitted_names(start, slots)
         origin = {id(tensor): library for tensor in start.values()} if start is not tensors else {}
         for source, convert in STEPS:
-            after = _quiet(convert, model, named, slots)
-            if after is not None and _filled(after, slots) > _filled(named, slots):
+            after = _run_quietly(convert, model, named, slots)
+            if after is not None and _count_filled(after, slots) > _count_filled(named, slots):
                 before = {id(tensor): name for name, tensor in named.items()}
                 origin |= {id(t): source for name, t in after.items() if before.get(id(t)) != name}
                 named = after
-        if _filled(named, slots) > most:
-            most, best = _filled(named, slots), named
-            old = {id(tensor): name for name, tensor in tensors.items()}
-            who = {name: origin[id(t)] for name, t in named.items() if id(t) in origin and old.get(id(t)) != name}
-    return best, who
+        if _count_filled(named, slots) > most:
+            most, best = _count_filled(named, slots), named
+            names_by_id = {id(tensor): name for name, tensor in tensors.items()}
+            renamed_by = {
+                name: origin[id(t)] for name, t in named.items() if id(t) in origin and names_by_id.get(id(t)) != name
+            }
+    return best, renamed_by
 
 
-def _starts(model: nn.Module, tensors: Tensors, stripped: Tensors, slots: Tensors) -> Iterator[tuple[str, Tensors]]:
-    """List what to begin with: the file as it is, and as the filters of libraries give it."""
+def _starting_points(
+    model: nn.Module, tensors: Tensors, stripped: Tensors, slots: Tensors
+) -> Iterator[tuple[str, Tensors]]:
+    """List the starting points as (mechanism, tensors): the file as it is, and after each filter of its library."""
     yield "", tensors
-    core = _core(model)
+    core = _library_network(model)
     for convert in _timm_filters(core):
-        after = _quiet(convert, core, stripped, slots)
+        after = _run_quietly(convert, core, stripped, slots)
         if after is not None and after.keys() != stripped.keys():
             # Positions of another image size are for the caller to allow.
             resized = {
@@ -86,13 +93,13 @@ def _starts(model: nn.Module, tensors: Tensors, stripped: Tensors, slots: Tensor
             }
             yield "timm does", {**after, **{name: stripped[name] for name in resized}}
     if type(core).__module__.startswith("transformers."):
-        after = _quiet(_by_transformers, core, stripped, core.state_dict())
+        after = _run_quietly(_by_transformers, core, stripped, core.state_dict())
         if after is not None and after.keys() != stripped.keys():
             yield "transformers does", after
 
 
-def _core(model: nn.Module) -> nn.Module:
-    """Return the network of a library inside of wrappers; the model itself where there is none, or several."""
+def _library_network(model: nn.Module) -> nn.Module:
+    """Return the network of a library inside of the user's model; the model itself where there is none, or several."""
     libraries = ("timm.models.", "transformers.models.")
     top: list[str] = []
     for path, layer in model.named_modules():
@@ -102,48 +109,51 @@ def _core(model: nn.Module) -> nn.Module:
 
 
 def _fitted_names(tensors: Tensors, slots: Tensors) -> Tensors:
-    """Return tensors under the names that they have in the model, without what wrappers put on them."""
-    theirs, ours = ({name: tuple(t.shape) for name, t in each.items()} for each in (tensors, slots))
-    names = fit_names(theirs, ours).names
+    """Return tensors under the model's names, without wrapper parts and prefixes; unchanged where names would clash."""
+    file_shapes, model_shapes = ({name: tuple(t.shape) for name, t in each.items()} for each in (tensors, slots))
+    names = fit_names(file_shapes, model_shapes).names
     return (
         {names[name]: tensor for name, tensor in tensors.items()} if len(set(names.values())) == len(names) else tensors
     )
 
 
-def _filled(tensors: Tensors, slots: Tensors) -> int:
+def _count_filled(tensors: Tensors, slots: Tensors) -> int:
+    """Count the tensors that have a slot of equal name and shape."""
     return sum(name in slots and (slots[name].shape == tensor.shape) for name, tensor in tensors.items())
 
 
-def _quiet(
+def _run_quietly(
     convert: Conversion, model: nn.Module, tensors: Tensors, slots: Mapping[str, torch.Tensor]
 ) -> Tensors | None:
-    """Run a conversion; None where it fails, as on files that it was not made for."""
+    """Run a conversion without warnings or changes to the random state; None where it fails, as on a foreign file."""
     with preserved_randomness(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
             after = convert(model, dict(tensors), slots)
-        except Exception:  # code of libraries, on names that they do not know
+        except Exception:  # code of libraries may raise anything on names that it does not know
             return None
     is_sound = isinstance(after, Mapping) and all(isinstance(value, torch.Tensor) for value in after.values())
     return dict(after) if is_sound and after is not None else None
 
 
 def _by_layers(model: nn.Module, tensors: Tensors, slots: Mapping[str, torch.Tensor]) -> Tensors:
-    """Run what the layers of a model do with a state dict before they load it."""
+    """Rename as the layers of a model do in `_load_from_state_dict` and its pre-hooks."""
     for path, layer in model.named_modules():
         is_plain = type(layer)._load_from_state_dict is nn.Module._load_from_state_dict
         is_torchs = type(layer).__module__.startswith("torch.nn.modules.")  # which only add what a file lacks
         if (is_plain or is_torchs) and not layer._load_state_dict_pre_hooks:
             continue
+        # The layer's own code must run, but must not write to the model: a shallow copy on the meta device takes it.
         shadow = copy.copy(layer)
-        shadow._parameters = {name: _meta(value) for name, value in layer._parameters.items()}  # pyright: ignore
-        shadow._buffers = {name: _meta(value) for name, value in layer._buffers.items()}
+        shadow._parameters = {name: _on_meta(value) for name, value in layer._parameters.items()}  # pyright: ignore
+        shadow._buffers = {name: _on_meta(value) for name, value in layer._buffers.items()}
         prefix = "".join(f"{part}." for part in path.split(".") if part and part not in WRAPPER_PARTS)
         shadow._load_from_state_dict(tensors, prefix, {}, False, [], [], [])
     return tensors
 
 
-def _meta(value: torch.Tensor | None) -> torch.Tensor | None:
+def _on_meta(value: torch.Tensor | None) -> torch.Tensor | None:
+    """Return an empty tensor or parameter of the same shape on the meta device."""
     if value is None:
         return None
     empty = torch.empty_like(value, device="meta")
@@ -151,6 +161,7 @@ def _meta(value: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _timm_filters(model: nn.Module) -> Iterator[Conversion]:
+    """List the filters of the timm module that defines a model, with and without their options."""
     module = sys.modules.get(type(model).__module__)
     if module is None or not module.__name__.startswith("timm.models."):
         return
@@ -160,10 +171,12 @@ def _timm_filters(model: nn.Module) -> Iterator[Conversion]:
             continue
         known = inspect.signature(function).parameters
         for options in ({}, *({option: True} for option in OPTIONS if option in known)):
-            yield _filter(function, options, takes_model="model" in known)
+            yield _as_conversion(function, options, takes_model="model" in known)
 
 
-def _filter(function: Callable[..., Any], options: Mapping[str, bool], *, takes_model: bool) -> Conversion:
+def _as_conversion(function: Callable[..., Any], options: Mapping[str, bool], *, takes_model: bool) -> Conversion:
+    """Wrap a filter of timm as a `Conversion`."""
+
     def convert(model: nn.Module, tensors: Tensors, slots: Mapping[str, torch.Tensor]) -> Tensors | None:
         return function(tensors, *([model] if takes_model else []), **options)
 
@@ -175,25 +188,26 @@ def _by_transformers(model: Any, tensors: Tensors, slots: Mapping[str, torch.Ten
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    every = get_model_conversion_mapping(model)
-    renamings = [one for one in every if isinstance(one, WeightRenaming)]
-    converters = [one for one in every if isinstance(one, WeightConverter)]
-    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+    conversions = get_model_conversion_mapping(model)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    by_pattern = {pattern: conversion for conversion in converters for pattern in conversion.source_patterns}
     result: Tensors = {}
-    waiting: dict[str, Any] = {}
+    waiting: dict[str, Any] = {}  # first new name → converter that collects its tensors, as for a fused qkv weight
     for name, tensor in tensors.items():
-        now, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, dict(slots))
+        new_name, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, dict(slots))
         if pattern is None:
-            result[now] = tensor
+            result[new_name] = tensor
         else:
-            waiting.setdefault(now, copy.deepcopy(by_pattern[pattern])).add_tensor(now, name, pattern, tensor)
+            waiting.setdefault(new_name, copy.deepcopy(by_pattern[pattern])).add_tensor(new_name, name, pattern, tensor)
     for first, converter in waiting.items():
-        for now, value in converter.convert(first, model=model, config=model.config).items():
-            result[now] = value[0] if isinstance(value, list) else value
+        for new_name, value in converter.convert(first, model=model, config=model.config).items():
+            result[new_name] = value[0] if isinstance(value, list) else value
     return result
 
 
 def _by_tables(model: nn.Module, tensors: Tensors, slots: Mapping[str, torch.Tensor]) -> Tensors:
+    """Rename by `TABLES`, where the model has the new name and the file does not."""
     result: Tensors = {}
     for name, tensor in tensors.items():
         spellings = (re.sub(pattern, new, name) for pattern, new in TABLES)

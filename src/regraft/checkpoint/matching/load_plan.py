@@ -1,4 +1,4 @@
-"""What will be loaded into a model: check it, and then copy all of it or nothing."""
+"""The plan of a load: check it against the model, then copy all of it or nothing."""
 
 import contextlib
 import copy
@@ -21,23 +21,23 @@ MIN_SHARE = 0.5
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What will be loaded into a model, before anything is.
+    """What will be loaded into a model. Nothing is changed yet.
 
     Attributes:
-        values: The tensors to copy, by their names in the model; shapes fit, dtypes may not yet.
-        report: What will be so.
-        theirs: Shape by name in the file.
-        extra: What `set_extra_state` of layers will be given, by the layers' paths.
+        values: The tensors to copy, by name in the model; of the model's shapes, but not always of its dtypes.
+        report: The report as it will be after the copy.
+        file_shapes: Shape by name in the file.
+        extra: Path of a layer → argument of its `set_extra_state`.
     """
 
     values: Tensors
     report: LoadReport
-    theirs: Shapes
+    file_shapes: Shapes
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 class UnfitError(CheckpointError):
-    """A file does not fit a model as it was asked for.
+    """A file does not fit a model under the given options.
 
     Attributes:
         problem: What does not fit, and why.
@@ -62,10 +62,10 @@ def carry_out(plan: LoadPlan, model: nn.Module, *, min_share: float = MIN_SHARE,
 
 
 def slots_of(model: nn.Module) -> Tensors:
-    """Return the tensors of a model that can be filled.
+    """Return the tensors of a model that can be loaded, by name.
 
     Raises:
-        CheckpointError: Some have no memory to load into.
+        CheckpointError: A tensor has no memory: it is lazy, or on the meta device.
     """
     state = model.state_dict(keep_vars=True)
     slots = {name: slot for name, slot in state.items() if isinstance(slot, torch.Tensor) and not is_extra_state(name)}
@@ -89,8 +89,8 @@ def _require_fit(plan: LoadPlan, model: nn.Module, slots: Tensors, min_share: fl
     suggestion = f"{report.suggestion}." if report.suggestion else ""
     if not plan.values and not report.proposed:
         raise UnfitError(
-            f"nothing in '{report.path}' fits {kind}: the file has {_listed(plan.theirs)}, the model "
-            f"{_listed({name: shape(slot) for name, slot in slots.items()})}.{cause}",
+            f"nothing in '{report.path}' fits {kind}: the file has {_first_two(plan.file_shapes)}, the model "
+            f"{_first_two({name: shape(slot) for name, slot in slots.items()})}.{cause}",
             "Give the architecture that the file was trained with, or rename={…} (--rename).",
         )
     if strict and (report.missing or report.unexpected or report.mismatched):
@@ -110,6 +110,7 @@ def _require_fit(plan: LoadPlan, model: nn.Module, slots: Tensors, min_share: fl
 
 
 def _require_one_value_for_tied(plan: LoadPlan, slots: Tensors) -> None:
+    """Refuse a file with two different values for one tied tensor: the last copy would win without a word."""
     first: dict[int, str] = {}
     for name, value in plan.values.items():
         other = first.setdefault(id(slots[name]), name)
@@ -121,7 +122,7 @@ def _require_one_value_for_tied(plan: LoadPlan, slots: Tensors) -> None:
 
 
 def _copy(model: nn.Module, slots: Tensors, plan: LoadPlan) -> None:
-    """Copy all, or restore everything and raise the reason."""
+    """Copy all tensors; on any failure, restore the old values and raise the reason."""
     before: list[tuple[torch.Tensor, torch.Tensor]] = []
     states: list[tuple[nn.Module, Any]] = []
     name = ""
@@ -134,12 +135,12 @@ def _copy(model: nn.Module, slots: Tensors, plan: LoadPlan) -> None:
                 layer = model.get_submodule(name)
                 states.append((layer, copy.deepcopy(layer.get_extra_state())))
                 layer.set_extra_state(copy.deepcopy(value))
-        except BaseException as error:
+        except BaseException as error:  # Ctrl-C as well: a half-loaded model would look like a loaded one
             for layer, state in states:
-                with contextlib.suppress(Exception):  # of the layer that refused a state, and so kept its own
+                with contextlib.suppress(Exception):  # raised by the layer that refused its state, and kept the old one
                     layer.set_extra_state(state)
             for slot, old in before:
-                with contextlib.suppress(RuntimeError):  # of the one that cannot be written, and so was not
+                with contextlib.suppress(RuntimeError):  # raised by the tensor that cannot be written, and was not
                     slot.copy_(old)
             if not isinstance(error, Exception):
                 raise
@@ -149,5 +150,6 @@ def _copy(model: nn.Module, slots: Tensors, plan: LoadPlan) -> None:
             ) from error
 
 
-def _listed(shapes: Shapes) -> str:
-    return ", ".join(f"'{name}' {found}" for name, found in list(shapes.items())[:2])
+def _first_two(shapes: Shapes) -> str:
+    """Return the first two names with their shapes, as an example in a message."""
+    return ", ".join(f"'{name}' {sides}" for name, sides in list(shapes.items())[:2])

@@ -1,4 +1,4 @@
-"""What of a file went into a model, and what did not: a plain value that prints as a table and as JSON."""
+"""The report of a load: what was loaded and what was not, printable as a table and as JSON."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,15 +12,15 @@ ROWS = 40  # of a table
 
 @dataclass(frozen=True)
 class Match:
-    """One tensor of a model and the tensor of the file that belongs to it.
+    """A pair of a tensor in the model and a tensor in the file.
 
     Attributes:
-        name: As the model calls it.
-        source: As the file calls it.
-        sure: `certain` (the names say so), `likely` (shapes and order say so) or `guess`.
-        reason: Why.
+        name: Name in the model.
+        source: Name in the file.
+        sure: `certain` (by names), `likely` (by shapes and order) or `guess`.
+        reason: Why they belong together.
         shape: Its shape in the file.
-        loaded: Whether it was loaded, or would be in a dry run.
+        loaded: Whether it was loaded; in a dry run, whether it would be.
     """
 
     name: str
@@ -36,9 +36,9 @@ class Adaptation:
     """A tensor that was changed to fit.
 
     Attributes:
-        name: As the model calls it.
-        kind: `positions` (resampled), `stem` (another number of channels), `head` (rows of classes), `reshape` (sides
-            of length 1) or `dtype` (counted as one for all tensors; `name` is then empty).
+        name: Name in the model.
+        kind: `positions` (resampled), `stem` (another number of channels), `head` (rows of classes), `reshape`
+            (dimensions of length 1) or `dtype` (one entry for all tensors of a dtype; `name` is then empty).
         what: What was done.
     """
 
@@ -49,25 +49,24 @@ class Adaptation:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What of a file went into a model; `str()` shows it as a table, `headline()` says it in a line.
+    """What was loaded from a file; `str()` shows it as a table, `headline()` in one line.
 
     Attributes:
         path: The file.
-        loaded: Names of the tensors that were loaded, as the model calls them.
-        missing: Names that the model has and the file lacks; those keep their values.
+        loaded: Names of the loaded tensors in the model.
+        missing: Names that the model has and the file lacks; these tensors keep their values.
         unexpected: Names that the file has and the model lacks.
-        mismatched: (name, shape in the file, shape in the model); those keep their values.
+        mismatched: (name, shape in the file, shape in the model); these tensors keep their values.
         gaps: Names of the parameters outside of the head that keep their values; a warning names them as well.
-        reasons: By name, why a mismatched tensor does not fit where that is not its shape.
-        notes: What was unwrapped or stripped on the way, and what probably explains the differences.
-        matches: Which tensor of the file belongs to which of the model, and how sure that is; also those that were not
-            taken because they are not sure enough.
+        reasons: Name → why a mismatched tensor does not fit, where the reason is not its shape.
+        notes: What was unwrapped or stripped, and what probably explains the differences.
+        matches: The pairs of tensors, with their level of sureness; includes those that were not sure enough to load.
         adapted: What was changed to fit.
-        left_out: What else lay in the file, as the state of an optimizer.
-        share: Loaded part of the model's parameters, from 0 to 1; a head for other classes is not counted.
-        cause: What probably explains what is missing; empty where nothing is.
-        suggestion: What to do about it; empty where nothing is to be done.
-        dry_run: Whether nothing was changed, because that was asked for.
+        left_out: Other entries of the file, such as the state of an optimizer.
+        share: Loaded share of the model's parameters, from 0 to 1; a head for other classes is not counted.
+        cause: The probable cause of what is missing; empty where nothing is.
+        suggestion: What to do about it; empty where there is nothing to do.
+        dry_run: Whether nothing was changed because a dry run was requested.
     """
 
     path: str
@@ -95,7 +94,7 @@ class LoadReport:
 
     @property
     def proposed(self) -> tuple[Match, ...]:
-        """The matches that were not taken, because they are not sure enough."""
+        """The matches that were not loaded, because they are not sure enough."""
         return tuple(match for match in self.matches if not match.loaded)
 
     def headline(self) -> str:
@@ -105,8 +104,8 @@ class LoadReport:
         for word, names in (("missing", self.missing), ("unexpected", self.unexpected)):
             if names:
                 counts += f", {len(names)} {word} ({some(names)})"
-        for name, theirs, ours in self.mismatched[:3]:
-            why = self.reasons.get(name, f"is {theirs} in the file and {ours} in the model")
+        for name, file_shape, model_shape in self.mismatched[:3]:
+            why = self.reasons.get(name, f"is {file_shape} in the file and {model_shape} in the model")
             counts += f", '{name}' {why}"
         if len(self.mismatched) > 3:
             counts += f", and {len(self.mismatched) - 3} more that do not fit"

@@ -1,7 +1,6 @@
-"""Load a file's weights into a model: read, propose, check, and only then copy."""
+"""Load the weights in a file into a model: read, map names, adapt shapes, check, and copy last."""
 
 import os
-import re
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -24,21 +23,21 @@ from regraft.checkpoint.matching.library_names import renamed_by_libraries
 from regraft.checkpoint.matching.load_plan import MIN_SHARE, LoadPlan, UnfitError, carry_out, slots_of
 from regraft.checkpoint.matching.load_report import SURENESS, Adaptation, LoadReport, Match, Sureness, some
 from regraft.checkpoint.matching.mapping import Proposal, match_shapes, propose
-from regraft.checkpoint.matching.naming import strip_wrapper_parts
+from regraft.checkpoint.matching.naming import renamed, strip_wrapper_parts
 from regraft.checkpoint.matching.parts import joined_parts
 from regraft.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How the tensors of a file are matched with those of a model; see `load_weights`."""
+    """Options of the mapping from a file to a model; see `load_weights`."""
 
     rename: Mapping[str, str] = field(default_factory=dict)
     match: Literal["names", "shapes"] = "names"
     entry: str | None = None
     accept: Sureness = "certain"
     adapt: Collection[Adaptable] = ("positions", "stem")
-    may_adapt: bool = True  # whether the function that was called has `adapt`, for advice to name it
+    may_adapt: bool = True  # whether the public function has an argument `adapt` that a message may suggest
 
     def __post_init__(self) -> None:
         problem = None
@@ -65,36 +64,36 @@ def load_weights(
     strict: bool = False,
     dry_run: bool = False,
 ) -> LoadReport:
-    """Load the weights in a file into `model`, in place, whatever wrote the file, without running anything in it.
+    """Load the weights in a file into `model`, in place, without running any code from the file.
 
-    Reads safetensors, anything that `torch.save` wrote (through torch's weights-only unpickler), npz, TorchScript
-    archives, and files in parts with an index. Wrapped state dicts (`{"state_dict": …}` and the like) are unwrapped,
-    what wrappers put on names (`module.`, `_orig_mod.`, …) is taken off, prefixes are taken off or put on where more
-    names fit so. For names that still do not fit a mapping is proposed, and only what is certain is loaded.
+    Reads safetensors, files of `torch.save` (through torch's weights-only unpickler), npz, TorchScript archives, and
+    sharded files with an index. Wrapped state dicts (`{"state_dict": …}` and the like) are unwrapped. Parts that
+    wrappers add to names (`module.`, `_orig_mod.`, …) are stripped; prefixes are stripped or added where more names fit
+    then. A mapping is proposed for names that still do not fit, and only what is certain is loaded.
 
-    Everything is checked before the first tensor changes; a failure while copying puts everything back. Parameters stay
+    Everything is checked before the first tensor changes; a failure while copying restores all values. Parameters stay
     the same objects, frozen ones stay frozen, and dtype and device stay the model's. Where the model ties tensors, one
     of them in the file is enough.
 
     Args:
         model: Any module whose parameters exist (not on the meta device, not lazy).
         path: A file, an index of files (`….index.json`), or a folder with the weights of a Hugging Face model.
-        rename: Regular expressions and what each is replaced by, applied to the names in the file.
+        rename: Regular expression → replacement, applied to the names in the file.
         match: `"names"`, or `"shapes"` to pair tensors by order and shape alone, where no names fit but the structure
-            is the same; refused where the order leaves a choice.
-        entry: Key of the state dict to take where the file holds several, as in `"ema"` or `"teacher"`.
-        accept: How sure a pair must be to be loaded: `"certain"`, `"likely"` or `"guess"`.
+            is the same; an error where the order leaves a choice.
+        entry: Key of the state dict to load where the file holds several, as in `"ema"` or `"teacher"`.
+        accept: Lowest level of sureness at which a pair is loaded: `"certain"`, `"likely"` or `"guess"`.
         adapt: What may be changed to fit: `"positions"` (position embeddings of another image size are resampled as
             timm does), `"stem"` (the first convolution takes another number of channels), `"head"` (the first classes
-            are taken where their number differs; otherwise the head keeps its values).
+            are copied where their number differs; otherwise the head keeps its values).
         min_share: Smallest share of the model's parameters, from 0 to 1, that must be loaded. A head that the file
             lacks or has for other classes is not counted.
         strict: Whether anything missing, unexpected or mismatched is an error.
         dry_run: Whether to return the report without changing anything.
 
     Returns:
-        What was loaded and what was not, why, and what to do about it. Missing and mismatched tensors keep their
-        values.
+        A report of what was loaded, what was not and why, and what to do about it. Missing and mismatched tensors keep
+        their values.
 
     Raises:
         CheckpointError: The file cannot be read without running code, or holds several networks; nothing in it fits,
@@ -111,7 +110,7 @@ def load_weights(
 
 
 def plan_loading(model: nn.Module, contents: StateDicts, rules: Rules) -> LoadPlan:
-    """Work out what `load_weights` will load. Nothing is changed.
+    """Plan what `load_weights` will load. Nothing is changed.
 
     Raises:
         CheckpointError: An option is wrong, the model has nothing to load into, or the file holds several networks.
@@ -119,29 +118,31 @@ def plan_loading(model: nn.Module, contents: StateDicts, rules: Rules) -> LoadPl
     slots = slots_of(model)
     joined = joined_parts(contents.entries, {name: shape(slot) for name, slot in slots.items()})
     wanted = [entry for entry in joined if rules.entry in (None, entry.key)]
-    whole = [(entry, _planned(model, slots, contents, entry, rules)) for entry in wanted]
+    whole = [(entry, _plan_entry(model, slots, contents, entry, rules)) for entry in wanted]
     if rules.entry is not None and whole:
         return whole[0][1]
     choices = contents.choices(rules.entry)
-    plans = [_planned(model, slots, contents, chosen, rules) for chosen in choices]
+    plans = [_plan_entry(model, slots, contents, chosen, rules) for chosen in choices]
     if not whole:
-        return _best(plans, contents, choices)
+        return _best_plan(plans, contents, choices)
     in_parts = _best_in_parts(whole, contents)
+    # Parts are joined only if that loads more than the best single state dict: a file with a generator and a
+    # discriminator also looks like parts.
     most = max(len(plan.report.loaded) for plan in plans)
-    plan = in_parts if len(in_parts.report.loaded) > most else _best(plans, contents, choices)
+    plan = in_parts if len(in_parts.report.loaded) > most else _best_plan(plans, contents, choices)
     _require_all_parts(plan, in_parts, contents)
     return plan
 
 
 def _best_in_parts(whole: Sequence[tuple[StateDict, LoadPlan]], contents: StateDicts) -> LoadPlan:
-    """Return the plan that fills the most.
+    """Return the plan that loads the most tensors.
 
     Raises:
-        UnfitError: Another one fills as much, with other parts.
+        UnfitError: Another plan loads as many, from other parts.
     """
     entry, best = max(whole, key=lambda pair: (len(pair[1].report.loaded), not pair[0].is_average))
     for other, plan in whole:
-        if other.is_average and not entry.is_average:
+        if other.is_average and not entry.is_average:  # the raw weights win over their average without asking
             continue
         if len(plan.report.loaded) == len(best.report.loaded) and not set(other.parts) & set(entry.parts):
             raise UnfitError(
@@ -152,10 +153,10 @@ def _best_in_parts(whole: Sequence[tuple[StateDict, LoadPlan]], contents: StateD
 
 
 def _require_all_parts(plan: LoadPlan, joined: LoadPlan, contents: StateDicts) -> None:
-    """Check that no part of a file is left aside that may belong to what a plan leaves as it is.
+    """Refuse a plan that ignores a part of the file which may hold tensors that the plan lacks.
 
     Raises:
-        CheckpointError: There is one.
+        UnfitError: There is such a part.
     """
     waiting = [match for match in joined.report.proposed if match.name in plan.report.missing]
     if waiting:
@@ -169,7 +170,7 @@ def _require_all_parts(plan: LoadPlan, joined: LoadPlan, contents: StateDicts) -
 
 
 def _warn_of_gaps(report: LoadReport, model: nn.Module) -> None:
-    """Warn where parameters outside of the head keep their values; a head for other classes is expected to."""
+    """Warn if parameters outside of the head keep their values; a head for other classes is expected to."""
     if report.share >= 1 or not report.gaps:
         return
     warnings.warn(
@@ -180,61 +181,44 @@ def _warn_of_gaps(report: LoadReport, model: nn.Module) -> None:
     )
 
 
-def renamed(tensors: Tensors, rules: Mapping[str, str], path: Path) -> Tensors:
-    """Apply regular expressions to names.
-
-    Raises:
-        CheckpointError: An expression cannot be understood, or two names become one.
-    """
-    for pattern, replacement in rules.items():
-        try:
-            names = {name: re.sub(pattern, replacement, name) for name in tensors}
-        except (re.error, IndexError) as error:
-            raise CheckpointError(
-                f"the renaming '{pattern}={replacement}' is no regular expression with its replacement: {error}. "
-                r"Expected as in 'encoder\.(.*)=backbone.\1'. Nothing was changed."
-            ) from error
-        twice = [name for name, count in Counter(names.values()).items() if count > 1]
-        if twice:
-            both = [before for before, after in names.items() if after == twice[0]]
-            raise CheckpointError(
-                f"the renaming '{pattern}={replacement}' makes '{twice[0]}' of '{both[0]}' and of '{both[1]}' in "
-                f"'{path}'. Expected one name for each. Nothing was changed."
-            )
-        tensors = {names[name]: tensor for name, tensor in tensors.items()}
-    return tensors
-
-
-def _planned(model: nn.Module, slots: Tensors, contents: StateDicts, chosen: StateDict, rules: Rules) -> LoadPlan:
-    plain, notes = dequantized(chosen.tensors, slots, contents.path)
-    chosen, contents = replace(chosen, tensors=plain), replace(contents, notes=(*contents.notes, *notes))
+def _plan_entry(model: nn.Module, slots: Tensors, contents: StateDicts, chosen: StateDict, rules: Rules) -> LoadPlan:
+    """Plan the loading of one state dict: dequantize, rename, map, adapt, and explain what does not fit."""
+    plain_tensors, notes = dequantized(chosen.tensors, slots, contents.path)
+    chosen, contents = replace(chosen, tensors=plain_tensors), replace(contents, notes=(*contents.notes, *notes))
     tensors = renamed(chosen.tensors, rules.rename, contents.path)
+    # Every step below may rename. `original` keeps the way back, as the report must use the names in the file.
     original = dict(zip(tensors, chosen.tensors, strict=True))
-    who: dict[str, str] = {}
+    renamed_by: dict[str, str] = {}
     if rules.match == "names":
-        before = {id(tensor): name for name, tensor in tensors.items()}
-        tensors, who = renamed_by_libraries(model, tensors, slots)
-        original = {name: original.get(before.get(id(tensor), name), name) for name, tensor in tensors.items()}
-    theirs = {name: shape(tensor) for name, tensor in tensors.items()}
-    ours = {name: shape(slot) for name, slot in slots.items()}
+        # Code of libraries renames freely and reports nothing, so tensors are followed by identity. A tensor that it
+        # made anew keeps its new name.
+        names_by_id = {id(tensor): name for name, tensor in tensors.items()}
+        tensors, renamed_by = renamed_by_libraries(model, tensors, slots)
+        original = {name: original.get(names_by_id.get(id(tensor), name), name) for name, tensor in tensors.items()}
+    file_shapes = {name: shape(tensor) for name, tensor in tensors.items()}
+    model_shapes = {name: shape(slot) for name, slot in slots.items()}
     by_shape = rules.match == "shapes"
-    found = (match_shapes if by_shape else propose)(theirs, ours, is_ordered=chosen.is_ordered)
-    held = {found.names[name]: tensor for name, tensor in tensors.items()}
-    fitter = Fitter(model, slots, held, rules.adapt)
-    values, matches, mismatched, adapted = _fitted(found, tensors, slots, fitter, "guess" if by_shape else rules.accept)
-    report = _report(slots, contents, chosen, found, fitter, (values, matches, mismatched, adapted))
+    proposal = (match_shapes if by_shape else propose)(file_shapes, model_shapes, is_ordered=chosen.is_ordered)
+    by_model_name = {proposal.names[name]: tensor for name, tensor in tensors.items()}
+    fitter = Fitter(model, slots, by_model_name, rules.adapt)
+    # match="shapes" refuses every ambiguous order itself, so all of its pairs are accepted.
+    values, matches, mismatched, adapted = _fit_tensors(
+        proposal, tensors, slots, fitter, "guess" if by_shape else rules.accept
+    )
+    report = _build_report(slots, contents, chosen, proposal, fitter, (values, matches, mismatched, adapted))
     rest = [entry for entry in contents.entries if entry.key not in (chosen.key, *chosen.parts)]
-    cause, suggestion = diagnose(report, found, fitter, rest, may_adapt=rules.may_adapt)
+    cause, suggestion = diagnose(report, proposal, fitter, rest, may_adapt=rules.may_adapt)
     report = replace(report, cause=cause, suggestion=suggestion)
     matches = tuple(
         replace(
             pair,
             source=chosen.sources.get(original[pair.source], original[pair.source]),
-            reason=f"as {who[pair.source]} while loading" if pair.source in who else pair.reason,
+            reason=f"as {renamed_by[pair.source]} while loading" if pair.source in renamed_by else pair.reason,
         )
         for pair in report.matches
     )
-    extra, absent, surplus = _extra_states(model, chosen.extra)
+    # Extra states are no tensors, so they take no part in the mapping and are added to the finished report.
+    extra, absent, surplus = _match_extra_states(model, chosen.extra)
     report = replace(
         report,
         matches=matches,
@@ -242,35 +226,42 @@ def _planned(model: nn.Module, slots: Tensors, contents: StateDicts, chosen: Sta
         missing=(*report.missing, *absent),
         unexpected=(*report.unexpected, *surplus),
     )
-    return LoadPlan(values, report, theirs, extra)
+    return LoadPlan(values, report, file_shapes, extra)
 
 
-def _fitted(
-    found: Proposal, tensors: Tensors, slots: Tensors, fitter: Fitter, accept: Sureness
+def _fit_tensors(
+    proposal: Proposal, tensors: Tensors, slots: Tensors, fitter: Fitter, accept: Sureness
 ) -> tuple[Tensors, list[Match], dict[str, str], list[Adaptation]]:
-    """Make each pair fit; return what to load, the pairs, what does not fit with the reason, and what was changed."""
+    """Adapt each pair of a proposal to the model.
+
+    Returns:
+        Tensors to load by name in the model; matches; name → reason (empty: the shape) of what does not fit;
+        adaptations.
+    """
     values: Tensors = {}
     matches: list[Match] = []
     mismatched: dict[str, str] = {}
     adapted: list[Adaptation] = []
-    for pair in found.matches:
+    for pair in proposal.matches:
         tensor, slot = tensors[pair.source], slots[pair.name]
         is_taken = SURENESS.index(pair.sure) <= SURENESS.index(accept)
+        # Integers in the place of floats are usually quantized weights: a cast would load them without their scale.
         if not same_kind(tensor, slot):
             mismatched[pair.name] = f"is {_dtype(tensor.dtype)} in the file and {_dtype(slot.dtype)} in the model"
             continue
         if tensor.shape != slot.shape:
-            made = fitter.fit(pair.name, tensor)
-            if made is None:
-                mismatched[pair.name] = ""
+            fitted = fitter.fit(pair.name, tensor)
+            if fitted is None:
+                mismatched[pair.name] = ""  # the shapes say it all, and the report has both
                 continue
-            tensor = made[0]
-            if is_taken:
-                adapted.append(made[1])
+            tensor = fitted[0]
+            if is_taken:  # a match that is only proposed changes nothing, so no adaptation is reported
+                adapted.append(fitted[1])
         matches.append(replace(pair, loaded=is_taken))
         if is_taken:
             values[pair.name] = tensor
     casts = Counter((values[name].dtype, slots[name].dtype) for name in values if values[name].ndim)
+    # One line per pair of dtypes: a half-precision file casts every tensor, which is not worth a line each.
     adapted += [
         Adaptation("", "dtype", f"{count} tensors from {_dtype(before)} to {_dtype(after)}")
         for (before, after), count in casts.items()
@@ -279,36 +270,38 @@ def _fitted(
     return values, matches, mismatched, adapted
 
 
-def _report(
+def _build_report(
     slots: Tensors,
     contents: StateDicts,
     chosen: StateDict,
-    found: Proposal,
+    proposal: Proposal,
     fitter: Fitter,
     parts: tuple[Tensors, list[Match], dict[str, str], list[Adaptation]],
 ) -> LoadReport:
+    """Make the report of a plan, without cause and suggestion."""
     values, matches, mismatched, adapted = parts
-    filled = {id(slots[name]) for name in values}  # tied tensors are filled together
-    used = {match.source for match in found.matches}
-    shapes = {match.name: match.shape for match in found.matches}
+    filled = {id(slots[name]) for name in values}  # by identity: tied tensors are filled together
+    used = {match.source for match in proposal.matches}
+    shapes = {match.name: match.shape for match in proposal.matches}
     others = tuple(
         entry.key for entry in contents.entries if entry.key and entry.key not in (chosen.key, *chosen.parts)
     )
     return LoadReport(
         path=str(contents.path),
         loaded=tuple(name for name in slots if id(slots[name]) in filled),
+        # `num_batches_tracked` is never missing: files from before torch 0.4.1 lack it, and inference ignores it.
         missing=tuple(
             name
             for name in slots
             if id(slots[name]) not in filled and name not in mismatched and not name.endswith(COUNTER)
         ),
         unexpected=tuple(
-            [found.names[name] for name in found.names if name not in used]
-            + [found.names[match.source] for match in matches if not match.loaded]
+            [proposal.names[name] for name in proposal.names if name not in used]
+            + [proposal.names[match.source] for match in matches if not match.loaded]
         ),
         mismatched=tuple((name, shapes[name], shape(slots[name])) for name in mismatched),
         reasons={name: reason for name, reason in mismatched.items() if reason},
-        notes=(*contents.notes, *unwrapping(chosen), *found.notes),
+        notes=(*contents.notes, *unwrapping(chosen), *proposal.notes),
         matches=tuple(matches),
         adapted=tuple(adapted),
         left_out=tuple(dict.fromkeys((*contents.left_out, *others))),
@@ -322,10 +315,11 @@ def _report(
 
 
 def _share(slots: Tensors, filled: set[int], fitter: Fitter) -> float:
-    """Return the loaded part of the parameters; a head that is not loaded does not count."""
+    """Return the loaded share of the parameters, from 0 to 1; a head that is not loaded is not counted."""
     sizes = {id(slot): slot.numel() for slot in slots.values() if isinstance(slot, nn.Parameter)}
-    if not sizes:
+    if not sizes:  # a model of buffers alone
         sizes = {id(slot): slot.numel() for slot in slots.values()}
+    # A head for other classes is usual in fine-tuning. Counted, it would hide whether the backbone is complete.
     empty = [name for name, slot in slots.items() if id(slot) in sizes and id(slot) not in filled]
     heads = {id(slots[name]) for name in empty if fitter.is_in_head(name)}
     total = sum(size for key, size in sizes.items() if key not in heads)
@@ -333,10 +327,15 @@ def _share(slots: Tensors, filled: set[int], fitter: Fitter) -> float:
     return loaded / total if total else float(bool(loaded))
 
 
-def _best(plans: list[LoadPlan], contents: StateDicts, choices: Sequence[StateDict]) -> LoadPlan:
-    """Return the one plan, or of several state dicts in a file the only one that fits."""
+def _best_plan(plans: list[LoadPlan], contents: StateDicts, choices: Sequence[StateDict]) -> LoadPlan:
+    """Return the only plan, or the only one that fits where the file holds several state dicts.
+
+    Raises:
+        UnfitError: Several fit, or none is better than the others.
+    """
     if len(plans) == 1:
         return plans[0]
+    # Clear only if the second best would be refused anyway: a student and a teacher both fit.
     ranked = sorted(plans, key=lambda plan: plan.report.share, reverse=True)
     if ranked[0].report.share > ranked[1].report.share and ranked[1].report.share < MIN_SHARE:
         return ranked[0]
@@ -347,35 +346,38 @@ def _best(plans: list[LoadPlan], contents: StateDicts, choices: Sequence[StateDi
     )
 
 
-def _extra_states(model: nn.Module, held: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Find the layers to which the extra states of a file belong.
+def _match_extra_states(
+    model: nn.Module, file_states: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Assign the extra states of a file to the layers of a model.
 
     Returns:
-        Values by the layers' paths; names that the file lacks; names that the model lacks.
+        Path of the layer → extra state; names that the file lacks; names that the model lacks.
     """
     base = nn.Module.get_extra_state
-    keeping = [path for path, layer in model.named_modules() if type(layer).get_extra_state is not base]
-    ours = {f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE: path for path in keeping}
-    plain_ours = {plain: name for name, plain in strip_wrapper_parts(ours).items()}
+    stateful = [path for path, layer in model.named_modules() if type(layer).get_extra_state is not base]
+    paths = {f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE: path for path in stateful}
+    plain_names = {plain: name for name, plain in strip_wrapper_parts(paths).items()}
     values: dict[str, Any] = {}
     surplus = []
-    for source, plain in strip_wrapper_parts(held).items():
+    for source, plain in strip_wrapper_parts(file_states).items():
+        # Prefixes differ as those of weights do: one name may end with the other, if only one layer fits so.
         near = [
             name
-            for now, name in plain_ours.items()
-            if f".{now}".endswith(f".{plain}") or f".{plain}".endswith(f".{now}")
+            for plain_name, name in plain_names.items()
+            if f".{plain_name}".endswith(f".{plain}") or f".{plain}".endswith(f".{plain_name}")
         ]
-        name = plain_ours.get(plain) or (near[0] if len(near) == 1 else None)
+        name = plain_names.get(plain) or (near[0] if len(near) == 1 else None)
         if name is None:
             surplus.append(source)
         else:
-            values[ours[name]] = held[source]
-    absent = [name for name, path in ours.items() if path not in values]
-    return values, absent, surplus
+            values[paths[name]] = file_states[source]
+    missing = [name for name, path in paths.items() if path not in values]
+    return values, missing, surplus
 
 
 def same_kind(tensor: torch.Tensor, slot: torch.Tensor) -> bool:
-    """Return whether a cast between both loses no more than precision; single numbers may be of any kind."""
+    """Return whether a cast from one dtype to the other only changes precision; scalars may be of any kind."""
     if slot.ndim == tensor.ndim == 0:
         return True
     return tensor.is_floating_point() == slot.is_floating_point() and tensor.is_complex() == slot.is_complex()

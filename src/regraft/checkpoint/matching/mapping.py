@@ -1,8 +1,22 @@
-"""The load doctor: which tensor of a file belongs to which tensor of a model, and how sure that is.
+"""Map the tensors of a file to the tensors of a model, with a level of sureness for each pair.
 
-Names decide first, without what wrappers put on them. What is left is paired by shapes, order and alike names, and that
-is never certain but in one case: where one consistent renaming of words explains every pair, numbers, order and shapes
-agree, nothing is left over, and the renamed part is most of the network.
+Two steps, from strong evidence to weak:
+
+1. Names. Prefixes and parts that wrappers add are removed (see `naming`). Equal names are `certain`.
+2. Structure, for what is left. Tensors of one layer form a unit. Units are aligned in order by equal shapes and similar
+   names (see `alignment`). Such a pair is `likely` or a `guess`, with one exception: it is `certain` where one
+   consistent renaming of words explains every pair, numbers, order and shapes agree, nothing but a head is left over,
+   and a renamed word occurs in at least half of all layers.
+
+    key in the file                      key in the model
+    module.conv1.weight  (8, 3, 3, 3)    stem1.weight  (8, 3, 3, 3)     step 2: 'conv' is 'stem', certain
+    module.conv2.weight  (16, 8, 3, 3)   stem2.weight  (16, 8, 3, 3)    step 2: 'conv' is 'stem', certain
+    module.fc.weight     (10, 16)        fc.weight     (10, 16)         step 1: without 'module.', certain
+
+Why so: names alone load nothing from a file whose layers were renamed. Shapes alone pair the wrong layers without any
+sign of it, because most networks repeat layers of equal shapes. An optimal assignment of all pairs would ignore the
+order of layers, take cubic time, and always give an answer, without telling whether another one is as good. The
+alignment takes time proportional to the product of both numbers of layers, and shows where the order leaves a choice.
 """
 
 from collections import Counter
@@ -15,24 +29,24 @@ from regraft.checkpoint.matching.load_report import SURENESS, Match, Sureness
 from regraft.checkpoint.matching.naming import Shapes, fit_names
 from regraft.errors import CheckpointError
 
-HALF = 0.5  # of the layers: a renaming of fewer may be another part of the network that looks the same
-LIKELY = 0.9  # of the layers paired in order, for an order to say something
-FAMILY = 2  # numbered layers that make a row
-DEPTH = 40  # parts of a name that are looked at
-DIGITS = 9  # of a number that counts layers
-CELLS = 4_000_000  # pairs of layers that are compared at most: 2,000 with 2,000
+HALF = 0.5  # share of the layers; a renaming of fewer may be another part of the network that looks the same
+COMPLETE = 0.9  # share of the layers that must be paired in order, for the order to be evidence
+MIN_ROW = 2  # numbered layers that make a row
+MAX_PARTS = 40  # parts of a name that are searched for numbers
+MAX_DIGITS = 9  # of a number that counts layers
+MAX_PAIRS = 4_000_000  # pairs of layers that are compared: 2,000 with 2,000
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Which tensor of a file belongs to which of a model.
+    """The pairs of a tensor in a file and a tensor in a model.
 
     Attributes:
         matches: At most one for each tensor of the model; shapes may still differ where names agree.
-        names: Name in the file → name after what was taken off and put on.
-        notes: What was taken off and put on.
-        rivals: What explains the same tensors equally well, where a choice is to be made.
-        averages: Prefixes of running averages in the file that were left aside.
+        names: Name in the file → name after prefixes were stripped and added.
+        notes: Which prefixes were stripped and added.
+        rivals: Rules that explain the same tensors equally well, where the caller has to choose.
+        averages: Prefixes of running averages in the file that were ignored.
     """
 
     matches: tuple[Match, ...]
@@ -42,89 +56,98 @@ class Proposal:
     averages: tuple[str, ...] = ()
 
 
-def propose(theirs: Shapes, ours: Shapes, *, is_ordered: bool = True) -> Proposal:
+def propose(file_shapes: Shapes, model_shapes: Shapes, *, is_ordered: bool = True) -> Proposal:
     """Propose which tensor of a file belongs to which tensor of a model.
 
     Args:
-        theirs: Shape by name in the file, in its order.
-        ours: Shape by name in the model, in the order of registration.
-        is_ordered: Whether the order of the file means something.
+        file_shapes: Shape by name in the file, in the file's order.
+        model_shapes: Shape by name in the model, in the order of registration.
+        is_ordered: Whether the file keeps the order of registration.
     """
-    naming = fit_names(theirs, ours)
-    found: dict[str, Match] = {}
-    for source, name in sorted(naming.names.items(), key=lambda item: item[0] != item[1]):  # equal names first
-        if name in ours and name not in found:
+    naming = fit_names(file_shapes, model_shapes)
+    matches: dict[str, Match] = {}
+    # Unchanged names go first: where two sources end at one name, the one that had it from the start keeps it.
+    for source, name in sorted(naming.names.items(), key=lambda item: item[0] != item[1]):
+        if name in model_shapes and name not in matches:
             same = "same name" if name == source else "same name without what a wrapper added"
             sure, reason = naming.sure.get(source, ("certain", same))
-            found[name] = Match(name, source, sure, reason, theirs[source])
-    found = _shifted(found, {naming.names[source]: source for source in theirs}, theirs, ours)
-    placed = {match.source for match in found.values()}
-    loose = {naming.names[source]: source for source in theirs if source not in placed}
-    free = {name: ours[name] for name in ours if name not in found}
+            matches[name] = Match(name, source, sure, reason, file_shapes[source])
+    matches = _match_shifted_rows(
+        matches, {naming.names[source]: source for source in file_shapes}, file_shapes, model_shapes
+    )
+    placed = {match.source for match in matches.values()}
+    loose = {naming.names[source]: source for source in file_shapes if source not in placed}
+    free = {name: model_shapes[name] for name in model_shapes if name not in matches}
     if loose and free:
-        left = units_of({name: theirs[source] for name, source in loose.items()})
-        right = units_of(free)
-        total = max(1, len(units_of(ours)))
-        for match in _by_structure(left, right, total, is_ordered=is_ordered):
+        # Units of the file carry the stripped names, which are more similar to the model's; `loose` leads back.
+        file_units = units_of({name: file_shapes[source] for name, source in loose.items()})
+        model_units = units_of(free)
+        total = max(1, len(units_of(model_shapes)))  # shares are of the whole model, not of what is free
+        for match in _match_structure(file_units, model_units, total, is_ordered=is_ordered):
             source = loose[match.source]
-            found[match.name] = replace(match, source=source, shape=theirs[source])
-        found |= _counters(found, loose, free, theirs)
-    ordered = tuple(found[name] for name in ours if name in found)
+            matches[match.name] = replace(match, source=source, shape=file_shapes[source])
+        matches |= _match_counters(matches, loose, free, file_shapes)
+    ordered = tuple(matches[name] for name in model_shapes if name in matches)
     return Proposal(ordered, naming.names, naming.notes, naming.rivals, naming.averages)
 
 
-def match_shapes(theirs: Shapes, ours: Shapes, *, is_ordered: bool = True) -> Proposal:
-    """Pair the tensors of a file and of a model by order and shape alone; names are not looked at.
+def match_shapes(file_shapes: Shapes, model_shapes: Shapes, *, is_ordered: bool = True) -> Proposal:
+    """Pair the tensors of a file and of a model by order and shape alone; names are ignored.
 
-    The last layer may have another number of classes; the file may have more layers where that leaves no choice.
+    The last layer may have another number of classes. The file may have more layers where that leaves no choice.
 
     Raises:
-        CheckpointError: A layer of the model finds no partner, or the order leaves a choice.
+        CheckpointError: A layer of the model has no partner, or the order leaves a choice.
     """
-    left, right = units_of(theirs), units_of(ours)
-    if not any(unit.members.keys() <= set(ROLES) for unit in left):  # names that say nothing: each tensor by itself
-        left, right = single_units(theirs), single_units(ours)
-    if len(left) * len(right) > CELLS:
+    file_units, model_units = units_of(file_shapes), units_of(model_shapes)
+    # A file with names such as "arr_0" has no weights and biases to group into units: each tensor is a unit.
+    if not any(unit.members.keys() <= set(ROLES) for unit in file_units):
+        file_units, model_units = single_units(file_shapes), single_units(model_shapes)
+    if len(file_units) * len(model_units) > MAX_PAIRS:
         raise CheckpointError(
-            f"{len(left):,} layers of the file and {len(right):,} of the model are too many to pair by shape. "
-            "Give rename={…} (--rename). Nothing was changed."
+            f"{len(file_units):,} layers of the file and {len(model_units):,} of the model are too many to pair "
+            "by shape. Give rename={…} (--rename). Nothing was changed."
         )
     if is_ordered:
-        pairs, choices = align(left, right, by_name=False)
+        pairs, choices = align(file_units, model_units, by_name=False)
     else:
-        only = assign(left, right)
-        pairs = [(i, j) for i, j, is_only in only if is_only]
+        # Without an order, a shape identifies a layer only where it occurs once on each side.
+        assigned = assign(file_units, model_units)
+        pairs = [(i, j) for i, j, is_only in assigned if is_only]
         choices = {
-            j: tuple(i for i, unit in enumerate(left) if unit.signature == right[j].signature) for _, j, _ in only
+            j: tuple(i for i, unit in enumerate(file_units) if unit.signature == model_units[j].signature)
+            for _, j, _ in assigned
         }
-        choices = {j: known for j, known in choices.items() if len(known) > 1}
+        choices = {j: positions for j, positions in choices.items() if len(positions) > 1}
     if choices:
         position = min(choices)
-        names = " or ".join(f"'{left[i].path}'" for i in choices[position][:3])
+        names = " or ".join(f"'{file_units[i].path}'" for i in choices[position][:3])
         others = f", as may {len(choices) - 1} more layers" if len(choices) > 1 else ""
         reason = "" if is_ordered else " The file does not keep the order of layers."
         raise CheckpointError(
-            f"by order and shape, '{right[position].path}' of the model may be {names} of the file or another"
+            f"by order and shape, '{model_units[position].path}' of the model may be {names} of the file or another"
             f"{others}.{reason} Rename what names can tell, with rename={{…}} (--rename). Nothing was changed."
         )
     paired = {j for _, j in pairs}
-    unpaired = [unit.path for j, unit in enumerate(right) if j not in paired]
-    if unpaired and unpaired != [right[-1].path]:  # a head for other classes comes last
+    unpaired = [unit.path for j, unit in enumerate(model_units) if j not in paired]
+    if unpaired and unpaired != [model_units[-1].path]:  # a head for other classes is the last layer
         raise CheckpointError(
             f"by order and shape, '{unpaired[0]}' of the model finds no layer in the file ({len(unpaired)} of "
-            f"{len(right)} layers do not). The file is of another architecture. Nothing was changed."
+            f"{len(model_units)} layers do not). The file is of another architecture. Nothing was changed."
         )
-    found = {
-        match.name: replace(match, shape=theirs[match.source])
+    matches = {
+        match.name: replace(match, shape=file_shapes[match.source])
         for i, j in pairs
-        for match in _pair(left[i], right[j], "likely", "order and shape")
+        for match in _match_units(file_units[i], model_units[j], "likely", "order and shape")
     }
-    found |= _counters(found, {name: name for name in theirs}, ours, theirs)
-    return Proposal(tuple(found[name] for name in ours if name in found), {name: name for name in theirs})
+    matches |= _match_counters(matches, {name: name for name in file_shapes}, model_shapes, file_shapes)
+    return Proposal(
+        tuple(matches[name] for name in model_shapes if name in matches), {name: name for name in file_shapes}
+    )
 
 
 def weakest(matches: Iterable[Match]) -> Sureness:
-    """Return the least sure of the levels of some matches.
+    """Return the lowest level of sureness among some matches.
 
     >>> weakest([Match("a", "a", "certain", ""), Match("b", "c", "likely", "")])
     'likely'
@@ -132,167 +155,218 @@ def weakest(matches: Iterable[Match]) -> Sureness:
     return SURENESS[max((SURENESS.index(match.sure) for match in matches), default=0)]
 
 
-def _by_structure(left: Sequence[Unit], right: Sequence[Unit], total: int, *, is_ordered: bool) -> list[Match]:
-    """Pair units by shapes, order and alike names.
+def _match_structure(
+    file_units: Sequence[Unit], model_units: Sequence[Unit], total: int, *, is_ordered: bool
+) -> list[Match]:
+    """Pair units by shapes, order and similar names.
 
     Args:
-        left: Units of the file that names did not place, under the names that they would have in the model.
-        right: Units of the model that names did not fill.
+        file_units: Units of the file that names did not place, under their stripped names.
+        model_units: Units of the model that names did not fill.
         total: Number of units of the model.
-        is_ordered: Whether the order of the file means something.
+        is_ordered: Whether the file keeps the order of registration.
     """
-    if len(left) * len(right) > CELLS:
+    if len(file_units) * len(model_units) > MAX_PAIRS:
         return []
-    pairs, choices = align(left, right, by_name=True) if is_ordered else ([], {})
-    is_complete = len(pairs) >= LIKELY * max(len(left), len(right))
-    if not is_complete:  # the order may have been lost on the way
-        by_words = [(i, j) for i, j, _ in assign(left, right)]
-        words = _renaming(left, right, by_words, total)
+    pairs, choices = align(file_units, model_units, by_name=True) if is_ordered else ([], {})
+    is_complete = len(pairs) >= COMPLETE * max(len(file_units), len(model_units))
+    if not is_complete:
+        # The order may have been lost, as in a file sorted by name. One renaming that explains all pairs is evidence
+        # enough to load on request, but not by default: hence "likely".
+        by_words = [(i, j) for i, j, _ in assign(file_units, model_units)]
+        words = _find_renaming(file_units, model_units, by_words, total)
         if len(words) == len(by_words) > 0:
             return [
-                match for i, j in by_words for match in _pair(left[i], right[j], "likely", f"{words[j]}; order differs")
+                match
+                for i, j in by_words
+                for match in _match_units(file_units[i], model_units[j], "likely", f"{words[j]}; order differs")
             ]
-    explained = _renaming(left, right, pairs, total)
-    is_small = len(right) < HALF * total
-    counts_left, counts_right = (Counter(unit.signature for unit in units) for units in (left, right))
+    explained = _find_renaming(file_units, model_units, pairs, total)
+    is_small = len(model_units) < HALF * total
+    counts_file, counts_model = (Counter(unit.signature for unit in units) for units in (file_units, model_units))
     matches = []
     for i, j in pairs:
-        a, b = left[i], right[j]
-        others = counts_left[a.signature], counts_right[b.signature]
+        file_unit, model_unit = file_units[i], model_units[j]
+        counts = counts_file[file_unit.signature], counts_model[model_unit.signature]
+        # From the strongest evidence to the weakest; the first that applies gives the level.
         if j not in choices and j in explained:
             sure, reason = "certain", f"{explained[j]}, and numbers, order and shapes agree"
         elif is_small:
             sure, reason = "guess", "shape; most names are equal, so this may be another part of the network"
-        elif others == (1, 1):
+        elif counts == (1, 1):
             sure, reason = "likely", "the only ones of these shapes"
         elif is_complete and j not in choices:
-            sure, reason = "likely", f"order and shape; {others[0] - 1} more layers of these shapes"
+            sure, reason = "likely", f"order and shape; {counts[0] - 1} more layers of these shapes"
         else:
-            sure, reason = "guess", f"shape, one of {max(others)} layers of these shapes"
-        matches += _pair(a, b, sure, reason)
-    used_left, used_right = {i for i, _ in pairs}, {j for _, j in pairs}
-    rest_left = [unit for i, unit in enumerate(left) if i not in used_left]
-    rest_right = [unit for j, unit in enumerate(right) if j not in used_right]
-    for i, j, is_only in assign(rest_left, rest_right):
+            sure, reason = "guess", f"shape, one of {max(counts)} layers of these shapes"
+        matches += _match_units(file_unit, model_unit, sure, reason)
+    # What the order did not pair is paired by shape and similar names, never as certain.
+    used_file, used_model = {i for i, _ in pairs}, {j for _, j in pairs}
+    rest_file = [unit for i, unit in enumerate(file_units) if i not in used_file]
+    rest_model = [unit for j, unit in enumerate(model_units) if j not in used_model]
+    for i, j, is_only in assign(rest_file, rest_model):
         sure: Sureness = "likely" if is_only and not is_small else "guess"
         reason = "the only ones of these shapes that are left" if is_only else "shape and alike names"
-        matches += _pair(rest_left[i], rest_right[j], sure, reason)
+        matches += _match_units(rest_file[i], rest_model[j], sure, reason)
     return matches
 
 
-def _pair(theirs: Unit, ours: Unit, sure: Sureness, reason: str) -> list[Match]:
-    if theirs.exact != ours.exact and sure == "certain":
+def _match_units(file_unit: Unit, model_unit: Unit, sure: Sureness, reason: str) -> list[Match]:
+    """Return one match for each tensor of two units; a reshape lowers `certain` to `likely`."""
+    if file_unit.exact != model_unit.exact and sure == "certain":
         sure = "likely"
-    return [Match(ours.members[role], theirs.members[role], sure, reason) for role in ours.members]
+    return [Match(model_unit.members[role], file_unit.members[role], sure, reason) for role in model_unit.members]
 
 
-def _counters(found: Mapping[str, Match], loose: Mapping[str, str], free: Shapes, theirs: Shapes) -> dict[str, Match]:
-    """Let the counters of batches go where the statistics beside them go."""
-    made = {}
-    for name, match in found.items():
+def _match_counters(
+    matches: Mapping[str, Match], loose: Mapping[str, str], free: Shapes, file_shapes: Shapes
+) -> dict[str, Match]:
+    """Match `num_batches_tracked` of the layers whose running statistics are matched; units do not contain it."""
+    counters = {}
+    for name, match in matches.items():
         parent, _, last = name.rpartition(".")
         if last != "running_mean":
             continue
         counter = f"{parent}.{COUNTER}".lstrip(".")
         source = f"{match.source.rpartition('.')[0]}.{COUNTER}".lstrip(".")
-        if counter in free and source in loose.values() and counter not in found:
-            made[counter] = replace(match, name=counter, source=source, shape=theirs[source])
-    return made
+        if counter in free and source in loose.values() and counter not in matches:
+            counters[counter] = replace(match, name=counter, source=source, shape=file_shapes[source])
+    return counters
 
 
-def _renaming(
-    left: Sequence[Unit], right: Sequence[Unit], pairs: Sequence[tuple[int, int]], total: int
+def _find_renaming(
+    file_units: Sequence[Unit], model_units: Sequence[Unit], pairs: Sequence[tuple[int, int]], total: int
 ) -> dict[int, str]:
-    """Find one renaming of words that explains every pair; return it for each position in `right` that it settles."""
-    rest_left = set(range(len(left))) - {i for i, _ in pairs}
-    rest_right = set(range(len(right))) - {j for _, j in pairs}
-    if not pairs or not (
-        rest_left <= {len(left) - 1} and rest_right <= {len(right) - 1}
-    ):  # but for a head, which is last
+    """Find one renaming of words that explains every pair.
+
+    Returns:
+        The renaming as text, by position in `model_units`, for the pairs that it makes certain; may be empty.
+
+    """
+    rest_file = set(range(len(file_units))) - {i for i, _ in pairs}
+    rest_model = set(range(len(model_units))) - {j for _, j in pairs}
+    # Only a head, which is the last layer, may be left over: other layers without a partner contradict the renaming.
+    if not pairs or not (rest_file <= {len(file_units) - 1} and rest_model <= {len(model_units) - 1}):
         return {}
     words: dict[str, str] = {}
     for i, j in pairs:
-        a, b = words_of(left[i].path), words_of(right[j].path)
-        if len(a) != len(b) or [number for _, number in a] != [number for _, number in b]:
+        file_words, model_words = words_of(file_units[i].path), words_of(model_units[j].path)
+        if len(file_words) != len(model_words) or [number for _, number in file_words] != [
+            number for _, number in model_words
+        ]:
             return {}
-        for (before, _), (after, _) in zip(a, b, strict=True):
+        for (before, _), (after, _) in zip(file_words, model_words, strict=True):
             if words.setdefault(before, after) != after:
                 return {}
     changed = {before: after for before, after in words.items() if before != after}
+    # Two words of the file that become one word would merge layers.
     if len(set(words.values())) != len(words) or not changed:
         return {}
-    holders = {word: {j for i, j in pairs if word in dict(words_of(left[i].path))} for word in changed}
-    wide = [its for its in holders.values() if len(its) >= HALF * total]
+    # A word that many layers have anchors the renaming. A rare word is settled where most of its layers also have an
+    # anchored word; by itself it proves nothing, as one layer fits any place of its shape.
+    holders = {word: {j for i, j in pairs if word in dict(words_of(file_units[i].path))} for word in changed}
+    wide = [positions for positions in holders.values() if len(positions) >= HALF * total]
     anchored = set().union(*wide)
-    settled = {word for word, its in holders.items() if len(its & anchored) > HALF * len(its)}
-    settled -= _exchangeable(changed, left, right, pairs)
+    settled = {word for word, positions in holders.items() if len(positions & anchored) > HALF * len(positions)}
+    settled -= _exchangeable(changed, file_units, model_units, pairs)
     text = ", ".join(f"'{before}' is '{after}'" for before, after in changed.items())
-    doubtful = set().union(*(its for word, its in holders.items() if word not in settled))
+    doubtful = set().union(*(positions for word, positions in holders.items() if word not in settled))
     return {j: text for _, j in pairs if j not in doubtful} if anchored else {}
 
 
 def _exchangeable(
-    changed: Mapping[str, str], left: Sequence[Unit], right: Sequence[Unit], pairs: Sequence[tuple[int, int]]
+    changed: Mapping[str, str],
+    file_units: Sequence[Unit],
+    model_units: Sequence[Unit],
+    pairs: Sequence[tuple[int, int]],
 ) -> set[str]:
-    """Return words whose new words could be exchanged, as all shapes would fit as well."""
-    signatures = {unit.path: unit.signature for unit in right}
-    ours = {left[i].path: right[j].path for i, j in pairs}
-    found: set[str] = set()
+    """Return the words whose replacements could be swapped with each other, because all shapes would still fit."""
+    signatures = {unit.path: unit.signature for unit in model_units}
+    model_paths = {file_units[i].path: model_units[j].path for i, j in pairs}
+    exchangeable: set[str] = set()
     for a, b in combinations(changed, 2):
         exchanged = {changed[a]: changed[b], changed[b]: changed[a]}
-        moved = {path: _reworded(path, exchanged) for path in ours.values()}
+        # Swap both words in the model's paths: where every moved path has the shapes of the old one, nothing in the
+        # file tells the two renamings apart.
+        moved = {path: _reworded(path, exchanged) for path in model_paths.values()}
         if all(signatures.get(moved[path]) == signatures[path] for path in moved if moved[path] != path):
-            found |= {a, b}
-    return found
+            exchangeable |= {a, b}
+    return exchangeable
 
 
 def _reworded(path: str, words: Mapping[str, str]) -> str:
+    """Return a path with some words replaced; numbers stay."""
     return ".".join(words.get(word, word) + number for word, number in words_of(path))
 
 
-def _shifted(found: dict[str, Match], sources: Mapping[str, str], theirs: Shapes, ours: Shapes) -> dict[str, Match]:
-    """Doubt equal names in rows of numbered layers that begin with other numbers, where a shift fits as well."""
-    files, models = _families(sources), _families(ours)
-    for family in sorted(files.keys() & models.keys()):
-        numbers, known = sorted(files[family]), sorted(models[family])
-        offset = known[0] - numbers[0]
-        is_row = min(len(numbers), len(known)) >= FAMILY and (len(numbers) == len(known) or not family[1])
+def _match_shifted_rows(
+    matches: dict[str, Match], sources: Mapping[str, str], file_shapes: Shapes, model_shapes: Shapes
+) -> dict[str, Match]:
+    """Lower the level of equal names in rows of numbered layers that begin with different numbers.
+
+    A file with `layer1` to `layer4` and a model with `layer0` to `layer3` share three names that may each mean the
+    wrong layer. Where the shifted names have equal shapes and give at least half of the row, they are as good. They
+    replace the equal names as `likely` if they map the whole row of the file; otherwise the equal names become a
+    `guess`.
+    """
+    file_rows, model_rows = _numbered_rows(sources), _numbered_rows(model_shapes)
+    for row in sorted(file_rows.keys() & model_rows.keys()):
+        file_numbers, model_numbers = sorted(file_rows[row]), sorted(model_rows[row])
+        offset = model_numbers[0] - file_numbers[0]
+        # Rows of different lengths are compared only where the part is a bare number, as in an `nn.Sequential`: one
+        # more layer in front of the others renumbers them all.
+        is_row = min(len(file_numbers), len(model_numbers)) >= MIN_ROW and (
+            len(file_numbers) == len(model_numbers) or not row[1]
+        )
         if not offset or not is_row:
             continue
-        moved = {_renumbered(name, family, offset): name for number in numbers for name in files[family][number]}
-        inside = {name: moved[name] for number in known for name in models[family][number] if name in moved}
-        fits = all(theirs[sources[before]] == ours[now] for now, before in inside.items())
-        if not fits or len(inside) < HALF * sum(len(models[family][number]) for number in known):
+        renumbered = {
+            _renumbered(name, row, offset): name for number in file_numbers for name in file_rows[row][number]
+        }
+        # Name in the model → name in the file, for the names in the model that the shift gives.
+        shifted = {
+            name: renumbered[name] for number in model_numbers for name in model_rows[row][number] if name in renumbered
+        }
+        fits = all(
+            file_shapes[sources[file_name]] == model_shapes[model_name] for model_name, file_name in shifted.items()
+        )
+        if not fits or len(shifted) < HALF * sum(len(model_rows[row][number]) for number in model_numbers):
             continue
-        text = f"numbers begin at {numbers[0]} in the file and at {known[0]} in the model"
-        is_whole = len(numbers) == len(known) and len(inside) == len(moved)
-        for number in known:
-            for name in models[family][number]:
+        text = f"numbers begin at {file_numbers[0]} in the file and at {model_numbers[0]} in the model"
+        is_whole = len(file_numbers) == len(model_numbers) and len(shifted) == len(renumbered)
+        for number in model_numbers:
+            for name in model_rows[row][number]:
                 if is_whole:
-                    source = sources[inside[name]] if name in inside else None
-                    found.pop(name, None)
+                    # A name without a shifted source loses its equal one too: that belongs one layer further.
+                    source = sources[shifted[name]] if name in shifted else None
+                    matches.pop(name, None)
                     if source is not None:
-                        found[name] = Match(name, source, "likely", f"shifted: {text}", theirs[source])
-                elif name in found:
-                    found[name] = replace(
-                        found[name], sure="guess", reason=f"same name, but {text}, so it may be shifted"
+                        matches[name] = Match(name, source, "likely", f"shifted: {text}", file_shapes[source])
+                elif name in matches:
+                    matches[name] = replace(
+                        matches[name], sure="guess", reason=f"same name, but {text}, so it may be shifted"
                     )
-    return found
+    return matches
 
 
-def _families(names: Iterable[str]) -> dict[tuple[str, str], dict[int, list[str]]]:
-    """Group names by rows of numbered layers: (path before it, its word) → number → names."""
-    found: dict[tuple[str, str], dict[int, list[str]]] = {}
+def _numbered_rows(names: Iterable[str]) -> dict[tuple[str, str], dict[int, list[str]]]:
+    """Group names by rows of numbered layers.
+
+    Returns:
+        (Path before the number's part, word before the number) → number → names. A name is in one row per number.
+    """
+    rows: dict[tuple[str, str], dict[int, list[str]]] = {}
     for name in names:
         before = ""
-        for word, number in words_of(name)[:DEPTH]:
-            if 0 < len(number) <= DIGITS:
-                found.setdefault((before, word), {}).setdefault(int(number), []).append(name)
+        for word, number in words_of(name)[:MAX_PARTS]:
+            if 0 < len(number) <= MAX_DIGITS:
+                rows.setdefault((before, word), {}).setdefault(int(number), []).append(name)
             before += f"{word}{number}."
-    return found
+    return rows
 
 
-def _renumbered(name: str, family: tuple[str, str], offset: int) -> str:
-    before, word = family
+def _renumbered(name: str, row: tuple[str, str], offset: int) -> str:
+    """Return a name with an offset added to the number that places it in a row."""
+    before, word = row
     part, dot, rest = name[len(before) :].partition(".")
     return f"{before}{word}{int(part.removeprefix(word)) + offset}{dot}{rest}"

@@ -1,9 +1,9 @@
-"""Put together a file that keeps a state dict for each part of a network, as `{"encoder": …, "decoder": …}`.
+"""Join the state dicts of a file that keeps one for each part of a network, as `{"encoder": …, "decoder": …}`.
 
-Each part goes where its key says: `encoder_state_dict` to the layer `encoder`, wherever that lies in the model. A part
-whose key names no layer goes to the only place where all its names and shapes fit, or to the root where its key is a
-usual one (`model`). A part that finds no place keeps its key in front of its names, so that nothing of it is lost: the
-load doctor proposes what it can, and the report names the rest.
+The key of a part names its layer: `encoder_state_dict` means the layer `encoder`, at any depth of the model. A part
+whose key names no layer goes to the only layer where all its names and shapes fit, or to the root if its key is a
+usual one (`model`). A part without a layer keeps its key in front of its names, so that no tensor is lost: `mapping`
+proposes what it can, and the report names the rest.
 """
 
 import re
@@ -17,22 +17,22 @@ ENDING = re.compile(
     r"[._](state_?dict|state|sd|weights?|params?|parameters|model|net|network|module|ckpt)$", re.IGNORECASE
 )
 BEGINNING = re.compile(r"^(state_?dict|sd|weights|params|model|net|network)[._]", re.IGNORECASE)
-HALF = 0.5  # of the names of a part that fit below a layer, for its key to mean that layer
+HALF = 0.5  # share of the names of a part that must fit below a layer, for its key to mean that layer
 MIN_PARTS = 2
 
 
-def joined_parts(entries: Sequence[StateDict], ours: Shapes) -> list[StateDict]:
-    """Return a state dict for each group of parts that lie beside each other in a file, with the names of the model.
+def joined_parts(entries: Sequence[StateDict], model_shapes: Shapes) -> list[StateDict]:
+    """Return a state dict for each group of parts that share a parent key in a file, with the names of the model.
 
     Args:
-        entries: All state dicts of a file. Averages of the weights are no parts.
-        ours: Shape by name in the model.
+        entries: All state dicts of a file. Averages of the weights do not count as parts.
+        model_shapes: Shape by name in the model.
     """
-    return [joined for group in _groups(entries) if (joined := _joined(group, ours)) is not None]
+    return [joined for group in _groups(entries) if (joined := _join(group, model_shapes)) is not None]
 
 
 def _groups(entries: Sequence[StateDict]) -> Iterator[list[StateDict]]:
-    """List the state dicts below each common key, with the tensors that lie there themselves."""
+    """List, for each common key, the state dicts below it and the one at it."""
     parents = {entry.path[:depth] for entry in entries for depth in range(len(entry.path))}
     for parent in sorted(parents, key=lambda path: (len(path), path)):
         below = [entry for entry in entries if entry.path[: len(parent)] == parent]
@@ -42,7 +42,8 @@ def _groups(entries: Sequence[StateDict]) -> Iterator[list[StateDict]]:
             yield below
 
 
-def _joined(parts: Sequence[StateDict], ours: Shapes) -> StateDict | None:
+def _join(parts: Sequence[StateDict], model_shapes: Shapes) -> StateDict | None:
+    """Join parts into one state dict; None where no part has a layer, or two claim the same name."""
     common = _common_path(parts)
     tensors: Tensors = {}
     sources: dict[str, str] = {}
@@ -52,7 +53,7 @@ def _joined(parts: Sequence[StateDict], ours: Shapes) -> StateDict | None:
         keys = part.path[len(common) :]
         names = strip_wrapper_parts(part.tensors)
         shapes = {names[name]: tuple(tensor.shape) for name, tensor in part.tensors.items()}
-        place = _place(keys, shapes, ours)
+        place = _layer_of(keys, shapes, model_shapes)
         if place is None:
             place = ".".join(keys)
         else:
@@ -61,7 +62,7 @@ def _joined(parts: Sequence[StateDict], ours: Shapes) -> StateDict | None:
         prefix = f"{place}." if place else ""
         for name, tensor in part.tensors.items():
             if prefix + names[name] in tensors:
-                return None  # two of them claim one place: they are alternatives, as a student and a teacher
+                return None  # two parts with one name are alternatives, such as a student and a teacher
             tensors[prefix + names[name]] = tensor
             sources[prefix + names[name]] = ".".join([*keys, name])
     if not placed or roots > 1:
@@ -70,26 +71,26 @@ def _joined(parts: Sequence[StateDict], ours: Shapes) -> StateDict | None:
     return StateDict(common, tensors, is_ordered, parts=tuple(part.key for part in parts if part.path), sources=sources)
 
 
-def _place(keys: Sequence[str], shapes: Shapes, ours: Shapes) -> str | None:
-    """Return the layer that a part belongs to; None where nothing says it for sure."""
+def _layer_of(keys: Sequence[str], shapes: Shapes, model_shapes: Shapes) -> str | None:
+    """Return the path of the layer that a part belongs to, `""` for the root; None where that is not clear."""
     if not keys:
         return ""
-    layers = {name[: place - 1] for name in ours for place in _dots(name)}
+    layers = {name[: place - 1] for name in model_shapes for place in _dots(name)}
     for spelling in _spellings(keys):
         known = [layer for layer in layers if f".{layer}".lower().endswith(f".{spelling}".lower())]
-        fits = {layer: _fit(shapes, ours, layer) for layer in known}
+        fits = {layer: _share_that_fits(shapes, model_shapes, layer) for layer in known}
         best = max(fits.values(), default=0.0)
         chosen = [layer for layer, fit in fits.items() if fit == best]
         if best >= HALF and len(chosen) == 1:
             return chosen[0]
-    if keys[-1] in WRAPPERS and _fit(shapes, ours, "") >= HALF:
+    if keys[-1] in WRAPPERS and _share_that_fits(shapes, model_shapes, "") >= HALF:
         return ""
-    whole = [layer for layer in ("", *layers) if _fit(shapes, ours, layer) == 1]
+    whole = [layer for layer in ("", *layers) if _share_that_fits(shapes, model_shapes, layer) == 1]
     return whole[0] if len(whole) == 1 else None
 
 
 def _spellings(keys: Sequence[str]) -> Iterator[str]:
-    """List what layer some keys may mean, the most literal first."""
+    """List the layer names that some keys may stand for, the most literal first."""
     text = ".".join(keys)
     yield text
     short = ENDING.sub("", text)
@@ -98,9 +99,10 @@ def _spellings(keys: Sequence[str]) -> Iterator[str]:
     yield ENDING.sub("", keys[-1])
 
 
-def _fit(shapes: Shapes, ours: Shapes, layer: str) -> float:
+def _share_that_fits(shapes: Shapes, model_shapes: Shapes, layer: str) -> float:
+    """Return the share of names, from 0 to 1, that the model has below a layer with equal shapes."""
     prefix = f"{layer}." if layer else ""
-    return sum(ours.get(prefix + name) == shape for name, shape in shapes.items()) / max(1, len(shapes))
+    return sum(model_shapes.get(prefix + name) == shape for name, shape in shapes.items()) / max(1, len(shapes))
 
 
 def _dots(name: str) -> Iterator[int]:

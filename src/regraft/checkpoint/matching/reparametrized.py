@@ -1,8 +1,7 @@
-"""Weights that a layer computes from others: weight norm, spectral norm and pruning, in the file or in the model.
+"""Weights that a layer computes from other tensors: weight norm, spectral norm and pruning, in the file or the model.
 
-torch has two spellings of each, `weight_g` and `parametrizations.weight.original0`; a plain layer has `weight`. Where a
-file has one and the model another, the numbers are the same: the names are exchanged, or the weight is computed as the
-layer computes it.
+torch has two spellings of each, `weight_g` and `parametrizations.weight.original0`; a plain layer has `weight`. If file
+and model differ, the tensors are renamed, or the weight is computed from its parts as the layer computes it.
 
 Sources: `torch.nn.utils.weight_norm`, `spectral_norm`, `prune`, and `torch.nn.utils.parametrizations`.
 """
@@ -16,12 +15,12 @@ from regraft.checkpoint.foreign.state_dicts import Tensors
 
 
 def without_reparametrization(model: nn.Module, tensors: Tensors, slots: Mapping[str, torch.Tensor]) -> Tensors:
-    """Return tensors of a file as the layers of a model keep them.
+    """Convert tensors of a file to the parametrization that each layer of a model has.
 
     Args:
-        model: It says along which dimension a layer normalizes.
-        tensors: Of the file, under the names that their layers have in the model.
-        slots: Of the model, by name.
+        model: Its layers say along which dimension they normalize.
+        tensors: Tensors of the file, under the model's names.
+        slots: Tensors of the model, by name.
     """
     result = dict(tensors)
     for base in dict.fromkeys(base for name in (*tensors, *slots) if (base := _base(name))):
@@ -44,16 +43,16 @@ def without_reparametrization(model: nn.Module, tensors: Tensors, slots: Mapping
 
 
 def _base(name: str) -> str:
-    """Return the name of the weight that a tensor is a part of; empty where it is none."""
-    parent, found, rest = name.partition("parametrizations.")
-    if found and (not parent or parent.endswith(".")):
+    """Return the name of the weight that a tensor is a part of; empty for any other tensor."""
+    parent, separator, rest = name.partition("parametrizations.")
+    if separator and (not parent or parent.endswith(".")):
         return f"{parent}{rest.partition('.')[0]}"
     ending = next((ending for ending in ("_g", "_v", "_orig", "_u", "_mask") if name.endswith(ending)), "")
     return name.removesuffix(ending) if ending and name.rpartition(".")[2] != ending else ""
 
 
 def _parts(base: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Return the names of the tensors that make a weight, by their older endings; empty where they are not complete."""
+    """Return the parts of a weight, as older ending → name; empty where a part is missing."""
     parent = base[: len(base) - len(base.rpartition(".")[2])]
     below = f"{parent}parametrizations.{base[len(parent) :]}."
     if f"{below}original0" in tensors and f"{below}original1" in tensors and f"{below}original2" not in tensors:
@@ -67,7 +66,7 @@ def _parts(base: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def _weight(parts: Mapping[str, torch.Tensor], model: nn.Module, base: str) -> torch.Tensor | None:
-    """Compute a weight from its parts as the layer does in evaluation."""
+    """Compute a weight from its parts as the layer does in evaluation mode; None where their shapes do not fit."""
     if "_mask" in parts:
         return parts["_orig"] * parts["_mask"].to(parts["_orig"].dtype)
     if "_g" in parts:
@@ -82,6 +81,7 @@ def _weight(parts: Mapping[str, torch.Tensor], model: nn.Module, base: str) -> t
 
 
 def _is_norm(direction: torch.Tensor, magnitude: torch.Tensor) -> bool:
+    """Return whether a magnitude has the shape of a norm of the direction: one number, or some sides of length 1."""
     sides = zip(magnitude.shape, direction.shape, strict=False)
     return magnitude.numel() == 1 or (
         magnitude.ndim == direction.ndim and all(side in (1, full) for side, full in sides)
@@ -89,7 +89,7 @@ def _is_norm(direction: torch.Tensor, magnitude: torch.Tensor) -> bool:
 
 
 def _norm(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return the norm of a weight over the sides that `like` lacks, in its shape."""
+    """Return the norm of a weight over the dimensions in which `like` has length 1, in the shape of `like`."""
     if like.numel() == 1:
         return weight.norm().reshape(like.shape)
     return weight.norm(dim=[place for place, side in enumerate(like.shape) if side == 1], keepdim=True)
