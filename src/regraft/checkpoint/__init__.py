@@ -1,4 +1,4 @@
-"""Keep a model, and get it back."""
+"""Save, load, convert and compare models and their weights."""
 
 from regraft.checkpoint.comparison import Diff, TensorDiff, diff
 from regraft.checkpoint.conversion import convert

@@ -1,4 +1,4 @@
-"""Read the weights of any file: a checkpoint of regraft with all that it is based on, or what others wrote."""
+"""Read the weights of any file: a checkpoint of regraft with its bases, or a file of other tools."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from regraft.errors import CheckpointError
 
 
 def read_tensors(path: Path) -> tuple[Tensors, list[str]]:
-    """Read the tensors of a file under their names, on the CPU, and notes about what was unwrapped.
+    """Read the tensors of a file by name, on the CPU, and notes about what was unwrapped.
 
     Raises:
         CheckpointError: The file does not exist, cannot be read without running code, or holds several networks.
@@ -28,12 +28,12 @@ def read_tensors(path: Path) -> tuple[Tensors, list[str]]:
 
 
 def read_state_dicts(path: Path, *, tensors_only: bool = False) -> StateDicts:
-    """Read every state dict that a file holds, on the CPU.
+    """Read every state dict in a file, on the CPU.
 
     Args:
         path: A file, or a folder with the weights of a Hugging Face model.
-        tensors_only: Take the tensors out of a file that holds more, as a whole pickled module, without running any of
-            it: see `foreign.restricted_unpickler`.
+        tensors_only: Whether to extract the tensors from a file that holds more, such as a whole pickled module,
+            without running its code: see `foreign.restricted_unpickler`.
 
     Raises:
         CheckpointError: The file does not exist, is damaged, or cannot be read without running code.
@@ -43,6 +43,7 @@ def read_state_dicts(path: Path, *, tensors_only: bool = False) -> StateDicts:
 
 
 def _is_own(path: Path) -> bool:
+    """Return whether regraft wrote a file."""
     kind = kind_of(path)
     if kind == "index":
         return read_index(path)[1]
@@ -50,7 +51,7 @@ def _is_own(path: Path) -> bool:
 
 
 def _read_own(path: Path) -> StateDicts:
-    """Read a checkpoint of regraft, with all that it is based on."""
+    """Read a checkpoint of regraft with all of its bases."""
     try:
         whole = resolve(path).expanded()
     except MissingBaseError as error:

@@ -1,4 +1,4 @@
-"""Compare two models or checkpoint files tensor by tensor: what stayed bit-identical, and how far the rest moved."""
+"""Compare two models or checkpoint files tensor by tensor: what is bit-identical, and how far the rest moved."""
 
 import os
 from collections import Counter
@@ -24,14 +24,14 @@ Kind = Literal["identical", "changed", "reshaped", "added", "removed"]
 
 @dataclass(frozen=True)
 class TensorDiff:
-    """One tensor in both.
+    """The comparison of one tensor.
 
     Attributes:
-        name: As in the state dict.
+        name: Name in the state dict.
         kind: `identical` bit for bit, `changed` in value or dtype, `reshaped`, `added` (only in the second) or
             `removed` (only in the first).
-        relative_norm: ‖b - a‖ / ‖a‖ of a changed tensor in float64; None where it cannot be said (a is zero, or holds
-            NaN or infinity).
+        relative_norm: ‖b - a‖ / ‖a‖ of a changed tensor in float64; None if undefined (a is zero, or holds NaN or
+            infinity).
         before: Shape in the first.
         after: Shape in the second.
     """
@@ -45,7 +45,7 @@ class TensorDiff:
 
 @dataclass(frozen=True)
 class Diff:
-    """All tensors of two models, in the order of the first; `str()` shows whole layers in a line where they agree."""
+    """The comparison of two models, in the order of the first; `str()` groups layers whose tensors agree."""
 
     tensors: tuple[TensorDiff, ...]
 
@@ -86,11 +86,11 @@ class Diff:
 
 
 def diff(a: nn.Module | str | os.PathLike[str], b: nn.Module | str | os.PathLike[str]) -> Diff:
-    """Compare two models, or files of weights, tensor by tensor; buffers included, nothing is changed.
+    """Compare two models, or files of weights, tensor by tensor, including buffers. Nothing is changed.
 
     Args:
         a: A module, or a file that `load_weights` can read.
-        b: The same.
+        b: Another one.
 
     Raises:
         CheckpointError: A file cannot be read without running code, or a tensor has no bytes of its own.
@@ -103,9 +103,9 @@ def diff(a: nn.Module | str | os.PathLike[str], b: nn.Module | str | os.PathLike
     2 tensors: 2 identical
     """
     check_arguments(diff, locals())
-    for name, one in (("a", a), ("b", b)):
-        if isinstance(one, nn.Module):
-            check_weights(diff, name, one)
+    for name, source in (("a", a), ("b", b)):
+        if isinstance(source, nn.Module):
+            check_weights(diff, name, source)
     before, after = _tensors(a), _tensors(b)
     for tensors in (before, after):
         require_bytes(tensors)

@@ -1,4 +1,4 @@
-"""Build the network of a recipe in no more memory than the tensors need that go into it."""
+"""Build the network of a recipe in a limited amount of memory: that of the checkpoint's tensors, plus slack."""
 
 import contextlib
 import threading
@@ -23,38 +23,42 @@ Shapes = Mapping[str, tuple[int, ...]]
 def rebuild_for(
     source: Path, recipe: Recipe, shapes: Shapes | None, *, kept_bytes: int, trust_code: bool = False
 ) -> nn.Module:
-    """Build the network of a recipe, for these tensors to go into; its initial values are overwritten.
+    """Build the network of a recipe as a target for the tensors of a checkpoint; its initial values are overwritten.
 
-    A network that begins much larger than what was kept of it, as after a cut, is built without memory first. A file of
-    a few bytes that names a network of gigabytes is so found out before these are taken.
+    A network that starts much larger than the checkpoint, such as one that was truncated later, is built on the meta
+    device first. So a small file that names a network of gigabytes cannot take that memory.
 
     Args:
         source: The file, for the message.
-        recipe: Of the network.
-        shapes: Of what was kept, by name; None where that is not known, as of a delta alone.
-        kept_bytes: Of all of it.
-        trust_code: Whether code of the user's own may be imported; it may take what it wants.
+        recipe: The recipe of the network.
+        shapes: Shape of each tensor in the checkpoint, by name; None if unknown, as for a delta without its base.
+        kept_bytes: Size of all tensors in the checkpoint.
+        trust_code: Whether the user's own code may be imported; memory is not limited then.
 
     Raises:
-        CheckpointError: The network needs other tensors than these, cannot be built without memory, or a step of the
-            recipe does not fit.
-        ModelError: The source is unknown here.
-        TrustError: The source is code of the user's own and `trust_code` is false.
+        CheckpointError: The network needs other tensors than these, cannot be built on the meta device, or a step of
+            the recipe does not fit.
+        ModelError: The source is unknown.
+        TrustError: The source is the user's own code and `trust_code` is false.
     """
     try:
-        return _rebuilt(source, recipe, shapes, kept_bytes, trust_code)
+        return _rebuild_limited(source, recipe, shapes, kept_bytes, trust_code)
     except (ArgumentError, EditError) as error:
         raise CheckpointError(f"'{source}' has a recipe that cannot be followed: {error}") from error
 
 
-def _rebuilt(source: Path, recipe: Recipe, shapes: Shapes | None, kept_bytes: int, trust_code: bool) -> nn.Module:
+def _rebuild_limited(
+    source: Path, recipe: Recipe, shapes: Shapes | None, kept_bytes: int, trust_code: bool
+) -> nn.Module:
+    """Build the network in memory if it stays below the limit, otherwise on the meta device."""
     if trust_code:
         return rebuild(recipe, trust_code=True, unset=True)
     limit = kept_bytes + SLACK_BYTES
-    with _counted(limit) as count:
+    with _limit_registered(limit) as count:
         try:
             return rebuild(recipe, unset=True)
         except RegraftError as error:
+            # Only the limit leads to the meta device; any other error is one of the recipe.
             if count.taken <= limit and not isinstance(error, TooLargeError):
                 raise
     try:
@@ -62,26 +66,32 @@ def _rebuilt(source: Path, recipe: Recipe, shapes: Shapes | None, kept_bytes: in
             model = rebuild(recipe)
     except RegraftError:
         raise
-    except Exception as error:  # layers that look at their own values
+    except Exception as error:  # constructors that read their own values fail on the meta device
         raise CheckpointError(
             f"'{source}' holds {kept_bytes:,} bytes of tensors, and its recipe begins with more than {limit:,}, which "
             f"cannot be built without memory ({type(error).__name__}). Where you trust it, build that network yourself "
             "and use load_weights(model, path)."
         ) from error
     if shapes is not None:
-        _give_memory(source, model, shapes)
+        _allocate(source, model, shapes)
     return model
 
 
 @dataclass
 class _Count:
+    """Bytes of parameters and buffers that were registered, and how many may be."""
+
     limit: int
     taken: int = 0
 
 
 @contextlib.contextmanager
-def _counted(limit: int) -> Iterator[_Count]:
-    """Refuse parameters and buffers beyond so many bytes while this thread builds, before they are written to."""
+def _limit_registered(limit: int) -> Iterator[_Count]:
+    """Limit the bytes of parameters and buffers that this thread registers, before they are written to.
+
+    Raises:
+        CheckpointError: Inside of the block, at the tensor that exceeds the limit.
+    """
     count, thread = _Count(limit), threading.get_ident()
 
     def registered(owner: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
@@ -103,26 +113,30 @@ def _counted(limit: int) -> Iterator[_Count]:
             handle.remove()
 
 
-def _give_memory(source: Path, model: nn.Module, shapes: Shapes) -> None:
-    """Put tensors with memory into the places of those without, in place, where the file has them."""
+def _allocate(source: Path, model: nn.Module, shapes: Shapes) -> None:
+    """Replace tensors on the meta device by empty ones on the CPU, in place.
+
+    Raises:
+        CheckpointError: The checkpoint lacks a tensor, or has it in another shape.
+    """
     slots = model.state_dict(keep_vars=True)
-    every = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
-    missing = next((name for name in [*slots, *every] if name not in slots or name not in shapes), None)
+    names = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+    missing = next((name for name in [*slots, *names] if name not in slots or name not in shapes), None)
     if missing is not None:
         raise CheckpointError(
             f"'{source}' does not match its own recipe: it has nothing for '{missing}'. Where you trust it, build that "
             "network yourself and use load_weights(model, path)."
         )
-    made: dict[int, torch.Tensor] = {}
+    allocated: dict[int, torch.Tensor] = {}
     for name, slot in slots.items():
         if tuple(slot.shape) != shapes[name]:
             raise CheckpointError(
                 f"'{source}' does not match its own recipe at '{name}': {shapes[name]} in the file, "
                 f"{tuple(slot.shape)} in the model. Was another library version used?"
             )
-        if id(slot) not in made:
+        if id(slot) not in allocated:
             empty = torch.empty(slot.shape, dtype=slot.dtype, device="cpu")
             is_parameter = isinstance(slot, nn.Parameter)
-            made[id(slot)] = nn.Parameter(empty, requires_grad=slot.requires_grad) if is_parameter else empty
+            allocated[id(slot)] = nn.Parameter(empty, requires_grad=slot.requires_grad) if is_parameter else empty
         parent, attribute = parent_and_name(name)
-        setattr(model.get_submodule(parent), attribute, made[id(slot)])
+        setattr(model.get_submodule(parent), attribute, allocated[id(slot)])

@@ -1,4 +1,4 @@
-"""Plans: a network as a file that people write, with its source, its weights, its edits and what is frozen.
+"""Plans: a network as a TOML file, with its source, weights, edits and frozen layers.
 
     source = "resnet18"
     weights = "resnet18_300.safetensors"
@@ -12,8 +12,8 @@
     [freeze]
     until = "layer3.0"
 
-An edit is one of regraft's functions with its arguments, as in Python; layers are text. The recipe in a checkpoint
-holds the same steps.
+An edit is the name of one of regraft's functions with its arguments, as in Python; layers are text. The recipe in a
+checkpoint holds the same steps.
 """
 
 import json
@@ -40,7 +40,7 @@ SUFFIX = ".safetensors"
 
 
 class Freezing(CheckedFields):
-    """What a plan freezes: patterns as `select` takes them, and everything up to a layer."""
+    """What a plan freezes: patterns as for `select`, and everything up to a layer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -52,9 +52,9 @@ class Plan(CheckedFields):
     """A network to build.
 
     Attributes:
-        source: A name as `create_model` takes it, a checkpoint file, or layers of torch.nn as text.
-        weights: As `create_model` takes them; of no account where the source is a checkpoint or layers.
-        edits: What is done to it, in this order.
+        source: A name as for `create_model`, a checkpoint file, or layers of torch.nn as text.
+        weights: As for `create_model`; ignored if the source is a checkpoint or layers.
+        edits: Edits to apply, in this order.
         freeze: What is frozen at the end.
     """
 
@@ -77,11 +77,11 @@ class Plan(CheckedFields):
         return [{edit.operation: edit.arguments} for edit in edits]
 
     def to_toml(self) -> str:
-        """Write the plan as the text of a TOML file."""
+        """Return the plan as the text of a TOML file."""
         import tomli_w
 
         values = self.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
-        edits = "".join(f"\n[[edits]]\n{step.operation} = {_inline(step.arguments)}\n" for step in self.edits)
+        edits = "".join(f"\n[[edits]]\n{step.operation} = {_inline_toml(step.arguments)}\n" for step in self.edits)
         tables = {name: values.pop(name) for name in ("freeze",) if name in values}
         values.pop("edits", None)
         return tomli_w.dumps(values) + edits + ("\n" + tomli_w.dumps(tables) if tables else "")
@@ -109,16 +109,16 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
 
 
 def build_plan(plan: Plan, *, trust_code: bool = False) -> nn.Module:
-    """Build the network that a plan describes, new layers with fresh weights.
+    """Build the network that a plan describes; new layers have fresh weights.
 
     Raises:
         ModelError: The source is unknown.
         EditError: An edit does not fit; the message says which.
-        SelectionError: A path or pattern names nothing.
-        TrustError: The plan names code of the user's own, and `trust_code` is false.
+        SelectionError: A path or pattern matches nothing.
+        TrustError: The plan names the user's own code, and `trust_code` is false.
     """
     check_arguments(build_plan, locals())
-    model = _source(plan, trust_code)
+    model = _build_source(plan, trust_code)
     for position, step in enumerate(plan.edits, 1):
         try:
             model = apply_step(model, step, trust_code=trust_code)
@@ -130,10 +130,10 @@ def build_plan(plan: Plan, *, trust_code: bool = False) -> nn.Module:
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """Write down the plan of a network whose recipe is known.
+    """Return the plan of a network that has a recipe.
 
     Raises:
-        EditError: It has no recipe, or is made of several networks, each of which has a plan of its own.
+        EditError: It has no recipe, or is joined from several networks, each of which has a plan of its own.
     """
     check_arguments(plan_of, locals())
     recipe = card_of(model).recipe
@@ -145,11 +145,12 @@ def plan_of(model: nn.Module) -> Plan:
     if recipe.source.parts:
         raise EditError(f"a network made by {recipe.source.name} has several sources, which one plan cannot hold.")
     source = recipe.source.layers or recipe.source.name
-    freezing = Freezing(layers=tuple(_frozen(model, "")))
+    freezing = Freezing(layers=tuple(_frozen_patterns(model, "")))
     return Plan(source=source, weights=recipe.source.weights, edits=recipe.steps, freeze=freezing)
 
 
-def _source(plan: Plan, trust_code: bool) -> nn.Module:
+def _build_source(plan: Plan, trust_code: bool) -> nn.Module:
+    """Build the network that a plan starts from."""
     if plan.source.endswith(SUFFIX):
         return in_mode(load(plan.source, trust_code=trust_code), True)
     if plan.source.endswith(")"):
@@ -158,16 +159,21 @@ def _source(plan: Plan, trust_code: bool) -> nn.Module:
     return create_model(plan.source, weights=plan.weights, trust_code=trust_code)
 
 
-def _inline(value: Any) -> str:
-    """Write a value as TOML on one line, which a person reads more easily than a table for each."""
+def _inline_toml(value: Any) -> str:
+    """Return a value as TOML on one line, which is easier to read than one table per value."""
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{name} = {_inline(item)}" for name, item in value.items()) + " }"
+        return "{ " + ", ".join(f"{name} = {_inline_toml(item)}" for name, item in value.items()) + " }"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_inline, value)) + "]"
-    return json.dumps(value)  # whose strings, numbers and booleans are TOML's as well
+        return "[" + ", ".join(map(_inline_toml, value)) + "]"
+    return json.dumps(value)  # JSON's strings, numbers and booleans are valid TOML
 
 
 def _read_edit(edit: Any) -> Step:
+    """Parse one edit of a plan.
+
+    Raises:
+        ValueError: It is malformed; pydantic adds its place in the plan.
+    """
     if not isinstance(edit, dict) or len(edit) != 1:
         raise ValueError(f"each edit holds one operation, as in truncate = {{ drop = 1 }}, not {edit!r}")
     ((operation, arguments),) = edit.items()
@@ -179,13 +185,17 @@ def _read_edit(edit: Any) -> Step:
     return Step(operation=cast(Any, operation), arguments=arguments)
 
 
-def _frozen(layer: nn.Module, path: str) -> list[str]:
-    """List the patterns that select what is frozen: whole layers where possible, single parameters elsewhere."""
+def _frozen_patterns(layer: nn.Module, path: str) -> list[str]:
+    """List patterns that select the frozen parameters: whole layers if possible, otherwise single parameters."""
     flags = [parameter.requires_grad for parameter in layer.parameters()]
     if all(flags):
         return []
     if not any(flags):
         return [path]
     own = [name for name, parameter in layer.named_parameters(recurse=False) if not parameter.requires_grad]
-    inner = [found for name, child in layer.named_children() for found in _frozen(child, f"{path}.{name}".lstrip("."))]
+    inner = [
+        pattern
+        for name, child in layer.named_children()
+        for pattern in _frozen_patterns(child, f"{path}.{name}".lstrip("."))
+    ]
     return [*(f"params:{path}.{name}".replace(":.", ":") for name in own), *inner]

@@ -1,4 +1,4 @@
-"""Read a checkpoint back: the architecture from its recipe, then the weights."""
+"""Load a checkpoint: build the architecture from its recipe, then assign the weights."""
 
 import os
 from collections.abc import Mapping
@@ -30,23 +30,23 @@ def load(
     device: str | torch.device = "cpu",
     trust_code: bool = False,
 ) -> nn.Module:
-    """Load a checkpoint that `save` wrote: architecture, weights, class names, preprocessing and what was frozen.
+    """Load a checkpoint of `save`: architecture, weights, class names, preprocessing and frozen parameters.
 
     Args:
         path: The file; or the index of a checkpoint in several files, or a folder with one index.
-        base: Of a delta, where its base is: a file, a folder with it, or the name of registered weights. None looks
-            beside the delta, or takes the registered weights that it names. Any other base than the one that the
-            delta was made from is refused.
-        device: Where the model goes, as in `"cpu"` or `"cuda"`.
-        trust_code: Whether a class of your own that the recipe names (`py:…`) may be imported. The file never says so
+        base: For a delta, the location of its base: a file, a folder with it, or the name of registered weights. None
+            looks beside the delta, or takes the registered weights that it names. A base with another digest than the
+            one that the delta was made from is refused.
+        device: Device of the model, as in `"cpu"` or `"cuda"`.
+        trust_code: Whether a class of your own that the recipe names (`py:…`) may be imported. A file cannot set this
             itself.
 
     Returns:
-        The model in evaluation mode; each tensor is bit-identical to the one that was saved.
+        The model in evaluation mode; each tensor is bit-identical to the saved one.
 
     Raises:
         CheckpointError: The file cannot be read, has no recipe, does not match it, or is damaged; or the base of a
-            delta is not there, or is another one.
+            delta is missing, or has another digest.
         ModelError: There is no such device.
         TrustError: The recipe names a class of your own and `trust_code` is false.
     """
@@ -55,7 +55,7 @@ def load(
     source = locate(Path(path))
     header, recipe = _header_with_recipe(source)
     tensors = resolve(source, base).expanded()
-    kept_bytes = sum({id(tensor): tensor.nbytes for tensor in tensors.values()}.values())
+    kept_bytes = sum({id(tensor): tensor.nbytes for tensor in tensors.values()}.values())  # tied tensors once
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     model = rebuild_for(source, recipe, shapes, kept_bytes=kept_bytes, trust_code=trust_code)
     _tie(source, model, header.shared)
@@ -63,20 +63,21 @@ def load(
     for name in [*slots, *tensors]:
         if not is_extra_state(name):
             _check_fit(source, name, tensors, slots)
+    # Assigned, not copied: the network takes the memory that the file was read into, and no second copy exists.
     for name, slot in slots.items():
         if not is_extra_state(name):
             slot.data = tensors[name]
     _restore_extra_state(source, model, tensors)
-    return in_mode(_finish(model, header), False).to(device)
+    return in_mode(_apply_header(model, header), False).to(device)
 
 
 def load_outline(path: str | os.PathLike[str], *, trust_code: bool = False) -> nn.Module:
-    """Build the network in a checkpoint from its header alone: its layers, dtypes and flags are as saved.
+    """Build the network of a checkpoint from its header alone: its layers, dtypes and flags are as saved.
 
-    Its weights are fresh ones, as no byte of a tensor is read: it is there to be looked at.
+    Its weights are uninitialized or fresh, as no byte of a tensor is read. Use it for inspection only.
 
     Raises:
-        CheckpointError: The file cannot be read, has no recipe, does not match it, or is cut off.
+        CheckpointError: The file cannot be read, has no recipe, does not match it, or is truncated.
         TrustError: The recipe names a class of your own and `trust_code` is false.
     """
     source = locate(Path(path))
@@ -93,15 +94,16 @@ def load_outline(path: str | os.PathLike[str], *, trust_code: bool = False) -> n
     for name, entry in known.items():
         if entry.dtype != slots[name].dtype:
             slots[name].data = slots[name].data.to(entry.dtype)
-    return in_mode(_finish(model, header), False)
+    return in_mode(_apply_header(model, header), False)
 
 
 def _restore_extra_state(source: Path, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Pass the extra states among some tensors to `set_extra_state` of their layers."""
     for name, tensor in tensors.items():
         if is_extra_state(name):
             try:
                 model.get_submodule(name.rpartition(".")[0]).set_extra_state(tensor)
-            except Exception as error:  # whatever a class of the user's own says
+            except Exception as error:  # a user's own class may raise anything
                 raise CheckpointError(
                     f"'{source}' holds '{name}', and set_extra_state refuses it: {type(error).__name__}: "
                     f"{str(error)[:200]}. Was the class changed since?"
@@ -120,8 +122,8 @@ def _header_with_recipe(source: Path) -> tuple[Header, Recipe]:
     )
 
 
-def _finish(model: nn.Module, header: Header) -> nn.Module:
-    """Set flags, pins and card as the header says."""
+def _apply_header(model: nn.Module, header: Header) -> nn.Module:
+    """Set the flags, pins and card of a model as in the header."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in header.frozen)
     setattr(model, ATTRIBUTE, header.card.model_copy(update={"carried": dict(header.model_extra or {})}))
@@ -130,7 +132,7 @@ def _finish(model: nn.Module, header: Header) -> nn.Module:
 
 
 def _tie(source: Path, model: nn.Module, shared: dict[str, str]) -> None:
-    """Make one tensor of those that were one when they were saved, where the architecture itself does not."""
+    """Tie the tensors that were tied when they were saved, if the architecture does not tie them itself."""
     slots = model.state_dict(keep_vars=True)
     for alias, name in shared.items():
         if alias in slots and name in slots and slots[alias] is not slots[name]:
@@ -144,6 +146,7 @@ Shaped = Mapping[str, torch.Tensor] | Mapping[str, Entry]
 
 
 def _check_fit(source: Path, name: str, tensors: Shaped, slots: Mapping[str, torch.Tensor]) -> None:
+    """Check that file and model both have a tensor, with the same shape and the same kind of numbers."""
     if name not in tensors or name not in slots or tuple(tensors[name].shape) != tuple(slots[name].shape):
         raise CheckpointError(
             f"'{source}' does not match its own recipe at '{name}': {_shape(tensors, name)} in the file, "

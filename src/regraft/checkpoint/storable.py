@@ -1,4 +1,4 @@
-"""What of a model can be kept in a file: tensors with bytes of their own, of types that safetensors has."""
+"""Check which tensors of a model a file can hold: those with bytes of their own, of a dtype of safetensors."""
 
 from collections.abc import Mapping
 
@@ -10,20 +10,20 @@ from regraft.checkpoint.file.layout import DTYPES, PACKED
 from regraft.errors import CheckpointError
 
 PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
-HALF_BYTES = tuple(DTYPES[name] for name in PACKED)  # two numbers in a byte, which the last side counts
+HALF_BYTES = tuple(DTYPES[name] for name in PACKED)  # two numbers in a byte; the last dimension counts bytes
 
 
 def stored_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the tensors of a state dict, as a file holds them; the extra state of a layer included.
+    """Return the tensors of a model's state dict, including extra states of layers.
 
     Raises:
-        CheckpointError: The extra state of a layer is something else that is worth keeping.
+        CheckpointError: The extra state of a layer is neither a tensor nor None.
     """
     tensors = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if isinstance(value, torch.Tensor):
             tensors[name] = value
-        elif value is not None:  # which get_extra_state returns where it has nothing to say
+        elif value is not None:  # None is the extra state of a layer without any
             raise CheckpointError(
                 f"cannot save '{name}': get_extra_state of the layer returns a value of type {type(value).__name__}, "
                 "and a safetensors file holds tensors only. Let it return a tensor or None. Nothing was written."
@@ -35,7 +35,7 @@ def require_storable(tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse tensors that a safetensors file cannot hold.
 
     Raises:
-        CheckpointError: There is one; it is named, with the kind that it is of and a way out. Nothing was written.
+        CheckpointError: There is one; the message names it, its kind, and what to do. Nothing was written.
     """
     require_bytes(tensors)
     for name, tensor in tensors.items():
@@ -51,19 +51,19 @@ def require_storable(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def require_bytes(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse tensors that are no plain array of numbers in memory.
+    """Refuse tensors that are not a plain array of numbers in memory.
 
     Raises:
-        CheckpointError: There is one; it is named, with the kind that it is of and a way out. Nothing was written.
+        CheckpointError: There is one; the message names it, its kind, and what to do. Nothing was written.
     """
     for name, tensor in tensors.items():
-        problem = _problem(tensor) if isinstance(tensor, torch.Tensor) else None  # else the extra state of a layer
+        problem = _problem(tensor) if isinstance(tensor, torch.Tensor) else None  # otherwise the extra state of a layer
         if problem is not None:
             raise CheckpointError(f"the tensor '{name}' has no bytes to keep or to compare: {problem}")
 
 
 def _problem(tensor: torch.Tensor) -> str | None:
-    """Return why a tensor cannot be stored and what to do; None where it can."""
+    """Return why a tensor cannot be stored and what to do about it; None if it can."""
     if is_lazy(tensor):
         return "its shape is not known yet. Run the network on one batch first. Nothing was written."
     if tensor.is_nested:
@@ -83,6 +83,7 @@ def _problem(tensor: torch.Tensor) -> str | None:
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor of a subclass has a storage with its numbers."""
     try:
         storage = tensor.untyped_storage()
         return storage.device.type != "meta" and (tensor.numel() == 0 or storage.data_ptr() != 0)

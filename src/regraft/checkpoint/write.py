@@ -1,4 +1,4 @@
-"""Write a checkpoint, so that a reader finds either the old file or the whole new one."""
+"""Save a checkpoint: collect tensors and header, and write them atomically."""
 
 import copy
 import functools
@@ -32,39 +32,39 @@ def save(
 ) -> Path:
     """Save `model` as one self-describing safetensors file, and return its path.
 
-    The file holds every tensor of the state dict, and in its header the recipe that rebuilds the architecture, a digest
-    of every tensor, the class names, the preprocessing and which parameters are frozen. It is written under another
-    name, flushed to the disk and renamed, so a crash leaves the previous file as it was.
+    The file holds every tensor of the state dict. Its header holds the recipe that rebuilds the architecture, a digest
+    of every tensor, the class names, the preprocessing and the names of frozen parameters. The file is written under a
+    temporary name, flushed to the disk and renamed, so a crash leaves a previous file unchanged.
 
-    A network that `create_model` did not make is described as text where that can be done: layers of `torch.nn` in
-    containers, and classes of your own that keep their arguments as attributes. Any other, and one that was changed by
-    other means than regraft's edits, is saved without a recipe, with a warning in the second case; `load_weights` reads
-    it into a model of your own. Of `torch.compile(model)`, `DataParallel`, `DistributedDataParallel` and
-    `AveragedModel` the network inside is saved, under its own names.
+    A network that `create_model` did not make is described as text if possible: layers of `torch.nn` in containers, and
+    classes of your own that keep their arguments as attributes. Any other network, and one that was changed by other
+    means than regraft's edits, is saved without a recipe, with a warning in the second case; `load_weights` reads it
+    into a model of your own. For `torch.compile(model)`, `DataParallel`, `DistributedDataParallel` and
+    `AveragedModel`, the network inside is saved, under its own names.
 
     Args:
         model: Any module.
-        path: Where to; its folder must exist.
-        base: Registered weights as in `"resnet18@IMAGENET1K_V1"` or `"timm/NAME@TAG"`, or a file: only what differs
-            from it, bit by bit, is written. The file pins its base by digest; a base that is a file is looked for
-            beside it.
+        path: The file to write; its folder must exist.
+        base: Registered weights as in `"resnet18@IMAGENET1K_V1"` or `"timm/NAME@TAG"`, or a file: only tensors that
+            are not bit-identical to it are written. The file pins its base by digest; a base that is a file is
+            searched for beside it.
         metadata: JSON data of your own, kept in the header.
-        shard_bytes: Above this size of all tensors it is written as several files and an index,
+        shard_bytes: Above this total size, several files and an index are written,
             `NAME-00001-of-00003.safetensors` and `NAME.safetensors.index.json`; the index is returned.
 
     Raises:
         CheckpointError: The base cannot be read, the header would be too long, or a tensor has no bytes of its own
             (quantized by torchao, sparse, on the meta device); nothing was written.
-        RunError: The file cannot be written; nothing of it is left, and a previous file is as it was.
+        RunError: The file cannot be written; nothing of it is left, and a previous file is unchanged.
     """
     check_arguments(save, locals())
     check_target(save, "path", path)
     check_minimum(save, 1, shard_bytes=shard_bytes)
     check_weights(save, "model", model)
     target = Path(path)
-    model = _carried(model)
+    model = _without_wrapper(model)
     tensors, shared = untied_state_dict(model)
-    card = _described_card(model)
+    card = _card_with_recipe(model)
     header = Header(
         **card.carried,
         card=card,
@@ -79,24 +79,24 @@ def save(
     place = choose_base(base)
     if isinstance(place, Path) and place.resolve() in (target.resolve(), index_of(target).resolve()):
         raise CheckpointError(f"'{target}' cannot be its own base. Give the delta another name. Nothing was written.")
-    pinned, theirs = pin_base(place)
-    held = differing(tensors, theirs)
-    digests, known = digests_of(held), theirs.all_digests()
+    pinned, base_contents = pin_base(place)
+    stored = differing(tensors, base_contents)
+    digests, base_digests = digests_of(stored), base_contents.all_digests()
     differences = {
         "digests": digests,
         "base": pinned,
-        "removed": tuple(name for name in theirs.expanded() if name not in tensors and name not in shared),
-        "whole": digest_of({name: digests.get(name) or known[name] for name in tensors}),
+        "removed": tuple(name for name in base_contents.expanded() if name not in tensors and name not in shared),
+        "whole": digest_of({name: digests.get(name) or base_digests[name] for name in tensors}),
     }
-    return write_checkpoint(target, held, header.model_copy(update=differences), shard_bytes)
+    return write_checkpoint(target, stored, header.model_copy(update=differences), shard_bytes)
 
 
-def _carried(model: nn.Module) -> nn.Module:
-    """Return the network inside of `torch.compile`, `DataParallel` and the like, with the card of its wrapper."""
+def _without_wrapper(model: nn.Module) -> nn.Module:
+    """Return the network inside of `torch.compile`, `DataParallel` and the like, with the card of the wrapper."""
     prefix, inner = unwrapped(model)
     if not prefix:
         return model
-    outer = vars(model).get(ATTRIBUTE)  # what `fit` learned of the classes, where it trained the wrapper
+    outer = vars(model).get(ATTRIBUTE)  # `fit` attaches class names to what it trained, here the wrapper
     if outer is None:
         return inner
     own = card_of(inner)
@@ -104,11 +104,11 @@ def _carried(model: nn.Module) -> nn.Module:
     return attach(copy.copy(inner), **{**known, "recipe": own.recipe or outer.recipe})
 
 
-def _described_card(model: nn.Module) -> Card:
-    """Return the card of `model`, with a recipe where one rebuilds it."""
+def _card_with_recipe(model: nn.Module) -> Card:
+    """Return the card of `model`, with a recipe if one rebuilds it."""
     card = card_of(model)
     if card.recipe is None:
-        return card.model_copy(update={"recipe": _described(model)})
+        return card.model_copy(update={"recipe": _describe(model)})
     difference = _difference(model, card.recipe)
     if difference is None:
         return card
@@ -120,8 +120,8 @@ def _described_card(model: nn.Module) -> Card:
     return card.model_copy(update={"recipe": None})
 
 
-def _described(model: nn.Module) -> Recipe | None:
-    """Describe a network that text can describe; None for any other. A reader ties anew what is tied."""
+def _describe(model: nn.Module) -> Recipe | None:
+    """Return the recipe of a network that text can describe; None for any other. `load` ties tied tensors again."""
     try:
         recipe = Recipe(source=Source(name="torch.nn", weights="none", layers=describe(model, tied=True)))
     except EditError:
@@ -130,26 +130,26 @@ def _described(model: nn.Module) -> Recipe | None:
 
 
 def _difference(model: nn.Module, recipe: Recipe) -> str | None:
-    """Name the first place in which `model` differs from what `recipe` builds; None where there is none."""
+    """Return the name of the first difference between `model` and what `recipe` builds; None if there is none."""
     try:
         expected = _expected_structure(recipe.model_dump_json())
     except RegraftError as error:
         return str(error)
-    found = _structure(model)
-    return next((f"'{name}'" for name in [*expected, *found] if found.get(name) != expected.get(name)), None)
+    structure = _structure(model)
+    return next((f"'{name}'" for name in [*expected, *structure] if structure.get(name) != expected.get(name)), None)
 
 
 @functools.lru_cache(maxsize=4)
 def _expected_structure(recipe_json: str) -> dict[str, object]:
-    # A class of the user's own is running already, as the model exists: importing it again trusts nothing new.
+    # The model exists, so a user's own class has already been imported: importing it again trusts nothing new.
     return _structure(rebuild(Recipe.model_validate_json(recipe_json), trust_code=True, unset=True))
 
 
 def _structure(model: nn.Module) -> dict[str, object]:
-    """Return the shape of each tensor and the kind of each layer, with what the kind alone does not say of it."""
+    """Return the type of each layer, with the options that no tensor shows, and the shape of each tensor, by name."""
     kinds = {path: type(layer).__name__ for path, layer in model.named_modules(remove_duplicate=False)}
     geometry = {
-        path: f"{kinds[path]}({layer.extra_repr()})"  # stride, padding and the like, which no tensor shows
+        path: f"{kinds[path]}({layer.extra_repr()})"  # stride, padding and the like
         for path, layer in model.named_modules(remove_duplicate=False)
         if type(layer).__module__ in ("torch.nn.modules.conv", "torch.nn.modules.pooling")
     }
