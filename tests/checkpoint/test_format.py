@@ -26,6 +26,7 @@ from regraft.checkpoint import Header, load_outline, read_header
 from regraft.checkpoint.file.contents import read_contents
 from regraft.checkpoint.file.digest import tensor_digest
 from regraft.checkpoint.file.layout import DTYPES, read_layout, read_start
+from regraft.checkpoint.file.opening import OpenCheckpoint
 from regraft.cli.app import app
 from regraft.errors import CheckpointError, RegraftError
 
@@ -245,9 +246,8 @@ def test_a_hole_that_is_larger_than_any_memory_takes_no_memory(tmp_path: Path) -
         os.truncate(path, path.stat().st_size + 2**52)
     except OSError as error:
         pytest.skip(f"no such files here: {error}")
-    header = Header(digests={"a": "0" * 64})
-    with pytest.raises(CheckpointError, match="for which there is no memory"):
-        read_contents(path, header)
+    with OpenCheckpoint(path) as checkpoint, pytest.raises(CheckpointError, match="for which there is no memory"):
+        read_contents(checkpoint)
 
 
 def written(tmp_path: Path, content: object, data: bytes = b"") -> Path:

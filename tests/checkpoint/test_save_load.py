@@ -1,5 +1,6 @@
 """What is loaded is what was saved, bit for bit, and a failed write leaves what was there before."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from oracles import identical, same, snapshot
 from regraft import Preprocessing, create_model, freeze, load, load_weights, replace_head, save, unfreeze
 from regraft.card import attach, card_of
 from regraft.checkpoint import current_versions, read_header
+from regraft.checkpoint.file import layout
 from regraft.errors import CheckpointError, RegraftError, RunError, TrustError
 from regraft.freezing.pins import is_pinned
 
@@ -95,6 +97,23 @@ def test_a_class_of_ones_own_is_rebuilt_with_trust_alone(own: str, tmp_path: Pat
     assert_equal(loaded, model)
     inputs = torch.randn(4, 12)
     assert identical(loaded(inputs), model(inputs))
+
+
+def test_load_opens_the_file_once_and_parses_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(create_model("squeezenet1_1", weights="none"), tmp_path / "model.safetensors")
+    parsed, opened = [], []
+    parse = layout.parse_json
+    monkeypatch.setattr(layout, "parse_json", lambda text: parsed.append(len(text)) or parse(text))
+
+    def note(event: str, arguments: tuple[object, ...]) -> None:
+        if is_watching and event == "open" and str(arguments[0]) == str(path):
+            opened.append(event)
+
+    is_watching = True
+    sys.addaudithook(note)  # which sees the opens of all of Python, and cannot be taken off again
+    load(path)
+    is_watching = False
+    assert (len(opened), len(parsed)) == (1, 1)
 
 
 def test_tied_weights_stay_tied(own: str, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from checkpoint.altered import assert_equal, shake
 from oracles import identical
 from regraft import create_model, diff, load, save
 from regraft.checkpoint import read_header
-from regraft.checkpoint.file import shards
+from regraft.checkpoint.file import opening, shards
 from regraft.cli.app import app
 from regraft.errors import CheckpointError, RunError
 
@@ -266,20 +266,17 @@ def test_a_folder_with_several_checkpoints_is_refused(tmp_path: Path) -> None:
 def test_a_reader_that_meets_a_save_finds_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.safetensors"
     index = save(network(), path, shard_bytes=LIMIT)
-    read, new = shards.read_index, network(seed=1)
+    read, new = opening.read_index, network(seed=1)
 
     def read_and_lose(place: Path) -> dict[str, Any]:
         content = read(place)
-        monkeypatch.setattr(shards, "read_index", read)
+        monkeypatch.setattr(opening, "read_index", read)
         save(new, path, shard_bytes=LIMIT)  # removes the files that `content` names
         return content
 
-    monkeypatch.setattr(shards, "read_index", read_and_lose)
-    assert shards.read_weight_map(index)
-    monkeypatch.setattr(shards, "read_index", read_and_lose)
-    from regraft.checkpoint.file.contents import find_entries
-
-    assert {file.name for file, _ in find_entries(index).values()} == names_in(index)
+    monkeypatch.setattr(opening, "read_index", read_and_lose)
+    with opening.OpenCheckpoint(index) as checkpoint:
+        assert {file.name for file, _ in checkpoint.entries.values()} == names_in(index)
 
 
 def test_inspecting_the_index_reads_no_tensor(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ A base may itself be a delta. The chain is first followed by headers alone, then
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +27,8 @@ from regraft.checkpoint.file.format import (
     is_plain_name,
     is_safetensors,
     locate,
-    read_header,
 )
+from regraft.checkpoint.file.opening import OpenCheckpoint
 from regraft.checkpoint.file.shards import write_checkpoint
 from regraft.checkpoint.foreign.reading import only_state_dict, read_foreign, weights_file
 from regraft.checkpoint.storable import require_storable, stored_state
@@ -59,11 +60,16 @@ class Link:
 
     Attributes:
         place: The file, or the name of registered weights.
-        header: Its header; None for registered weights and for files that regraft did not write.
+        checkpoint: The open file; None for registered weights and for files that are no safetensors.
     """
 
     place: Place
-    header: Header | None = None
+    checkpoint: OpenCheckpoint | None = None
+
+    @property
+    def header(self) -> Header | None:
+        """Its header; None for registered weights and for files that regraft did not write."""
+        return self.checkpoint.header if self.checkpoint is not None else None
 
 
 def merge(path: PathLike, out: PathLike, *, base: PathLike | None = None, shard_bytes: int = SHARD_BYTES) -> Path:
@@ -83,67 +89,93 @@ def merge(path: PathLike, out: PathLike, *, base: PathLike | None = None, shard_
     check_arguments(merge, locals())
     check_target(merge, "out", out)
     check_minimum(merge, 1, shard_bytes=shard_bytes)
-    source = locate(Path(path))
-    header = read_header(source)
-    if header is None or header.base is None:
-        raise CheckpointError(f"'{source}' is no delta: it holds all of its tensors, or was not made by regraft.")
-    whole = resolve(source, base)
+    with OpenCheckpoint(Path(path)) as checkpoint:
+        header = checkpoint.header
+        if header is None or header.base is None:
+            raise CheckpointError(
+                f"'{checkpoint.path}' is no delta: it holds all of its tensors, or was not made by regraft."
+            )
+        whole = resolve(checkpoint, base)
     unbased = {"base": None, "removed": (), "whole": None, "versions": current_versions()}
     full = header.model_copy(update={**unbased, "digests": dict(sorted(whole.digests.items()))})
     return write_checkpoint(Path(out), whole.tensors, full, shard_bytes)
 
 
-def resolve(source: Path, base: PathLike | None = None) -> Contents:
+def resolve(source: Path | OpenCheckpoint, base: PathLike | None = None) -> Contents:
     """Read a checkpoint with all of its bases, and verify every part.
 
     Args:
-        source: A checkpoint, a delta or not.
+        source: A checkpoint, a delta or not; one that is open stays open.
         base: As for `merge`.
 
     Raises:
         CheckpointError: A file is damaged, or a base is missing or has another digest. Nothing was changed.
     """
-    chain = chain_of(source, base)
+    with open_chain(source, base) as chain:
+        return _read_chain(chain)
+
+
+def _read_chain(chain: Sequence[Link]) -> Contents:
     last = chain[-1]
-    # A chain of one is read as a checkpoint. Only a base may also be registered weights or a file of other tools, which
-    # `read_base` reads.
-    contents = read_base(last.place) if len(chain) > 1 else read_contents(source, last.header)
+    if len(chain) == 1 and isinstance(last.place, Path):
+        # A chain of one is read as a checkpoint. Only a base may also be registered weights or a file of other tools,
+        # which `read_base` reads.
+        contents = read_contents(last.checkpoint or OpenCheckpoint(last.place))
+    else:
+        contents = read_base(last)
     for link in reversed(chain[:-1]):
-        assert isinstance(link.place, Path)
-        assert link.header is not None
-        contents = _merge_delta(link.place, link.header, contents)
+        contents = _merge_delta(link, contents)
     return contents
 
 
-def chain_of(source: Path, base: PathLike | None = None) -> list[Link]:
-    """List a checkpoint and all of its bases, from their headers alone.
+@contextmanager
+def open_chain(source: Path | OpenCheckpoint, base: PathLike | None = None) -> Iterator[list[Link]]:
+    """Open a checkpoint and all of its bases; only their headers are read.
 
     Raises:
         CheckpointError: A base is missing or has another digest, or there are too many.
     """
-    place: Place = locate(source)
+    with ExitStack() as stack:
+        yield _follow(source, base, stack)
+
+
+def _follow(source: Path | OpenCheckpoint, base: PathLike | None, stack: ExitStack) -> list[Link]:
+    place: Place = source.path if isinstance(source, OpenCheckpoint) else locate(source)
+    checkpoint = source if isinstance(source, OpenCheckpoint) else _opened(place, stack)
     links: list[Link] = []
-    pinned: Base | None = None
     while True:
-        header = _header_of(place)
-        # Found out here, a wrong base costs no reading of tensors. Bases without a header are verified in `_merged`.
-        if pinned is not None and header is not None and header.digest() != pinned.digest:
-            raise _wrong_base_error(links[-1].place, pinned, place, header.digest())
         if any(isinstance(place, Path) and _is_same(place, link.place) for link in links):
-            raise CheckpointError(f"'{source}' is based on itself, by way of '{place}'. Get or make the files again.")
-        links.append(Link(place, header))
+            raise CheckpointError(
+                f"'{links[0].place}' is based on itself, by way of '{place}'. Get or make the files again."
+            )
+        links.append(Link(place, checkpoint))
+        header = links[-1].header
         if header is None or header.base is None:
             return links
         if len(links) > DEPTH_LIMIT:
             raise CheckpointError(
-                f"'{source}' is a delta over more than {DEPTH_LIMIT} others. Make a full file of one of them: "
+                f"'{links[0].place}' is a delta over more than {DEPTH_LIMIT} others. Make a full file of one of them: "
                 "regraft merge."
             )
         assert isinstance(place, Path)
-        pinned = header.base
-        place = _place_of(place, pinned, base)
+        place = _place_of(place, header.base, base)
+        checkpoint = _opened(place, stack)
+        # Noticed here, a wrong base costs no reading of tensors. Bases without a header are verified when merged.
+        if checkpoint is not None and checkpoint.header is not None:
+            digest = checkpoint.header.digest()
+            if digest != header.base.digest:
+                raise _wrong_base_error(links[-1].place, header.base, place, digest)
         # A file names the first base only. A folder may hold the whole chain, so it goes on to the next link.
         base = base if base is not None and Path(base).is_dir() else None
+
+
+def _opened(place: Place, stack: ExitStack) -> OpenCheckpoint | None:
+    """Open a checkpoint; None for registered weights and for files of other tools."""
+    if isinstance(place, str):
+        return None
+    # A path that is no file also goes to `OpenCheckpoint`, whose error says what is missing.
+    is_ours = is_index(place) or not place.is_file() or is_safetensors(place)
+    return stack.enter_context(OpenCheckpoint(place)) if is_ours else None
 
 
 def merge_advice(delta: Path) -> str:
@@ -172,20 +204,19 @@ def choose_base(base: PathLike) -> Place:
     return path
 
 
-def read_base(place: Place) -> Contents:
+def read_base(link: Link) -> Contents:
     """Read all tensors of a base: registered weights, or any file that `load_weights` reads.
 
     Raises:
         CheckpointError: It cannot be read, or the weights cannot be downloaded.
     """
-    if isinstance(place, Path):
-        header = _header_of(place)
-        if header is not None or is_index(place) or is_safetensors(place):
-            return read_contents(place, header)
-        foreign = only_state_dict(read_foreign(weights_file(place))).tensors
+    if isinstance(link.place, Path):
+        if link.checkpoint is not None:
+            return read_contents(link.checkpoint)
+        foreign = only_state_dict(read_foreign(weights_file(link.place))).tensors
         tensors = {name: tensor.contiguous() for name, tensor in foreign.items()}
         return Contents(tensors, digests_of(tensors))
-    tensors, shared = untied_state_dict(_build_registered(place))
+    tensors, shared = untied_state_dict(_build_registered(link.place))
     return Contents(tensors, digests_of(tensors), shared)
 
 
@@ -202,15 +233,15 @@ def pin_base(place: Place) -> tuple[Base, Contents]:
                 "Rename that file. Nothing was written."
             )
         try:
-            chain = chain_of(place)
+            with open_chain(place) as chain:
+                if len(chain) > DEPTH_LIMIT:
+                    raise CheckpointError(
+                        f"'{place}' is a delta over {DEPTH_LIMIT} others already, no more are read. Make a full file "
+                        "of it first: regraft merge."
+                    )
+                found = read_base(chain[0]) if len(chain) == 1 else _read_chain(chain)
         except MissingBaseError as error:
             raise CheckpointError(f"{error.problem} {merge_advice(place)}") from error
-        if len(chain) > DEPTH_LIMIT:
-            raise CheckpointError(
-                f"'{place}' is a delta over {DEPTH_LIMIT} others already, no more are read. Make a full file of it "
-                "first: regraft merge."
-            )
-        found = read_base(place) if len(chain) == 1 else resolve(place)
         return Base(kind="file", name=place.name, digest=found.digest()), found
     model = _build_registered(place)
     recipe = card_of(model).recipe
@@ -259,16 +290,19 @@ def _is_identical(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))
 
 
-def _merge_delta(path: Path, header: Header, base: Contents) -> Contents:
+def _merge_delta(link: Link, base: Contents) -> Contents:
     """Overlay the tensors of a delta on those of its base, and verify both.
 
     Raises:
         CheckpointError: The base has another digest, or the result is not the network that was saved.
     """
+    checkpoint, header = link.checkpoint, link.header
+    assert checkpoint is not None
+    assert header is not None
     assert header.base is not None
     if base.digest() != header.base.digest:
-        raise _wrong_base_error(path, header.base, header.base.name, base.digest())
-    delta = read_contents(path, header)
+        raise _wrong_base_error(link.place, header.base, header.base.name, base.digest())
+    delta = read_contents(checkpoint)
     # An alias of the delta may be a tensor of its own in the base: the tie is what was saved.
     replaced = {*header.removed, *header.shared}
     kept = [name for name in base.expanded() if name not in replaced and name not in delta.tensors]
@@ -277,19 +311,10 @@ def _merge_delta(path: Path, header: Header, base: Contents) -> Contents:
     # The digests above are of bytes as read, so this verifies base, delta and the way that they were put together.
     if digest_of(digests) != header.whole or not set(header.shared.values()) <= set(digests):
         raise CheckpointError(
-            f"'{path}' is damaged: with its base '{header.base.name}' it does not make the network that was saved. "
-            "Get or make it again."
+            f"'{link.place}' is damaged: with its base '{header.base.name}' it does not make the network that was "
+            "saved. Get or make it again."
         )
     return Contents({**{name: base_tensors[name] for name in kept}, **delta.tensors}, digests, header.shared)
-
-
-def _header_of(place: Place) -> Header | None:
-    """Return the header of a checkpoint of regraft; None for registered weights and for files of other tools."""
-    if isinstance(place, str):
-        return None
-    # A path that is no file also goes to `read_header`, whose error says what is missing.
-    is_ours = is_index(place) or not place.is_file() or is_safetensors(place)
-    return read_header(place) if is_ours else None
 
 
 def _place_of(delta: Path, base: Base, location: PathLike | None) -> Place:

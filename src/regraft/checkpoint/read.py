@@ -12,9 +12,9 @@ from regraft.anatomy.paths import parent_and_name
 from regraft.arguments import check_arguments, usable_device
 from regraft.card import ATTRIBUTE, Recipe
 from regraft.checkpoint.delta import resolve
-from regraft.checkpoint.file.contents import find_entries
-from regraft.checkpoint.file.format import Header, is_index, locate, read_header
+from regraft.checkpoint.file.format import Header, is_index
 from regraft.checkpoint.file.layout import Entry
+from regraft.checkpoint.file.opening import OpenCheckpoint
 from regraft.checkpoint.file.shards import shard_of
 from regraft.checkpoint.foreign.state_dicts import is_extra_state
 from regraft.checkpoint.memory import rebuild_for
@@ -52,9 +52,10 @@ def load(
     """
     check_arguments(load, locals())
     usable_device(device)
-    source = locate(Path(path))
-    header, recipe = _header_with_recipe(source)
-    tensors = resolve(source, base).expanded()
+    with OpenCheckpoint(Path(path)) as checkpoint:
+        header, recipe = _header_with_recipe(checkpoint)
+        tensors = resolve(checkpoint, base).expanded()
+    source = checkpoint.path
     kept_bytes = sum({id(tensor): tensor.nbytes for tensor in tensors.values()}.values())  # tied tensors once
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     model = rebuild_for(source, recipe, shapes, kept_bytes=kept_bytes, trust_code=trust_code)
@@ -80,9 +81,10 @@ def load_outline(path: str | os.PathLike[str], *, trust_code: bool = False) -> n
         CheckpointError: The file cannot be read, has no recipe, does not match it, or is truncated.
         TrustError: The recipe names a class of your own and `trust_code` is false.
     """
-    source = locate(Path(path))
-    header, recipe = _header_with_recipe(source)
-    entries = {name: entry for name, (_, entry) in find_entries(source).items()}
+    with OpenCheckpoint(Path(path)) as checkpoint:
+        header, recipe = _header_with_recipe(checkpoint)
+        entries = {name: entry for name, (_, entry) in checkpoint.entries.items()}
+    source = checkpoint.path
     kept_bytes = sum(entry.size for entry in entries.values())
     model = rebuild_for(source, recipe, None, kept_bytes=kept_bytes, trust_code=trust_code)
     _tie(source, model, header.shared)
@@ -110,8 +112,8 @@ def _restore_extra_state(source: Path, model: nn.Module, tensors: Mapping[str, t
                 ) from error
 
 
-def _header_with_recipe(source: Path) -> tuple[Header, Recipe]:
-    header = read_header(source)
+def _header_with_recipe(checkpoint: OpenCheckpoint) -> tuple[Header, Recipe]:
+    source, header = checkpoint.path, checkpoint.header
     if header is not None and header.card.recipe is not None:
         return header, header.card.recipe
     if not is_index(source) and (index := shard_of(source)) is not None:

@@ -2,16 +2,15 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from regraft.checkpoint.file.digest import balanced, bytes_of, side_by_side, started_digest
-from regraft.checkpoint.file.format import Header, digest_of, is_index, locate
-from regraft.checkpoint.file.layout import Entry, read_layout
-from regraft.checkpoint.file.shards import read_weight_map
+from regraft.checkpoint.file.format import digest_of
+from regraft.checkpoint.file.layout import Entry
+from regraft.checkpoint.file.opening import OpenCheckpoint
 from regraft.errors import CheckpointError
 
 CHUNK_BYTES = 1 << 20  # fits into a core's cache, from which it is hashed
@@ -56,20 +55,18 @@ class _Piece:
     target: torch.Tensor
 
 
-def read_contents(path: Path, header: Header | None) -> Contents:
+def read_contents(checkpoint: OpenCheckpoint) -> Contents:
     """Read the tensors of one checkpoint, from one file or several; of a delta, only those that it holds itself.
 
     Each tensor is read into its own memory and hashed at the same time, in several threads.
 
     Args:
-        path: The file, or the index.
-        header: Its header, from `read_header`; without one, nothing is verified.
+        checkpoint: Without a header, nothing is verified.
 
     Raises:
         CheckpointError: A file is missing or damaged, or a tensor has another digest than when it was saved.
     """
-    path = locate(path)
-    entries = find_entries(path)
+    path, header, entries = checkpoint.path, checkpoint.header, checkpoint.entries
     expected = header.digests if header else {}
     shared = header.shared if header else {}
     for alias, name in shared.items():
@@ -90,7 +87,7 @@ def read_contents(path: Path, header: Header | None) -> Contents:
         raise CheckpointError(
             f"'{path}' declares {size:,} bytes of tensors, for which there is no memory. Check where it comes from."
         ) from error
-    digests = _read_all(path, pieces)
+    digests = _read_all(checkpoint, pieces)
     for name, digest in expected.items():
         if digests[name] != digest:
             raise CheckpointError(f"'{path}' is damaged: '{name}' is not what was saved. Get or make it again.")
@@ -98,49 +95,16 @@ def read_contents(path: Path, header: Header | None) -> Contents:
     return Contents(tensors, {name: digests[name] for name in tensors}, shared)
 
 
-def find_entries(path: Path) -> dict[str, tuple[Path, Entry]]:
-    """Return name → (file, entry in it) for each tensor of a checkpoint; no byte of a tensor is read.
-
-    Raises:
-        CheckpointError: A file is missing or damaged, or an index does not fit its files.
-    """
-    if not is_index(path):
-        return {name: (path, entry) for name, entry in read_layout(path).entries.items()}
-    weight_map, layouts = _read_layouts(path)
-    stored = {name: file for file, entries in layouts.items() for name in entries}
-    for name in [*weight_map, *stored]:
-        if stored.get(name) != weight_map.get(name) or sum(name in entries for entries in layouts.values()) != 1:
-            raise CheckpointError(f"'{path}' is damaged: '{name}' is not where it says. Get or make it again.")
-    return {name: (file, layouts[file][name]) for name, file in weight_map.items()}
-
-
-def _read_layouts(index: Path) -> tuple[dict[str, Path], dict[Path, dict[str, Entry]]]:
-    """Read which file holds each tensor, and what each file holds."""
-    weight_map = read_weight_map(index)
-    while True:
-        try:
-            return weight_map, {file: read_layout(file).entries for file in dict.fromkeys(weight_map.values())}
-        except CheckpointError:
-            before, weight_map = weight_map, read_weight_map(index)
-            if weight_map == before:
-                raise  # a changed index means that another checkpoint was saved meanwhile: read that one
-
-
-def _read_all(path: Path, pieces: Sequence[_Piece]) -> dict[str, str]:
+def _read_all(checkpoint: OpenCheckpoint, pieces: Sequence[_Piece]) -> dict[str, str]:
     """Read all pieces into their memory, and return their digests by name."""
-    with ExitStack() as stack:
-        try:
-            files = {
-                file: stack.enter_context(file.open("rb", buffering=0))
-                for file in dict.fromkeys(piece.file for piece in pieces)
-            }
-            descriptors = {file: opened.fileno() for file, opened in files.items()}
-            groups = balanced(pieces, lambda piece: piece.entry.size)
-            results = side_by_side(
-                lambda group: [(piece.name, _read(piece, descriptors[piece.file])) for piece in group], groups
-            )
-        except OSError as error:
-            raise CheckpointError(f"'{path}' cannot be read: {error}. Try again, or get it again.") from error
+    try:
+        descriptors = {piece.file: checkpoint.file(piece.file).fileno() for piece in pieces}
+        groups = balanced(pieces, lambda piece: piece.entry.size)
+        results = side_by_side(
+            lambda group: [(piece.name, _read(piece, descriptors[piece.file])) for piece in group], groups
+        )
+    except OSError as error:
+        raise CheckpointError(f"'{checkpoint.path}' cannot be read: {error}. Try again, or get it again.") from error
     return dict(entry for group in results for entry in group)
 
 

@@ -180,7 +180,7 @@ def read_header(path: Path) -> Header | None:
     metadata = read_index(path).get("metadata") if is_index(path) else read_start(path)[0].get("__metadata__")
     if not isinstance(metadata, dict) or KEY not in metadata:
         return None
-    return _parse_header(path, metadata[KEY])
+    return header_in(path, metadata[KEY])
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -203,7 +203,12 @@ def read_index(path: Path) -> dict[str, Any]:
     raise CheckpointError(f"'{path}' is no index of a checkpoint: {reason}. Get or make it again.")
 
 
-def _parse_header(path: Path, text: Any) -> Header:
+def header_in(path: Path, text: Any) -> Header:
+    """Parse the document that regraft wrote into the metadata of `path`.
+
+    Raises:
+        CheckpointError: It is malformed, or has another major version.
+    """
     try:
         if not isinstance(text, str) or len(text) > DOCUMENT_LIMIT_BYTES:
             raise ValueError(f"expected text of at most {DOCUMENT_LIMIT_BYTES:,} bytes")

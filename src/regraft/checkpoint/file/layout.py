@@ -8,7 +8,9 @@ import json
 import math
 import os
 import struct
+from contextlib import nullcontext
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +104,23 @@ def _unique_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def read_start(path: Path) -> tuple[dict[str, Any], int]:
+def open_file(path: Path) -> FileIO:
+    """Open a file of a checkpoint for reading.
+
+    Raises:
+        CheckpointError: It does not exist.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no file '{path}' (looked from {Path.cwd()}). Give the path of a checkpoint.")
+    return path.open("rb", buffering=0)
+
+
+def read_start(path: Path, file: FileIO | None = None) -> tuple[dict[str, Any], int]:
     """Read the JSON text of a safetensors file; no byte of a tensor is read.
+
+    Args:
+        path: The file.
+        file: The same file, at its beginning, where it is open already.
 
     Returns:
         The JSON object, and the offset at which the bytes of the tensors start.
@@ -111,9 +128,7 @@ def read_start(path: Path) -> tuple[dict[str, Any], int]:
     Raises:
         CheckpointError: The file does not exist, or is not a safetensors file.
     """
-    if not path.is_file():
-        raise CheckpointError(f"no file '{path}' (looked from {Path.cwd()}). Give the path of a checkpoint.")
-    with path.open("rb", buffering=0) as file:
+    with nullcontext(file) if file is not None else open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
@@ -140,7 +155,13 @@ def read_layout(path: Path) -> Layout:
         CheckpointError: The file does not exist, is not a safetensors file, or its tensors overlap, leave gaps, or
             exceed the file.
     """
-    content, start = read_start(path)
+    with open_file(path) as file:
+        return layout_of(path, file, *read_start(path, file))
+
+
+def layout_of(path: Path, file: FileIO, content: dict[str, Any], start: int) -> Layout:
+    """Return the position of each tensor, of a file whose start was read; see `read_layout`."""
+    content = dict(content)
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged_error(path, "its metadata are not text")
@@ -152,7 +173,7 @@ def read_layout(path: Path) -> Layout:
         if entry.start != end:
             raise _damaged_error(path, f"the bytes of '{name}' do not follow those of the tensor before it")
         end += entry.size
-    size = path.stat().st_size
+    size = os.fstat(file.fileno()).st_size
     if size != end:
         raise _damaged_error(path, f"it has {size:,} bytes, expected {end:,}")
     return Layout(entries, metadata)

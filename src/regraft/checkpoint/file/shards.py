@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,6 @@ from regraft.checkpoint.file.format import (
     index_of,
     is_plain_name,
     read_header,
-    read_index,
 )
 from regraft.checkpoint.file.layout import read_start
 from regraft.checkpoint.storable import require_storable
@@ -30,13 +30,13 @@ SHARD_OF = "regraft-shard-of"  # metadata key of a shard; its value is the name 
 Tensors = Mapping[str, torch.Tensor]
 
 
-def read_weight_map(index: Path) -> dict[str, Path]:
-    """Return name of a tensor → file that holds it.
+def weight_map_in(index: Path, content: Mapping[str, Any]) -> dict[str, Path]:
+    """Return name of a tensor → file that holds it, by the JSON object in an index.
 
     Raises:
         CheckpointError: The index is malformed, or names other than files beside it.
     """
-    names = read_index(index).get("weight_map")
+    names = content.get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"'{index}' is no index of a checkpoint: it has no weight_map. Get or make it again.")
     files = {name: _shard(index, name) for name in set(names.values())}
