@@ -19,9 +19,9 @@ def diff(
     """
     from regraft.checkpoint import diff as compare
 
-    found = compare(a, b)
+    comparison = compare(a, b)
     if as_json:
-        say_json(found.to_dict())
+        say_json(comparison.to_dict())
         return
-    for line in str(found).splitlines():
+    for line in str(comparison).splitlines():
         say(line)

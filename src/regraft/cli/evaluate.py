@@ -32,11 +32,11 @@ def evaluate(
         return
     say(metrics.headline())
     if metrics.per_class:
-        names = [found.name for found in metrics.per_class]
+        names = [entry.name for entry in metrics.per_class]
         say()
         rows = [
-            (found.name, f"{found.precision:.3f}", f"{found.recall:.3f}", f"{found.f1:.3f}", str(found.count))
-            for found in metrics.per_class
+            (entry.name, f"{entry.precision:.3f}", f"{entry.recall:.3f}", f"{entry.f1:.3f}", str(entry.count))
+            for entry in metrics.per_class
         ]
         say_table(("class", "precision", "recall", "F1", "photos"), rows, (False, True, True, True, True))
         say()

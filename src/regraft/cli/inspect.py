@@ -49,11 +49,11 @@ def inspect(
         _inspect_checkpoint(Path(model), size, depth, verify=verify, trust_code=trust_code, as_json=as_json)
         return
     require(not verify, f"'{model}' is no checkpoint, so there is nothing to verify.")
-    found = summary(build(model, trust_code=trust_code), size, depth)
+    model_summary = summary(build(model, trust_code=trust_code), size, depth)
     if as_json:
-        say_json(found.to_dict())
+        say_json(model_summary.to_dict())
     else:
-        say_lines(str(found))
+        say_lines(str(model_summary))
 
 
 def _inspect_checkpoint(
@@ -70,11 +70,11 @@ def _inspect_checkpoint(
     if verify:
         resolve(path)
     try:
-        found, problem = summary(load_outline(path, trust_code=trust_code), size, depth), None
+        model_summary, problem = summary(load_outline(path, trust_code=trust_code), size, depth), None
     except TrustError as error:  # everything but the layers can be shown without running anybody's code
-        found, problem = None, str(error)
+        model_summary, problem = None, str(error)
     if as_json:
-        layers = found.to_dict() if found else {"layers": [], "problem": problem}
+        layers = model_summary.to_dict() if model_summary else {"layers": [], "problem": problem}
         say_json({**layers, "checkpoint": header.model_dump(mode="json")})
         return
     for line in _describe(header):
@@ -82,7 +82,7 @@ def _inspect_checkpoint(
     if verify:
         say("verified   every tensor is what was saved")
     say()
-    say_lines(str(found) if found else f"layers     not shown: {problem}")
+    say_lines(str(model_summary) if model_summary else f"layers     not shown: {problem}")
 
 
 def _is_checkpoint(model: str) -> bool:

@@ -30,24 +30,32 @@ def predict(
     from regraft.training.inference import predict as ask
 
     model = load(checkpoint, base=base, trust_code=trust_code)
-    found = ask(model, images, top=top, batch_size=batch_size, device=device, progress=ConsoleProgress())
+    predictions = ask(model, images, top=top, batch_size=batch_size, device=device, progress=ConsoleProgress())
     if as_json:
-        say_json([prediction.to_dict() for prediction in found])
+        say_json([prediction.to_dict() for prediction in predictions])
     elif as_csv:
         writer = csv.writer(results())
-        writer.writerow(("path", "label", "probability") if found[0].label is not None else ("path", "value"))
-        for one in found:
-            writer.writerow((one.path, one.label, one.probability) if one.label is not None else (one.path, one.value))
-    elif found[0].label is None:
-        say_table(("path", "value"), [(str(one.path), f"{one.value:.6g}") for one in found], (False, True))
+        writer.writerow(("path", "label", "probability") if predictions[0].label is not None else ("path", "value"))
+        for prediction in predictions:
+            writer.writerow(
+                (prediction.path, prediction.label, prediction.probability)
+                if prediction.label is not None
+                else (prediction.path, prediction.value)
+            )
+    elif predictions[0].label is None:
+        say_table(
+            ("path", "value"),
+            [(str(prediction.path), f"{prediction.value:.6g}") for prediction in predictions],
+            (False, True),
+        )
     else:
         rows = [
             (
-                str(one.path),
-                str(one.label),
-                f"{one.probability:.3f}",
-                ", ".join(f"{label} {probability:.3f}" for label, probability in one.top[1:]),
+                str(prediction.path),
+                str(prediction.label),
+                f"{prediction.probability:.3f}",
+                ", ".join(f"{label} {probability:.3f}" for label, probability in prediction.top[1:]),
             )
-            for one in found
+            for prediction in predictions
         ]
         say_table(("path", "label", "probability", "next"), rows, (False, False, True, False))

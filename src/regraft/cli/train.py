@@ -83,7 +83,7 @@ def train(
 
     A run that was stopped goes on with: regraft train --resume runs/photos-1
     """
-    given = {
+    flags = {
         name: value
         for name, value in locals().items()
         if value is not None and name not in ("overwrite", "resume", "trust_code", "config", "as_json")
@@ -91,14 +91,18 @@ def train(
     from regraft.training.config import make_config, read_config
 
     if resume is not None:
-        known = {**given, **({"overwrite": True} if overwrite else {}), **({"config": config} if config else {})}
+        known = {
+            **flags,
+            **({"overwrite": True} if overwrite else {}),
+            **({"config": config} if config else {}),
+        }
         words = ", ".join("DATA" if name == "data" else f"--{name.replace('_', '-')}" for name in known)
         require(not known, f"--resume continues a run with its own options: leave out {words}.")
         from regraft.training.resume.saved_run import find_run_to_continue
 
         settings = find_run_to_continue(resume)
     else:
-        options = {**read_config(config), **given} if config is not None else given
+        options = {**read_config(config), **flags} if config is not None else flags
         require("data" in options, "no data given. Pass the folder that holds your photos: regraft train photos/")
         if "out" not in options:
             options["out"] = _free_folder(str(options["data"]))
@@ -147,8 +151,8 @@ def _print_result(result: Any, report: Path) -> None:
     if result.validation.per_class:
         say()
         rows = [
-            (found.name, f"{found.precision:.3f}", f"{found.recall:.3f}", f"{found.f1:.3f}", str(found.count))
-            for found in result.validation.per_class
+            (entry.name, f"{entry.precision:.3f}", f"{entry.recall:.3f}", f"{entry.f1:.3f}", str(entry.count))
+            for entry in result.validation.per_class
         ]
         say_table(("class", "precision", "recall", "F1", "photos"), rows, (False, True, True, True, True))
         say()

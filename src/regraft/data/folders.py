@@ -110,13 +110,13 @@ def list_labelled(path: str | os.PathLike[str], classes: Sequence[str]) -> tuple
     root = Path(path)
     _require_folder(root)
     folder = _find(root, VALIDATION_NAMES) or root
-    found = [entry.name for entry in _subfolders(folder)]
-    if unknown := sorted(set(found) - set(classes)):
+    names = [entry.name for entry in _subfolders(folder)]
+    if unknown := sorted(set(names) - set(classes)):
         raise DataError(
             f"'{folder}' has folders that are none of the model's classes: {_names(set(unknown))}. "
             f"The model knows {', '.join(map(repr, classes))}. Give a folder that holds folders of those names."
         )
-    samples = tuple(Sample(file, classes.index(name)) for name in found for file in photos_in(folder / name))
+    samples = tuple(Sample(file, classes.index(name)) for name in names for file in photos_in(folder / name))
     if not samples:
         raise DataError(f"no photos in '{folder}'. Expected a folder for each of {', '.join(map(repr, classes))}.")
     return samples
@@ -161,7 +161,7 @@ def _photos_below(folder: Path, around: tuple[Path, ...], seen: set[str]) -> lis
         links += [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
     for link in links:
         target = link.resolve()
-        if not any(one.is_relative_to(target) for one in around):
+        if not any(path.is_relative_to(target) for path in around):
             photos += _photos_below(link, around, seen)
     return photos
 
@@ -205,8 +205,8 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     names = tuple(entry.name for entry in _subfolders(folder))
     if not names:
         loose = len(photos_in(folder))
-        found = f"{loose} files but no folders" if loose else "nothing"
-        raise DataError(f"'{folder}' has {found} in it. Expected a folder of photos for each class.")
+        contents = f"{loose} files but no folders" if loose else "nothing"
+        raise DataError(f"'{folder}' has {contents} in it. Expected a folder of photos for each class.")
     if unnamed := [name for name in names if not _is_unicode(name)]:
         raise DataError(
             f"the folder {unnamed[0]!r} in '{folder}' has bytes in its name that are no UTF-8. The name of a class "
@@ -222,12 +222,12 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 
 def _samples(folder: Path, classes: Sequence[str], *, at_least: int = 1) -> tuple[Sample, ...]:
     files = {name: photos_in(folder / name) for name in classes}
-    if empty := [name for name, found in files.items() if not found]:
+    if empty := [name for name, photos in files.items() if not photos]:
         raise DataError(
             f"no photos for {_names(set(empty))} in '{folder}', hidden files and those of the system left aside. Add "
             "some, or remove the folder."
         )
-    if few := [name for name, found in files.items() if len(found) < at_least]:
+    if few := [name for name, photos in files.items() if len(photos) < at_least]:
         raise DataError(
             f"only one photo for {_names(set(few))} in '{folder}': it cannot be both learned from and measured on. "
             "Add photos, or make folders train/ and val/."

@@ -95,15 +95,15 @@ def read_photos(
     keep = keep and fit_memory(len(samples), preprocessing)
     decoded = decode_all([sample.path for sample in samples], preprocessing)
     kept, readable, unreadable = [], [], []
-    for sample, found in zip(samples, progress.track(decoded, description, len(samples)), strict=True):
-        if isinstance(found, Unreadable):
-            unreadable.append(found)
+    for sample, photo in zip(samples, progress.track(decoded, description, len(samples)), strict=True):
+        if isinstance(photo, Unreadable):
+            unreadable.append(photo)
         else:
             readable.append(sample)
             if on_photo is not None:
-                on_photo(sample, found)
+                on_photo(sample, photo)
             if keep:
-                kept.append(found)
+                kept.append(photo)
     if not readable:
         example = f": '{unreadable[0].path}', for instance, {unreadable[0].reason}" if unreadable else ""
         raise DataError(f"none of {len(samples)} files can be read as a photo{example}.")
@@ -120,7 +120,7 @@ def read_photos(
 def positions(samples: Sequence[Sample], unreadable: Sequence[Unreadable]) -> dict[int, str]:
     """Write down which of the samples cannot be read, and why, by their numbers; `without` reads it."""
     places = {sample.path: index for index, sample in enumerate(samples)}
-    return {places[found.path]: found.reason for found in unreadable}
+    return {places[file.path]: file.reason for file in unreadable}
 
 
 def without(samples: Sequence[Sample], lost: Mapping[Any, str]) -> tuple[tuple[Sample, ...], tuple[Unreadable, ...]]:

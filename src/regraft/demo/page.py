@@ -26,13 +26,13 @@ def describe_demo(result: DemoResult) -> dict[str, Any]:
     """Work out what the template `demo.html` shows."""
     methods = list(dict.fromkeys(outcome.method for outcome in result.outcomes))
     shots = list(dict.fromkeys(outcome.shots for outcome in result.outcomes))
-    found = {(outcome.method, outcome.shots): outcome for outcome in result.outcomes}
+    by_method = {(outcome.method, outcome.shots): outcome for outcome in result.outcomes}
     return {
         "result": result,
         "methods": methods,
         "shots": shots,
-        "found": found,
-        "winners": {count: max((found[method, count] for method in methods), key=_mean) for count in shots},
+        "by_method": by_method,
+        "winners": {count: max((by_method[method, count] for method in methods), key=_mean) for count in shots},
         "accuracy_plot": plots.sweep(_series(result, "accuracy"), "images per class", "accuracy"),
         "seconds_plot": plots.sweep(_series(result, "duration"), "images per class", "seconds", from_zero=True),
         "seeds": len(result.outcomes[0].accuracies) if result.outcomes else SEEDS,

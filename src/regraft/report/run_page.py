@@ -91,9 +91,9 @@ def wilson_interval(correct: int, count: int) -> tuple[float, float]:
 
 def _about_classes(result: FitResult) -> dict[str, Any]:
     metrics = result.validation
-    names = [found.name for found in metrics.per_class]
+    names = [entry.name for entry in metrics.per_class]
     correct = round((metrics.accuracy or 0.0) * metrics.count)
-    most = max(metrics.per_class, key=lambda found: found.count)
+    most = max(metrics.per_class, key=lambda entry: entry.count)
     pairs = [
         (count, names[row], names[column])
         for row, line in enumerate(metrics.confusion)
@@ -160,10 +160,10 @@ def _confident_mistakes(result: FitResult, names: list[str]) -> list[Mistake]:
     ]
 
 
-def _layers(found: ModelSummary) -> dict[str, Any]:
-    rows = [_layer_row(layer) for layer in found.layers]
+def _layers(model_summary: ModelSummary) -> dict[str, Any]:
+    rows = [_layer_row(layer) for layer in model_summary.layers]
     upper = [row for row in rows if row.depth <= OPEN_DEPTH]
-    return {"layers": upper, "all_layers": rows if len(rows) > len(upper) else None, "model_summary": found}
+    return {"layers": upper, "all_layers": rows if len(rows) > len(upper) else None, "model_summary": model_summary}
 
 
 def _layer_row(layer: LayerSummary) -> LayerRow:

@@ -56,7 +56,7 @@ class Run:
     kept_epoch: int = 0
 
 
-def train(run: Run, found: SavedRun | None) -> FitResult:
+def train(run: Run, saved_run: SavedRun | None) -> FitResult:
     """Train to the end, from the beginning or from the state that was found.
 
     Raises:
@@ -65,20 +65,20 @@ def train(run: Run, found: SavedRun | None) -> FitResult:
         RunError: Results cannot be written.
         DataError: Too many photos can no longer be read.
     """
-    first, config = run.setup.train_data, run.config
-    if found is not None:
-        _restore(run, found)
+    first_data, config = run.setup.train_data, run.config
+    if saved_run is not None:
+        _restore(run, saved_run)
     state_writer = StateWriter(
         run.folder.states if run.folder is not None else None,
         keep_last=config.keep_last,
         every_s=60 * config.checkpoint_minutes,
         progress=run.progress,
-        found=found.path if found is not None else None,
+        resumed_from=saved_run.path if saved_run is not None else None,
     )
-    faults = FaultTolerantReader.of(first, config, run.progress)
+    faults = FaultTolerantReader.of(first_data, config, run.progress)
     with state_writer, run.signals.patient():
         try:
-            if found is None:
+            if saved_run is None:
                 _keep_state(run, state_writer)
             for epoch in range(run.run_state.epoch, config.epochs + 1):
                 _one_epoch(run, epoch, faults, state_writer)
@@ -108,8 +108,8 @@ def train(run: Run, found: SavedRun | None) -> FitResult:
         seconds=dict(run.run_state.seconds),
         out=run.folder.path if run.folder else None,
         checkpoint=run.folder.checkpoint if run.folder else None,
-        computed_once=first.frontier.summary(config.epochs) if first.frontier is not None else None,
-        not_once_because=first.not_once_because,
+        computed_once=first_data.frontier.summary(config.epochs) if first_data.frontier is not None else None,
+        not_once_because=first_data.not_once_because,
     )
 
 
@@ -133,15 +133,15 @@ def _one_epoch(run: Run, epoch: int, faults: FaultTolerantReader, state_writer: 
         )
     with run_state.phase("validation"):
         outputs, targets = _comparable(setup, *score(setup.live, _validation_batches(run, faults), setup.live_engine))
-        found = measure(outputs, targets, _class_names(setup, outputs))
-        _require_finite(found, setup)
+        metrics = measure(outputs, targets, _class_names(setup, outputs))
+        _require_finite(metrics, setup)
     lr, seconds = setup.optimizer.param_groups[0]["lr"], time.perf_counter() - began
-    run_state.history.append(EpochRecord(epoch, train_loss, found, lr, seconds))
-    is_best = found.is_better_than(run_state.best.metrics if run_state.best else None)
+    run_state.history.append(EpochRecord(epoch, train_loss, metrics, lr, seconds))
+    is_best = metrics.is_better_than(run_state.best.metrics if run_state.best else None)
     if is_best:
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in changing_tensors(setup).items()}
-        run_state.best = Best(epoch, found, outputs, targets, faults.readable(setup.train_data.paths), copies)
-        attach(setup.model, metrics=found.to_dict())
+        run_state.best = Best(epoch, metrics, outputs, targets, faults.readable(setup.train_data.paths), copies)
+        attach(setup.model, metrics=metrics.to_dict())
     with run_state.phase("saving"):
         if run.kept_epoch == 0:
             state_writer.wait()  # there are no results without a state to go on from
@@ -209,24 +209,24 @@ def _repartition(run: Run) -> TrainSetup:
     return replace(setup, train_data=train_data, live=live)
 
 
-def _restore(run: Run, found: SavedRun) -> None:
+def _restore(run: Run, saved_run: SavedRun) -> None:
     """Put the run where a state says that it stood."""
     prepared = run.run_state.seconds
-    run.run_state, has_thawed = put_back(found, run.setup)
+    run.run_state, has_thawed = put_back(saved_run, run.setup)
     for phase, seconds in prepared.items():
         run.run_state.seconds[phase] = run.run_state.seconds.get(phase, 0.0) + seconds
     if has_thawed and run.setup.train_data.frontier is not None:
         run.setup = _repartition(run)
     if run.folder is not None:
-        run.folder.has_stale_results = found.tree["has_stale_results"]
+        run.folder.has_stale_results = saved_run.tree["has_stale_results"]
     run_state = run.run_state
     where = f"step {run_state.step} of epoch {run_state.epoch}" if run_state.step else f"epoch {run_state.epoch - 1}"
-    run.progress.say(f"continued  after {where}, from '{found.path}'")
-    if found.fingerprint.device != run.fingerprint.device:
+    run.progress.say(f"continued  after {where}, from '{saved_run.path}'")
+    if saved_run.fingerprint.device != run.fingerprint.device:
         run.progress.say(
-            f"           on {run.fingerprint.device} instead of {found.fingerprint.device}: rounding will differ"
+            f"           on {run.fingerprint.device} instead of {saved_run.fingerprint.device}: rounding will differ"
         )
-    found.tree.clear()  # whose tensors are the optimizer's now
+    saved_run.tree.clear()  # whose tensors are the optimizer's now
 
 
 def _keep_state(run: Run, state_writer: StateWriter) -> None:
@@ -321,9 +321,9 @@ def _epoch_line(run_state: RunState, epochs: int, *, is_best: bool) -> str:
     )
 
 
-def _require_finite(found: Metrics, setup: TrainSetup) -> None:
-    if not math.isfinite(found.loss):
+def _require_finite(metrics: Metrics, setup: TrainSetup) -> None:
+    if not math.isfinite(metrics.loss):
         raise LossError(
-            f"the validation loss is {found.loss} (learning rate {setup.plan.lr:.3g}). Try a tenth of the learning "
+            f"the validation loss is {metrics.loss} (learning rate {setup.plan.lr:.3g}). Try a tenth of the learning "
             "rate, --precision fp32, or look for extreme values in the data."
         )

@@ -84,9 +84,9 @@ def fit(
         check_path(fit, "data", data)
     if isinstance(loss, type):
         raise ConfigError(f"loss is the class {loss.__name__}, expected a function. Make one: {loss.__name__}().")
-    for name, one in (("model", model), ("loss", loss)):
-        if isinstance(one, nn.Module):
-            check_weights(fit, name, one)
+    for name, module in (("model", model), ("loss", loss)):
+        if isinstance(module, nn.Module):
+            check_weights(fit, name, module)
     if isinstance(loss, str):
         options["loss"] = loss
     config = (config or TrainConfig()).updated(
@@ -97,11 +97,11 @@ def fit(
         config = config.updated(epochs=Schedule.parse(config.unfreeze).epochs)
     if resume and config.out is None:
         raise ConfigError("resume needs the folder of the run. Pass out=….")
-    found = find_run(Path(config.out), progress) if resume and config.out is not None else None
-    with_resolved_options = found.with_resolved_options(config) if found is not None else config
+    saved_run = find_run(Path(config.out), progress) if resume and config.out is not None else None
+    with_resolved_options = saved_run.with_resolved_options(config) if saved_run is not None else config
     folder = None
     if config.out is not None:
-        folder = RunFolder(Path(config.out), overwrite=overwrite, continues=found is not None)
+        folder = RunFolder(Path(config.out), overwrite=overwrite, continues=saved_run is not None)
     is_named = isinstance(model, str) and isinstance(data, (str, Path)) and not callable(loss)
     run_state = RunState()
     with preserved_randomness(config.seed), Signals() as signals:
@@ -113,13 +113,13 @@ def fit(
                     model, data, listing, loss, with_resolved_options, run_state, progress, trust_code=trust_code
                 )
                 fingerprint = RunFingerprint.of(setup, config, is_named=is_named)
-                if found is not None:
-                    check_state(found, setup, fingerprint)
+                if saved_run is not None:
+                    check_state(saved_run, setup, fingerprint)
             for line in _lines(setup, config):
                 progress.say(line)
             run = Run(setup, config, fingerprint, folder, run_state, signals, progress, trust_code)
             with channels_last(setup.model) if setup.compute.has_channels_last else nullcontext():
-                return train(run, found)
+                return train(run, saved_run)
 
 
 def _prepare(

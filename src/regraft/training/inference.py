@@ -168,8 +168,8 @@ def _predict_opened(
                 _tell_skipped([Unreadable(source, str(error))], progress)
             else:
                 paths.append(source if isinstance(source, Path) else None)
-    found = predict(model, normalize(torch.stack(pixels), preprocessing), top=top, device=device)
-    return [replace(one, path=path) for one, path in zip(found, paths, strict=True)]
+    predictions = predict(model, normalize(torch.stack(pixels), preprocessing), top=top, device=device)
+    return [replace(prediction, path=path) for prediction, path in zip(predictions, paths, strict=True)]
 
 
 def _score(model: nn.Module, batches: Any, compute: ComputeContext) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,16 +217,16 @@ def _files(item: Any) -> list[Path]:
 
 
 def _tell_skipped(unreadable: Sequence[Unreadable], progress: Progress) -> None:
-    for found in unreadable:
-        progress.say(f"skipped    {str(found.path)!r}: {found.reason}")
+    for file in unreadable:
+        progress.say(f"skipped    {str(file.path)!r}: {file.reason}")
 
 
 def _predictions(outputs: torch.Tensor, paths: Sequence[Path | None], card: Card, top: int) -> list[Prediction]:
     if card.classes is None:
         return [Prediction(path, value=value) for path, value in zip(paths, outputs.flatten().tolist(), strict=True)]
     probabilities, indices = outputs.softmax(1).topk(min(top, len(card.classes)))
-    found = []
+    predictions = []
     for path, values, places in zip(paths, probabilities.tolist(), indices.tolist(), strict=True):
         ranked = tuple((card.classes[place], value) for place, value in zip(places, values, strict=True))
-        found.append(Prediction(path, ranked[0][0], ranked[0][1], ranked))
-    return found
+        predictions.append(Prediction(path, ranked[0][0], ranked[0][1], ranked))
+    return predictions

@@ -249,15 +249,15 @@ def _has_finite_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.Gr
 
 def _first_at_fault(model: nn.Module, inputs: Inputs, compute: ComputeContext) -> str:
     """Return which layer is the first whose output is not finite, by running the network once more."""
-    given = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
-    if not all(_is_finite(tensor) for tensor in given):
+    tensors = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
+    if not all(_is_finite(tensor) for tensor in tensors):
         return "The inputs themselves are not finite."
-    found: list[str] = []
+    at_fault: list[str] = []
     names = {layer: path for path, layer in model.named_modules()}
 
     def look(layer: nn.Module, _: object, output: object) -> None:
-        if not found and not _is_finite(output):
-            found.append(names[layer])
+        if not at_fault and not _is_finite(output):
+            at_fault.append(names[layer])
 
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     hooks = [layer.register_forward_hook(look) for layer in model.modules()]
@@ -269,9 +269,11 @@ def _first_at_fault(model: nn.Module, inputs: Inputs, compute: ComputeContext) -
             hook.remove()
         for buffer, value in buffers:
             buffer.copy_(value)
-    if not found:
+    if not at_fault:
         return "Every layer's output is finite, so it is the loss itself."
-    where = f"'{found[0]}' ({type(model.get_submodule(found[0])).__name__})" if found[0] else type(model).__name__
+    where = (
+        f"'{at_fault[0]}' ({type(model.get_submodule(at_fault[0])).__name__})" if at_fault[0] else type(model).__name__
+    )
     return f"The first layer whose output is not finite is {where}."
 
 

@@ -56,8 +56,8 @@ def build_loss(name: str | None, task: Task, *, label_smoothing: float = 0.0, tr
     """
     name = name or NAMES[task][0]
     if name.startswith("py:"):
-        made = import_object(name, trust_code=trust_code)
-        return made() if isinstance(made, type) else made
+        loss = import_object(name, trust_code=trust_code)
+        return loss() if isinstance(loss, type) else loss
     if name not in NAMES[task]:
         hint = nearest(name, NAMES[task]) or f"Choose from {', '.join(NAMES[task])}, or py:FILE:name."
         raise ConfigError(f"no loss '{name}' for {task}. {hint}")

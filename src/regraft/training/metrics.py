@@ -106,14 +106,14 @@ def _measure_classes(outputs: torch.Tensor, targets: torch.Tensor, classes: Sequ
     predicted, width = outputs.argmax(1), max(len(classes), outputs.shape[1])
     confusion = torch.bincount(targets * width + predicted, minlength=width * width).view(width, width)
     confusion = confusion[: len(classes), : len(classes)]
-    right, found = confusion.diagonal().double(), confusion.sum(0).double()
-    there = torch.bincount(targets, minlength=len(classes)).double()
+    right, predicted_counts = confusion.diagonal().double(), confusion.sum(0).double()
+    true_counts = torch.bincount(targets, minlength=len(classes)).double()
     rows = zip(
         classes,
-        (right / found.clamp(min=1)).tolist(),
-        (right / there.clamp(min=1)).tolist(),
-        (2 * right / (found + there).clamp(min=1)).tolist(),
-        there.long().tolist(),
+        (right / predicted_counts.clamp(min=1)).tolist(),
+        (right / true_counts.clamp(min=1)).tolist(),
+        (2 * right / (predicted_counts + true_counts).clamp(min=1)).tolist(),
+        true_counts.long().tolist(),
         strict=True,
     )
     bins = reliability(outputs, targets)

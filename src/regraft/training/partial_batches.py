@@ -36,9 +36,9 @@ def tolerant(photos: Photos) -> Photos:
 
 def tolerant_loader(photos: Photos, batch_size: int, **options: Any) -> Any:
     """Return `loader` of photos, whose batches are `PartialBatch` where some of them cannot be read any more."""
-    made = loader(tolerant(photos), batch_size, **options)
-    made.collate_fn = functools.partial(_collate_rest, collate=made.collate_fn)
-    return made
+    batches = loader(tolerant(photos), batch_size, **options)
+    batches.collate_fn = functools.partial(_collate_rest, collate=batches.collate_fn)
+    return batches
 
 
 def _collate_rest(items: list[Any], *, collate: Callable[[list[Any]], Any]) -> Any:

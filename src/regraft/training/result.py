@@ -113,8 +113,8 @@ class Plan:
             yield f"classes    {len(self.classes)} (photos + validation): {counts}"
         elif self.train_count is not None:
             yield f"examples   {self.train_count} + {self.validation_count} for validation ({self.split})"
-        for found in self.unreadable:
-            yield f"skipped    {str(found.path)!r}: {found.reason}"
+        for file in self.unreadable:
+            yield f"skipped    {str(file.path)!r}: {file.reason}"
         yield (
             f"training   {config.epochs} epochs, batches of {config.batch_size}, {config.optimizer}, learning rate "
             f"{self.lr:g} ({config.schedule}), augmentation {config.augment}, on {self.device}"
@@ -171,6 +171,6 @@ class FitResult:
             "parameters": self.plan.parameters,
             "trainable": self.plan.trainable,
             "classes": self.plan.classes,
-            "unreadable": [{"path": str(found.path), "reason": found.reason} for found in self.plan.unreadable],
+            "unreadable": [{"path": str(file.path), "reason": file.reason} for file in self.plan.unreadable],
             "config": self.config.model_dump(mode="json", exclude_none=True),
         }

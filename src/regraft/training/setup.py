@@ -363,11 +363,11 @@ def _count(batches: Iterable[Any]) -> int | None:
 
 def _trained_layers(model: nn.Module, prefix: str = "") -> list[str]:
     """List the paths of the largest layers all of whose parameters are trainable."""
-    found = []
+    paths = []
     for name, layer in model.named_children():
         flags = [parameter.requires_grad for parameter in layer.parameters()]
         if flags and all(flags):
-            found.append(prefix + name)
+            paths.append(prefix + name)
         elif any(flags):
-            found += _trained_layers(layer, f"{prefix}{name}.")
-    return list(itertools.islice(found, 50))
+            paths += _trained_layers(layer, f"{prefix}{name}.")
+    return list(itertools.islice(paths, 50))

@@ -93,8 +93,8 @@ def load_train_data(
         (listing.validation, versions[1], "reading validation photos"),
     ):
         if extractor is not None:
-            found, part, failed = extractor.of_samples(samples, seen, listing.classes, description=description)
-            features.append(found)
+            part_features, part, failed = extractor.of_samples(samples, seen, listing.classes, description=description)
+            features.append(part_features)
         else:
             part, failed = read_or_find_photos(
                 samples, preprocessing, listing.classes, store, description=description, progress=progress
@@ -131,27 +131,27 @@ def _from_pairs_or_loaders(data: Any, config: TrainConfig, extractor: Extractor 
         features = [extractor.of_photos(part) for part in (train, validation)] if extractor is not None else []
         frontier = Frontier.of(extractor, features) if extractor is not None else None
         return _from_photos(train, validation, config, frontier)
-    batches, measured = _batches(train, config, shuffle=True), _batches(validation, config, shuffle=False)
-    for part, found in (("training", batches), ("validation", measured)):
-        if isinstance(found, Sized) and len(found) == 0:
+    batches, validation_batches = _batches(train, config, shuffle=True), _batches(validation, config, shuffle=False)
+    for part, part_batches in (("training", batches), ("validation", validation_batches)):
+        if isinstance(part_batches, Sized) and len(part_batches) == 0:
             raise DataError(f"the {part} data is empty. Give at least one batch.")
     _, targets = first_batch(batches)
     if targets.is_floating_point():
-        return TrainData(batches, measured, "regression", None, first_targets=targets)
-    return TrainData(batches, measured, "classification", _names(train), first_targets=targets)
+        return TrainData(batches, validation_batches, "regression", None, first_targets=targets)
+    return TrainData(batches, validation_batches, "classification", _names(train), first_targets=targets)
 
 
 def _from_photos(train: Photos, validation: Photos, config: TrainConfig, frontier: Frontier | None) -> TrainData:
     if frontier is not None:
         sampler = SeededShuffle(len(train), config.seed)
         batches: Iterable[Any] = FeatureBatches(frontier.train, train, config.batch_size, sampler)
-        measured: Iterable[Any] = FeatureBatches(frontier.validation, validation, MEASURED_AT_A_TIME)
+        validation_batches: Iterable[Any] = FeatureBatches(frontier.validation, validation, MEASURED_AT_A_TIME)
     else:
         batches = tolerant_loader(train, config.batch_size, shuffle_seed=config.seed, workers=config.workers)
-        measured = tolerant_loader(validation, config.batch_size, workers=config.workers)
+        validation_batches = tolerant_loader(validation, config.batch_size, workers=config.workers)
     return TrainData(
         batches,
-        measured,
+        validation_batches,
         "regression" if train.classes is None else "classification",
         train.classes,
         paths=tuple(sample.path for sample in validation.samples),
@@ -182,9 +182,9 @@ def first_batch(batches: Iterable[Any]) -> tuple[Inputs, torch.Tensor]:
     """Take the first (inputs, targets), or raise an error that names what else was there."""
     if isinstance(batches, FeatureBatches):
         return next(iter(batches))
-    found = (batch.batch if isinstance(batch, PartialBatch) else batch for batch in batches)
+    readable = (batch.batch if isinstance(batch, PartialBatch) else batch for batch in batches)
     try:
-        first = next((batch for batch in found if batch is not None), None)
+        first = next((batch for batch in readable if batch is not None), None)
     except TypeError as error:
         if "default_collate" not in str(error):
             raise
@@ -249,13 +249,14 @@ def with_task(train_data: TrainData, loss: Loss | None, loss_name: str | None) -
     assert train_data.first_targets is not None
     targets = train_data.first_targets
     with _states_put_back(train_data.validation):
-        measured = _peek(train_data.validation)
-        if measured is not None:
-            _require_pair(measured, "validation")
-    task = task_of(train_data.task, loss, loss_name, targets, None if measured is None else measured[1])
-    if task == "classification" and measured is not None and measured[1].is_floating_point() and measured[1].ndim != 2:
+        first_validation = _peek(train_data.validation)
+        if first_validation is not None:
+            _require_pair(first_validation, "validation")
+    expected = None if first_validation is None else first_validation[1]
+    task = task_of(train_data.task, loss, loss_name, targets, expected)
+    if task == "classification" and expected is not None and expected.is_floating_point() and expected.ndim != 2:
         raise DataError(
-            f"the validation targets are {str(measured[1].dtype).removeprefix('torch.')}, and the training targets are "
+            f"the validation targets are {str(expected.dtype).removeprefix('torch.')}, and the training targets are "
             "classes. Let both return classes (N,) of integers."
         )
     if task == train_data.task:
@@ -332,7 +333,7 @@ def _names(batches: Any) -> tuple[str, ...] | None:
 
 def _require_readable(unreadable: list[Unreadable], count: int, limit: float) -> None:
     if len(unreadable) > limit * count:
-        examples = "; ".join(f"'{found.path}': {found.reason}" for found in unreadable[:3])
+        examples = "; ".join(f"'{file.path}': {file.reason}" for file in unreadable[:3])
         raise DataError(
             f"{len(unreadable)} of {count} files cannot be read ({examples}). Repair or remove them, or allow more "
             f"with --max-unreadable (now {limit:g})."

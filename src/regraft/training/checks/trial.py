@@ -31,7 +31,7 @@ def try_one_batch(
     """
     inputs, targets = first_batch(train_data.train)
     targets = targets.to(compute.device)
-    if config.mixup and not all(one.is_floating_point() for one in _several(inputs)):
+    if config.mixup and not all(tensor.is_floating_point() for tensor in _several(inputs)):
         raise ConfigError(
             f"--mixup {config.mixup:g} mixes images or features of floating numbers, and the inputs are "
             f"{type_names(_several(inputs))}. Leave the option out, or give inputs that are scaled."
@@ -71,4 +71,4 @@ def _several(inputs: Inputs) -> tuple[torch.Tensor, ...]:
 
 
 def _shapes(inputs: Inputs) -> str:
-    return ", ".join(str(tuple(one.shape)) for one in _several(inputs))
+    return ", ".join(str(tuple(tensor.shape)) for tensor in _several(inputs))

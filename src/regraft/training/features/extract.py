@@ -90,8 +90,8 @@ class Extractor:
         """
         began = time.perf_counter()
         key = self._key([sample.path for sample in samples], versions)
-        if (found := self._found(key)) is not None:
-            rows, note = found
+        if (cached := self._found(key)) is not None:
+            rows, note = cached
             readable, unreadable = without(samples, note["unreadable"])
             photos = Photos(readable, self.preprocessing, versions, classes)
             return self._features(rows, note, photos, began, was_found=True), photos, unreadable
@@ -118,8 +118,8 @@ class Extractor:
         """
         began = time.perf_counter()
         key = self._key([sample.path for sample in photos.samples], photos.versions)
-        if (found := self._found(key)) is not None:
-            return self._features(*found, photos, began, was_found=True)
+        if (cached := self._found(key)) is not None:
+            return self._features(*cached, photos, began, was_found=True)
         with self._keeping(key, len(photos), photos.versions) as keeping:
             extraction = _Extraction(self, photos.versions, keeping)
             for index in range(len(photos)):
@@ -217,13 +217,13 @@ class Extractor:
         tolerance = max(TOLERANCES[self.precision], TOLERANCES["bf16"] if is_mixed else of_weights)
         with evaluation_mode(self._model), evaluation_mode(suffix), torch.no_grad():
             with self.compute.autocast():
-                again = self._prefix(batch)
-            for ours, theirs in zip(kept, again, strict=True):
-                _require_same(ours, theirs, tolerance)
+                recomputed = self._prefix(batch)
+            for value, reference in zip(kept, recomputed, strict=True):
+                _require_same(value, reference, tolerance)
             if not self._is_proven:
                 with _failing_in_words("it, outside of autocast," if is_mixed else "it"):
                     whole = torch.cat([main_output(self._model(photo)) for photo in batch.split(1)])
-                    parted = suffix(*(self._prefix(batch) if is_mixed else again))
+                    parted = suffix(*(self._prefix(batch) if is_mixed else recomputed))
                 _require_same(main_output(parted), whole, of_weights)
         self._is_proven = True
 
@@ -240,11 +240,11 @@ def _failing_in_words(what: str) -> Iterator[None]:
         raise ModelError(f"{what} fails: {reason}") from error
 
 
-def _require_same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
+def _require_same(values: torch.Tensor, reference: torch.Tensor, tolerance: float) -> None:
     """Raise a ModelError where values differ by more than a share of the largest."""
-    distance, largest = (ours.float() - theirs.float()).abs().max(), theirs.float().abs().max()
+    distance, largest = (values.float() - reference.float()).abs().max(), reference.float().abs().max()
     if not largest.isfinite():
-        raise ModelError(f"what is constant is not finite for some photo ({largest:g}, in {theirs.dtype})")
+        raise ModelError(f"what is constant is not finite for some photo ({largest:g}, in {reference.dtype})")
     if not distance <= tolerance * largest.clamp(min=1e-6):
         raise ModelError(
             f"the network does not give the same values for the same photo twice (they differ by {distance:.2g}), "
@@ -255,9 +255,9 @@ def _require_same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) ->
 class _Extraction:
     """Gathers photos into batches, and keeps their features."""
 
-    def __init__(self, extractor: Extractor, versions: Views, keeping: FeatureWriter) -> None:
+    def __init__(self, extractor: Extractor, versions: Views, writer: FeatureWriter) -> None:
         assert versions.count is not None
-        self._extractor, self._versions, self._views, self._keeping = extractor, versions, versions.count, keeping
+        self._extractor, self._versions, self._views, self._keeping = extractor, versions, versions.count, writer
         self._batch = BATCH.get(extractor.compute.device.type, 16)
         self._waiting: list[torch.Tensor] = []
         self._count, self._began = 0, time.perf_counter()
@@ -302,24 +302,24 @@ class _Extraction:
         """Run the constant part on the next batch, or on half of it for as long as memory is short."""
         while True:
             try:
-                found = self._extractor.run(self._waiting[: self._batch])
+                features = self._extractor.run(self._waiting[: self._batch])
             except torch.OutOfMemoryError as error:
                 if self._batch == 1:
                     raise ModelError(f"{self._extractor.compute.device} has no memory for a single photo") from error
                 self._batch = self._batch // 2
             else:
                 self._waiting = self._waiting[self._batch :]
-                return found
+                return features
 
     def _flush(self) -> None:
-        found = self._run()
+        features = self._run()
         precision = self._extractor.precision
-        kept = packed(found, precision)
+        kept = packed(features, precision)
         if precision != "full":
-            again = unpacked(kept, [tensor.dtype for tensor in found], precision)
-            for number, (ours, exact) in enumerate(zip(again, found, strict=True)):
-                ours, exact = ours.float(), exact.float()
+            restored = unpacked(kept, [tensor.dtype for tensor in features], precision)
+            for number, (rounded, exact) in enumerate(zip(restored, features, strict=True)):
+                rounded, exact = rounded.float(), exact.float()
                 error, largest = self._rounding.get(number, (0.0, 0.0))
-                error = max(error, float((ours - exact).abs().max()))
+                error = max(error, float((rounded - exact).abs().max()))
                 self._rounding[number] = error, max(largest, float(exact.abs().max()))
         self._keeping.append([tensor.cpu() for tensor in kept])

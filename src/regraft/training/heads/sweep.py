@@ -138,12 +138,12 @@ def sweep_heads(
                 optimizer.step(0.5 * (1 + math.cos(math.pi * step / len(steps))))
             live.eval()
             with torch.no_grad():
-                found = losses_of(folds, torch.zeros_like(folds))  # (F, P)
+                fold_losses = losses_of(folds, torch.zeros_like(folds))  # (F, P)
     except Exception:  # batch norm in the head, a loss that branches or leaves torch, memory, …
         return None
     finally:
         live.train()
-    return Sweep(tried, tuple(found.mean(0).nan_to_num(math.inf).tolist()), tried[_simplest(tried, found)])
+    return Sweep(tried, tuple(fold_losses.mean(0).nan_to_num(math.inf).tolist()), tried[_simplest(tried, fold_losses)])
 
 
 def _simplest(tried: tuple[Choice, ...], losses: torch.Tensor) -> int:
@@ -223,13 +223,13 @@ def _first_weights(live: nn.Module, number: int) -> dict[str, torch.Tensor]:
     trainable = {name for name, parameter in live.named_parameters() if parameter.requires_grad}
     if number == 0:
         return {name: parameter.detach() for name, parameter in live.named_parameters() if name in trainable}
-    found = {}
+    drawn = {}
     for path in {name.rpartition(".")[0] for name in trainable}:
         layer: Any = copy.deepcopy(live.get_submodule(path))
         if hasattr(layer, "reset_parameters"):
             layer.reset_parameters()
-        found |= {f"{path}.{name}".lstrip("."): value.detach() for name, value in layer.named_parameters(recurse=False)}
-    return {name: found[name] for name, _ in live.named_parameters() if name in trainable}
+        drawn |= {f"{path}.{name}".lstrip("."): value.detach() for name, value in layer.named_parameters(recurse=False)}
+    return {name: drawn[name] for name, _ in live.named_parameters() if name in trainable}
 
 
 class _AdamW:

@@ -40,13 +40,13 @@ def set_random_states(states: Tree, *data: object) -> None:
 
 def _generators(data: Iterable[object]) -> list[torch.Generator]:
     """List the generators that loaders, their samplers and their datasets hold, each once."""
-    found: list[torch.Generator] = []
+    generators: list[torch.Generator] = []
     for loader in data:
         batch_sampler: Any = getattr(loader, "batch_sampler", None)
         owners = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
         owners += [loader.dataset] if isinstance(loader, DataLoader) else []
         for owner in owners:
             generator = getattr(owner, "generator", None)
-            if isinstance(generator, torch.Generator) and not any(generator is known for known in found):
-                found.append(generator)
-    return found
+            if isinstance(generator, torch.Generator) and not any(generator is known for known in generators):
+                generators.append(generator)
+    return generators

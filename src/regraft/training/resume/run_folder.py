@@ -36,16 +36,16 @@ class RunFolder:
         self.path = path
         self.has_stale_results = overwrite and not continues
         try:
-            for taken in (path, *path.parents):
-                if taken.exists() and not taken.is_dir():
-                    raise ConfigError(f"'{taken}' is a file, expected a folder for the results (--out).")
-            found = {child.name for child in path.iterdir()} if path.is_dir() else set()
+            for parent in (path, *path.parents):
+                if parent.exists() and not parent.is_dir():
+                    raise ConfigError(f"'{parent}' is a file, expected a folder for the results (--out).")
+            names = {child.name for child in path.iterdir()} if path.is_dir() else set()
         except (OSError, ValueError) as error:
             raise ConfigError(f"'{path}' cannot be a folder for the results: {error}. Choose another --out.") from error
-        if LOCK in found:
+        if LOCK in names:
             self._acquired().release()
-        if found - {LOCK} and not overwrite and not continues:
-            onward = f", or go on with what stopped there: regraft train --resume {path}" if STATES in found else ""
+        if names - {LOCK} and not overwrite and not continues:
+            onward = f", or go on with what stopped there: regraft train --resume {path}" if STATES in names else ""
             raise ConfigError(f"'{path}' exists and is not empty. Choose another --out, or pass --overwrite{onward}.")
 
     @property
@@ -66,7 +66,7 @@ class RunFolder:
             ConfigError: Another run is using it.
             RunError: It cannot be made.
         """
-        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             lock = self._acquired()
@@ -80,7 +80,7 @@ class RunFolder:
                 (self.path / LOCK).unlink()
             lock.release()
             with contextlib.suppress(OSError):
-                for folder in made:
+                for folder in created:
                     folder.rmdir()
 
     def keep_model(self, model: nn.Module, config: TrainConfig) -> None:

@@ -132,7 +132,7 @@ def metrics_to_tree(metrics: Metrics) -> Tree:
     counts = confusion[tuple(places.T)] if len(metrics.confusion) else confusion
     return {
         **{item.name: getattr(metrics, item.name) for item in dataclasses.fields(metrics)},
-        "per_class": [dataclasses.asdict(found) for found in metrics.per_class],
+        "per_class": [dataclasses.asdict(entry) for entry in metrics.per_class],
         "confusion": (len(metrics.confusion), places, counts),
     }
 
@@ -143,7 +143,7 @@ def metrics_from_tree(tree: Tree) -> Metrics:
     confusion = torch.zeros(width, width, dtype=torch.int64)
     if width:
         confusion[tuple(places.T)] = counts
-    per_class = tuple(ClassMetrics(**found) for found in tree["per_class"])
+    per_class = tuple(ClassMetrics(**entry) for entry in tree["per_class"])
     rows: list[Any] = confusion.tolist()
     return Metrics(**{**tree, "per_class": per_class, "confusion": tuple(map(tuple, rows))})
 

@@ -85,9 +85,9 @@ class SavedRun:
         Raises:
             ConfigError: They are others than those of the run.
         """
-        ours, theirs = config.model_dump(mode="json"), self.config.model_dump(mode="json")
-        if other := [name for name in ours if name not in FREE and ours[name] != theirs[name]]:
-            said = "; ".join(f"{name} was {theirs[name]!r}, is {ours[name]!r}" for name in other)
+        requested, saved = config.model_dump(mode="json"), self.config.model_dump(mode="json")
+        if differing := [name for name in requested if name not in FREE and requested[name] != saved[name]]:
+            said = "; ".join(f"{name} was {saved[name]!r}, is {requested[name]!r}" for name in differing)
             raise ConfigError(
                 f"the run in '{self.path.parent.parent}' has other options: {said}. Continue it with its own, or begin "
                 "another one elsewhere. Nothing was changed."
@@ -101,10 +101,10 @@ def find_run(folder: Path, progress: Progress = SILENT) -> SavedRun | None:
     Raises:
         ConfigError: It cannot be read, or another version wrote it.
     """
-    found = find_state(folder / STATES, progress)
-    if found is None:
+    newest = find_state(folder / STATES, progress)
+    if newest is None:
         return None
-    path, tree = found
+    path, tree = newest
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise ConfigError(f"'{path}' was written by another version of regraft. Continue the run with that one.")
     return SavedRun(path, tree)
@@ -116,8 +116,8 @@ def find_run_to_continue(folder: Path, progress: Progress = SILENT) -> TrainConf
     Raises:
         ConfigError: No run stopped there, or it was begun in Python with a network, data or loss of its own.
     """
-    found = find_run(folder, progress) if folder.is_dir() else None
-    if found is None:
+    saved_run = find_run(folder, progress) if folder.is_dir() else None
+    if saved_run is None:
         if not folder.is_dir():
             problem = f"there is no folder '{folder}' (looked from {Path.cwd()})"
         elif (folder / CHECKPOINT).exists():
@@ -125,12 +125,12 @@ def find_run_to_continue(folder: Path, progress: Progress = SILENT) -> TrainConf
         else:
             problem = f"no run has begun in '{folder}'"
         raise ConfigError(f"there is nothing to continue: {problem}. Begin one with regraft train DATA.")
-    if not found.fingerprint.is_named:
+    if not saved_run.fingerprint.is_named:
         raise ConfigError(
             f"the run in '{folder}' was begun in Python, with a network, data or a loss of its own. Continue it there: "
             f"regraft.fit(…, out={str(folder)!r}, resume=True)."
         )
-    return found.config.updated(out=str(folder))
+    return saved_run.config.updated(out=str(folder))
 
 
 def changing_tensors(setup: TrainSetup) -> dict[str, torch.Tensor]:
@@ -166,42 +166,43 @@ def take_state(setup: TrainSetup, run_state: RunState, fingerprint: RunFingerpri
     }
 
 
-def check_state(found: SavedRun, setup: TrainSetup, fingerprint: RunFingerprint) -> None:
+def check_state(saved_run: SavedRun, setup: TrainSetup, fingerprint: RunFingerprint) -> None:
     """Refuse a state that does not belong to this network and this data, before anything is changed.
 
     Raises:
         DataError: The photos are others than those of the run.
         CheckpointError: The network, its frozen weights, or its optimizer are.
     """
-    theirs = found.fingerprint
-    if theirs.data != fingerprint.data:
+    saved = saved_run.fingerprint
+    if saved.data != fingerprint.data:
         raise DataError(
-            f"the data is not what the run in '{found.path.parent.parent}' has seen so far: photos were added, taken "
-            "away, renamed or changed, or can no longer be read. Put them back, or begin again. Nothing was changed."
+            f"the data is not what the run in '{saved_run.path.parent.parent}' has seen so far: photos were added, "
+            "taken away, renamed or changed, or can no longer be read. Put them back, or begin again. "
+            "Nothing was changed."
         )
-    where = f"the state '{found.path}' does not fit"
-    slots, tensors = changing_tensors(setup), found.tree["tensors"]
+    where = f"the state '{saved_run.path}' does not fit"
+    slots, tensors = changing_tensors(setup), saved_run.tree["tensors"]
     for name in [*slots, *tensors]:
-        ours, saved = (tuple(part[name].shape) if name in part else None for part in (slots, tensors))
-        if ours != saved:
+        shape, saved_shape = (tuple(part[name].shape) if name in part else None for part in (slots, tensors))
+        if shape != saved_shape:
             raise CheckpointError(
-                f"{where}: '{name}' has the shape {saved} there and {ours} in {type(setup.model).__name__}. Give the "
-                "network that the run began with, with the same layers frozen. Nothing was changed."
+                f"{where}: '{name}' has the shape {saved_shape} there and {shape} in {type(setup.model).__name__}. "
+                "Give the network that the run began with, with the same layers frozen. Nothing was changed."
             )
-    if theirs.frozen != fingerprint.frozen:
+    if saved.frozen != fingerprint.frozen:
         raise CheckpointError(
             f"{where}: the frozen weights are others than those that the run began with. Give the same ones. Nothing "
             "was changed."
         )
 
 
-def put_back(found: SavedRun, setup: TrainSetup) -> tuple[RunState, bool]:
+def put_back(saved_run: SavedRun, setup: TrainSetup) -> tuple[RunState, bool]:
     """Give network, optimizer, schedule and random generators the state that they had.
 
     Returns:
         Where the run stands, and whether layers have joined since it began.
     """
-    tree, run_state = found.tree, RunState.from_tree(found.tree["standing"])
+    tree, run_state = saved_run.tree, RunState.from_tree(saved_run.tree["standing"])
     has_thawed = False
     if setup.unfreezing is not None:  # as far as epochs have begun, so that the optimizer has the same groups
         for epoch in range(1, run_state.epoch + (run_state.step > 0)):
@@ -226,19 +227,19 @@ def put_back(found: SavedRun, setup: TrainSetup) -> tuple[RunState, bool]:
 
 def _data_digest(train_data: TrainData) -> str:
     """Return a digest of the lists of photos, with their targets and sizes; of other data, of its lengths."""
-    found = hashlib.sha256(json.dumps(train_data.classes).encode())
+    digest = hashlib.sha256(json.dumps(train_data.classes).encode())
     if train_data.photos is not None:
         listing = train_data.listing
         root = listing.root if listing is not None else Path()
         for photos in train_data.photos:
             for sample in photos.samples:
-                found.update(f"{_relative(sample, root)}\t{sample.target}\t{_size(sample)}\n".encode(errors="replace"))
-        return found.hexdigest()
+                digest.update(f"{_relative(sample, root)}\t{sample.target}\t{_size(sample)}\n".encode(errors="replace"))
+        return digest.hexdigest()
     for part in (train_data.train, train_data.validation):
         dataset: Any = getattr(part, "dataset", None)
         for sized in (part, dataset):
-            found.update(f"{len(sized) if isinstance(sized, Sized) else None};".encode())
-    return found.hexdigest()
+            digest.update(f"{len(sized) if isinstance(sized, Sized) else None};".encode())
+    return digest.hexdigest()
 
 
 def _relative(sample: Sample, root: Path) -> str:

@@ -28,7 +28,7 @@ class StateWriter:
         keep_last: Number of states that are kept.
         every_s: Seconds between states within an epoch; 0: after every step.
         progress: Is told where one cannot be written.
-        found: The state with which the run goes on; None where it begins, and states of older runs are deleted.
+        resumed_from: The state from which the run resumes; None for a new run, which deletes states of older runs.
     """
 
     def __init__(
@@ -38,15 +38,15 @@ class StateWriter:
         keep_last: int,
         every_s: float,
         progress: Progress = SILENT,
-        found: Path | None = None,
+        resumed_from: Path | None = None,
     ) -> None:
         self._folder, self._keep_last, self._every_s, self._progress = folder, keep_last, every_s, progress
-        self._kept = [found] if found is not None else []
+        self._kept = [resumed_from] if resumed_from is not None else []
         self._pool = ThreadPoolExecutor(1, "states")
         self._writing: Future[float] | None = None
         self._last, self._cost_s = time.monotonic(), 0.0
         self._problem = ""
-        self.has_more_than_the_beginning = found is not None
+        self.has_more_than_the_beginning = resumed_from is not None
 
     def __enter__(self) -> "StateWriter":
         return self
