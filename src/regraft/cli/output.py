@@ -105,10 +105,10 @@ def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Resul
             print(end="", flush=True)  # here, where a pipe that nobody reads any more is no surprise
             return result
         except RegraftError as error:
-            _complain(f"error: {error}")
+            _print_error(f"error: {error}")
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as interruption:
-            _complain(str(interruption) or "stopped by Ctrl-C. Nothing was written.")
+            _print_error(str(interruption) or "stopped by Ctrl-C. Nothing was written.")
             raise typer.Exit(getattr(interruption, "exit_code", INTERRUPTED)) from interruption
         except BrokenPipeError as error:  # whoever reads our output has seen enough, as with `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
@@ -116,9 +116,9 @@ def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Resul
         except OSError as error:  # a disk that is full, a folder that may not be read
             if error.errno in WRONG_PATHS:
                 name, reason = str(error.filename)[:60], str(error.strerror)
-                _complain(f"error: '{name}' cannot be used as a path: {reason}. Give another.")
+                _print_error(f"error: '{name}' cannot be used as a path: {reason}. Give another.")
                 raise typer.Exit(InputError.exit_code) from error
-            _complain(f"error: {error}")
+            _print_error(f"error: {error}")
             raise typer.Exit(RegraftError.exit_code) from error
         finally:
             _RESULTS.reset(token)
@@ -132,5 +132,5 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def _complain(line: str) -> None:
+def _print_error(line: str) -> None:
     print("\n".join(printable(part) for part in line.splitlines()), file=sys.stderr)

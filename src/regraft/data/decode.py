@@ -21,7 +21,7 @@ from regraft.errors import DataError
 MAX_RATIO = 4  # of the sides; the middle of anything longer is kept, as the crop would anyway
 AHEAD = 64  # photos that are decoded before they are asked for
 REDUCTION = 2.0  # a JPEG is decoded at half, a quarter or an eighth where that is still as many times what is wanted
-TURNED_BY_A_QUARTER = (5, 6, 7, 8)  # EXIF orientations
+QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -53,7 +53,7 @@ def decode(source: Path | Image.Image, preprocessing: Preprocessing) -> torch.Te
     """
     try:
         if isinstance(source, Image.Image):
-            image, size = _plain(source, preprocessing.channels), None
+            image, size = _to_gray_or_rgb(source, preprocessing.channels), None
         else:
             if source.exists() and not source.is_file():
                 raise DataError("not a file")  # opening a named pipe would wait for ever
@@ -63,7 +63,7 @@ def decode(source: Path | Image.Image, preprocessing: Preprocessing) -> torch.Te
                 opened.draft(opened.mode, (side, side))  # of JPEG alone: other formats are decoded as they are
                 is_reduced = opened.size != size
                 size = _upright_size(opened, size) if is_reduced else None
-                image = _plain(opened, preprocessing.channels)
+                image = _to_gray_or_rgb(opened, preprocessing.channels)
         image = _resize(image, size or image.size, preprocessing)
     except (MemoryError, DataError):
         raise
@@ -87,13 +87,13 @@ def decode_all(paths: Sequence[Path], preprocessing: Preprocessing) -> Iterator[
 
     with quiet_decoders(), ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
-            coming: deque[Future[torch.Tensor | Unreadable]] = deque()
+            pending: deque[Future[torch.Tensor | Unreadable]] = deque()
             for path in paths:
-                coming.append(pool.submit(attempt, path))
-                if len(coming) > AHEAD:
-                    yield coming.popleft().result()
-            while coming:
-                yield coming.popleft().result()
+                pending.append(pool.submit(attempt, path))
+                if len(pending) > AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)  # whoever stops early does not wait for the rest
 
@@ -107,7 +107,7 @@ def quiet_decoders() -> Iterator[None]:
         yield
 
 
-def _plain(image: Image.Image, channels: int) -> Image.Image:
+def _to_gray_or_rgb(image: Image.Image, channels: int) -> Image.Image:
     """Convert to 8-bit gray or RGB, upright."""
     image.load()
     with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):  # of damaged metadata
@@ -133,11 +133,11 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _upright_size(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
-    """Return width and height after `_plain` has turned the image."""
+    """Return width and height after `_to_gray_or_rgb` has turned the image."""
     orientation = None
     with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):  # of damaged metadata
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    return (size[1], size[0]) if orientation in TURNED_BY_A_QUARTER else size
+    return (size[1], size[0]) if orientation in QUARTER_TURNS else size
 
 
 def resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:

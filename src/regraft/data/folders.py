@@ -16,7 +16,7 @@ TRAIN_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "valid", "validation")
 # By Windows, macOS, Synology and ext4; names in lower case.
 # fmt: off
-LEFT_BEHIND = frozenset((
+SYSTEM_FILES = frozenset((
     "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "icon\r", "@eadir", "$recycle.bin",
     "system volume information", "lost+found",
 ))
@@ -156,8 +156,8 @@ def _photos_below(folder: Path, around: tuple[Path, ...], seen: set[str]) -> lis
             folders.clear()
             continue
         seen.add(here)
-        folders[:] = sorted(name for name in folders if not _is_left_behind(name))
-        photos += [Path(parent, name) for name in sorted(files) if not _is_left_behind(name)]
+        folders[:] = sorted(name for name in folders if not _is_system_file(name))
+        photos += [Path(parent, name) for name in sorted(files) if not _is_system_file(name)]
         links += [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
     for link in links:
         target = link.resolve()
@@ -166,9 +166,9 @@ def _photos_below(folder: Path, around: tuple[Path, ...], seen: set[str]) -> lis
     return photos
 
 
-def _is_left_behind(name: str) -> bool:
+def _is_system_file(name: str) -> bool:
     """Return whether a file or folder is hidden, or one that a system writes beside photos."""
-    return name.startswith(".") or name.lower() in LEFT_BEHIND
+    return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
 def stratified_split(
@@ -198,7 +198,7 @@ def _find(root: Path, names: Sequence[str]) -> Path | None:
 
 
 def _subfolders(root: Path) -> list[Path]:
-    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not _is_left_behind(entry.name))
+    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not _is_system_file(entry.name))
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:

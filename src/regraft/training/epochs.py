@@ -1,4 +1,4 @@
-"""The epochs of a run, from wherever it stands to its end, or to where it is stopped."""
+"""The epochs of a run, from its beginning or a saved state, to its end or an interruption."""
 
 import math
 import shlex
@@ -22,27 +22,27 @@ from regraft.training.result import EpochRecord, FitResult
 from regraft.training.resume.rng import random_states, set_random_states
 from regraft.training.resume.run_folder import RunFolder
 from regraft.training.resume.run_state import Best, RunState
-from regraft.training.resume.saved_run import RunFingerprint, SavedRun, changing_tensors, put_back, take_state
-from regraft.training.resume.signals import Signals, StopAsked
+from regraft.training.resume.saved_run import RunFingerprint, SavedRun, changing_tensors, restore_state, take_state
+from regraft.training.resume.signals import Signals, StopRequested
 from regraft.training.resume.state_writer import StateWriter
 from regraft.training.setup import TrainSetup, make_extractor
-from regraft.training.train_data import again
+from regraft.training.train_data import with_frontier
 
 
 @dataclass
 class Run:
-    """A run and everything beside it.
+    """A run with its options, progress and outputs.
 
     Attributes:
-        setup: What the training loop needs.
-        config: The options, as they were given.
-        fingerprint: What its states belong to.
-        folder: Of the results; None: nothing is written.
-        run_state: Where it stands.
-        signals: Whether it is asked to stop.
-        progress: Is told what happens.
-        trust_code: Whether it was said that code of the user's own may be imported.
-        kept_epoch: The epoch whose weights this process wrote into the folder; 0: none.
+        setup: Everything that the training loop needs.
+        config: The options, as the user passed them.
+        fingerprint: Identifies the run in its saved states.
+        folder: Folder of the results; None writes nothing.
+        run_state: The progress so far.
+        signals: Signals that request a stop.
+        progress: Reports progress.
+        trust_code: Whether custom code may be imported.
+        kept_epoch: The epoch whose weights this process wrote into the folder; 0 before the first.
     """
 
     setup: TrainSetup
@@ -57,13 +57,13 @@ class Run:
 
 
 def train(run: Run, saved_run: SavedRun | None) -> FitResult:
-    """Train to the end, from the beginning or from the state that was found.
+    """Train to the end, from the beginning or from a saved state.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM; the state is written.
+        Interrupted: Ctrl-C or SIGTERM; the state is saved.
         LossError: The loss is not finite.
         RunError: Results cannot be written.
-        DataError: Too many photos can no longer be read.
+        DataError: Too many photos became unreadable.
     """
     first_data, config = run.setup.train_data, run.config
     if saved_run is not None:
@@ -79,19 +79,19 @@ def train(run: Run, saved_run: SavedRun | None) -> FitResult:
     with state_writer, run.signals.patient():
         try:
             if saved_run is None:
-                _keep_state(run, state_writer)
+                _save_state(run, state_writer)
             for epoch in range(run.run_state.epoch, config.epochs + 1):
-                _one_epoch(run, epoch, faults, state_writer)
+                _run_epoch(run, epoch, faults, state_writer)
             _load_best(run)
         except KeyboardInterrupt as interruption:
             raise _interrupted(run, state_writer, interruption) from interruption
         except LossError as error:
-            raise LossError(f"epoch {run.run_state.epoch}: {error} {_what_was_kept(run)}") from error
-        except (RunError, DataError) as error:  # a disk, which may be repaired
+            raise LossError(f"epoch {run.run_state.epoch}: {error} {_describe_best(run)}") from error
+        except (RunError, DataError) as error:  # a full disk or unreadable photos: the user can repair them and resume
             state_writer.wait()
-            if not (state_writer.has_any and state_writer.has_more_than_the_beginning):
+            if not (state_writer.has_any and state_writer.has_progress):
                 raise
-            raise type(error)(f"{error} {_how_to_go_on(run)}") from error
+            raise type(error)(f"{error} {_resume_hint(run)}") from error
     setup, best = run.setup, run.run_state.best
     assert best is not None
     best.put_back(setup.model)
@@ -113,7 +113,7 @@ def train(run: Run, saved_run: SavedRun | None) -> FitResult:
     )
 
 
-def _one_epoch(run: Run, epoch: int, faults: FaultTolerantReader, state_writer: StateWriter) -> None:
+def _run_epoch(run: Run, epoch: int, faults: FaultTolerantReader, state_writer: StateWriter) -> None:
     run_state, began = run.run_state, time.perf_counter()
     with run_state.phase("reading"):
         setup = run.setup = _refresh_setup(run, epoch)
@@ -132,7 +132,9 @@ def _one_epoch(run: Run, epoch: int, faults: FaultTolerantReader, state_writer: 
             progress=run.progress,
         )
     with run_state.phase("validation"):
-        outputs, targets = _comparable(setup, *score(setup.live, _validation_batches(run, faults), setup.live_engine))
+        outputs, targets = _align_for_metrics(
+            setup, *score(setup.live, _validation_batches(run, faults), setup.live_engine)
+        )
         metrics = measure(outputs, targets, _class_names(setup, outputs))
         _require_finite(metrics, setup)
     lr, seconds = setup.optimizer.param_groups[0]["lr"], time.perf_counter() - began
@@ -144,17 +146,17 @@ def _one_epoch(run: Run, epoch: int, faults: FaultTolerantReader, state_writer: 
         attach(setup.model, metrics=metrics.to_dict())
     with run_state.phase("saving"):
         if run.kept_epoch == 0:
-            state_writer.wait()  # there are no results without a state to go on from
-        _keep_results(run, has_new_model=is_best)
+            state_writer.wait()  # the first results need a state beside them, or a run killed now could not be resumed
+        _save_results(run, has_new_model=is_best)
     run.progress.say(_epoch_line(run_state, run.config.epochs, is_best=is_best))
     run_state.begin_next_epoch()
-    run.signals.stop_if_asked()
+    run.signals.stop_if_requested()
     if epoch < run.config.epochs and state_writer.is_due_after_epoch():
-        _keep_state(run, state_writer)
+        _save_state(run, state_writer)
 
 
 def _train_batches(run: Run, faults: FaultTolerantReader, state_writer: StateWriter) -> Iterator[Any]:
-    """Yield the epoch's batches from where the run stands; between them it may be stopped, and its state is kept."""
+    """Yield the remaining batches of the epoch; between steps, save states and stop if requested."""
     run_state, batches = run.run_state, run.setup.train_data.train
     sampler: Any = getattr(batches, "sampler", None)
     if hasattr(sampler, "set_epoch"):
@@ -166,26 +168,26 @@ def _train_batches(run: Run, faults: FaultTolerantReader, state_writer: StateWri
     for batch in run.progress.track(read, f"epoch {run_state.epoch}/{run.config.epochs}", total):
         if batch is not None:
             yield batch
-        run_state.step += 1  # whose step is done when the next batch is asked for
-        run.signals.stop_if_asked()
+        run_state.step += 1  # the step of a batch is complete when the next batch is requested
+        run.signals.stop_if_requested()
         if state_writer.is_due_within_epoch():
-            _keep_state(run, state_writer)
+            _save_state(run, state_writer)
 
 
 def _validation_batches(run: Run, faults: FaultTolerantReader) -> Iterator[Any]:
-    """Yield the batches of the validation part; whoever stops here measures anew when the run goes on."""
+    """Yield the validation batches; a run that is stopped here repeats the validation when it is resumed."""
     batches = run.setup.train_data.validation
     states = random_states(batches)
     for batch in faults.read(batches, states):
         if run.signals.received is not None:
             set_random_states(states)
-            run.signals.stop_if_asked()
+            run.signals.stop_if_requested()
         if batch is not None:
             yield batch
 
 
 def _refresh_setup(run: Run, epoch: int) -> TrainSetup:
-    """Make layers trainable where it is time, and split the network anew where that, or a frozen weight, changed."""
+    """Unfreeze layers that are due, and split the network anew if flags or frozen weights have changed."""
     setup, thawed = run.setup, None
     if setup.unfreezing is not None:
         thawed = setup.unfreezing.advance(epoch, setup.model, setup.optimizer, scheduler=setup.schedule, **setup.rates)
@@ -202,17 +204,17 @@ def _refresh_setup(run: Run, epoch: int) -> TrainSetup:
 
 def _repartition(run: Run) -> TrainSetup:
     setup = run.setup
-    with preserved_randomness():  # what is found in a cache draws nothing
+    with preserved_randomness():  # so that a cache hit and a computation leave the same random state
         extractor, _ = make_extractor(setup.model, setup.train_data.photos, run.config, setup.compute, run.progress)
-        train_data = again(setup.train_data, run.config, extractor)
+        train_data = with_frontier(setup.train_data, run.config, extractor)
     live = train_data.frontier.parts.suffix if train_data.frontier is not None else setup.model
     return replace(setup, train_data=train_data, live=live)
 
 
 def _restore(run: Run, saved_run: SavedRun) -> None:
-    """Put the run where a state says that it stood."""
+    """Restore the run from a saved state."""
     prepared = run.run_state.seconds
-    run.run_state, has_thawed = put_back(saved_run, run.setup)
+    run.run_state, has_thawed = restore_state(saved_run, run.setup)
     for phase, seconds in prepared.items():
         run.run_state.seconds[phase] = run.run_state.seconds.get(phase, 0.0) + seconds
     if has_thawed and run.setup.train_data.frontier is not None:
@@ -226,10 +228,10 @@ def _restore(run: Run, saved_run: SavedRun) -> None:
         run.progress.say(
             f"           on {run.fingerprint.device} instead of {saved_run.fingerprint.device}: rounding will differ"
         )
-    saved_run.tree.clear()  # whose tensors are the optimizer's now
+    saved_run.tree.clear()  # the optimizer has taken over its tensors; free the rest
 
 
-def _keep_state(run: Run, state_writer: StateWriter) -> None:
+def _save_state(run: Run, state_writer: StateWriter) -> None:
     folder = run.folder
 
     def take() -> Any:
@@ -240,7 +242,7 @@ def _keep_state(run: Run, state_writer: StateWriter) -> None:
         state_writer.keep(take, run.run_state.epoch, run.run_state.step)
 
 
-def _keep_results(run: Run, *, has_new_model: bool) -> None:
+def _save_results(run: Run, *, has_new_model: bool) -> None:
     if run.folder is None:
         return
     if has_new_model:
@@ -251,29 +253,29 @@ def _keep_results(run: Run, *, has_new_model: bool) -> None:
 
 
 def _load_best(run: Run) -> None:
-    """Give the model the best weights, and write them where what is in the folder may be older or newer."""
+    """Load the best weights into the model, and save them unless this process has already done so."""
     best = run.run_state.best
     if best is None:
         return
     best.put_back(run.setup.model)
     if run.folder is not None and run.kept_epoch != best.epoch:
-        _keep_results(run, has_new_model=True)
+        _save_results(run, has_new_model=True)
 
 
 def _interrupted(run: Run, state_writer: StateWriter, interruption: KeyboardInterrupt) -> Interrupted:
-    """Keep what was reached, and return the error that says so."""
-    if isinstance(interruption, StopAsked):
-        _keep_state(run, state_writer)
+    """Save the state, and return the error that says how to resume."""
+    if isinstance(interruption, StopRequested):
+        _save_state(run, state_writer)
     problem = state_writer.wait()
-    said = _what_was_kept(run)
+    message = _describe_best(run)
     if problem:
-        said += f" The state of the run could not be written: {problem}"
+        message += f" The state of the run could not be written: {problem}"
     if state_writer.has_any:
-        said = f"{said if run.run_state.best else 'No epoch was complete.'} {_how_to_go_on(run)}"
-    return run.signals.interrupted(said)
+        message = f"{message if run.run_state.best else 'No epoch was complete.'} {_resume_hint(run)}"
+    return run.signals.interrupted(message)
 
 
-def _how_to_go_on(run: Run) -> str:
+def _resume_hint(run: Run) -> str:
     assert run.folder is not None
     if run.fingerprint.is_named:
         trust = " --trust-code" if run.trust_code else ""
@@ -281,7 +283,7 @@ def _how_to_go_on(run: Run) -> str:
     return "To continue: the same call of fit with resume=True"
 
 
-def _what_was_kept(run: Run) -> str:
+def _describe_best(run: Run) -> str:
     best = run.run_state.best
     if best is None:
         return "Nothing was written: no epoch was complete."
@@ -296,11 +298,13 @@ def _class_names(setup: TrainSetup, outputs: torch.Tensor) -> tuple[str, ...] | 
     return setup.train_data.classes or tuple(map(str, range(outputs.shape[1])))
 
 
-def _comparable(setup: TrainSetup, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what the metrics compare: scores and classes without those that the loss ignores, or numbers.
+def _align_for_metrics(
+    setup: TrainSetup, outputs: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return outputs and targets for the metrics: scores and classes without ignored labels, or numbers.
 
     Raises:
-        DataError: A label is none of the classes.
+        DataError: A label is not a class.
     """
     if setup.train_data.task == "regression":
         return (outputs.sigmoid() if kind_of(setup.criterion) == "logits" else outputs), targets

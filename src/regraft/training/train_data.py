@@ -1,4 +1,4 @@
-"""What is learned from and measured on: folders, tables, datasets and loaders → batches."""
+"""Training and validation batches, from folders, tables, datasets or loaders."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -24,31 +24,31 @@ from regraft.training.config import TrainConfig
 from regraft.training.features.batches import FeatureBatches
 from regraft.training.features.extract import Extractor
 from regraft.training.features.frontier import Frontier
-from regraft.training.features.pixels import read_or_find_photos
+from regraft.training.features.pixels import read_or_load_photos
 from regraft.training.loop import Inputs
 from regraft.training.losses import Loss
 from regraft.training.partial_batches import PartialBatch, tolerant_loader
 from regraft.training.resume.rng import random_states, set_random_states
 
-MEASURED_AT_A_TIME = 256
+VALIDATION_BATCH_SIZE = 256
 
 
 @dataclass(frozen=True)
 class TrainData:
-    """What is learned from and measured on.
+    """Training and validation batches, with what is known about them.
 
     Attributes:
-        train: Batches to learn from, in a new order each epoch.
-        validation: Batches to measure on, in one order.
+        train: Training batches, in a new order each epoch.
+        validation: Validation batches, in a fixed order.
         task: Classification or regression.
         classes: Class names; None for regression.
-        listing: What the folder held; None for datasets and loaders.
-        paths: The validation photos, in order; empty for datasets that are no files.
+        listing: Contents of the folder or table; None for datasets and loaders.
+        paths: The validation photos, in order; empty for datasets without files.
         unreadable: Files that are skipped.
-        photos: The photos to learn from and those to measure on, where the data is photos.
-        frontier: What was computed once for all epochs; None where the whole network runs in each.
-        not_once_because: Why it does; None where there is nothing to say.
-        first_targets: Of the first batch to learn from; None for photos.
+        photos: Training and validation photos; None for other data.
+        frontier: Features that were computed once; None if the whole network runs in every epoch.
+        not_once_because: Why it runs in every epoch; None without a reason to report.
+        first_targets: Targets of the first training batch; None for photos.
     """
 
     train: Iterable[Any]
@@ -79,9 +79,9 @@ def load_train_data(
     progress: Progress,
     extractor: Extractor | None = None,
 ) -> TrainData:
-    """Decode the photos of a folder, or take datasets and loaders as they are.
+    """Decode the photos of a folder, or use datasets and loaders as they are.
 
-    With an extractor, the batches are of what its constant part gives for photos (`FeatureBatches`).
+    With an extractor, the batches hold the features of its constant part instead of images (`FeatureBatches`).
     """
     if listing is None:
         return _from_pairs_or_loaders(data, config, extractor)
@@ -96,7 +96,7 @@ def load_train_data(
             part_features, part, failed = extractor.of_samples(samples, seen, listing.classes, description=description)
             features.append(part_features)
         else:
-            part, failed = read_or_find_photos(
+            part, failed = read_or_load_photos(
                 samples, preprocessing, listing.classes, store, description=description, progress=progress
             )
         photos.append(part.augmented(seen))
@@ -110,8 +110,8 @@ def load_train_data(
     )
 
 
-def again(train_data: TrainData, config: TrainConfig, extractor: Extractor | None) -> TrainData:
-    """Return the same photos for a network whose flags have changed."""
+def with_frontier(train_data: TrainData, config: TrainConfig, extractor: Extractor | None) -> TrainData:
+    """Return the same photos with the features of a new extractor, after the network's flags have changed."""
     assert train_data.photos is not None
     features = [extractor.of_photos(part) for part in train_data.photos] if extractor is not None else None
     frontier = Frontier.of(extractor, features) if extractor is not None and features is not None else None
@@ -145,7 +145,7 @@ def _from_photos(train: Photos, validation: Photos, config: TrainConfig, frontie
     if frontier is not None:
         sampler = SeededShuffle(len(train), config.seed)
         batches: Iterable[Any] = FeatureBatches(frontier.train, train, config.batch_size, sampler)
-        validation_batches: Iterable[Any] = FeatureBatches(frontier.validation, validation, MEASURED_AT_A_TIME)
+        validation_batches: Iterable[Any] = FeatureBatches(frontier.validation, validation, VALIDATION_BATCH_SIZE)
     else:
         batches = tolerant_loader(train, config.batch_size, shuffle_seed=config.seed, workers=config.workers)
         validation_batches = tolerant_loader(validation, config.batch_size, workers=config.workers)
@@ -174,12 +174,14 @@ def _batches(data: Any, config: TrainConfig, *, shuffle: bool) -> Iterable[Any]:
         shuffle=shuffle,
         num_workers=config.workers or 0,
         generator=torch.Generator().manual_seed(config.seed),
-        drop_last=shuffle and count > config.batch_size and count % config.batch_size == 1,  # batch norm needs two
+        drop_last=shuffle
+        and count > config.batch_size
+        and count % config.batch_size == 1,  # batch norm cannot train on one sample
     )
 
 
 def first_batch(batches: Iterable[Any]) -> tuple[Inputs, torch.Tensor]:
-    """Take the first (inputs, targets), or raise an error that names what else was there."""
+    """Return the first pair (inputs, targets), or raise an error that describes what the data yields instead."""
     if isinstance(batches, FeatureBatches):
         return next(iter(batches))
     readable = (batch.batch if isinstance(batch, PartialBatch) else batch for batch in batches)
@@ -196,10 +198,10 @@ def first_batch(batches: Iterable[Any]) -> tuple[Inputs, torch.Tensor]:
 
 
 def pairs_of(batches: Any) -> Iterator[tuple[Inputs, torch.Tensor]]:
-    """Yield batches of a user's own, each checked.
+    """Yield the batches of user data after checking each.
 
     Raises:
-        DataError: There is none, or one is no pair of tensors of the same length.
+        DataError: There is no batch, or one is not a pair of tensors of equal length.
     """
     if not isinstance(batches, Iterable) or isinstance(batches, (torch.Tensor, np.ndarray)):
         raise DataError(
@@ -239,16 +241,16 @@ def _require_pair(batch: Any, part: str) -> tuple[Inputs, torch.Tensor]:
 
 
 def with_task(train_data: TrainData, loss: Loss | None, loss_name: str | None) -> TrainData:
-    """Return datasets and loaders with the task that their targets and the loss call for; folders have one already.
+    """Set the task of datasets and loaders from their targets and the loss; folders have a task already.
 
     Raises:
-        DataError: The targets are not what the loss compares, or may be two things.
+        DataError: The targets do not suit the loss, or are ambiguous.
     """
     if train_data.photos is not None:
         return train_data
     assert train_data.first_targets is not None
     targets = train_data.first_targets
-    with _states_put_back(train_data.validation):
+    with _random_states_restored(train_data.validation):
         first_validation = _peek(train_data.validation)
         if first_validation is not None:
             _require_pair(first_validation, "validation")
@@ -265,17 +267,17 @@ def with_task(train_data: TrainData, loss: Loss | None, loss_name: str | None) -
 
 
 def _require_known_labels(train_data: TrainData, classes: int, ignored: int | None) -> None:
-    """Refuse labels that are none of the classes, as far as they are known without reading data.
+    """Refuse labels outside of the classes, as far as labels are known without reading data.
 
     Raises:
-        DataError: One is none of them; the message names it and the part of the data.
+        DataError: A label is not a class; the message names it and the part of the data.
     """
     if train_data.photos is not None:
         return
     for part, batches in (("training ", train_data.train), ("validation ", train_data.validation)):
         labels = labels_in_memory(batches)
         if labels is None:
-            with _states_put_back(batches):
+            with _random_states_restored(batches):
                 batch = _peek(batches)
             labels = batch[1] if batch is not None else None
         if labels is not None and (labels.ndim == 1 or labels.shape[1:].numel() == 1):
@@ -285,11 +287,11 @@ def _require_known_labels(train_data: TrainData, classes: int, ignored: int | No
 def require_scores(
     model: nn.Module, output: torch.Tensor, targets: torch.Tensor, train_data: TrainData, ignored: int | None
 ) -> None:
-    """Refuse outputs that are no scores (N, K) of the data's classes, and labels of which there is no score.
+    """Refuse outputs that are not scores (N, K) of the data's classes, and labels without a score.
 
     Raises:
-        ModelError: The outputs are none, or of more or fewer classes than the data has.
-        DataError: A label is none of the classes.
+        ModelError: The outputs have another shape, or another number of classes than the data.
+        DataError: A label is not a class.
     """
     if output.ndim != 2:
         raise ModelError(
@@ -312,13 +314,13 @@ def require_scores(
 
 
 def _peek(batches: Any) -> Any:
-    """Return the first batch where looking at it costs little and loses nothing; else None."""
+    """Return the first batch if reading it is cheap and consumes nothing, as for lists and loaders without workers."""
     is_cheap = isinstance(batches, (list, tuple)) or (isinstance(batches, DataLoader) and batches.num_workers == 0)
     return next(iter(batches), None) if is_cheap else None
 
 
 @contextlib.contextmanager
-def _states_put_back(*batches: Any) -> Iterator[None]:
+def _random_states_restored(*batches: Any) -> Iterator[None]:
     states = random_states(*batches)
     try:
         yield

@@ -1,4 +1,8 @@
-"""The state of a run as one tree: taken from it, held against the run that is to go on, and put back."""
+"""The state of a run as one tree: taken from a run, checked against the resumed run, and restored.
+
+A state holds only what training can change. Frozen weights come from the model again; a fingerprint of them, of the
+options and of the data tells whether the state belongs to the resumed run.
+"""
 
 import dataclasses
 import hashlib
@@ -29,15 +33,15 @@ FREE = {"data", "out", "workers", "checkpoint_minutes", "keep_last", "max_unread
 
 @dataclass(frozen=True)
 class RunFingerprint:
-    """What a state belongs to.
+    """Identifies the run that a state belongs to.
 
     Attributes:
-        config: The options of the run, as they were given.
-        chosen: Those that were worked out.
-        is_named: Whether the options say all: a network by name, a folder, a loss by name.
-        data: Digest of the list of photos, and of what else is known of the data.
-        frozen: Sum of the bits of all that cannot change.
-        device: Where it trains, and in which precision.
+        config: The options of the run, as the user passed them.
+        chosen: Options that were resolved from defaults or by a sweep.
+        is_named: Whether the options describe the run completely: network and loss by name, data as a path.
+        data: Digest of the list of photos, or of the lengths of other data.
+        frozen: Sum of the bits of all tensors that training cannot change.
+        device: Device and precision of the run.
     """
 
     config: Tree
@@ -49,7 +53,7 @@ class RunFingerprint:
 
     @classmethod
     def of(cls, setup: TrainSetup, config: TrainConfig, *, is_named: bool) -> "RunFingerprint":
-        """Work it out for a run that is about to begin; what is compared later, only where states will be written."""
+        """Compute the fingerprint of a run; digests only where states will be written."""
         changing = changing_tensors(setup)
         rest = [tensor for name, tensor in setup.model.state_dict(keep_vars=True).items() if name not in changing]
         return cls(
@@ -64,39 +68,39 @@ class RunFingerprint:
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A state that a run left, and where it is."""
+    """A saved state and its path."""
 
     path: Path
     tree: Tree
 
     @property
     def fingerprint(self) -> RunFingerprint:
-        """What it belongs to."""
+        """The fingerprint of the run that wrote it."""
         return RunFingerprint(**self.tree["origin"])
 
     @property
     def config(self) -> TrainConfig:
-        """The options of the run, as they were given."""
+        """The options of the run, as the user passed them."""
         return make_config(self.fingerprint.config, f"the options in '{self.path}'")
 
     def with_resolved_options(self, config: TrainConfig) -> TrainConfig:
-        """Return the options with those that were worked out.
+        """Return the options completed by the values that the run resolved.
 
         Raises:
-            ConfigError: They are others than those of the run.
+            ConfigError: The options differ from those of the run.
         """
         requested, saved = config.model_dump(mode="json"), self.config.model_dump(mode="json")
         if differing := [name for name in requested if name not in FREE and requested[name] != saved[name]]:
-            said = "; ".join(f"{name} was {saved[name]!r}, is {requested[name]!r}" for name in differing)
+            differences = "; ".join(f"{name} was {saved[name]!r}, is {requested[name]!r}" for name in differing)
             raise ConfigError(
-                f"the run in '{self.path.parent.parent}' has other options: {said}. Continue it with its own, or begin "
-                "another one elsewhere. Nothing was changed."
+                f"the run in '{self.path.parent.parent}' has other options: {differences}. Continue it with its own, "
+                "or begin another one elsewhere. Nothing was changed."
             )
         return config.updated(**self.fingerprint.chosen)
 
 
 def find_run(folder: Path, progress: Progress = SILENT) -> SavedRun | None:
-    """Find the state with which the run in a folder goes on; None where there is none.
+    """Return the state from which the run in a folder resumes; None where there is none.
 
     Raises:
         ConfigError: It cannot be read, or another version wrote it.
@@ -114,7 +118,7 @@ def find_run_to_continue(folder: Path, progress: Progress = SILENT) -> TrainConf
     """Return the options of the run that stopped in a folder.
 
     Raises:
-        ConfigError: No run stopped there, or it was begun in Python with a network, data or loss of its own.
+        ConfigError: No run stopped there, or it was started in Python with custom network, data or loss.
     """
     saved_run = find_run(folder, progress) if folder.is_dir() else None
     if saved_run is None:
@@ -134,21 +138,23 @@ def find_run_to_continue(folder: Path, progress: Progress = SILENT) -> TrainConf
 
 
 def changing_tensors(setup: TrainSetup) -> dict[str, torch.Tensor]:
-    """Return what training can change: all of the state but parameters that stay frozen."""
+    """Return the tensors that training can change: the state dict without parameters that stay frozen."""
     model = setup.model
-    if setup.unfreezing is not None:
+    if setup.unfreezing is not None:  # which parameters stay frozen depends on the epoch, so all are saved
         return model.state_dict(keep_vars=True)
     frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
     return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in frozen}
 
 
 def take_state(setup: TrainSetup, run_state: RunState, fingerprint: RunFingerprint, *, has_stale_results: bool) -> Tree:
-    """Return everything that is needed to go on from here, bit for bit; later steps do not change it."""
+    """Return everything needed to resume bit for bit; a snapshot that later steps do not change."""
     data = (setup.train_data.train, setup.train_data.validation)
     best = run_state.best.to_tree() if run_state.best is not None else None
     tree = snapshot(
         {
             "standing": {**run_state.to_tree(), "best": None},
+            # Two random states: that at the beginning of the epoch, from which the order of its batches follows, and
+            # the current one, from which dropout, for example, continues.
             "states": run_state.states if run_state.states is not None else random_states(*data),
             "states_now": random_states(),
             "tensors": dict(changing_tensors(setup)),
@@ -157,7 +163,7 @@ def take_state(setup: TrainSetup, run_state: RunState, fingerprint: RunFingerpri
             "scaler": setup.scaler.state_dict(),
         }
     )
-    tree["standing"]["best"] = best  # is never changed, so that nothing of it needs to be copied
+    tree["standing"]["best"] = best  # never changed in place, so no copy is needed
     return {
         "format": FORMAT,
         "origin": dataclasses.asdict(fingerprint),
@@ -170,8 +176,8 @@ def check_state(saved_run: SavedRun, setup: TrainSetup, fingerprint: RunFingerpr
     """Refuse a state that does not belong to this network and this data, before anything is changed.
 
     Raises:
-        DataError: The photos are others than those of the run.
-        CheckpointError: The network, its frozen weights, or its optimizer are.
+        DataError: The photos differ from those of the run.
+        CheckpointError: The network or its frozen weights differ.
     """
     saved = saved_run.fingerprint
     if saved.data != fingerprint.data:
@@ -196,15 +202,15 @@ def check_state(saved_run: SavedRun, setup: TrainSetup, fingerprint: RunFingerpr
         )
 
 
-def put_back(saved_run: SavedRun, setup: TrainSetup) -> tuple[RunState, bool]:
-    """Give network, optimizer, schedule and random generators the state that they had.
+def restore_state(saved_run: SavedRun, setup: TrainSetup) -> tuple[RunState, bool]:
+    """Restore network, optimizer, schedule and random generators from a saved state.
 
     Returns:
-        Where the run stands, and whether layers have joined since it began.
+        The progress of the run, and whether layers have been unfrozen since it began.
     """
     tree, run_state = saved_run.tree, RunState.from_tree(saved_run.tree["standing"])
     has_thawed = False
-    if setup.unfreezing is not None:  # as far as epochs have begun, so that the optimizer has the same groups
+    if setup.unfreezing is not None:  # repeat the unfreezing so far, so that the optimizer has the same param groups
         for epoch in range(1, run_state.epoch + (run_state.step > 0)):
             report = setup.unfreezing.advance(
                 epoch, setup.model, setup.optimizer, scheduler=setup.schedule, **setup.rates
@@ -219,14 +225,14 @@ def put_back(saved_run: SavedRun, setup: TrainSetup) -> tuple[RunState, bool]:
     if tree["scaler"]:
         setup.scaler.load_state_dict(tree["scaler"])
     set_random_states(tree["states"], setup.train_data.train, setup.train_data.validation)
-    if run_state.step > 0:
+    if run_state.step > 0:  # within an epoch: its order begins with `states`, and draws continue with `states_now`
         run_state.states = tree["states"]
         set_random_states({**tree["states_now"], "loaders": []})
     return run_state, has_thawed
 
 
 def _data_digest(train_data: TrainData) -> str:
-    """Return a digest of the lists of photos, with their targets and sizes; of other data, of its lengths."""
+    """Return a digest of paths, targets and file sizes of the photos; of other data, of its lengths."""
     digest = hashlib.sha256(json.dumps(train_data.classes).encode())
     if train_data.photos is not None:
         listing = train_data.listing
