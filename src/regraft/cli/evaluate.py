@@ -1,4 +1,4 @@
-"""`regraft evaluate`: how good a saved model is on labelled photos."""
+"""`regraft evaluate`: metrics of a saved model on labelled photos."""
 
 from typing import Annotated
 
@@ -10,15 +10,15 @@ from regraft.cli.output import ConsoleProgress, guarded, say, say_json, say_tabl
 
 @guarded
 def evaluate(
-    checkpoint: Annotated[str, Argument(help="A file that `regraft train` or regraft.save wrote.")],
-    data: Annotated[str, Argument(help="Folder with a folder per class, or one that holds val/; or a .csv table.")],
-    batch_size: Annotated[int, Option(help="Photos at a time.", min=1)] = 32,
+    checkpoint: Annotated[str, Argument(help="A checkpoint of `regraft train` or regraft.save.")],
+    data: Annotated[str, Argument(help="Folder with a folder per class, or with val/; or a .csv table.")],
+    batch_size: Annotated[int, Option(help="Photos per batch.", min=1)] = 32,
     device: Annotated[str, Option(help="auto, cpu, cuda, …")] = "auto",
     base: BaseOption = None,
-    trust_code: Annotated[bool, Option("--trust-code", help="Import a class of your own (py:…).")] = False,
+    trust_code: Annotated[bool, Option("--trust-code", help="Allow the import of custom code (py:…).")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:
-    """Measure a saved model on labelled photos.
+    """Evaluate a saved model on labelled photos.
 
     Example: regraft evaluate runs/photos-1/model.safetensors photos/
     """

@@ -1,4 +1,4 @@
-"""`regraft predict`: what photos show."""
+"""`regraft predict`: classify photos."""
 
 import csv
 from typing import Annotated
@@ -11,13 +11,13 @@ from regraft.cli.output import ConsoleProgress, guarded, require, results, say_j
 
 @guarded
 def predict(
-    checkpoint: Annotated[str, Argument(help="A file that `regraft train` or regraft.save wrote.")],
+    checkpoint: Annotated[str, Argument(help="A checkpoint of `regraft train` or regraft.save.")],
     images: Annotated[list[str], Argument(help="Photos, or folders of photos.")],
-    top: Annotated[int, Option(help="How many classes to list for each photo.", min=1)] = 3,
-    batch_size: Annotated[int, Option(help="Photos at a time.", min=1)] = 32,
+    top: Annotated[int, Option(help="Number of classes to list for each photo.", min=1)] = 3,
+    batch_size: Annotated[int, Option(help="Photos per batch.", min=1)] = 32,
     device: Annotated[str, Option(help="auto, cpu, cuda, …")] = "auto",
     base: BaseOption = None,
-    trust_code: Annotated[bool, Option("--trust-code", help="Import a class of your own (py:…).")] = False,
+    trust_code: Annotated[bool, Option("--trust-code", help="Allow the import of custom code (py:…).")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the predictions as JSON.")] = False,
     as_csv: Annotated[bool, Option("--csv", help="Print the predictions as CSV.")] = False,
 ) -> None:

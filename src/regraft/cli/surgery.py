@@ -1,4 +1,4 @@
-"""`regraft surgery`: cut a network, put layers in and on top, freeze, and save what comes out."""
+"""`regraft surgery`: remove, insert and append layers, freeze, and save the result."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,36 +15,40 @@ if TYPE_CHECKING:
 @guarded
 def surgery(
     model: Annotated[
-        str | None, Argument(help="A name (resnet18, timm/NAME, py:FILE:Class) or a checkpoint file.")
+        str | None, Argument(help="Model name (resnet18, timm/NAME, py:FILE:Class) or checkpoint file.")
     ] = None,
     layers: Annotated[list[str] | None, Argument(help="More layers to append, after those of --append.")] = None,
     plan: Annotated[Path | None, Option(help="TOML file with source, edits and freezing; options add to it.")] = None,
     weights: Annotated[str | None, Option(help="default, none, a registered name, or a file.")] = None,
-    replace_stem: Annotated[int | None, Option(help="Number of input channels.")] = None,
-    truncate_after: Annotated[str | None, Option(help="Delete all that comes after this layer.")] = None,
-    truncate_drop: Annotated[int | None, Option(help="Delete that many top-level layers from the end.")] = None,
-    remove: Annotated[list[str] | None, Option(help="Layer to take out. May be repeated.")] = None,
+    replace_stem: Annotated[
+        int | None, Option(help="Replace the first layer for this number of input channels.")
+    ] = None,
+    truncate_after: Annotated[str | None, Option(help="Delete everything after this layer.")] = None,
+    truncate_drop: Annotated[int | None, Option(help="Number of top-level layers to delete from the end.")] = None,
+    remove: Annotated[list[str] | None, Option(help="Layer to remove. May be repeated.")] = None,
     replace: Annotated[list[str] | None, Option(help="LAYER=NEW, as in 'type:ReLU=GELU()'. May be repeated.")] = None,
     insert_after: Annotated[list[str] | None, Option(help="LAYER=NEW, as in 'layer2=Dropout(0.1)'.")] = None,
     insert_before: Annotated[list[str] | None, Option(help="LAYER=NEW. May be repeated.")] = None,
-    append: Annotated[list[str] | None, Option(help="Layers on top, as in 'Linear(512,400)' 'ReLU()'.")] = None,
-    replace_head: Annotated[int | None, Option(help="Number of classes of a new head.")] = None,
+    append: Annotated[list[str] | None, Option(help="Layers to append, as in 'Linear(512,400)' 'ReLU()'.")] = None,
+    replace_head: Annotated[int | None, Option(help="Replace the head for this number of classes.")] = None,
     freeze: Annotated[
         list[str] | None, Option(help="Layers to freeze: path, glob, re:…, type:…, children[:6].")
     ] = None,
-    freeze_until: Annotated[str | None, Option(help="Freeze all up to and with this layer, as executed.")] = None,
-    out: Annotated[Path | None, Option(help="The file to write, as in edited.safetensors.")] = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace a file that is there.")] = False,
+    freeze_until: Annotated[
+        str | None, Option(help="Freeze up to and including this layer, in execution order.")
+    ] = None,
+    out: Annotated[Path | None, Option(help="Output file, as in edited.safetensors.")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing file.")] = False,
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Show the layers before and after; read and write nothing.")
+        bool, Option("--dry-run", help="Show the layers before and after; load no weights and write nothing.")
     ] = False,
     depth: Annotated[int, Option(help="Levels of layers that --dry-run shows.", min=0)] = 1,
-    trust_code: Annotated[bool, Option("--trust-code", help="Import a class of your own (py:…).")] = False,
+    trust_code: Annotated[bool, Option("--trust-code", help="Allow the import of custom code (py:…).")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Change a network: cut it, put layers in or on top, freeze a part, and save the result.
+    """Edit a model: remove, insert and append layers, freeze a part, and save the result.
 
-    Edits are made in the order in which the options are listed here; a plan's own come first.
+    Edits are applied in the order in which the options are listed here, after those of a plan.
 
     Example: regraft surgery resnet18 --truncate-drop 1 --append 'Linear(512,400)' 'ReLU()' 'Linear(400,300)'
     --freeze-until layer3.0 --out edited.safetensors
@@ -65,7 +69,7 @@ def surgery(
 
 
 def _plan(options: dict[str, Any]) -> "Plan":
-    """Read the plan that was given, if any, and let the options add to it."""
+    """Read the plan, if any, and add the options to it."""
     from regraft.card import Step
     from regraft.checkpoint.plan import Freezing, Plan, read_plan
 
@@ -83,7 +87,7 @@ def _plan(options: dict[str, Any]) -> "Plan":
 
 
 def _edits(options: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """List the edits that the options ask for, in the order in which they are made."""
+    """Yield the edits of the options, in the order in which they are applied."""
     if "replace_stem" in options:
         yield "replace_stem", {"channels": options["replace_stem"]}
     ends = {"after": options.get("truncate_after"), "drop": options.get("truncate_drop")}

@@ -1,4 +1,4 @@
-"""Folders and tables of photos → a listing of which photo is for what, before any photo is opened."""
+"""List the photos of a folder or table with their targets and split, before any photo is opened."""
 
 import csv
 import math
@@ -14,7 +14,7 @@ from regraft.errors import DataError
 
 TRAIN_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "valid", "validation")
-# By Windows, macOS, Synology and ext4; names in lower case.
+# Files of Windows, macOS, Synology and ext4; names in lower case.
 # fmt: off
 SYSTEM_FILES = frozenset((
     "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "icon\r", "@eadir", "$recycle.bin",
@@ -28,7 +28,7 @@ Task = Literal["classification", "regression"]
 
 @dataclass(frozen=True)
 class Sample:
-    """A photo and what it shows: the index of a class, or a number to be predicted."""
+    """A photo and its target: a class index, or a number for regression."""
 
     path: Path
     target: Target
@@ -36,15 +36,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder or a table holds.
+    """The contents of a folder or a table.
 
     Attributes:
         root: The folder or the table.
         task: Classification (a folder per class) or regression (a table with a number per photo).
         classes: Class names in the order of their indices; None for regression.
-        train: Photos to learn from.
-        validation: Photos to measure on.
-        split: How the two parts came about, in words.
+        train: Training photos.
+        validation: Validation photos.
+        split: How the data was split, as text.
     """
 
     root: Path
@@ -55,24 +55,24 @@ class Listing:
     split: str
 
     def counts(self) -> list[tuple[str, int, int]]:
-        """Count the photos of each class: (class, to learn from, to measure on)."""
+        """Count the photos of each class: (class, training photos, validation photos)."""
         train, validation = (Counter(sample.target for sample in part) for part in (self.train, self.validation))
         return [(name, train[index], validation[index]) for index, name in enumerate(self.classes or ())]
 
 
 def list_data(path: str | os.PathLike[str], *, validation_share: float = 0.2, seed: int = 0) -> Listing:
-    """List what there is to learn from and to measure on.
+    """List training and validation photos.
 
     Args:
-        path: A folder with `train/` and `val/`, each with a folder per class; a folder with a folder per class, of
-            which a stratified share is kept for validation; or a `.csv` table with the columns `path` (relative to the
-            table) and `target` (a number), and optionally `split` (`train` or `val`).
-        validation_share: Share of each class that is kept for validation where the data has no split of its own.
-        seed: Decides which photos those are.
+        path: A folder with `train/` and `val/`, each with a folder per class; a folder with a folder per class, from
+            which a stratified share is held out for validation; or a `.csv` table with the columns `path` (relative to
+            the table) and `target` (a number), and optionally `split` (`train` or `val`).
+        validation_share: Share of each class that is held out for validation if the data has no split.
+        seed: Random seed of that split.
 
     Raises:
-        DataError: The folder is missing, empty, has one class only, an empty class, or classes that differ between
-            its two parts.
+        DataError: The folder is missing or empty, has a single class or an empty class, or training and validation
+            have different classes.
     """
     root = Path(path)
     if root.suffix.lower() == ".csv":
@@ -98,14 +98,14 @@ def list_data(path: str | os.PathLike[str], *, validation_share: float = 0.2, se
 
 
 def list_labelled(path: str | os.PathLike[str], classes: Sequence[str]) -> tuple[Sample, ...]:
-    """List photos whose folders name their classes, for a model that knows `classes` already.
+    """List photos in folders that are named after the classes of a model.
 
     Args:
         path: A folder with a folder per class, or one that holds such a folder named `val/`.
-        classes: The model's class names; a folder for each is not needed.
+        classes: The model's class names; not every class needs a folder.
 
     Raises:
-        DataError: The folder is missing or empty, or has a class that the model does not know.
+        DataError: The folder is missing or empty, or a folder is not a class of the model.
     """
     root = Path(path)
     _require_folder(root)
@@ -123,7 +123,7 @@ def list_labelled(path: str | os.PathLike[str], classes: Sequence[str]) -> tuple
 
 
 def list_regression(path: str | os.PathLike[str]) -> tuple[Sample, ...]:
-    """List the photos and numbers of a `.csv` table: those of the split `val`, or all where there is no split.
+    """List the photos and targets of a `.csv` table: those of the split `val`, or all without a split.
 
     Raises:
         DataError: The table is missing, empty or malformed.
@@ -133,9 +133,9 @@ def list_regression(path: str | os.PathLike[str]) -> tuple[Sample, ...]:
 
 
 def photos_in(folder: Path) -> list[Path]:
-    """List all files below a folder in a fixed order, without hidden ones and those that systems leave behind.
+    """List all files below a folder in a fixed order, without hidden files and system files.
 
-    Linked folders are followed, but for those that lead to a folder that is listed already, or around it.
+    Links to folders are followed, except to folders that are already listed and to parents of the link.
     """
     return _photos_below(folder, (), set())
 
@@ -144,9 +144,9 @@ def _photos_below(folder: Path, around: tuple[Path, ...], seen: set[str]) -> lis
     """List files below a folder, those in linked folders last.
 
     Args:
-        folder: Where to look.
-        around: The folders, without links, from which links have led here.
-        seen: Folders, without links, that were listed before; those that are listed now are added.
+        folder: Folder to list.
+        around: Resolved paths of the folders whose links led here.
+        seen: Resolved paths of the folders that are already listed; newly listed ones are added.
     """
     photos, links = [], []
     around = (*around, folder.resolve())
@@ -167,14 +167,14 @@ def _photos_below(folder: Path, around: tuple[Path, ...], seen: set[str]) -> lis
 
 
 def _is_system_file(name: str) -> bool:
-    """Return whether a file or folder is hidden, or one that a system writes beside photos."""
+    """Return whether a file or folder is hidden, or written by an operating system."""
     return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
 def stratified_split(
     samples: Sequence[Sample], share: float, seed: int
 ) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """Keep a random share of each class (of everything, for numbers) aside; at least one and never all of it."""
+    """Split off a random share of each class (of everything for regression): at least one sample, and never all."""
     groups: dict[Target, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.target if isinstance(sample.target, int) else 0, []).append(sample)

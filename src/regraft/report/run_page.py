@@ -1,4 +1,4 @@
-"""What the page of one training run says."""
+"""The contents of the report of one training run."""
 
 import math
 import shlex
@@ -24,7 +24,7 @@ NORMAL_QUANTILE = 1.959964  # of 0.975: leaves 2.5 % on either side
 
 @dataclass(frozen=True)
 class Mistake:
-    """A photo that was predicted wrongly: its name, what it shows, what was predicted, how sure or how far off."""
+    """A wrong prediction: name of the photo, thumbnail, true and predicted target, and confidence or error."""
 
     name: str
     picture: str | None
@@ -35,7 +35,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """A line of the table of layers."""
+    """A row of the table of layers."""
 
     name: str
     path: str
@@ -45,7 +45,7 @@ class LayerRow:
 
 
 def describe_run(result: FitResult) -> dict[str, Any]:
-    """Gather everything that `run.html` shows."""
+    """Return the variables of the template `run.html`."""
     page: dict[str, Any] = {
         "result": result,
         "plan": result.plan,
@@ -186,7 +186,7 @@ def _option_text(value: Any) -> str:
 
 
 def _loss_name(result: FitResult) -> str:
-    """Describe what the loss on the validation photos is, which is the same whatever was trained with."""
+    """Return the name of the validation loss, which does not depend on the training loss."""
     return "mean squared error" if result.plan.task == "regression" else "cross-entropy"
 
 
