@@ -23,10 +23,10 @@ def evaluate(
     Example: regraft evaluate runs/photos-1/model.safetensors photos/
     """
     from regraft.checkpoint import load
-    from regraft.training.inference import evaluate as measure
+    from regraft.training.inference import evaluate as evaluate_model
 
     model = load(checkpoint, base=base, trust_code=trust_code)
-    metrics = measure(model, data, batch_size=batch_size, device=device, progress=ConsoleProgress())
+    metrics = evaluate_model(model, data, batch_size=batch_size, device=device, progress=ConsoleProgress())
     if as_json:
         say_json(metrics.to_dict())
         return

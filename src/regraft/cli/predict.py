@@ -27,10 +27,12 @@ def predict(
     """
     require(not (as_json and as_csv), "--json and --csv exclude each other. Pass one of them.")
     from regraft.checkpoint import load
-    from regraft.training.inference import predict as ask
+    from regraft.training.inference import predict as predict_images
 
     model = load(checkpoint, base=base, trust_code=trust_code)
-    predictions = ask(model, images, top=top, batch_size=batch_size, device=device, progress=ConsoleProgress())
+    predictions = predict_images(
+        model, images, top=top, batch_size=batch_size, device=device, progress=ConsoleProgress()
+    )
     if as_json:
         say_json([prediction.to_dict() for prediction in predictions])
     elif as_csv:

@@ -140,29 +140,29 @@ def photos_in(folder: Path) -> list[Path]:
     return _photos_below(folder, (), set())
 
 
-def _photos_below(folder: Path, around: tuple[Path, ...], seen: set[str]) -> list[Path]:
+def _photos_below(folder: Path, parents: tuple[Path, ...], seen: set[str]) -> list[Path]:
     """List files below a folder, those in linked folders last.
 
     Args:
         folder: Folder to list.
-        around: Resolved paths of the folders whose links led here.
+        parents: Resolved paths of the folders whose links led here.
         seen: Resolved paths of the folders that are already listed; newly listed ones are added.
     """
     photos, links = [], []
-    around = (*around, folder.resolve())
+    parents = (*parents, folder.resolve())
     for parent, folders, files in os.walk(folder):
-        here = os.path.realpath(parent)
-        if here in seen:
+        resolved = os.path.realpath(parent)
+        if resolved in seen:
             folders.clear()
             continue
-        seen.add(here)
+        seen.add(resolved)
         folders[:] = sorted(name for name in folders if not _is_system_file(name))
         photos += [Path(parent, name) for name in sorted(files) if not _is_system_file(name)]
         links += [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
     for link in links:
         target = link.resolve()
-        if not any(path.is_relative_to(target) for path in around):
-            photos += _photos_below(link, around, seen)
+        if not any(path.is_relative_to(target) for path in parents):
+            photos += _photos_below(link, parents, seen)
     return photos
 
 

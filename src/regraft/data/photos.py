@@ -142,13 +142,13 @@ def loader(photos: Photos, batch_size: int, *, shuffle_seed: int | None = None, 
     """
     if workers is None:
         workers = 0 if photos.pixels is not None else os.cpu_count() or 1
-    lonely = shuffle_seed is not None and leaves_one(len(photos), batch_size)
+    drops_last = shuffle_seed is not None and leaves_one(len(photos), batch_size)
     return DataLoader(
         photos,
         batch_size,
         sampler=SeededShuffle(len(photos), shuffle_seed) if shuffle_seed is not None else None,
         num_workers=workers,
-        drop_last=lonely,
+        drop_last=drops_last,
         collate_fn=functools.partial(_collate, preprocessing=photos.preprocessing),
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(0),  # for the seeds of its workers; the global generator is not used

@@ -32,7 +32,7 @@ def faster(prefix: nn.Module) -> nn.Module:
     layers = dict(prefix.named_modules())
     calls, read = _dataflow(prefix)
     put: dict[str, nn.Module] = {}
-    for conv, norm in _pairs(calls, layers):
+    for conv, norm in _conv_norm_pairs(calls, layers):
         if _is_plain(layers[conv]) and not read & {conv, norm} and _is_foldable(layers[conv], layers[norm]):
             put[conv] = fuse_conv_bn_eval(in_mode(layers[conv], False), in_mode(layers[norm], False))  # pyright: ignore[reportArgumentType]
             put[norm] = nn.Identity()
@@ -42,7 +42,7 @@ def faster(prefix: nn.Module) -> nn.Module:
     for layer in put.values():
         if isinstance(layer, nn.Conv2d):
             layer.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    for path in _overwriting(calls, layers):
+    for path in _inplace_activations(calls, layers):
         put[path] = copy.copy(layers[path])
         setattr(put[path], "inplace", True)  # noqa: B010 - which only some layers have
     return in_mode(with_layers(prefix, put), False)
@@ -83,7 +83,7 @@ def _is_foldable(conv: nn.Module, norm: nn.Module) -> bool:
     return _is_plain(norm) and dtypes == {parameter.dtype for parameter in conv.parameters()}
 
 
-def _pairs(calls: dict[str, list[fx.Node]], layers: dict[str, nn.Module]) -> list[tuple[str, str]]:
+def _conv_norm_pairs(calls: dict[str, list[fx.Node]], layers: dict[str, nn.Module]) -> list[tuple[str, str]]:
     """List the convolutions whose output only a batch norm reads, with that batch norm."""
     pairs = []
     for norm, nodes in calls.items():
@@ -97,7 +97,7 @@ def _pairs(calls: dict[str, list[fx.Node]], layers: dict[str, nn.Module]) -> lis
     return pairs
 
 
-def _overwriting(calls: dict[str, list[fx.Node]], layers: dict[str, nn.Module]) -> list[str]:
+def _inplace_activations(calls: dict[str, list[fx.Node]], layers: dict[str, nn.Module]) -> list[str]:
     """List the activations that can run in place: nothing else reads their input, and it is new memory."""
 
     def is_free(source: fx.Node) -> bool:

@@ -35,7 +35,7 @@ TOLERANCES = {
     torch.bfloat16: 1e-1,
 }  # shares of the largest absolute value
 IS_RANDOM = "draws at random or counts its calls"
-IS_MIXED = "mixes the images of a batch"
+MIXES_IMAGES = "mixes the images of a batch"
 
 
 def dependent_values(model: nn.Module, flow: Flow, nodes: Collection[fx.Node]) -> dict[fx.Node, str]:
@@ -57,14 +57,14 @@ def dependent_values(model: nn.Module, flow: Flow, nodes: Collection[fx.Node]) -
         watch = ParameterWatch()
         watch.protect(model.parameters())
         with watch:
-            dependent = _compared(duplicate, flow, nodes, (first.args, other.args))
+            dependent = _compare_batches(duplicate, flow, nodes, (first.args, other.args))
             if dependent:  # the same batch twice: values that differ even so are random
-                drawn = _compared(duplicate, flow, nodes, (first.args, first.args))
+                drawn = _compare_batches(duplicate, flow, nodes, (first.args, first.args))
                 dependent |= {node: IS_RANDOM for node in dependent if node in drawn}
             return dependent
 
 
-def _compared(
+def _compare_batches(
     duplicate: nn.Module, flow: Flow, nodes: Collection[fx.Node], batches: tuple[tuple[Any, ...], tuple[Any, ...]]
 ) -> dict[fx.Node, str]:
     """Compute the values one after the other for two batches, which may be the same; see `dependent_values`."""
@@ -114,11 +114,11 @@ def difference(value: Any, repeated: Any, other: Any) -> str | None:
         other: The value for the second batch, which shares an image with the first (see `with_image_of`).
 
     Returns:
-        `IS_RANDOM` or `IS_MIXED`; None where nothing differs.
+        `IS_RANDOM` or `MIXES_IMAGES`; None where nothing differs.
     """
     leaves = [tree_leaves(tree) for tree in (value, repeated, other)]
     if len({len(part) for part in leaves}) > 1:
-        return IS_RANDOM if len(leaves[0]) != len(leaves[1]) else IS_MIXED
+        return IS_RANDOM if len(leaves[0]) != len(leaves[1]) else MIXES_IMAGES
     for tensor, same, other_tensor in zip(*leaves, strict=True):
         if not isinstance(tensor, torch.Tensor):
             if isinstance(tensor, (bool, int, float, str)) and tensor != same:
@@ -128,7 +128,7 @@ def difference(value: Any, repeated: Any, other: Any) -> str | None:
             return IS_RANDOM
         rows = _image(tensor, other_tensor)
         if rows is not None and not _is_close(*rows, is_exact=False):
-            return IS_MIXED
+            return MIXES_IMAGES
     return None
 
 

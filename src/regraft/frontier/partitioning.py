@@ -36,7 +36,7 @@ from regraft.arguments import check_arguments
 from regraft.errors import EditError, ModelError
 from regraft.frontier.independence import dependent_values
 from regraft.frontier.liveness import live_nodes, mixed_layers
-from regraft.frontier.ports import picked, ports_of, rebuilt
+from regraft.frontier.ports import pick_tensor, ports_of, rebuild_value
 from regraft.frontier.replay import record_and_replay
 from regraft.surgery.checks import require_editable
 from regraft.surgery.rewired import EditedModule, prune, rewire_flows
@@ -165,23 +165,23 @@ def partition(model: nn.Module, example: Any) -> Partition:
     bound(model, arguments)
     try:
         view = view_of(model, arguments)
-        values, costs = _computed(model, view, arguments)
+        values, costs = _compute_values(model, view, arguments)
     except ModelError as error:
-        return _untraced(model, arguments, error)
+        return _partition_by_replay(model, arguments, error)
     try:
-        return _traced(model, view, values, costs)
+        return _partition_by_graph(model, view, values, costs)
     except (ModelError, NothingConstantError) as error:
         if isinstance(error, NothingConstantError) and not view.closed:
             raise
         try:  # a layer that is live in part could not be traced, so it was live as a whole; a replay cuts inside it
-            return _untraced(model, arguments, error)
+            return _partition_by_replay(model, arguments, error)
         except ModelError:
             raise error from None
 
 
-def _traced(model: nn.Module, view: View, values: list[Values], costs: dict[fx.Node, int]) -> Partition:
+def _partition_by_graph(model: nn.Module, view: View, values: list[Values], costs: dict[fx.Node, int]) -> Partition:
     frontier, notes = _find_frontier(model, view, values)
-    chosen, cheaper = _cheapest(model, view, frontier, values, costs)
+    chosen, cheaper = _choose_cut(model, view, frontier, values, costs)
     constant = _cost_up_to(chosen, costs)
     return Partition(
         prefix=_prefix(model, view, chosen, values).eval(),
@@ -192,7 +192,7 @@ def _traced(model: nn.Module, view: View, values: list[Values], costs: dict[fx.N
     )
 
 
-def _computed(model: nn.Module, view: View, arguments: Arguments) -> tuple[list[Values], dict[fx.Node, int]]:
+def _compute_values(model: nn.Module, view: View, arguments: Arguments) -> tuple[list[Values], dict[fx.Node, int]]:
     try:
         return compute_costs(model, view.flow)
     except Exception as error:  # arbitrary user code: a forward may raise anything
@@ -201,7 +201,7 @@ def _computed(model: nn.Module, view: View, arguments: Arguments) -> tuple[list[
         raise ModelError(f"{type(model).__name__} cannot be computed on shapes alone: {reason}.") from error
 
 
-def _untraced(model: nn.Module, arguments: Arguments, error: ModelError | EditError) -> Partition:
+def _partition_by_replay(model: nn.Module, arguments: Arguments, error: ModelError | EditError) -> Partition:
     """Split a network whose forward cannot be traced, before its first live layer."""
     try:
         prefix, suffix, boundary = record_and_replay(model, arguments)
@@ -246,7 +246,7 @@ def _find_frontier(model: nn.Module, view: View, values: list[Values]) -> tuple[
             )
         if all(node.op == "placeholder" or ports_of(node, values) == [] for node in frontier):
             first = next((user for node in frontier for user in node.users), None)
-            where = f"; the first is {_place(first)}" if first is not None else ""
+            where = f"; the first is {_where(first)}" if first is not None else ""
             if first is not None and first.op == "call_module" and first.target in view.closed:
                 where += ", of which a part is trained, and whose forward cannot be traced to tell which"
             why = f" ({'; '.join(notes)})" if notes else ""
@@ -261,7 +261,7 @@ def _find_frontier(model: nn.Module, view: View, values: list[Values]) -> tuple[
             reasons = {node: NO_ROWS for node in frontier if ports_of(node, values) is None}
         if reasons:
             dependent |= {value_key(node) for node in reasons}
-            notes += [f"{_place(node)} {reason}, so it is computed in every epoch" for node, reason in reasons.items()]
+            notes += [f"{_where(node)} {reason}, so it is computed in every epoch" for node, reason in reasons.items()]
             inputs = [node.name for node in reasons if node.op == "placeholder"]
             if inputs:
                 raise ModelError(
@@ -289,7 +289,7 @@ def _frontier(view: View, model: nn.Module, dependent: Collection[str]) -> list[
     return [node for node in view.flow.graph.nodes if node in wanted]
 
 
-def _cheapest(
+def _choose_cut(
     model: nn.Module, view: View, frontier: list[fx.Node], values: list[Values], costs: dict[fx.Node, int]
 ) -> tuple[list[fx.Node], str | None]:
     """Choose the frontier or a single value before it, by the estimated seconds for reading and recomputing."""
@@ -354,7 +354,7 @@ def _prefix(model: nn.Module, view: View, frontier: list[fx.Node], values: list[
 
     def change(flow: Flow) -> None:
         nodes = {value_key(node): node for node in flow.graph.nodes}
-        flow.set_output(tuple(picked(flow.graph, nodes[key], steps) for key, steps in wanted))
+        flow.set_output(tuple(pick_tensor(flow.graph, nodes[key], steps) for key, steps in wanted))
 
     prefix = rewire_flows(model, [view.flow.copy()], change)
     prune(prefix)
@@ -373,7 +373,7 @@ def _suffix(model: nn.Module, view: View, frontier: list[fx.Node], values: list[
             sizes,
             model.get_submodule,
             counts,
-            lambda graph, position, tensors: rebuilt(graph, examples[position], tensors),
+            lambda graph, position, tensors: rebuild_value(graph, examples[position], tensors),
         )
 
     flows = [view.flow] if view.evaluation is None else [view.evaluation, view.flow]
@@ -393,7 +393,7 @@ def _layer(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_module" else node.meta.get(LAYER, "")
 
 
-def _place(node: fx.Node) -> str:
+def _where(node: fx.Node) -> str:
     if node.op == "call_module":
         return f"'{node.target}'"
     layer = node.meta.get(LAYER, "")

@@ -35,7 +35,7 @@ def ports_of(node: fx.Node, values: Sequence[Values]) -> list[Port] | None:
     return _ports(values[0].get(node), values[1].get(node), ())
 
 
-def picked(graph: fx.Graph, node: fx.Node, steps: Sequence[Step]) -> fx.Node:
+def pick_tensor(graph: fx.Graph, node: fx.Node, steps: Sequence[Step]) -> fx.Node:
     """Add the node of one tensor in a value at the end of the graph, and return it."""
     with graph.inserting_before(graph.output_node()):
         for step in steps:
@@ -43,7 +43,7 @@ def picked(graph: fx.Graph, node: fx.Node, steps: Sequence[Step]) -> fx.Node:
     return node
 
 
-def rebuilt(graph: fx.Graph, value: Any, tensors: Callable[[], fx.Node]) -> Any:
+def rebuild_value(graph: fx.Graph, value: Any, tensors: Callable[[], fx.Node]) -> Any:
     """Return the structure of a value with nodes in place of its tensors, in the order of `ports_of`.
 
     Nodes are made at the graph's insertion point. Lists, tuples and dicts become those of nodes; a named tuple or
@@ -52,10 +52,10 @@ def rebuilt(graph: fx.Graph, value: Any, tensors: Callable[[], fx.Node]) -> Any:
     if isinstance(value, torch.Tensor):
         return tensors()
     if isinstance(value, Mapping):
-        items = {key: rebuilt(graph, item, tensors) for key, item in value.items()}
+        items = {key: rebuild_value(graph, item, tensors) for key, item in value.items()}
         return items if type(value) is dict else graph.call_function(type(value), (items,))
     if isinstance(value, (list, tuple)):
-        parts = [rebuilt(graph, item, tensors) for item in value]
+        parts = [rebuild_value(graph, item, tensors) for item in value]
         if hasattr(value, "_fields"):
             return graph.call_function(type(value), tuple(parts))
         return tuple(parts) if isinstance(value, tuple) else parts

@@ -145,7 +145,7 @@ def record_and_replay(model: nn.Module, arguments: Arguments) -> tuple[Recording
         # Two sizes tell the dimension of images from others. The third batch is for the comparison with the network.
         drawn = [arguments.drawn(count, device) for count in (*BATCHES, BATCHES[0])]
         problem: ModelError | None = None
-        parts = list(_parts(model, _unused(model, arguments)))
+        parts = list(_parts(model, _unused_parameters(model, arguments)))
         for layer in _candidates(model, drawn[0], parts):
             try:
                 return _split_at(model, layer, arguments, drawn, parts)
@@ -216,7 +216,7 @@ def _boundary(
     )
 
 
-def _unused(model: nn.Module, arguments: Arguments) -> list[nn.Parameter]:
+def _unused_parameters(model: nn.Module, arguments: Arguments) -> list[nn.Parameter]:
     """List the trainable parameters that the forward uses in neither mode; a layer is not live because of them."""
     used: set[str] = set()
     for training in (False, True):

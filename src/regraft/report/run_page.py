@@ -17,7 +17,7 @@ from regraft.training.result import FitResult
 
 MAX_PICTURES = 12
 MAX_PAIRS = 8
-OPEN_DEPTH = 2
+SHOWN_DEPTH = 2
 FEW_PHOTOS = 100
 NORMAL_QUANTILE = 1.959964  # of 0.975: leaves 2.5 % on either side
 
@@ -162,7 +162,7 @@ def _confident_mistakes(result: FitResult, names: list[str]) -> list[Mistake]:
 
 def _layers(model_summary: ModelSummary) -> dict[str, Any]:
     rows = [_layer_row(layer) for layer in model_summary.layers]
-    upper = [row for row in rows if row.depth <= OPEN_DEPTH]
+    upper = [row for row in rows if row.depth <= SHOWN_DEPTH]
     return {"layers": upper, "all_layers": rows if len(rows) > len(upper) else None, "model_summary": model_summary}
 
 

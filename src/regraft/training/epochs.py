@@ -75,13 +75,13 @@ def train(run: Run, saved_run: SavedRun | None) -> FitResult:
         progress=run.progress,
         resumed_from=saved_run.path if saved_run is not None else None,
     )
-    faults = FaultTolerantReader.of(first_data, config, run.progress)
+    reader = FaultTolerantReader.of(first_data, config, run.progress)
     with state_writer, run.signals.patient():
         try:
             if saved_run is None:
                 _save_state(run, state_writer)
             for epoch in range(run.run_state.epoch, config.epochs + 1):
-                _run_epoch(run, epoch, faults, state_writer)
+                _run_epoch(run, epoch, reader, state_writer)
             _load_best(run)
         except KeyboardInterrupt as interruption:
             raise _interrupted(run, state_writer, interruption) from interruption
@@ -113,19 +113,19 @@ def train(run: Run, saved_run: SavedRun | None) -> FitResult:
     )
 
 
-def _run_epoch(run: Run, epoch: int, faults: FaultTolerantReader, state_writer: StateWriter) -> None:
+def _run_epoch(run: Run, epoch: int, reader: FaultTolerantReader, state_writer: StateWriter) -> None:
     run_state, began = run.run_state, time.perf_counter()
     with run_state.phase("reading"):
         setup = run.setup = _refresh_setup(run, epoch)
     with run_state.phase("training"):
         train_loss = train_epoch(
             setup.live,
-            _train_batches(run, faults, state_writer),
+            _train_batches(run, reader, state_writer),
             setup.criterion,
             setup.optimizer,
             setup.schedule,
             setup.scaler,
-            setup.live_engine,
+            setup.live_compute,
             mixup=run.config.mixup,
             on_nan=run.config.on_nan,
             tally=run_state.tally,
@@ -133,7 +133,7 @@ def _run_epoch(run: Run, epoch: int, faults: FaultTolerantReader, state_writer: 
         )
     with run_state.phase("validation"):
         outputs, targets = _align_for_metrics(
-            setup, *score(setup.live, _validation_batches(run, faults), setup.live_engine)
+            setup, *score(setup.live, _validation_batches(run, reader), setup.live_compute)
         )
         metrics = measure(outputs, targets, _class_names(setup, outputs))
         _require_finite(metrics, setup)
@@ -142,7 +142,7 @@ def _run_epoch(run: Run, epoch: int, faults: FaultTolerantReader, state_writer: 
     is_best = metrics.is_better_than(run_state.best.metrics if run_state.best else None)
     if is_best:
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in changing_tensors(setup).items()}
-        run_state.best = Best(epoch, metrics, outputs, targets, faults.readable(setup.train_data.paths), copies)
+        run_state.best = Best(epoch, metrics, outputs, targets, reader.readable(setup.train_data.paths), copies)
         attach(setup.model, metrics=metrics.to_dict())
     with run_state.phase("saving"):
         if run.kept_epoch == 0:
@@ -155,7 +155,7 @@ def _run_epoch(run: Run, epoch: int, faults: FaultTolerantReader, state_writer: 
         _save_state(run, state_writer)
 
 
-def _train_batches(run: Run, faults: FaultTolerantReader, state_writer: StateWriter) -> Iterator[Any]:
+def _train_batches(run: Run, reader: FaultTolerantReader, state_writer: StateWriter) -> Iterator[Any]:
     """Yield the remaining batches of the epoch; between steps, save states and stop if requested."""
     run_state, batches = run.run_state, run.setup.train_data.train
     sampler: Any = getattr(batches, "sampler", None)
@@ -163,7 +163,7 @@ def _train_batches(run: Run, faults: FaultTolerantReader, state_writer: StateWri
         sampler.set_epoch(run_state.epoch)
     if run_state.states is None:
         run_state.states = random_states(batches, run.setup.train_data.validation)
-    read = faults.read(batches, run_state.states, done=run_state.step, least=2)  # batch norm needs two
+    read = reader.read(batches, run_state.states, done=run_state.step, min_photos=2)  # batch norm needs two
     total = len(batches) - run_state.step if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
     for batch in run.progress.track(read, f"epoch {run_state.epoch}/{run.config.epochs}", total):
         if batch is not None:
@@ -174,11 +174,11 @@ def _train_batches(run: Run, faults: FaultTolerantReader, state_writer: StateWri
             _save_state(run, state_writer)
 
 
-def _validation_batches(run: Run, faults: FaultTolerantReader) -> Iterator[Any]:
+def _validation_batches(run: Run, reader: FaultTolerantReader) -> Iterator[Any]:
     """Yield the validation batches; a run that is stopped here repeats the validation when it is resumed."""
     batches = run.setup.train_data.validation
     states = random_states(batches)
-    for batch in faults.read(batches, states):
+    for batch in reader.read(batches, states):
         if run.signals.received is not None:
             set_random_states(states)
             run.signals.stop_if_requested()
@@ -246,8 +246,8 @@ def _save_results(run: Run, *, has_new_model: bool) -> None:
     if run.folder is None:
         return
     if has_new_model:
-        run.folder.keep_model(run.setup.model, run.config)
-    run.folder.keep_history(run.run_state.history)
+        run.folder.save_model(run.setup.model, run.config)
+    run.folder.save_history(run.run_state.history)
     if has_new_model and run.run_state.best is not None:
         run.kept_epoch = run.run_state.best.epoch
 

@@ -44,14 +44,14 @@ class FaultTolerantReader:
         photos = sum(map(len, train_data.photos)) + unreadable if train_data.photos is not None else None
         return cls(photos, config.max_unreadable, unreadable, progress)
 
-    def read(self, batches: Iterable[Any], states: Tree, *, done: int = 0, least: int = 1) -> Iterator[Any]:
+    def read(self, batches: Iterable[Any], states: Tree, *, done: int = 0, min_photos: int = 1) -> Iterator[Any]:
         """Yield batches; None for a batch with too few readable photos.
 
         Args:
             batches: A loader, or any other iterable.
             states: The random states from which the order of this pass follows.
             done: Number of batches to skip at the beginning, which were processed before.
-            least: Number of readable photos that a batch needs.
+            min_photos: Number of readable photos that a batch needs.
 
         Raises:
             DataError: More photos are unreadable than `max_unreadable` allows.
@@ -75,13 +75,13 @@ class FaultTolerantReader:
                     iterator = _resume_iterator(source, done, states)
                     continue
                 done += 1
-                yield self._rest(batch, least) if isinstance(batch, PartialBatch) else batch
+                yield self._readable_part(batch, min_photos) if isinstance(batch, PartialBatch) else batch
 
     def readable(self, paths: Iterable[Path]) -> tuple[Path, ...]:
         """Return the paths without photos that were unreadable in the last pass."""
         return tuple(path for path in paths if path not in self._lost_now)
 
-    def _rest(self, partial: PartialBatch, least: int) -> Any:
+    def _readable_part(self, partial: PartialBatch, min_photos: int) -> Any:
         for lost in partial.lost:
             self._lost_now.add(lost.path)
             if lost.path not in self._lost:
@@ -94,7 +94,7 @@ class FaultTolerantReader:
                 f"{count} of {total} photos cannot be read any more ('{last.path}': {last.reason}). Repair them, or "
                 f"allow more with --max-unreadable (now {self._max_unreadable:g})."
             )
-        return partial.batch if partial.batch is not None and len(partial.batch[1]) >= least else None
+        return partial.batch if partial.batch is not None and len(partial.batch[1]) >= min_photos else None
 
 
 class _DeferredWorkerDeaths:

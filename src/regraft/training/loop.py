@@ -17,12 +17,12 @@ from regraft.training.checks.targets import batch_loss
 from regraft.training.config import OnNan
 from regraft.training.losses import Loss, is_mean_over_samples
 from regraft.training.micro_batch import (
-    LONELY,
+    SINGLE_SAMPLE_MESSAGE,
     Batch,
     Inputs,
     SingleSampleError,
+    apply_mixup,
     backward_in_parts,
-    mixed,
     rows,
     single_samples_refused,
 )
@@ -132,7 +132,7 @@ def train_epoch(
     for inputs, targets in batches:
         tally.steps += 1
         targets = targets.to(compute.device)
-        batch = mixed(inputs, targets, mixup)
+        batch = apply_mixup(inputs, targets, mixup)
         optimizer.zero_grad()
         try:
             loss = _backward(model, batch, criterion, scaler, compute, tally, progress)
@@ -157,7 +157,7 @@ def train_epoch(
             continue
         schedule.step()
     if tally.steps and not tally.count and not tally.skipped:
-        raise DataError(LONELY)
+        raise DataError(SINGLE_SAMPLE_MESSAGE)
     if tally.skipped and not tally.count:
         raise LossError("no step of this epoch had a finite loss and gradient. Try a tenth of the learning rate.")
     return tally.mean

@@ -106,13 +106,13 @@ def _measure_classes(outputs: torch.Tensor, targets: torch.Tensor, classes: Sequ
     predicted, width = outputs.argmax(1), max(len(classes), outputs.shape[1])
     confusion = torch.bincount(targets * width + predicted, minlength=width * width).view(width, width)
     confusion = confusion[: len(classes), : len(classes)]
-    right, predicted_counts = confusion.diagonal().double(), confusion.sum(0).double()
+    correct, predicted_counts = confusion.diagonal().double(), confusion.sum(0).double()
     true_counts = torch.bincount(targets, minlength=len(classes)).double()
     rows = zip(
         classes,
-        (right / predicted_counts.clamp(min=1)).tolist(),
-        (right / true_counts.clamp(min=1)).tolist(),
-        (2 * right / (predicted_counts + true_counts).clamp(min=1)).tolist(),
+        (correct / predicted_counts.clamp(min=1)).tolist(),
+        (correct / true_counts.clamp(min=1)).tolist(),
+        (2 * correct / (predicted_counts + true_counts).clamp(min=1)).tolist(),
         true_counts.long().tolist(),
         strict=True,
     )
@@ -122,7 +122,7 @@ def _measure_classes(outputs: torch.Tensor, targets: torch.Tensor, classes: Sequ
         count=len(targets),
         loss=torch.nn.functional.cross_entropy(outputs, targets).item(),
         accuracy=(predicted == targets).double().mean().item(),
-        calibration_error=sum(abs(mean - right) * count for mean, right, count in bins) / len(targets),
+        calibration_error=sum(abs(mean - correct) * count for mean, correct, count in bins) / len(targets),
         per_class=tuple(ClassMetrics(*row) for row in rows),
         confusion=tuple(tuple(row) for row in confusion.tolist()),
     )

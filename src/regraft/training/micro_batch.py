@@ -22,7 +22,7 @@ from torch import nn
 from regraft.anatomy.modes import preserved_randomness
 from regraft.errors import DataError
 
-LONELY = (
+SINGLE_SAMPLE_MESSAGE = (
     "every batch is a single sample, and batch norm cannot learn from one alone. Use a batch_size of 2 or more, or "
     "freeze the batch norms."
 )
@@ -56,7 +56,7 @@ class Batch:
         return [Batch(rows(self.inputs, part), self.targets[part], self.others[part], self.share) for part in parts]
 
 
-def mixed(inputs: Inputs, targets: torch.Tensor, mixup: float) -> Batch:
+def apply_mixup(inputs: Inputs, targets: torch.Tensor, mixup: float) -> Batch:
     """Return a batch with mixup: each sample is blended with another one. `mixup` is as in `TrainConfig`."""
     if mixup == 0:
         return Batch(inputs, targets, targets, 1.0)
@@ -194,7 +194,7 @@ def require_learnable(model: nn.Module, forward: Callable[[], object], count: in
             model.train()
             forward()
     except SingleSampleError as error:
-        raise DataError(LONELY) from error
+        raise DataError(SINGLE_SAMPLE_MESSAGE) from error
     except Exception:  # any other failure is reported by `try_one_batch`, with its reason
         return
     finally:

@@ -29,14 +29,14 @@ class TolerantPhotos(Photos):
             return Unreadable(self.samples[index].path, str(error))
 
 
-def tolerant(photos: Photos) -> Photos:
+def as_tolerant(photos: Photos) -> Photos:
     """Return the same photos, with `Unreadable` items instead of errors."""
     return photos if photos.pixels is not None else TolerantPhotos(**vars(photos))
 
 
-def tolerant_loader(photos: Photos, batch_size: int, **options: Any) -> Any:
+def fault_tolerant_loader(photos: Photos, batch_size: int, **options: Any) -> Any:
     """Return a `loader` of photos that yields a `PartialBatch` where some photos became unreadable."""
-    batches = loader(tolerant(photos), batch_size, **options)
+    batches = loader(as_tolerant(photos), batch_size, **options)
     batches.collate_fn = functools.partial(_collate_rest, collate=batches.collate_fn)
     return batches
 

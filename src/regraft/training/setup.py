@@ -68,9 +68,9 @@ class TrainSetup:
     head_start: HeadStart
 
     @property
-    def live_engine(self) -> ComputeContext:
+    def live_compute(self) -> ComputeContext:
         """Device and precision of the live part."""
-        return _live_engine(self.compute, self.live, self.train_data)
+        return _live_compute(self.compute, self.live, self.train_data)
 
 
 def check_options(config: TrainConfig, task: Task | None, *, trust_code: bool) -> None:
@@ -148,7 +148,7 @@ def prepare_setup(
     live = train_data.frontier.parts.suffix if train_data.frontier is not None else model
     if isinstance(criterion, nn.Module):
         criterion.to(compute.device)
-    try_one_batch(model, live, train_data, criterion, _live_engine(compute, live, train_data), config)
+    try_one_batch(model, live, train_data, criterion, _live_compute(compute, live, train_data), config)
     start = _require_ridge_start(live, train_data) if config.head_start == "ridge" else None
     is_head_alone = config.lr is None and _is_head_alone_trained(model, live)
     rates = _rates(model, config, is_head_alone=is_head_alone)
@@ -312,7 +312,7 @@ def _is_one_layer(live: nn.Module) -> bool:
     return sum(any(True for _ in layer.parameters(False)) for layer in live.modules()) == 1
 
 
-def _live_engine(compute: ComputeContext, live: nn.Module, train_data: TrainData) -> ComputeContext:
+def _live_compute(compute: ComputeContext, live: nn.Module, train_data: TrainData) -> ComputeContext:
     """Return device and precision of the live part: a single layer on cached features runs without autocast.
 
     It takes hardly any time in either precision, and 16 bits would round a score or a prediction by up to 0.4 %.

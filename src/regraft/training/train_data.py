@@ -27,7 +27,7 @@ from regraft.training.features.frontier import Frontier
 from regraft.training.features.pixels import read_or_load_photos
 from regraft.training.loop import Inputs
 from regraft.training.losses import Loss
-from regraft.training.partial_batches import PartialBatch, tolerant_loader
+from regraft.training.partial_batches import PartialBatch, fault_tolerant_loader
 from regraft.training.resume.rng import random_states, set_random_states
 
 VALIDATION_BATCH_SIZE = 256
@@ -86,20 +86,20 @@ def load_train_data(
     if listing is None:
         return _from_pairs_or_loaders(data, config, extractor)
     store = Store() if config.cache else None
-    versions = (augmentation(config.augment, preprocessing, config.views), augmentation("none", preprocessing))
+    part_views = (augmentation(config.augment, preprocessing, config.views), augmentation("none", preprocessing))
     photos, unreadable, features = [], [], []
-    for samples, seen, description in (
-        (listing.train, versions[0], "reading photos"),
-        (listing.validation, versions[1], "reading validation photos"),
+    for samples, views, description in (
+        (listing.train, part_views[0], "reading photos"),
+        (listing.validation, part_views[1], "reading validation photos"),
     ):
         if extractor is not None:
-            part_features, part, failed = extractor.of_samples(samples, seen, listing.classes, description=description)
+            part_features, part, failed = extractor.of_samples(samples, views, listing.classes, description=description)
             features.append(part_features)
         else:
             part, failed = read_or_load_photos(
                 samples, preprocessing, listing.classes, store, description=description, progress=progress
             )
-        photos.append(part.augmented(seen))
+        photos.append(part.augmented(views))
         unreadable += failed
     _require_readable(unreadable, len(listing.train) + len(listing.validation), config.max_unreadable)
     frontier = Frontier.of(extractor, features) if extractor is not None else None
@@ -147,8 +147,8 @@ def _from_photos(train: Photos, validation: Photos, config: TrainConfig, frontie
         batches: Iterable[Any] = FeatureBatches(frontier.train, train, config.batch_size, sampler)
         validation_batches: Iterable[Any] = FeatureBatches(frontier.validation, validation, VALIDATION_BATCH_SIZE)
     else:
-        batches = tolerant_loader(train, config.batch_size, shuffle_seed=config.seed, workers=config.workers)
-        validation_batches = tolerant_loader(validation, config.batch_size, workers=config.workers)
+        batches = fault_tolerant_loader(train, config.batch_size, shuffle_seed=config.seed, workers=config.workers)
+        validation_batches = fault_tolerant_loader(validation, config.batch_size, workers=config.workers)
     return TrainData(
         batches,
         validation_batches,

@@ -29,7 +29,7 @@ ENTRY = "entry.json"
 LIMIT_BYTES = 20 * 2**30  # for all entries together
 CHUNK_BYTES = 16 * 2**20  # small writes are joined into chunks of this size; each has one checksum
 STALE_S = 24 * 3600  # age after which an unfinished write counts as crashed
-ANEW = "Start the run again: what it kept is checked, and computed anew where it is damaged."
+RETRY_ADVICE = "Start the run again: what it kept is checked, and computed anew where it is damaged."
 
 
 class DiskTensor:
@@ -72,9 +72,9 @@ class DiskTensor:
             try:
                 count = os.preadv(self._number, [rest], place)
             except OSError as error:
-                raise RunError(f"'{self._file}' cannot be read: {error}. {ANEW}") from error
+                raise RunError(f"'{self._file}' cannot be read: {error}. {RETRY_ADVICE}") from error
             if count == 0:
-                raise RunError(f"'{self._file}' was cut off while it was in use. {ANEW}")
+                raise RunError(f"'{self._file}' was cut off while it was in use. {RETRY_ADVICE}")
             rest, place = rest[count:], place + count
 
 

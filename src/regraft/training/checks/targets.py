@@ -68,7 +68,7 @@ def fit_targets(loss: Loss, outputs: torch.Tensor, targets: torch.Tensor) -> tor
     if kind == "classes":
         if targets.is_floating_point() or _is_row_per_sample(outputs, targets):
             return targets.to(outputs.dtype)
-        return _flat(targets, outputs).long()
+        return _squeeze_column(targets, outputs).long()
     if kind == "unknown":
         return targets
     if targets.numel() != outputs.numel():
@@ -105,7 +105,7 @@ def class_labels(outputs: torch.Tensor, targets: torch.Tensor, *, ignored: int |
     """
     if _is_row_per_sample(outputs, targets) and (targets.is_floating_point() or has_one_hot_rows(targets)):
         return targets.to(outputs.dtype).argmax(1)  # bool has no argmax
-    labels = _flat(targets, outputs)
+    labels = _squeeze_column(targets, outputs)
     is_of_numbers = labels.is_floating_point() or labels.is_complex()
     if outputs.ndim != 2 or labels.shape != outputs.shape[:1] or is_of_numbers:
         raise DataError(
@@ -258,7 +258,7 @@ def _joined(parts: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
     return torch.cat([cast(torch.Tensor, part).flatten().long() for part in labels])
 
 
-def _flat(targets: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+def _squeeze_column(targets: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
     """Squeeze a column (N, 1) of classes to (N,)."""
     is_column = outputs.ndim == 2 and targets.ndim == 2 and targets.shape[1] == 1
     return targets.squeeze(1) if is_column else targets

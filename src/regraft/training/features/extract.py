@@ -71,7 +71,7 @@ class Extractor:
         self.parts: Partition = partition(model, example)
         self.compute, self.store, self.progress = compute, store, progress
         self.precision: Precision = precision
-        self._model, self._is_proven = model, False
+        self._model, self._is_verified = model, False
         self._has_halves = any(parameter.dtype in HALVES for parameter in model.parameters())
         fast = fast and not self._has_halves  # folding rounds a 16-bit weight once more
         self._fast, self._keep_pixels = fast, keep_pixels
@@ -225,13 +225,13 @@ class Extractor:
                 recomputed = self._prefix(batch)
             for value, reference in zip(kept, recomputed, strict=True):
                 _require_same(value, reference, tolerance)
-            if not self._is_proven:
+            if not self._is_verified:
                 with _as_model_errors("it, outside of autocast," if is_mixed else "it"):
                     # Photo by photo, so that a network that mixes the images of a batch differs from its parts.
                     whole = torch.cat([main_output(self._model(photo)) for photo in batch.split(1)])
                     parted = suffix(*(self._prefix(batch) if is_mixed else recomputed))
                 _require_same(main_output(parted), whole, of_weights)
-        self._is_proven = True
+        self._is_verified = True
 
 
 @contextlib.contextmanager

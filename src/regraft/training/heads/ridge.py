@@ -17,7 +17,7 @@ MAX_NUMBERS = 20_000_000  # entries of each matrix in float64: features, targets
 MAX_DIRECTIONS = 1_024  # rank of the singular value decomposition
 PENALTIES = torch.logspace(-3, 3, 13, dtype=torch.float64)  # times the mean squared singular value
 MIN_SPREAD = 1e-9
-STRETCHES = torch.logspace(0, 2, 21, dtype=torch.float64)
+SCALES = torch.logspace(0, 2, 21, dtype=torch.float64)
 
 
 def linear_head(live: nn.Module, features: tuple[torch.Tensor, ...]) -> tuple[str, nn.Linear] | None:
@@ -66,30 +66,30 @@ def ridge(
     if not is_solvable(count // views, width, outputs, views=views) or not bool(features.isfinite().all()):
         return None
     inputs = features.double()
-    wanted = F.one_hot(targets, outputs).double() if not targets.is_floating_point() else targets.double()[:, None]
-    middle, mean = inputs.mean(0), wanted.mean(0)
-    spread = inputs.std(0)
-    spread = spread.where(spread > MIN_SPREAD * spread.max(), 1.0)  # constant features are not scaled
-    left, singular, right = torch.linalg.svd((inputs - middle) / spread, full_matrices=False)
-    squares, projected = singular.square(), left.T @ (wanted - mean)  # (R,), (R, K)
+    expected = F.one_hot(targets, outputs).double() if not targets.is_floating_point() else targets.double()[:, None]
+    input_mean, target_mean = inputs.mean(0), expected.mean(0)
+    std = inputs.std(0)
+    std = std.where(std > MIN_SPREAD * std.max(), 1.0)  # constant features are not scaled
+    left, singular, right = torch.linalg.svd((inputs - input_mean) / std, full_matrices=False)
+    squares, projected = singular.square(), left.T @ (expected - target_mean)  # (R,), (R, K)
     by_photo = left.unflatten(0, (-1, views))
-    itself = torch.eye(views, dtype=left.dtype, device=left.device)
+    identity = torch.eye(views, dtype=left.dtype, device=left.device)
     best: tuple[float, torch.Tensor, torch.Tensor] | None = None
-    least = torch.finfo(squares.dtype).tiny  # if all photos have the same features
-    for penalty in PENALTIES.to(inputs.device) * squares.mean().clamp(min=least):
+    smallest = torch.finfo(squares.dtype).tiny  # if all photos have the same features
+    for penalty in PENALTIES.to(inputs.device) * squares.mean().clamp(min=smallest):
         shrunk = squares / (squares + penalty)
         fitted = left @ (shrunk[:, None] * projected)
         leverage = (by_photo * shrunk) @ by_photo.mT + 1 / count  # (P, V, V): leverages among the views of each photo
-        residuals = (wanted - mean - fitted).unflatten(0, (-1, views))
-        errors = torch.linalg.solve((1 + 1e-9) * itself - leverage, residuals).flatten(0, 1)  # leave-one-out, by photo
+        residuals = (expected - target_mean - fitted).unflatten(0, (-1, views))
+        errors = torch.linalg.solve((1 + 1e-9) * identity - leverage, residuals).flatten(0, 1)  # leave-one-out
         error = float(errors.square().mean())
         if best is None or error < best[0]:
-            best = error, penalty, wanted - errors
+            best = error, penalty, expected - errors
     assert best is not None
     _, penalty, predicted = best
-    weight = (right.T @ ((singular / (squares + penalty))[:, None] * projected)).T / spread  # (K, D)
-    bias = mean - weight @ middle
-    stretch = 1.0
+    weight = (right.T @ ((singular / (squares + penalty))[:, None] * projected)).T / std  # (K, D)
+    bias = target_mean - weight @ input_mean
+    scale = 1.0
     if not targets.is_floating_point():
-        stretch = min(STRETCHES.tolist(), key=lambda factor: float(F.cross_entropy(factor * predicted, targets)))
-    return weight * stretch, bias * stretch
+        scale = min(SCALES.tolist(), key=lambda factor: float(F.cross_entropy(factor * predicted, targets)))
+    return weight * scale, bias * scale

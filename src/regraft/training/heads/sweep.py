@@ -108,9 +108,9 @@ def sweep_heads(
         return None
     generator = torch.Generator().manual_seed(seed)
     folds = torch.randperm(len(batches.dataset), generator=generator)[: photos // FOLDS * FOLDS].view(FOLDS, -1)
-    learned = torch.stack([torch.cat([*folds[:fold], *folds[fold + 1 :]]) for fold in range(FOLDS)])
+    train_rows = torch.stack([torch.cat([*folds[:fold], *folds[fold + 1 :]]) for fold in range(FOLDS)])
     with preserved_randomness(seed):
-        tried, heads = _first_heads(live, batches, learned, decays, may_start_from_ridge=may_start_from_ridge)
+        tried, heads = _initial_heads(live, batches, train_rows, decays, may_start_from_ridge=may_start_from_ridge)
     optimizer = _AdamW(heads, tried, undecayed_names(live, ("bias", "norm")))
     loss = copy.deepcopy(criterion) if isinstance(criterion, nn.Module) else criterion
 
@@ -130,7 +130,7 @@ def sweep_heads(
     try:
         with preserved_randomness(seed):
             live.train()
-            steps = list(_steps(learned, batches.batch_size, min(epochs, MAX_EPOCHS), generator))
+            steps = list(_steps(train_rows, batches.batch_size, min(epochs, MAX_EPOCHS), generator))
             for step, rows in enumerate(steps):
                 draws = torch.randint(2**62, rows.shape, generator=generator)
                 losses_of(rows, draws).sum().backward()
@@ -162,17 +162,17 @@ def _simplest(tried: tuple[Choice, ...], losses: torch.Tensor) -> int:
     return min(near, key=lambda number: tried[number].lr, default=best)
 
 
-def _first_heads(
+def _initial_heads(
     live: nn.Module,
     batches: FeatureBatches,
-    learned: torch.Tensor,
+    train_rows: torch.Tensor,
     decays: tuple[float, ...],
     *,
     may_start_from_ridge: bool,
 ) -> tuple[tuple[Choice, ...], dict[str, torch.Tensor]]:
     """Return the choices, and the initial parameters (F, P, …) of the heads for F folds and P choices."""
-    drawn = [_first_weights(live, fold) for fold in range(FOLDS)]
-    solved = [ridge_start(live, batches, rows) for rows in learned] if may_start_from_ridge else [None]
+    drawn = [_initial_weights(live, fold) for fold in range(FOLDS)]
+    solved = [ridge_start(live, batches, rows) for rows in train_rows] if may_start_from_ridge else [None]
     by_fold = [[weights] for weights in drawn]
     if None not in solved:
         by_fold = [[weights, start] for weights, start in zip(drawn, solved, strict=True)]
@@ -217,7 +217,7 @@ def ridge_start(live: nn.Module, batches: FeatureBatches, rows: torch.Tensor) ->
     return {f"{path}.weight".lstrip("."): weight, f"{path}.bias".lstrip("."): bias}
 
 
-def _first_weights(live: nn.Module, number: int) -> dict[str, torch.Tensor]:
+def _initial_weights(live: nn.Module, number: int) -> dict[str, torch.Tensor]:
     """Return the trainable parameters as they are (number 0), or reset if their layers have `reset_parameters`."""
     trainable = {name for name, parameter in live.named_parameters() if parameter.requires_grad}
     if number == 0:

@@ -45,8 +45,8 @@ class RunFolder:
         if LOCK in names:  # fails here, before any data is read, if another run holds it
             self._acquire_lock().release()
         if names - {LOCK} and not overwrite and not continues:
-            onward = f", or go on with what stopped there: regraft train --resume {path}" if STATES in names else ""
-            raise ConfigError(f"'{path}' exists and is not empty. Choose another --out, or pass --overwrite{onward}.")
+            hint = f", or go on with what stopped there: regraft train --resume {path}" if STATES in names else ""
+            raise ConfigError(f"'{path}' exists and is not empty. Choose another --out, or pass --overwrite{hint}.")
 
     @property
     def checkpoint(self) -> Path:
@@ -85,7 +85,7 @@ class RunFolder:
                 for folder in created:
                     folder.rmdir()
 
-    def keep_model(self, model: nn.Module, config: TrainConfig) -> None:
+    def save_model(self, model: nn.Module, config: TrainConfig) -> None:
         """Save the best model so far, with the configuration."""
         save(model, self.checkpoint)
         with self._writing():
@@ -95,7 +95,7 @@ class RunFolder:
                 self.has_stale_results = False
             write_config(config, self.path / CONFIG)
 
-    def keep_history(self, history: Sequence[EpochRecord]) -> None:
+    def save_history(self, history: Sequence[EpochRecord]) -> None:
         """Write the metrics of all epochs so far as CSV."""
         rows = [record.to_row() for record in history]
         with (

@@ -28,7 +28,7 @@ from regraft.training.setup import TrainSetup
 from regraft.training.train_data import TrainData
 
 FORMAT = 1
-FREE = {"data", "out", "workers", "checkpoint_minutes", "keep_last", "max_unreadable"}  # change no weight
+FREE_OPTIONS = {"data", "out", "workers", "checkpoint_minutes", "keep_last", "max_unreadable"}  # change no weight
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class SavedRun:
             ConfigError: The options differ from those of the run.
         """
         requested, saved = config.model_dump(mode="json"), self.config.model_dump(mode="json")
-        if differing := [name for name in requested if name not in FREE and requested[name] != saved[name]]:
+        if differing := [name for name in requested if name not in FREE_OPTIONS and requested[name] != saved[name]]:
             differences = "; ".join(f"{name} was {saved[name]!r}, is {requested[name]!r}" for name in differing)
             raise ConfigError(
                 f"the run in '{self.path.parent.parent}' has other options: {differences}. Continue it with its own, "
