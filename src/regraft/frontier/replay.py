@@ -70,19 +70,20 @@ class Boundary:
 class Recording(nn.Module):
     """The prefix: from a network's inputs to the arguments of its first live layer, as a tuple of tensors.
 
-    Its submodules, parameters and buffers are the constant ones of the network.
+    Its submodules are the constant layers before the cut. Its own parameters and buffers are those that the network and
+    the layers around the cut own directly, as their forwards may read them.
     """
 
     def __init__(self, model: nn.Module, boundary: Boundary) -> None:
         super().__init__()
-        # In a tuple, so that the network is no submodule: its live parameters are not part of the prefix, whose digest
-        # names the cached features.
+        # In a tuple, so that the network is no submodule: the digest of the prefix, which names the cached features,
+        # must not depend on live layers.
         self._held = (model,)
         self.boundary = boundary
         for path in boundary.stubs:
             self.add_module(path.replace(".", "/"), model.get_submodule(path))
-        around = [model, *(model.get_submodule(path) for path in ancestors(boundary.layer))]
-        for depth, layer in enumerate(around):
+        enclosing = [model, *(model.get_submodule(path) for path in ancestors(boundary.layer))]
+        for depth, layer in enumerate(enclosing):
             prefix = f"{depth}/" if depth else ""
             for name, parameter in layer.named_parameters(recurse=False):
                 self.register_parameter(prefix + name, parameter)
