@@ -156,8 +156,8 @@ def _photos_below(folder: Path, parents: tuple[Path, ...], seen: set[str]) -> li
             folders.clear()
             continue
         seen.add(resolved)
-        folders[:] = sorted(name for name in folders if not _is_system_file(name))
-        photos += [Path(parent, name) for name in sorted(files) if not _is_system_file(name)]
+        folders[:] = sorted(name for name in folders if not _is_ignored(name))
+        photos += [Path(parent, name) for name in sorted(files) if not _is_ignored(name)]
         links += [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
     for link in links:
         target = link.resolve()
@@ -166,8 +166,8 @@ def _photos_below(folder: Path, parents: tuple[Path, ...], seen: set[str]) -> li
     return photos
 
 
-def _is_system_file(name: str) -> bool:
-    """Return whether a file or folder is hidden, or written by an operating system."""
+def _is_ignored(name: str) -> bool:
+    """Return whether a file or folder is hidden or a system file."""
     return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
@@ -198,7 +198,7 @@ def _find(root: Path, names: Sequence[str]) -> Path | None:
 
 
 def _subfolders(root: Path) -> list[Path]:
-    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not _is_system_file(entry.name))
+    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not _is_ignored(entry.name))
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:

@@ -156,7 +156,7 @@ def loader(photos: Photos, batch_size: int, *, shuffle_seed: int | None = None, 
 
 
 def leaves_one(count: int, batch_size: int) -> bool:
-    """Return whether the last batch has a single item, on which batch norm cannot be trained."""
+    """Return whether the last of several batches has a single item, on which batch norm cannot be trained."""
     return count > batch_size and count % batch_size == 1
 
 

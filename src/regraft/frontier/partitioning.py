@@ -65,7 +65,7 @@ class Cut:
 
     @property
     def place(self) -> str:
-        """Where it is computed, in words."""
+        """The layer or value that computes it, as text."""
         return f"'{self.layer}'" if self.layer else f"'{self.name}' in its forward"
 
     @property

@@ -1,4 +1,4 @@
-"""Stubs for the constant layers of a replay, and nested arguments taken apart into tensors and the rest.
+"""Stubs for the constant layers of a replay, and nested arguments split into tensors and structure.
 
 A stub returns NaN of the right shape and computes nothing. NaN survives nearly all arithmetic, so a forward that uses
 the output of a stubbed layer gives an output that differs from the network's, which the check after a split notices.
@@ -82,7 +82,7 @@ def placeholder(shape: Any, dtype: torch.dtype, device: torch.device) -> torch.T
 
 
 def flatten_call(call: Any) -> tuple[tuple[torch.Tensor, ...], Form]:
-    """Take nested arguments apart into their tensors and their form; `unflatten_call` puts them together again."""
+    """Split nested arguments into their tensors and their form; `unflatten_call` is the inverse."""
     leaves, structure = tree_flatten(call)
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
     return tensors, (structure, tuple(_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves))

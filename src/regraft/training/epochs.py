@@ -76,7 +76,7 @@ def train(run: Run, saved_run: SavedRun | None) -> FitResult:
         resumed_from=saved_run.path if saved_run is not None else None,
     )
     reader = FaultTolerantReader.of(first_data, config, run.progress)
-    with state_writer, run.signals.patient():
+    with state_writer, run.signals.deferred():
         try:
             if saved_run is None:
                 _save_state(run, state_writer)
@@ -94,7 +94,7 @@ def train(run: Run, saved_run: SavedRun | None) -> FitResult:
             raise type(error)(f"{error} {_resume_hint(run)}") from error
     setup, best = run.setup, run.run_state.best
     assert best is not None
-    best.put_back(setup.model)
+    best.load_into(setup.model)
     return FitResult(
         model=in_mode(setup.model, False),
         plan=setup.plan,
@@ -257,7 +257,7 @@ def _load_best(run: Run) -> None:
     best = run.run_state.best
     if best is None:
         return
-    best.put_back(run.setup.model)
+    best.load_into(run.setup.model)
     if run.folder is not None and run.kept_epoch != best.epoch:
         _save_results(run, has_new_model=True)
 

@@ -107,7 +107,7 @@ def fit(
     with preserved_randomness(config.seed), Signals() as signals:
         listing = list_if_folder(data, config)
         check_options(config, listing.task if listing and loss is None else None, trust_code=trust_code)
-        with folder.held() if folder is not None else nullcontext():
+        with folder.locked() if folder is not None else nullcontext():
             with unchanged_on_failure(model):
                 setup = _prepare(
                     model, data, listing, loss, with_resolved_options, run_state, progress, trust_code=trust_code

@@ -59,7 +59,7 @@ class RunFolder:
         return self.path / STATES
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Lock the folder for the block; folders that it created and that are still empty are removed afterwards.
 
         Raises:

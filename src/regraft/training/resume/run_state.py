@@ -38,7 +38,7 @@ class Best:
     paths: tuple[Path, ...]
     tensors: dict[str, torch.Tensor]
 
-    def put_back(self, model: nn.Module) -> None:
+    def load_into(self, model: nn.Module) -> None:
         """Copy these weights into the model."""
         slots = model.state_dict(keep_vars=True)
         with torch.no_grad():

@@ -47,7 +47,7 @@ class Signals:
             raise self.interrupted("Nothing was written.") from error
 
     @contextlib.contextmanager
-    def patient(self) -> Iterator[None]:
+    def deferred(self) -> Iterator[None]:
         """Defer the first signal inside the block until `stop_if_requested`."""
         self.is_deferring = True
         try:
