@@ -127,5 +127,5 @@ def test_what_a_killed_process_was_writing_is_deleted_and_nothing_else(tmp_path:
     others = {".tmp", "tmpaB3xYz", "notes.tmp", ".tmpaB3xYz.txt"}
     for name in (*unfinished, *others):
         (tmp_path / name).write_text("")
-    with RunFolder(tmp_path, overwrite=True).held():
+    with RunFolder(tmp_path, overwrite=True).locked():
         assert {child.name for child in tmp_path.iterdir()} == others | {LOCK}

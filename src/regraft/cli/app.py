@@ -1,4 +1,4 @@
-"""The command `regraft`. Importing this is cheap: each command imports what it needs when it runs."""
+"""The command `regraft`. Importing this module is cheap: each command imports its libraries when it runs."""
 
 import io
 import sys
@@ -48,7 +48,7 @@ def options(
 
 def main() -> None:
     """Run the command line."""
-    for stream in (sys.stdout, sys.stderr):  # file names may hold what the terminal's encoding does not
+    for stream in (sys.stdout, sys.stderr):  # file names may have characters that the terminal's encoding lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     app()

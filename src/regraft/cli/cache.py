@@ -1,4 +1,4 @@
-"""`regraft cache`: what is kept between runs."""
+"""`regraft cache`: list or clear the features that are kept between runs."""
 
 from typing import Annotated, Any
 
@@ -7,7 +7,7 @@ from typer import Option, Typer
 from regraft.cli.output import guarded, say, say_json, say_table
 
 cache = Typer(
-    help="List or clear what was computed once and is kept for the next run.",
+    help="List or clear the features and photos that are cached between runs.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -16,7 +16,7 @@ cache = Typer(
 @cache.command("list")
 @guarded
 def list_entries(as_json: Annotated[bool, Option("--json", help="Print the list as JSON.")] = False) -> None:
-    """List what is kept, the least recently used first.
+    """List the cache entries, the least recently used first.
 
     Example: regraft cache list
     """
@@ -44,8 +44,8 @@ def list_entries(as_json: Annotated[bool, Option("--json", help="Print the list 
 
 @cache.command("clear")
 @guarded
-def clear(as_json: Annotated[bool, Option("--json", help="Print what was freed as JSON.")] = False) -> None:
-    """Delete everything that is kept; the next run computes it anew.
+def clear(as_json: Annotated[bool, Option("--json", help="Print the freed bytes as JSON.")] = False) -> None:
+    """Delete all cache entries; the next run computes them again.
 
     Example: regraft cache clear
     """

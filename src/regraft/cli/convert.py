@@ -1,4 +1,4 @@
-"""`regraft convert`: turn a file of weights of others into safetensors."""
+"""`regraft convert`: convert weights of other libraries to safetensors."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,29 +10,29 @@ from regraft.cli.output import guarded, require, say, say_json, say_lines
 
 @guarded
 def convert(
-    file: Annotated[Path, Argument(help="A file of weights: .pth, .ckpt, .npz, TorchScript, an index of parts, …")],
-    out: Annotated[Path, Argument(help="The file to write, as in weights.safetensors.")],
+    file: Annotated[Path, Argument(help="A weights file: .pth, .ckpt, .npz, TorchScript, an index of shards, …")],
+    out: Annotated[Path, Argument(help="Output file, as in weights.safetensors.")],
     model: Annotated[
         str | None,
-        Option(help="Name of the network (resnet18, timm/NAME, py:FILE:Class), for a checkpoint with its recipe."),
+        Option(help="Model name (resnet18, timm/NAME, py:FILE:Class), to write a checkpoint with its recipe."),
     ] = None,
     rename: Annotated[
         list[str] | None, Option(help=r"OLD=NEW, regular expressions, as in 'encoder\.(.*)=backbone.\1'. Repeatable.")
     ] = None,
-    match: Annotated[str, Option(help="names, or shapes: pair by order and shape where no names fit.")] = "names",
+    match: Annotated[str, Option(help="names, or shapes: match by order and shape if names do not fit.")] = "names",
     entry: Annotated[
-        str | None, Option("--entry", "--ema", help="Key of the state dict to take, as in ema or teacher.")
+        str | None, Option("--entry", "--ema", help="Key of the state dict to use, as in ema or teacher.")
     ] = None,
-    accept: Annotated[str, Option(help="How sure a pair must be: certain, likely or guess.")] = "certain",
+    accept: Annotated[str, Option(help="Minimum confidence of a match: certain, likely or guess.")] = "certain",
     tensors_only: Annotated[
-        bool, Option("--tensors-only", help="Take the tensors out of a whole pickled module; run nothing of it.")
+        bool, Option("--tensors-only", help="Extract the tensors of a pickled module, without running its code.")
     ] = False,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace a file that is there.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing file.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Show the mapping; write nothing.")] = False,
-    trust_code: Annotated[bool, Option("--trust-code", help="Import a class of your own (py:…).")] = False,
+    trust_code: Annotated[bool, Option("--trust-code", help="Allow the import of custom code (py:…).")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Convert a file of weights of others to safetensors, without running anything in it.
+    """Convert weights of other libraries to safetensors, without running code in the file.
 
     Example: regraft convert resnet18_ddp.pth resnet18.safetensors --model resnet18
     """

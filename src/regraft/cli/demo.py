@@ -1,4 +1,4 @@
-"""`regraft demo`: what a trained network is worth, on data that comes with the dependencies."""
+"""`regraft demo`: transfer learning against training from scratch, on the digits of scikit-learn."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,10 +11,10 @@ from regraft.cli.output import ConsoleProgress, guarded, require, say, say_json,
 @guarded
 def demo(
     out: Annotated[Path, Option(help="Folder for images, checkpoint, plots and report.")] = Path("regraft-demo"),
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace what is in that folder.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the contents of that folder.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Train on the digits 0-4, then learn 5-9 from 1 to 20 images each, in four ways.
+    """Train on the digits 0-4, then learn 5-9 from 1 to 20 images each, with four methods.
 
     Example: regraft demo --out regraft-demo
     """

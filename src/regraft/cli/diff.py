@@ -1,4 +1,4 @@
-"""`regraft diff`: what changed between two files of weights."""
+"""`regraft diff`: differences between two weights files."""
 
 from typing import Annotated
 
@@ -9,19 +9,19 @@ from regraft.cli.output import guarded, say, say_json
 
 @guarded
 def diff(
-    a: Annotated[str, Argument(help="A checkpoint, or any file of weights.")],
-    b: Annotated[str, Argument(help="Another.")],
+    a: Annotated[str, Argument(help="A checkpoint, or any weights file.")],
+    b: Annotated[str, Argument(help="The file to compare with.")],
     as_json: Annotated[bool, Option("--json", help="Print the comparison as JSON.")] = False,
 ) -> None:
-    """Compare two files of weights tensor by tensor.
+    """Compare two weights files tensor by tensor.
 
     Example: regraft diff base.safetensors tuned.safetensors
     """
     from regraft.checkpoint import diff as compare
 
-    found = compare(a, b)
+    comparison = compare(a, b)
     if as_json:
-        say_json(found.to_dict())
+        say_json(comparison.to_dict())
         return
-    for line in str(found).splitlines():
+    for line in str(comparison).splitlines():
         say(line)

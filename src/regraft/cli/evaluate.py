@@ -1,4 +1,4 @@
-"""`regraft evaluate`: how good a saved model is on labelled photos."""
+"""`regraft evaluate`: metrics of a saved model on labelled photos."""
 
 from typing import Annotated
 
@@ -10,33 +10,33 @@ from regraft.cli.output import ConsoleProgress, guarded, say, say_json, say_tabl
 
 @guarded
 def evaluate(
-    checkpoint: Annotated[str, Argument(help="A file that `regraft train` or regraft.save wrote.")],
-    data: Annotated[str, Argument(help="Folder with a folder per class, or one that holds val/; or a .csv table.")],
-    batch_size: Annotated[int, Option(help="Photos at a time.", min=1)] = 32,
+    checkpoint: Annotated[str, Argument(help="A checkpoint of `regraft train` or regraft.save.")],
+    data: Annotated[str, Argument(help="Folder with a folder per class, or with val/; or a .csv table.")],
+    batch_size: Annotated[int, Option(help="Photos per batch.", min=1)] = 32,
     device: Annotated[str, Option(help="auto, cpu, cuda, …")] = "auto",
     base: BaseOption = None,
-    trust_code: Annotated[bool, Option("--trust-code", help="Import a class of your own (py:…).")] = False,
+    trust_code: Annotated[bool, Option("--trust-code", help="Allow the import of custom code (py:…).")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:
-    """Measure a saved model on labelled photos.
+    """Evaluate a saved model on labelled photos.
 
     Example: regraft evaluate runs/photos-1/model.safetensors photos/
     """
     from regraft.checkpoint import load
-    from regraft.training.inference import evaluate as measure
+    from regraft.training.inference import evaluate as evaluate_model
 
     model = load(checkpoint, base=base, trust_code=trust_code)
-    metrics = measure(model, data, batch_size=batch_size, device=device, progress=ConsoleProgress())
+    metrics = evaluate_model(model, data, batch_size=batch_size, device=device, progress=ConsoleProgress())
     if as_json:
         say_json(metrics.to_dict())
         return
     say(metrics.headline())
     if metrics.per_class:
-        names = [found.name for found in metrics.per_class]
+        names = [entry.name for entry in metrics.per_class]
         say()
         rows = [
-            (found.name, f"{found.precision:.3f}", f"{found.recall:.3f}", f"{found.f1:.3f}", str(found.count))
-            for found in metrics.per_class
+            (entry.name, f"{entry.precision:.3f}", f"{entry.recall:.3f}", f"{entry.f1:.3f}", str(entry.count))
+            for entry in metrics.per_class
         ]
         say_table(("class", "precision", "recall", "F1", "photos"), rows, (False, True, True, True, True))
         say()

@@ -1,4 +1,4 @@
-"""`regraft inspect`: the layers of a network or of a saved model."""
+"""`regraft inspect`: the layers of a model or checkpoint."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
 
 @guarded
 def inspect(
-    model: Annotated[str, Argument(help="A name (resnet18, timm/NAME, py:FILE:Class) or a checkpoint file.")],
+    model: Annotated[str, Argument(help="Model name (resnet18, timm/NAME, py:FILE:Class) or checkpoint file.")],
     depth: Annotated[int | None, Option(help="Levels of layers to show. [default: all]", min=0)] = None,
     input_size: Annotated[
         str | None,
-        Option(help="Shape of the input, batch included: 1,3,224,224; several with ';'. [default: the model's own]"),
+        Option(help="Input shape with batch dimension: 1,3,224,224; several with ';'. [default: the model's own]"),
     ] = None,
-    plan: Annotated[bool, Option("--plan", help="Print it as a plan: source, edits and freezing as TOML.")] = False,
-    source: Annotated[bool, Option("--source", help="Print it as PyTorch source that runs without regraft.")] = False,
+    plan: Annotated[bool, Option("--plan", help="Print a plan: source, edits and freezing as TOML.")] = False,
+    source: Annotated[bool, Option("--source", help="Print PyTorch source code that runs without regraft.")] = False,
     verify: Annotated[
-        bool, Option("--verify", help="Read a checkpoint's tensors too, and its base's, and check their digests.")
+        bool, Option("--verify", help="Also read the tensors of a checkpoint and its base, and check their digests.")
     ] = False,
-    trust_code: Annotated[bool, Option("--trust-code", help="Import a class of your own (py:…).")] = False,
+    trust_code: Annotated[bool, Option("--trust-code", help="Allow the import of custom code (py:…).")] = False,
     as_json: Annotated[bool, Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Show the layers of a network: shapes, parameters, multiply-adds, and what is frozen.
+    """Show the layers of a model: shapes, parameters, multiply-adds, and frozen state.
 
     Example: regraft inspect resnet18 --depth 1
     """
@@ -42,18 +42,18 @@ def inspect(
         from regraft.checkpoint import load
         from regraft.surgery import to_source
 
-        maker = load if _is_checkpoint(model) else build  # its constants become part of the source
+        maker = load if _is_checkpoint(model) else build  # with weights, as its constants become part of the source
         say_lines(to_source(maker(model, trust_code=trust_code)))
         return
     if _is_checkpoint(model):
         _inspect_checkpoint(Path(model), size, depth, verify=verify, trust_code=trust_code, as_json=as_json)
         return
     require(not verify, f"'{model}' is no checkpoint, so there is nothing to verify.")
-    found = summary(build(model, trust_code=trust_code), size, depth)
+    model_summary = summary(build(model, trust_code=trust_code), size, depth)
     if as_json:
-        say_json(found.to_dict())
+        say_json(model_summary.to_dict())
     else:
-        say_lines(str(found))
+        say_lines(str(model_summary))
 
 
 def _inspect_checkpoint(
@@ -70,11 +70,11 @@ def _inspect_checkpoint(
     if verify:
         resolve(path)
     try:
-        found, problem = summary(load_outline(path, trust_code=trust_code), size, depth), None
-    except TrustError as error:  # everything but the layers can be shown without running anybody's code
-        found, problem = None, str(error)
+        model_summary, problem = summary(load_outline(path, trust_code=trust_code), size, depth), None
+    except TrustError as error:  # everything except the layers can be shown without running custom code
+        model_summary, problem = None, str(error)
     if as_json:
-        layers = found.to_dict() if found else {"layers": [], "problem": problem}
+        layers = model_summary.to_dict() if model_summary else {"layers": [], "problem": problem}
         say_json({**layers, "checkpoint": header.model_dump(mode="json")})
         return
     for line in _describe(header):
@@ -82,7 +82,7 @@ def _inspect_checkpoint(
     if verify:
         say("verified   every tensor is what was saved")
     say()
-    say_lines(str(found) if found else f"layers     not shown: {problem}")
+    say_lines(str(model_summary) if model_summary else f"layers     not shown: {problem}")
 
 
 def _is_checkpoint(model: str) -> bool:

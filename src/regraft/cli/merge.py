@@ -1,4 +1,4 @@
-"""`regraft merge`: a delta and its base become a full checkpoint."""
+"""`regraft merge`: merge a delta with its base into a full checkpoint."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,19 +8,20 @@ from typer import Argument, Option
 from regraft.cli.output import guarded, require, say, say_json
 
 BaseOption = Annotated[
-    str | None, Option("--base", help="A delta's base: a file, a folder with it, or NAME@WEIGHTS. [default: beside it]")
+    str | None,
+    Option("--base", help="Base of a delta: a file, its folder, or NAME@WEIGHTS. [default: next to the delta]"),
 ]
 
 
 @guarded
 def merge(
-    delta: Annotated[Path, Argument(help="A checkpoint that holds what differs from a base.")],
-    out: Annotated[Path, Option(help="The file to write, as in full.safetensors.")],
+    delta: Annotated[Path, Argument(help="A checkpoint that stores only the differences from a base.")],
+    out: Annotated[Path, Option(help="Output file, as in full.safetensors.")],
     base: BaseOption = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace a file that is there.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing file.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Make a full checkpoint of a delta: one that needs no base any more.
+    """Merge a delta with its base into a full checkpoint, which needs no base.
 
     Example: regraft merge ants.safetensors --out full.safetensors
     """

@@ -1,4 +1,4 @@
-"""`regraft models`: the names of known networks."""
+"""`regraft models`: the names of available models."""
 
 from typing import Annotated
 
@@ -9,10 +9,10 @@ from regraft.cli.output import guarded, say, say_json
 
 @guarded
 def models(
-    pattern: Annotated[str, Argument(help="Part of a name, or a glob.")] = "*",
+    pattern: Annotated[str, Argument(help="Part of a name, or a glob pattern.")] = "*",
     as_json: Annotated[bool, Option("--json", help="Print the names as JSON.")] = False,
 ) -> None:
-    """List the networks that can be named.
+    """List the available models.
 
     Example: regraft models 'timm/vit_*'
     """

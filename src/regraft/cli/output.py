@@ -1,4 +1,4 @@
-"""The only file that prints: results on standard output, everything else on standard error."""
+"""The only module that prints: results on standard output, everything else on standard error."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 INTERRUPTED = 130
-WRONG_PATHS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)  # what only another path can mend
+WRONG_PATHS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)  # errors that only another path can fix
 _RESULTS: ContextVar[TextIO] = ContextVar("results")
 
 
 class ConsoleProgress(Progress):
-    """Prints lines on standard error, and draws a bar for each long step where that is a terminal."""
+    """Prints lines on standard error, and draws a progress bar for long steps if it is a terminal."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -36,7 +36,7 @@ class ConsoleProgress(Progress):
         self._console.print(printable(line), markup=False, soft_wrap=True)
 
     def track(self, items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-        """Draw a bar that disappears when it is full; nothing where standard error is no terminal."""
+        """Draw a bar that disappears when it is full; nothing if standard error is not a terminal."""
         if not self._console.is_terminal:
             yield from items
             return
@@ -78,7 +78,7 @@ def say_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequenc
 
 
 def printable(text: str) -> str:
-    r"""Escape what would break a line or a terminal: line breaks, control characters, undecodable bytes.
+    r"""Escape characters that would break a line or a terminal: line breaks, control characters, undecodable bytes.
 
     >>> printable("caf\u00e9\n\udcff")
     'café\\n\\udcff'
@@ -91,7 +91,7 @@ def printable(text: str) -> str:
 def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Turn the errors of a command into one line on standard error and an exit code.
 
-    What others print meanwhile (torch.hub about its downloads, a model of the user's own) goes to standard error too.
+    Output of other code meanwhile (torch.hub during downloads, a custom model) goes to standard error too.
     """
 
     @functools.wraps(command)
@@ -102,23 +102,23 @@ def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Resul
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 result = command(*args, **kwargs)
-            print(end="", flush=True)  # here, where a pipe that nobody reads any more is no surprise
+            print(end="", flush=True)  # flush here, where a closed pipe is handled
             return result
         except RegraftError as error:
-            _complain(f"error: {error}")
+            _print_error(f"error: {error}")
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as interruption:
-            _complain(str(interruption) or "stopped by Ctrl-C. Nothing was written.")
+            _print_error(str(interruption) or "stopped by Ctrl-C. Nothing was written.")
             raise typer.Exit(getattr(interruption, "exit_code", INTERRUPTED)) from interruption
-        except BrokenPipeError as error:  # whoever reads our output has seen enough, as with `| head`
+        except BrokenPipeError as error:  # the reader has closed the pipe, as with `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
             raise typer.Exit(0) from error
-        except OSError as error:  # a disk that is full, a folder that may not be read
+        except OSError as error:  # a full disk, missing permissions
             if error.errno in WRONG_PATHS:
                 name, reason = str(error.filename)[:60], str(error.strerror)
-                _complain(f"error: '{name}' cannot be used as a path: {reason}. Give another.")
+                _print_error(f"error: '{name}' cannot be used as a path: {reason}. Give another.")
                 raise typer.Exit(InputError.exit_code) from error
-            _complain(f"error: {error}")
+            _print_error(f"error: {error}")
             raise typer.Exit(RegraftError.exit_code) from error
         finally:
             _RESULTS.reset(token)
@@ -127,10 +127,10 @@ def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Resul
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise an error about the options where a condition does not hold."""
+    """Raise an error about the options unless a condition holds."""
     if not condition:
         raise InputError(message)
 
 
-def _complain(line: str) -> None:
+def _print_error(line: str) -> None:
     print("\n".join(printable(part) for part in line.splitlines()), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`regraft predict`: what photos show."""
+"""`regraft predict`: classify photos."""
 
 import csv
 from typing import Annotated
@@ -11,13 +11,13 @@ from regraft.cli.output import ConsoleProgress, guarded, require, results, say_j
 
 @guarded
 def predict(
-    checkpoint: Annotated[str, Argument(help="A file that `regraft train` or regraft.save wrote.")],
+    checkpoint: Annotated[str, Argument(help="A checkpoint of `regraft train` or regraft.save.")],
     images: Annotated[list[str], Argument(help="Photos, or folders of photos.")],
-    top: Annotated[int, Option(help="How many classes to list for each photo.", min=1)] = 3,
-    batch_size: Annotated[int, Option(help="Photos at a time.", min=1)] = 32,
+    top: Annotated[int, Option(help="Number of classes to list for each photo.", min=1)] = 3,
+    batch_size: Annotated[int, Option(help="Photos per batch.", min=1)] = 32,
     device: Annotated[str, Option(help="auto, cpu, cuda, …")] = "auto",
     base: BaseOption = None,
-    trust_code: Annotated[bool, Option("--trust-code", help="Import a class of your own (py:…).")] = False,
+    trust_code: Annotated[bool, Option("--trust-code", help="Allow the import of custom code (py:…).")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the predictions as JSON.")] = False,
     as_csv: Annotated[bool, Option("--csv", help="Print the predictions as CSV.")] = False,
 ) -> None:
@@ -27,27 +27,37 @@ def predict(
     """
     require(not (as_json and as_csv), "--json and --csv exclude each other. Pass one of them.")
     from regraft.checkpoint import load
-    from regraft.training.inference import predict as ask
+    from regraft.training.inference import predict as predict_images
 
     model = load(checkpoint, base=base, trust_code=trust_code)
-    found = ask(model, images, top=top, batch_size=batch_size, device=device, progress=ConsoleProgress())
+    predictions = predict_images(
+        model, images, top=top, batch_size=batch_size, device=device, progress=ConsoleProgress()
+    )
     if as_json:
-        say_json([prediction.to_dict() for prediction in found])
+        say_json([prediction.to_dict() for prediction in predictions])
     elif as_csv:
         writer = csv.writer(results())
-        writer.writerow(("path", "label", "probability") if found[0].label is not None else ("path", "value"))
-        for one in found:
-            writer.writerow((one.path, one.label, one.probability) if one.label is not None else (one.path, one.value))
-    elif found[0].label is None:
-        say_table(("path", "value"), [(str(one.path), f"{one.value:.6g}") for one in found], (False, True))
+        writer.writerow(("path", "label", "probability") if predictions[0].label is not None else ("path", "value"))
+        for prediction in predictions:
+            writer.writerow(
+                (prediction.path, prediction.label, prediction.probability)
+                if prediction.label is not None
+                else (prediction.path, prediction.value)
+            )
+    elif predictions[0].label is None:
+        say_table(
+            ("path", "value"),
+            [(str(prediction.path), f"{prediction.value:.6g}") for prediction in predictions],
+            (False, True),
+        )
     else:
         rows = [
             (
-                str(one.path),
-                str(one.label),
-                f"{one.probability:.3f}",
-                ", ".join(f"{label} {probability:.3f}" for label, probability in one.top[1:]),
+                str(prediction.path),
+                str(prediction.label),
+                f"{prediction.probability:.3f}",
+                ", ".join(f"{label} {probability:.3f}" for label, probability in prediction.top[1:]),
             )
-            for one in found
+            for prediction in predictions
         ]
         say_table(("path", "label", "probability", "next"), rows, (False, False, True, False))

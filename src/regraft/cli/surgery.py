@@ -1,4 +1,4 @@
-"""`regraft surgery`: cut a network, put layers in and on top, freeze, and save what comes out."""
+"""`regraft surgery`: remove, insert and append layers, freeze, and save the result."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,41 +15,45 @@ if TYPE_CHECKING:
 @guarded
 def surgery(
     model: Annotated[
-        str | None, Argument(help="A name (resnet18, timm/NAME, py:FILE:Class) or a checkpoint file.")
+        str | None, Argument(help="Model name (resnet18, timm/NAME, py:FILE:Class) or checkpoint file.")
     ] = None,
     layers: Annotated[list[str] | None, Argument(help="More layers to append, after those of --append.")] = None,
     plan: Annotated[Path | None, Option(help="TOML file with source, edits and freezing; options add to it.")] = None,
     weights: Annotated[str | None, Option(help="default, none, a registered name, or a file.")] = None,
-    replace_stem: Annotated[int | None, Option(help="Number of input channels.")] = None,
-    truncate_after: Annotated[str | None, Option(help="Delete all that comes after this layer.")] = None,
-    truncate_drop: Annotated[int | None, Option(help="Delete that many top-level layers from the end.")] = None,
-    remove: Annotated[list[str] | None, Option(help="Layer to take out. May be repeated.")] = None,
+    replace_stem: Annotated[
+        int | None, Option(help="Replace the first layer for this number of input channels.")
+    ] = None,
+    truncate_after: Annotated[str | None, Option(help="Delete everything after this layer.")] = None,
+    truncate_drop: Annotated[int | None, Option(help="Number of top-level layers to delete from the end.")] = None,
+    remove: Annotated[list[str] | None, Option(help="Layer to remove. May be repeated.")] = None,
     replace: Annotated[list[str] | None, Option(help="LAYER=NEW, as in 'type:ReLU=GELU()'. May be repeated.")] = None,
     insert_after: Annotated[list[str] | None, Option(help="LAYER=NEW, as in 'layer2=Dropout(0.1)'.")] = None,
     insert_before: Annotated[list[str] | None, Option(help="LAYER=NEW. May be repeated.")] = None,
-    append: Annotated[list[str] | None, Option(help="Layers on top, as in 'Linear(512,400)' 'ReLU()'.")] = None,
-    replace_head: Annotated[int | None, Option(help="Number of classes of a new head.")] = None,
+    append: Annotated[list[str] | None, Option(help="Layers to append, as in 'Linear(512,400)' 'ReLU()'.")] = None,
+    replace_head: Annotated[int | None, Option(help="Replace the head for this number of classes.")] = None,
     freeze: Annotated[
         list[str] | None, Option(help="Layers to freeze: path, glob, re:…, type:…, children[:6].")
     ] = None,
-    freeze_until: Annotated[str | None, Option(help="Freeze all up to and with this layer, as executed.")] = None,
-    out: Annotated[Path | None, Option(help="The file to write, as in edited.safetensors.")] = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace a file that is there.")] = False,
+    freeze_until: Annotated[
+        str | None, Option(help="Freeze up to and including this layer, in execution order.")
+    ] = None,
+    out: Annotated[Path | None, Option(help="Output file, as in edited.safetensors.")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing file.")] = False,
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Show the layers before and after; read and write nothing.")
+        bool, Option("--dry-run", help="Show the layers before and after; load no weights and write nothing.")
     ] = False,
     depth: Annotated[int, Option(help="Levels of layers that --dry-run shows.", min=0)] = 1,
-    trust_code: Annotated[bool, Option("--trust-code", help="Import a class of your own (py:…).")] = False,
+    trust_code: Annotated[bool, Option("--trust-code", help="Allow the import of custom code (py:…).")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Change a network: cut it, put layers in or on top, freeze a part, and save the result.
+    """Edit a model: remove, insert and append layers, freeze a part, and save the result.
 
-    Edits are made in the order in which the options are listed here; a plan's own come first.
+    Edits are applied in the order in which the options are listed here, after those of a plan.
 
     Example: regraft surgery resnet18 --truncate-drop 1 --append 'Linear(512,400)' 'ReLU()' 'Linear(400,300)'
     --freeze-until layer3.0 --out edited.safetensors
     """
-    given = {name: value for name, value in locals().items() if value is not None}
+    options = {name: value for name, value in locals().items() if value is not None}
     require(model is not None or plan is not None, "no network given: regraft surgery resnet18 …, or --plan FILE.")
     require(not layers or bool(append), f"'{(layers or [''])[0]}' follows no --append: --append LAYER LAYER …")
     require(dry_run or out is not None, "nowhere to write to. Pass --out FILE.safetensors, or --dry-run to only look.")
@@ -57,55 +61,55 @@ def surgery(
         require(out.suffix == ".safetensors", f"'{out}' does not end in .safetensors, the format that is written.")
         require(overwrite or not out.exists(), f"'{out}' exists. Choose another --out, or pass --overwrite.")
         require(out.parent.is_dir(), f"no folder '{out.parent}' to write '{out.name}' into. Make it first.")
-    whole = _plan(given)
+    whole = _plan(options)
     if dry_run:
         _show(whole, depth, trust_code=trust_code, as_json=as_json)
     else:
-        _write(whole, given["out"], trust_code=trust_code, as_json=as_json)
+        _write(whole, options["out"], trust_code=trust_code, as_json=as_json)
 
 
-def _plan(given: dict[str, Any]) -> "Plan":
-    """Read the plan that was given, if any, and let the options add to it."""
+def _plan(options: dict[str, Any]) -> "Plan":
+    """Read the plan, if any, and add the options to it."""
     from regraft.card import Step
     from regraft.checkpoint.plan import Freezing, Plan, read_plan
 
-    plan = read_plan(given["plan"]) if "plan" in given else Plan(source=given["model"])
+    plan = read_plan(options["plan"]) if "plan" in options else Plan(source=options["model"])
     freezing = Freezing(
-        layers=(*plan.freeze.layers, *given.get("freeze", ())), until=given.get("freeze_until", plan.freeze.until)
+        layers=(*plan.freeze.layers, *options.get("freeze", ())), until=options.get("freeze_until", plan.freeze.until)
     )
-    edits = [Step.model_validate({"operation": name, "arguments": arguments}) for name, arguments in _edits(given)]
+    edits = [Step.model_validate({"operation": name, "arguments": arguments}) for name, arguments in _edits(options)]
     changes: dict[str, Any] = {"edits": (*plan.edits, *edits), "freeze": freezing}
-    if "model" in given:
-        changes["source"] = given["model"]
-    if "weights" in given:
-        changes["weights"] = given["weights"]
+    if "model" in options:
+        changes["source"] = options["model"]
+    if "weights" in options:
+        changes["weights"] = options["weights"]
     return plan.model_copy(update=changes)
 
 
-def _edits(given: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """List the edits that the options ask for, in the order in which they are made."""
-    if "replace_stem" in given:
-        yield "replace_stem", {"channels": given["replace_stem"]}
-    ends = {"after": given.get("truncate_after"), "drop": given.get("truncate_drop")}
+def _edits(options: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the edits of the options, in the order in which they are applied."""
+    if "replace_stem" in options:
+        yield "replace_stem", {"channels": options["replace_stem"]}
+    ends = {"after": options.get("truncate_after"), "drop": options.get("truncate_drop")}
     if any(value is not None for value in ends.values()):
         yield "truncate", {name: value for name, value in ends.items() if value is not None}
-    for path in given.get("remove", ()):
+    for path in options.get("remove", ()):
         yield "remove", {"path": path}
     for option, operation, where in (
         ("replace", "replace", "path"),
         ("insert_after", "insert", "after"),
         ("insert_before", "insert", "before"),
     ):
-        for text in given.get(option, ()):
+        for text in options.get(option, ()):
             path, separator, layer = text.partition("=")
             is_pair = bool(separator and path and layer)
             require(is_pair, f"'{text}' is not of the form LAYER=NEW, as in 'layer2=Dropout(0.1)'.")
             yield operation, {where: path, "new": layer}
-    if "append" in given:
-        texts = [*given["append"], *given.get("layers", ())]
+    if "append" in options:
+        texts = [*options["append"], *options.get("layers", ())]
         yield "append", {"layers": [int(text) if text.isdecimal() else text for text in texts]}
-    if "replace_head" in given:
-        yield "replace_head", {"new": given["replace_head"]}
+    if "replace_head" in options:
+        yield "replace_head", {"new": options["replace_head"]}
 
 
 def _show(plan: "Plan", depth: int, *, trust_code: bool, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""Folders, files, pixels."""
+"""Data: listing of folders, decoding of files, transforms of pixels."""
 
 from regraft.data.decode import Unreadable
 from regraft.data.folders import Listing, Sample, list_data

@@ -1,4 +1,4 @@
-"""Files → pixels: decode, turn upright, convert, resize; and report which files cannot be read."""
+"""Decode image files: orient, convert and resize them, and report unreadable files."""
 
 import contextlib
 import os
@@ -18,10 +18,10 @@ from PIL import ExifTags, Image, ImageOps
 from regraft.card import Preprocessing
 from regraft.errors import DataError
 
-MAX_RATIO = 4  # of the sides; the middle of anything longer is kept, as the crop would anyway
-AHEAD = 64  # photos that are decoded before they are asked for
-REDUCTION = 2.0  # a JPEG is decoded at half, a quarter or an eighth where that is still as many times what is wanted
-TURNED_BY_A_QUARTER = (5, 6, 7, 8)  # EXIF orientations
+MAX_RATIO = 4  # of the sides; of longer images only the middle is kept, which the crop would cut out anyway
+AHEAD = 64  # photos that are decoded ahead
+REDUCTION = 2.0  # a JPEG is decoded at 1/2, 1/4 or 1/8 size if that is still this many times the target size
+QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -32,51 +32,51 @@ FILTERS = {
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A file that is not a readable image, and why."""
+    """A file that is not a readable image, with the reason."""
 
     path: Path
     reason: str
 
 
 def decode(source: Path | Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
-    """Read an image and resize it as `preprocessing` says; of one that is cropped to its middle, ends may be missing.
+    """Read an image and resize it for `preprocessing`; the ends of a long image that is center-cropped may be missing.
 
-    A JPEG that is more than twice too large is decoded at a reduced size, which is several times faster and as sharp.
-    EXIF orientation is applied, transparency is laid on white, 16-bit gray is scaled to 8 bits, the first frame of an
-    animation is taken, and CMYK and palettes are converted.
+    A JPEG of more than twice the target size is decoded at a reduced size, which is several times faster and as sharp.
+    EXIF orientation is applied, transparent images get a white background, 16-bit gray is scaled to 8 bits, of an
+    animation the first frame is used, and CMYK and palettes are converted.
 
     Returns:
         Pixels (C, H, W) as uint8.
 
     Raises:
-        DataError: The file cannot be read as an image; the message gives the reason alone.
+        DataError: The file cannot be read as an image; the message is the reason only.
     """
     try:
         if isinstance(source, Image.Image):
-            image, size = _plain(source, preprocessing.channels), None
+            image, size = _to_gray_or_rgb(source, preprocessing.channels), None
         else:
             if source.exists() and not source.is_file():
-                raise DataError("not a file")  # opening a named pipe would wait for ever
+                raise DataError("not a file")  # opening a named pipe would block forever
             with Image.open(source) as opened:
                 side = round(REDUCTION * preprocessing.resize)
                 size = opened.size
-                opened.draft(opened.mode, (side, side))  # of JPEG alone: other formats are decoded as they are
+                opened.draft(opened.mode, (side, side))  # only JPEG has this: other formats ignore it
                 is_reduced = opened.size != size
                 size = _upright_size(opened, size) if is_reduced else None
-                image = _plain(opened, preprocessing.channels)
+                image = _to_gray_or_rgb(opened, preprocessing.channels)
         image = _resize(image, size or image.size, preprocessing)
     except (MemoryError, DataError):
         raise
-    except Exception as error:  # the decoders of so many formats raise almost anything
+    except Exception as error:  # image decoders raise almost any exception
         raise DataError(_reason(source, error)) from error
     pixels = torch.from_numpy(np.array(image))  # (H, W) or (H, W, C)
     return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
 def decode_all(paths: Sequence[Path], preprocessing: Preprocessing) -> Iterator[torch.Tensor | Unreadable]:
-    """Decode many files with a thread per core, in order; a file that cannot be read comes out as `Unreadable`.
+    """Decode many files with one thread per core, in order; an unreadable file becomes `Unreadable`.
 
-    At most `AHEAD` photos are decoded before they are asked for.
+    At most `AHEAD` photos are decoded ahead.
     """
 
     def attempt(path: Path) -> torch.Tensor | Unreadable:
@@ -87,30 +87,30 @@ def decode_all(paths: Sequence[Path], preprocessing: Preprocessing) -> Iterator[
 
     with quiet_decoders(), ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
-            coming: deque[Future[torch.Tensor | Unreadable]] = deque()
+            pending: deque[Future[torch.Tensor | Unreadable]] = deque()
             for path in paths:
-                coming.append(pool.submit(attempt, path))
-                if len(coming) > AHEAD:
-                    yield coming.popleft().result()
-            while coming:
-                yield coming.popleft().result()
+                pending.append(pool.submit(attempt, path))
+                if len(pending) > AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
-            pool.shutdown(cancel_futures=True)  # whoever stops early does not wait for the rest
+            pool.shutdown(cancel_futures=True)  # a caller that stops early does not wait for the rest
 
 
 @contextlib.contextmanager
 def quiet_decoders() -> Iterator[None]:
-    """Silence what decoders say about odd files: those are either read or reported."""
+    """Silence the warnings of decoders about odd files, which are either read or reported."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         yield
 
 
-def _plain(image: Image.Image, channels: int) -> Image.Image:
-    """Convert to 8-bit gray or RGB, upright."""
+def _to_gray_or_rgb(image: Image.Image, channels: int) -> Image.Image:
+    """Convert to 8-bit gray or RGB, with the EXIF orientation applied."""
     image.load()
-    with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):  # of damaged metadata
+    with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):  # damaged metadata
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_eight_bits(image)
@@ -133,18 +133,18 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _upright_size(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
-    """Return width and height after `_plain` has turned the image."""
+    """Return width and height after `_to_gray_or_rgb` has applied the orientation."""
     orientation = None
-    with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):  # of damaged metadata
+    with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):  # damaged metadata
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    return (size[1], size[0]) if orientation in TURNED_BY_A_QUARTER else size
+    return (size[1], size[0]) if orientation in QUARTER_TURNS else size
 
 
 def resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
-    """Return width and height to which an image of that width and height is resized, in pixels.
+    """Return the size (width, height) to which an image of a given size is resized, in pixels.
 
     Source: the rounding is that of `torchvision.transforms.Resize` for `center` and of timm's `ResizeKeepRatio` for
-    `border`; other orders of the same operations are a pixel off for some sizes.
+    `border`; another order of the same operations is one pixel off for some sizes.
     """
     resize = preprocessing.resize
     if preprocessing.crop_mode == "squash":
@@ -158,12 +158,12 @@ def resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[i
 
 
 def _resize(image: Image.Image, size: tuple[int, int], preprocessing: Preprocessing) -> Image.Image:
-    """Resize an image; `size` is what it measured before its decoder reduced it."""
+    """Resize an image; `size` is its original size, before its decoder reduced it."""
     width, height = resized_size(size, preprocessing)
     box = (0.0, 0.0, float(image.width), float(image.height))
     excess = max(width, height) - MAX_RATIO * preprocessing.resize
     if excess >= MAX_RATIO and preprocessing.crop_mode == "center":
-        cut = excess // 4 * 2  # even, so that rounding puts the crop where it would be in the whole
+        cut = excess // 4 * 2  # even, so that the center crop rounds to the same place as in the whole image
         share = cut / max(width, height)
         if width > height:
             width, box = width - 2 * cut, (image.width * share, 0.0, image.width * (1 - share), float(image.height))

@@ -1,4 +1,4 @@
-"""Real photos that come with scikit-learn: 1797 handwritten digits, written out as folders of PNG files.
+"""The 1797 handwritten digits of scikit-learn, written as folders of PNG files.
 
 Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
 """
@@ -13,15 +13,15 @@ from PIL import Image
 from regraft.card import Preprocessing
 
 PREPROCESSING = Preprocessing(size=8, resize=8, mean=(0.5,), std=(0.5,))
-HELD_OUT = 3  # every third image is measured on
+HELD_OUT = 3  # every third image is for validation
 
 
 def write_digits(folder: Path, digits: Sequence[int]) -> Path:
     """Write the images of some digits as `folder/{train,val}/DIGIT/NUMBER.png`, 8 × 8 gray pixels each.
 
     Args:
-        folder: Is made; existing files of the same names are replaced.
-        digits: Which digits; each becomes a class.
+        folder: Folder to create; existing files of the same names are replaced.
+        digits: Digits to write; each becomes a class.
 
     Returns:
         The folder.

@@ -1,4 +1,4 @@
-"""Folders and tables of photos → a listing of which photo is for what, before any photo is opened."""
+"""List the photos of a folder or table with their targets and split, before any photo is opened."""
 
 import csv
 import math
@@ -14,9 +14,9 @@ from regraft.errors import DataError
 
 TRAIN_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "valid", "validation")
-# By Windows, macOS, Synology and ext4; names in lower case.
+# Files of Windows, macOS, Synology and ext4; names in lower case.
 # fmt: off
-LEFT_BEHIND = frozenset((
+SYSTEM_FILES = frozenset((
     "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "icon\r", "@eadir", "$recycle.bin",
     "system volume information", "lost+found",
 ))
@@ -28,7 +28,7 @@ Task = Literal["classification", "regression"]
 
 @dataclass(frozen=True)
 class Sample:
-    """A photo and what it shows: the index of a class, or a number to be predicted."""
+    """A photo and its target: a class index, or a number for regression."""
 
     path: Path
     target: Target
@@ -36,15 +36,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder or a table holds.
+    """The contents of a folder or a table.
 
     Attributes:
         root: The folder or the table.
         task: Classification (a folder per class) or regression (a table with a number per photo).
         classes: Class names in the order of their indices; None for regression.
-        train: Photos to learn from.
-        validation: Photos to measure on.
-        split: How the two parts came about, in words.
+        train: Training photos.
+        validation: Validation photos.
+        split: How the data was split, as text.
     """
 
     root: Path
@@ -55,24 +55,24 @@ class Listing:
     split: str
 
     def counts(self) -> list[tuple[str, int, int]]:
-        """Count the photos of each class: (class, to learn from, to measure on)."""
+        """Count the photos of each class: (class, training photos, validation photos)."""
         train, validation = (Counter(sample.target for sample in part) for part in (self.train, self.validation))
         return [(name, train[index], validation[index]) for index, name in enumerate(self.classes or ())]
 
 
 def list_data(path: str | os.PathLike[str], *, validation_share: float = 0.2, seed: int = 0) -> Listing:
-    """List what there is to learn from and to measure on.
+    """List training and validation photos.
 
     Args:
-        path: A folder with `train/` and `val/`, each with a folder per class; a folder with a folder per class, of
-            which a stratified share is kept for validation; or a `.csv` table with the columns `path` (relative to the
-            table) and `target` (a number), and optionally `split` (`train` or `val`).
-        validation_share: Share of each class that is kept for validation where the data has no split of its own.
-        seed: Decides which photos those are.
+        path: A folder with `train/` and `val/`, each with a folder per class; a folder with a folder per class, from
+            which a stratified share is held out for validation; or a `.csv` table with the columns `path` (relative to
+            the table) and `target` (a number), and optionally `split` (`train` or `val`).
+        validation_share: Share of each class that is held out for validation if the data has no split.
+        seed: Random seed of that split.
 
     Raises:
-        DataError: The folder is missing, empty, has one class only, an empty class, or classes that differ between
-            its two parts.
+        DataError: The folder is missing or empty, has a single class or an empty class, or training and validation
+            have different classes.
     """
     root = Path(path)
     if root.suffix.lower() == ".csv":
@@ -98,32 +98,32 @@ def list_data(path: str | os.PathLike[str], *, validation_share: float = 0.2, se
 
 
 def list_labelled(path: str | os.PathLike[str], classes: Sequence[str]) -> tuple[Sample, ...]:
-    """List photos whose folders name their classes, for a model that knows `classes` already.
+    """List photos in folders that are named after the classes of a model.
 
     Args:
         path: A folder with a folder per class, or one that holds such a folder named `val/`.
-        classes: The model's class names; a folder for each is not needed.
+        classes: The model's class names; not every class needs a folder.
 
     Raises:
-        DataError: The folder is missing or empty, or has a class that the model does not know.
+        DataError: The folder is missing or empty, or a folder is not a class of the model.
     """
     root = Path(path)
     _require_folder(root)
     folder = _find(root, VALIDATION_NAMES) or root
-    found = [entry.name for entry in _subfolders(folder)]
-    if unknown := sorted(set(found) - set(classes)):
+    names = [entry.name for entry in _subfolders(folder)]
+    if unknown := sorted(set(names) - set(classes)):
         raise DataError(
             f"'{folder}' has folders that are none of the model's classes: {_names(set(unknown))}. "
             f"The model knows {', '.join(map(repr, classes))}. Give a folder that holds folders of those names."
         )
-    samples = tuple(Sample(file, classes.index(name)) for name in found for file in photos_in(folder / name))
+    samples = tuple(Sample(file, classes.index(name)) for name in names for file in photos_in(folder / name))
     if not samples:
         raise DataError(f"no photos in '{folder}'. Expected a folder for each of {', '.join(map(repr, classes))}.")
     return samples
 
 
 def list_regression(path: str | os.PathLike[str]) -> tuple[Sample, ...]:
-    """List the photos and numbers of a `.csv` table: those of the split `val`, or all where there is no split.
+    """List the photos and targets of a `.csv` table: those of the split `val`, or all without a split.
 
     Raises:
         DataError: The table is missing, empty or malformed.
@@ -133,48 +133,48 @@ def list_regression(path: str | os.PathLike[str]) -> tuple[Sample, ...]:
 
 
 def photos_in(folder: Path) -> list[Path]:
-    """List all files below a folder in a fixed order, without hidden ones and those that systems leave behind.
+    """List all files below a folder in a fixed order, without hidden files and system files.
 
-    Linked folders are followed, but for those that lead to a folder that is listed already, or around it.
+    Links to folders are followed, except to folders that are already listed and to parents of the link.
     """
     return _photos_below(folder, (), set())
 
 
-def _photos_below(folder: Path, around: tuple[Path, ...], seen: set[str]) -> list[Path]:
+def _photos_below(folder: Path, parents: tuple[Path, ...], seen: set[str]) -> list[Path]:
     """List files below a folder, those in linked folders last.
 
     Args:
-        folder: Where to look.
-        around: The folders, without links, from which links have led here.
-        seen: Folders, without links, that were listed before; those that are listed now are added.
+        folder: Folder to list.
+        parents: Resolved paths of the folders whose links led here.
+        seen: Resolved paths of the folders that are already listed; newly listed ones are added.
     """
     photos, links = [], []
-    around = (*around, folder.resolve())
+    parents = (*parents, folder.resolve())
     for parent, folders, files in os.walk(folder):
-        here = os.path.realpath(parent)
-        if here in seen:
+        resolved = os.path.realpath(parent)
+        if resolved in seen:
             folders.clear()
             continue
-        seen.add(here)
-        folders[:] = sorted(name for name in folders if not _is_left_behind(name))
-        photos += [Path(parent, name) for name in sorted(files) if not _is_left_behind(name)]
+        seen.add(resolved)
+        folders[:] = sorted(name for name in folders if not _is_ignored(name))
+        photos += [Path(parent, name) for name in sorted(files) if not _is_ignored(name)]
         links += [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
     for link in links:
         target = link.resolve()
-        if not any(one.is_relative_to(target) for one in around):
-            photos += _photos_below(link, around, seen)
+        if not any(path.is_relative_to(target) for path in parents):
+            photos += _photos_below(link, parents, seen)
     return photos
 
 
-def _is_left_behind(name: str) -> bool:
-    """Return whether a file or folder is hidden, or one that a system writes beside photos."""
-    return name.startswith(".") or name.lower() in LEFT_BEHIND
+def _is_ignored(name: str) -> bool:
+    """Return whether a file or folder is hidden or a system file."""
+    return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
 def stratified_split(
     samples: Sequence[Sample], share: float, seed: int
 ) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """Keep a random share of each class (of everything, for numbers) aside; at least one and never all of it."""
+    """Split off a random share of each class (of everything for regression): at least one sample, and never all."""
     groups: dict[Target, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.target if isinstance(sample.target, int) else 0, []).append(sample)
@@ -198,15 +198,15 @@ def _find(root: Path, names: Sequence[str]) -> Path | None:
 
 
 def _subfolders(root: Path) -> list[Path]:
-    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not _is_left_behind(entry.name))
+    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not _is_ignored(entry.name))
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
     names = tuple(entry.name for entry in _subfolders(folder))
     if not names:
         loose = len(photos_in(folder))
-        found = f"{loose} files but no folders" if loose else "nothing"
-        raise DataError(f"'{folder}' has {found} in it. Expected a folder of photos for each class.")
+        contents = f"{loose} files but no folders" if loose else "nothing"
+        raise DataError(f"'{folder}' has {contents} in it. Expected a folder of photos for each class.")
     if unnamed := [name for name in names if not _is_unicode(name)]:
         raise DataError(
             f"the folder {unnamed[0]!r} in '{folder}' has bytes in its name that are no UTF-8. The name of a class "
@@ -222,12 +222,12 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 
 def _samples(folder: Path, classes: Sequence[str], *, at_least: int = 1) -> tuple[Sample, ...]:
     files = {name: photos_in(folder / name) for name in classes}
-    if empty := [name for name, found in files.items() if not found]:
+    if empty := [name for name, photos in files.items() if not photos]:
         raise DataError(
             f"no photos for {_names(set(empty))} in '{folder}', hidden files and those of the system left aside. Add "
             "some, or remove the folder."
         )
-    if few := [name for name, found in files.items() if len(found) < at_least]:
+    if few := [name for name, photos in files.items() if len(photos) < at_least]:
         raise DataError(
             f"only one photo for {_names(set(few))} in '{folder}': it cannot be both learned from and measured on. "
             "Add photos, or make folders train/ and val/."

@@ -24,15 +24,15 @@ Key = int | tuple[int, int]
 class Photos(Dataset[tuple[torch.Tensor, int | float]]):
     """Readable photos with their targets; item i is (pixels (C, size, size) of uint8, target).
 
-    An item asked for as (index, draw) is the version of the photo that this number stands for, so that what a network
-    sees depends neither on the number of workers nor on what was drawn before.
+    An item with the key (index, draw) is the view of the photo for that draw. So views depend neither on the number of
+    workers nor on earlier draws.
 
     Attributes:
-        samples: The photos and what they show.
-        preprocessing: Their size.
-        versions: What a network may see of them.
+        samples: The photos with their targets.
+        preprocessing: Gives their size.
+        versions: The views of each photo.
         classes: Class names; None for regression.
-        pixels: All photos, decoded and resized, in memory or in a file; None where they are decoded when needed.
+        pixels: All photos, decoded and resized, in memory or in a file; None if they are decoded on access.
     """
 
     samples: tuple[Sample, ...]
@@ -49,16 +49,16 @@ class Photos(Dataset[tuple[torch.Tensor, int | float]]):
         return self.versions.of(index, self.decoded(index), draw), self.samples[index].target
 
     def augmented(self, versions: Views) -> "Photos":
-        """Return other versions of the same photos; the decoded pixels are shared."""
+        """Return the same photos with other views; the decoded pixels are shared."""
         return replace(self, versions=versions)
 
     def subset(self, indices: Sequence[int]) -> "Photos":
-        """Return some of the photos; the decoded pixels are shared."""
+        """Return a subset of the photos; the decoded pixels are shared."""
         pixels = None if self.pixels is None else tuple(self.pixels[index] for index in indices)
         return replace(self, samples=tuple(self.samples[index] for index in indices), pixels=pixels)
 
     def decoded(self, index: int) -> torch.Tensor:
-        """Return a photo, decoded and resized: (C, H, W) of uint8."""
+        """Return a photo, decoded and resized, as (C, H, W) of uint8."""
         if self.pixels is not None:
             return self.pixels[index]
         with quiet_decoders():
@@ -75,19 +75,19 @@ def read_photos(
     on_photo: Callable[[Sample, torch.Tensor], None] | None = None,
     keep: bool = True,
 ) -> tuple[Photos, tuple[Unreadable, ...]]:
-    """Decode photos, and keep them in memory where they fit (see `fit_memory`).
+    """Decode photos, and keep them in memory if they fit (see `fit_memory`).
 
     Args:
-        samples: Files and what they show.
-        preprocessing: Their size.
+        samples: Files with their targets.
+        preprocessing: Gives their size.
         classes: Class names; None for regression.
-        description: What is said of it while it goes on.
-        progress: Is told what happens.
-        on_photo: Is given each readable photo, in order, as soon as it is decoded.
+        description: Label of the progress bar.
+        progress: Reports progress.
+        on_photo: Called with each readable photo, in order, as soon as it is decoded.
         keep: Whether decoded photos may stay in memory.
 
     Returns:
-        The readable photos, of which a network sees the middle, and the files that cannot be read.
+        The readable photos, with the center crop as their view, and the unreadable files.
 
     Raises:
         DataError: No photo can be read.
@@ -95,15 +95,15 @@ def read_photos(
     keep = keep and fit_memory(len(samples), preprocessing)
     decoded = decode_all([sample.path for sample in samples], preprocessing)
     kept, readable, unreadable = [], [], []
-    for sample, found in zip(samples, progress.track(decoded, description, len(samples)), strict=True):
-        if isinstance(found, Unreadable):
-            unreadable.append(found)
+    for sample, photo in zip(samples, progress.track(decoded, description, len(samples)), strict=True):
+        if isinstance(photo, Unreadable):
+            unreadable.append(photo)
         else:
             readable.append(sample)
             if on_photo is not None:
-                on_photo(sample, found)
+                on_photo(sample, photo)
             if keep:
-                kept.append(found)
+                kept.append(photo)
     if not readable:
         example = f": '{unreadable[0].path}', for instance, {unreadable[0].reason}" if unreadable else ""
         raise DataError(f"none of {len(samples)} files can be read as a photo{example}.")
@@ -118,13 +118,13 @@ def read_photos(
 
 
 def positions(samples: Sequence[Sample], unreadable: Sequence[Unreadable]) -> dict[int, str]:
-    """Write down which of the samples cannot be read, and why, by their numbers; `without` reads it."""
+    """Return the indices of the unreadable samples with the reasons, in the form that `without` takes."""
     places = {sample.path: index for index, sample in enumerate(samples)}
-    return {places[found.path]: found.reason for found in unreadable}
+    return {places[file.path]: file.reason for file in unreadable}
 
 
 def without(samples: Sequence[Sample], lost: Mapping[Any, str]) -> tuple[tuple[Sample, ...], tuple[Unreadable, ...]]:
-    """Return the samples that can be read, and the others; `lost` has the numbers of those, be it as text."""
+    """Split samples into readable and unreadable ones; the keys of `lost` are indices, possibly as text."""
     reasons = {int(index): reason for index, reason in lost.items()}
     readable = tuple(sample for index, sample in enumerate(samples) if index not in reasons)
     return readable, tuple(Unreadable(samples[index].path, reason) for index, reason in reasons.items())
@@ -134,34 +134,34 @@ def loader(photos: Photos, batch_size: int, *, shuffle_seed: int | None = None, 
     """Return a DataLoader of normalized batches ((N, C, H, W) of float32, targets (N,)).
 
     Args:
-        photos: What to load.
-        batch_size: N; a last batch of a single photo is left out when shuffling, as batch norm cannot learn from it.
-        shuffle_seed: Shuffle and transform anew in each epoch, decided by this seed and `set_epoch` of the loader's
-            sampler; None keeps the order.
-        workers: Processes; None takes none for photos in memory, and one per core for others.
+        photos: The photos.
+        batch_size: N; when shuffling, a last batch of a single photo is dropped, as batch norm cannot train on it.
+        shuffle_seed: Seed of order and views in each epoch, together with `set_epoch` of the loader's sampler; None
+            keeps the order.
+        workers: Number of processes; None: none for photos in memory, else one per core.
     """
     if workers is None:
         workers = 0 if photos.pixels is not None else os.cpu_count() or 1
-    lonely = shuffle_seed is not None and leaves_one(len(photos), batch_size)
+    drops_last = shuffle_seed is not None and leaves_one(len(photos), batch_size)
     return DataLoader(
         photos,
         batch_size,
         sampler=SeededShuffle(len(photos), shuffle_seed) if shuffle_seed is not None else None,
         num_workers=workers,
-        drop_last=lonely,
+        drop_last=drops_last,
         collate_fn=functools.partial(_collate, preprocessing=photos.preprocessing),
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(0),  # of its workers; torch's own stays as it is
+        generator=torch.Generator().manual_seed(0),  # for the seeds of its workers; the global generator is not used
     )
 
 
 def leaves_one(count: int, batch_size: int) -> bool:
-    """Return whether batches of that many items end with a single one, from which batch norm cannot learn."""
+    """Return whether the last of several batches has a single item, on which batch norm cannot be trained."""
     return count > batch_size and count % batch_size == 1
 
 
 class SeededShuffle(Sampler[tuple[int, int]]):
-    """Yields (index, draw) of every item in a random order that depends on the seed and the epoch alone."""
+    """Yields (index, draw) of every item in a random order that depends only on seed and epoch."""
 
     def __init__(self, length: int, seed: int) -> None:
         self.length = length
@@ -169,7 +169,7 @@ class SeededShuffle(Sampler[tuple[int, int]]):
         self.epoch = self.first = 0
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
-        """Choose the order and the draws of the next pass, which begins with the item at that place of the order."""
+        """Set the epoch, which decides order and draws of the next pass, and the position at which it begins."""
         self.epoch, self.first = epoch, first
 
     def __len__(self) -> int:
@@ -180,7 +180,7 @@ class SeededShuffle(Sampler[tuple[int, int]]):
         return iter(zip(order[self.first :].tolist(), draws[self.first :].tolist(), strict=True))
 
     def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return this pass's order and the number that each item draws, both (N,) of int64."""
+        """Return order and draws of this pass, both (N,) of int64."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.length, generator=generator)
         return order, torch.randint(2**62, (self.length,), generator=generator)
@@ -192,15 +192,15 @@ def _collate(items: list[tuple[torch.Tensor, int | float]], *, preprocessing: Pr
 
 
 def free_memory_bytes() -> int:
-    """Return how much memory is free."""
+    """Return the free memory in bytes."""
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def fit_memory(count: int, preprocessing: Preprocessing) -> bool:
-    """Return whether that many decoded photos need less than a quarter of the memory that is free."""
+    """Return whether `count` decoded photos need less than a quarter of the free memory."""
     return estimate_bytes(count, preprocessing) < free_memory_bytes() / 4
 
 
 def estimate_bytes(count: int, preprocessing: Preprocessing) -> int:
-    """Estimate the bytes of that many decoded photos, which are wider than high."""
+    """Estimate the bytes of `count` decoded photos, whose long side is 1.5 times the short one."""
     return round(count * preprocessing.channels * preprocessing.resize**2 * 1.5)

@@ -1,4 +1,4 @@
-"""Pixels → what a network sees: the crop that is measured on, and the versions of a photo to learn from."""
+"""Transforms: the center crop for validation, the augmented views for training, and normalization."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ MAX_VIEWS = 1_000
 
 @dataclass(frozen=True)
 class Views:
-    """The versions of a photo that a network may see.
+    """The views of a photo that a network may see.
 
     Attributes:
-        name: Says what they are; versions of the same name are the same.
-        transforms: From pixels (C, H, W) to pixels (C, size, size), both uint8: one function for each version, or a
+        name: Identifies them: equal names mean equal views.
+        transforms: Functions from pixels (C, H, W) to pixels (C, size, size), both uint8: one for each view, or a
             single one that draws from torch's random generator.
-        is_random: Whether it does.
-        views: Number of draws for each photo where it does; None: a new one every time.
+        is_random: Whether it is a single random function.
+        views: Number of random views of each photo; None: a new one every time.
     """
 
     name: str
@@ -33,16 +33,16 @@ class Views:
 
     @property
     def count(self) -> int | None:
-        """Number of versions of each photo; None: endless."""
+        """Number of views of each photo; None: unlimited."""
         return self.views if self.is_random else len(self.transforms)
 
     def of(self, index: int, pixels: torch.Tensor, draw: int) -> torch.Tensor:
-        """Return the version that a number stands for, modulo their count; the random state is as before afterwards.
+        """Return the view with the number `draw`, modulo their count; the random state is preserved.
 
         Args:
-            index: The photo's number, so that random versions of two photos differ.
+            index: Index of the photo, so that the random views of two photos differ.
             pixels: The photo, (C, H, W) of uint8.
-            draw: The number.
+            draw: Number of the view.
         """
         view = draw if self.count is None else draw % self.count
         if not self.is_random:
@@ -56,11 +56,11 @@ class Views:
 
 
 def center_crop(size: int, border: Sequence[int] = (0,)) -> Transform:
-    """Return a function from pixels (C, H, W) to their middle (C, size, size).
+    """Return a function that crops the center (C, size, size) of pixels (C, H, W).
 
     Args:
         size: In pixels.
-        border: Color of what is added around an image that is smaller: one number, or one per channel.
+        border: Padding color of smaller images: one number, or one per channel.
     """
 
     def crop(pixels: torch.Tensor) -> torch.Tensor:
@@ -78,14 +78,14 @@ def center_crop(size: int, border: Sequence[int] = (0,)) -> Transform:
 
 
 def augmentation(kind: Augmentation, preprocessing: Preprocessing, views: int | None = None) -> Views:
-    """Return the versions of a photo to learn from.
+    """Return the views of a training photo.
 
     Args:
-        kind: `none`: the same crop as for measuring; `flip`: that crop and its mirror image; `standard`: a random part
-            of half to all of the area, mirrored half of the time; `trivial`: as standard, then one random operation of
-            random strength (TrivialAugment, https://arxiv.org/abs/2103.10158).
+        kind: `none`: the center crop, as for validation; `flip`: that crop and its horizontal flip; `standard`: a
+            random resized crop of half to all of the area, flipped with probability 1/2; `trivial`: as standard, then
+            one random operation of random strength (TrivialAugment, https://arxiv.org/abs/2103.10158).
         preprocessing: Gives the size.
-        views: Number of random versions of each photo; None: a new one every time.
+        views: Number of random views of each photo; None: a new one every time.
     """
     size = preprocessing.size
     crop = center_crop(size, preprocessing.border)
@@ -93,7 +93,7 @@ def augmentation(kind: Augmentation, preprocessing: Preprocessing, views: int | 
         return Views(kind, (crop,))
     if kind == "flip":
         return Views(kind, (crop, lambda pixels: crop(pixels).flip(-1)))
-    from torchvision.transforms import InterpolationMode, v2  # costs seconds, and few runs need it
+    from torchvision.transforms import InterpolationMode, v2  # slow to import, and few runs need it
 
     random_part = v2.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=InterpolationMode.BILINEAR)
     steps: list[nn.Module] = [random_part, v2.RandomHorizontalFlip()]
@@ -103,7 +103,7 @@ def augmentation(kind: Augmentation, preprocessing: Preprocessing, views: int | 
 
 
 def is_random(kind: Augmentation) -> bool:
-    """Return whether a kind of augmentation has more versions of a photo than can be listed."""
+    """Return whether a kind of augmentation is random, with unlimited views of a photo."""
     return kind in ("standard", "trivial")
 
 

@@ -1,4 +1,4 @@
-"""The demonstration: what a trained network is worth, measured in a minute."""
+"""The demonstration: transfer learning against training from scratch, in a minute."""
 
 from regraft.demo.page import write_demo_report
 from regraft.demo.run import DemoResult, Outcome, run_demo

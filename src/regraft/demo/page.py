@@ -1,4 +1,4 @@
-"""The demonstration's page."""
+"""The report of the demonstration."""
 
 import os
 from pathlib import Path
@@ -10,29 +10,29 @@ from regraft.report.html import render, write_page
 
 
 def write_demo_report(result: DemoResult, folder: str | os.PathLike[str]) -> Path:
-    """Write what the demonstration found as `report.html` in a folder, and return its path.
+    """Write the results of the demonstration as `report.html` in a folder, and return its path.
 
     Args:
-        result: What `run_demo` returned.
-        folder: Where to; must exist.
+        result: The result of `run_demo`.
+        folder: Folder of the report; must exist.
 
     Raises:
-        RunError: The file cannot be written; a previous one is as it was.
+        RunError: The file cannot be written; a previous one is unchanged.
     """
     return write_page(Path(folder) / "report.html", render("demo.html", **describe_demo(result)))
 
 
 def describe_demo(result: DemoResult) -> dict[str, Any]:
-    """Work out what the template `demo.html` shows."""
+    """Return the variables of the template `demo.html`."""
     methods = list(dict.fromkeys(outcome.method for outcome in result.outcomes))
     shots = list(dict.fromkeys(outcome.shots for outcome in result.outcomes))
-    found = {(outcome.method, outcome.shots): outcome for outcome in result.outcomes}
+    by_method = {(outcome.method, outcome.shots): outcome for outcome in result.outcomes}
     return {
         "result": result,
         "methods": methods,
         "shots": shots,
-        "found": found,
-        "winners": {count: max((found[method, count] for method in methods), key=_mean) for count in shots},
+        "by_method": by_method,
+        "winners": {count: max((by_method[method, count] for method in methods), key=_mean) for count in shots},
         "accuracy_plot": plots.sweep(_series(result, "accuracy"), "images per class", "accuracy"),
         "seconds_plot": plots.sweep(_series(result, "duration"), "images per class", "seconds", from_zero=True),
         "seeds": len(result.outcomes[0].accuracies) if result.outcomes else SEEDS,

@@ -1,4 +1,4 @@
-"""The demonstration: how much a network that knows the digits 0-4 helps to learn 5-9 from a few images."""
+"""The demonstration: how much a network trained on the digits 0-4 helps to learn 5-9 from a few images."""
 
 import random
 import statistics
@@ -31,20 +31,20 @@ SHOTS = (1, 2, 5, 10, 20)
 SEEDS = 5
 SOURCE_EPOCHS = 12
 TARGET_EPOCHS = 25
-LR = 5e-3  # the same for all, so that nothing but the start and the freezing differs
+LR = 5e-3  # the same for all methods, so that only initial weights and freezing differ
 HEAD = "12"
 HALF = "5"  # the last layer of the first half
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One way to train with one number of images per class, over all seeds.
+    """The results of one method with one number of images per class, over all seeds.
 
     Attributes:
-        method: How it was trained.
+        method: Name of the training method.
         shots: Images per class.
-        accuracies: Share of right answers on the held-out images after the last epoch, one per seed.
-        seconds: Time of the training and measuring, one per seed.
+        accuracies: Accuracy on the held-out images after the last epoch, one per seed.
+        seconds: Time of training and evaluation, one per seed.
     """
 
     method: str
@@ -65,15 +65,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demonstration found.
+    """The results of the demonstration.
 
     Attributes:
-        source: How good the source network is on held-out images of the digits that it was trained on.
+        source: Metrics of the source network on held-out images of its own digits.
         layers: The network with its new head, first half frozen.
         outcomes: One for each method and number of images.
-        held_out: Number of images that every run was measured on.
-        seconds: Of the whole.
-        checkpoint: The source network.
+        held_out: Number of images on which every run was evaluated.
+        seconds: Total time.
+        checkpoint: Checkpoint of the source network.
     """
 
     source: Metrics
@@ -84,7 +84,7 @@ class DemoResult:
     checkpoint: Path
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON data."""
+        """Return the results as JSON data."""
         return {
             "source": self.source.to_dict(),
             "held_out": self.held_out,
@@ -106,7 +106,7 @@ class DemoResult:
 
 
 def digit_network(outputs: int = 5) -> nn.Sequential:
-    """Build a network of three convolutions and a linear layer for gray images of 8 × 8 pixels, with fresh weights."""
+    """Build a network of three convolutions and a linear layer for gray images of 8 × 8 pixels, with random weights."""
     return nn.Sequential(
         *_convolution(1, 8),  # 0-2
         *_convolution(8, 16),  # 3-5
@@ -121,20 +121,19 @@ def digit_network(outputs: int = 5) -> nn.Sequential:
 def run_demo(
     folder: Path, *, shots: Sequence[int] = SHOTS, seeds: int = SEEDS, progress: Progress = SILENT
 ) -> DemoResult:
-    """Train on the digits 0-4, and compare four ways to go on to 5-9 from a few images per class.
+    """Train on the digits 0-4, and compare four methods to learn 5-9 from a few images per class.
 
-    The ways are: a fresh network; a new head on the frozen network; the same with only the first half frozen; and with
-    nothing frozen. All are trained for the same number of epochs with one learning rate, and measured after the last
-    epoch on the same held-out images; no choice is made on those.
+    The methods are: a network from scratch; a new head on the frozen network; the same with only the first half frozen;
+    and with nothing frozen. All are trained for the same number of epochs with the same learning rate, and evaluated
+    after the last epoch on the same held-out images, which are used for no choice.
 
     Args:
-        folder: Where images and the source network are written; must exist.
+        folder: Folder for images and the source network; must exist.
         shots: Numbers of images per class.
-        seeds: Each run is repeated with this many seeds, which decide the images, the new weights and the order; at
-            least 2.
-        progress: Is told what happens; silent by default.
+        seeds: Number of repetitions, each with another seed of images, new weights and order; at least 2.
+        progress: Reports progress; silent by default.
     """
-    with thread_count(1):  # operations this small wait longer for each other than they take
+    with thread_count(1):  # for such small operations, synchronizing threads takes longer than computing
         return _run_demo(folder, tuple(shots), seeds, progress)
 
 
@@ -226,7 +225,7 @@ def _draw(photos: Photos, count: int, seed: int) -> list[int]:
 
 
 class _OnlyBars(Progress):
-    """Passes the bars on and keeps the lines."""
+    """Passes progress bars on, and drops lines."""
 
     def __init__(self, inner: Progress) -> None:
         self.track = inner.track

@@ -1,4 +1,4 @@
-"""Never compute a constant layer twice."""
+"""Split a network into a constant part, computed once, and a live part."""
 
 from regraft.frontier.partitioning import Cut, Partition, partition
 

@@ -1,6 +1,6 @@
-"""What is live: random, trainable, or dependent on something that is.
+"""Which values are live: random, trainable, or computed from a live value.
 
-Everything else is constant: its value for an image is the same in every epoch, so it is computed once.
+All others are constant: for an image they are the same in every epoch, so they are computed once.
 """
 
 from collections.abc import Collection
@@ -18,15 +18,15 @@ ATTENTION = "scaled_dot_product_attention"
 
 
 def mixed_layers(model: nn.Module) -> list[str]:
-    """List the layers that are worth looking into: those that are neither live nor constant as a whole.
+    """List the layers that are live in part, which are worth tracing.
 
-    Layers of torch.nn are not looked into, but for the containers among them.
+    Of the classes in torch.nn, only Sequential and ModuleList are listed.
     """
     return [path for path, layer in model.named_modules() if path and _is_mixed(layer)]
 
 
 def is_live_layer(layer: nn.Module, unused: Collection[nn.Parameter] = ()) -> bool:
-    """Return whether what a layer gives may differ from epoch to epoch for the same input, while the model trains.
+    """Return whether a layer's output for the same input may differ between epochs, in training mode.
 
     `unused` are parameters that the forward is known not to use.
     """
@@ -36,22 +36,23 @@ def is_live_layer(layer: nn.Module, unused: Collection[nn.Parameter] = ()) -> bo
 
 
 def live_nodes(flow: Flow, model: nn.Module, dependent: Collection[str] = ()) -> set[fx.Node]:
-    """Return the values of a graph that are live while `model` trains.
+    """Return the values of a graph that are live in training mode.
 
     `dependent` are the keys (see `value_key`) of values that are known to depend on more than their image.
     """
     live: set[fx.Node] = set()
+    # Nodes are in execution order, so the sources of a node have been decided before it.
     for node in flow.graph.nodes:
         is_fed_by_live = any(source in live for source in node.all_input_nodes)
-        if is_fed_by_live or _begins_to_live(node, model) or (dependent and value_key(node) in dependent):
+        if is_fed_by_live or _is_live_by_itself(node, model) or (dependent and value_key(node) in dependent):
             live.add(node)
     return live
 
 
-def _begins_to_live(node: fx.Node, model: nn.Module) -> bool:
+def _is_live_by_itself(node: fx.Node, model: nn.Module) -> bool:
     if node.op == "call_module":
         return is_live_layer(model.get_submodule(str(node.target)))
-    if node.op == "get_attr":
+    if node.op == "get_attr":  # a parameter that a forward reads itself, or a layer's `training` flag
         return _is_live_attribute(str(node.target), model)
     if node.op not in ("call_function", "call_method"):
         return False
@@ -72,8 +73,8 @@ def _is_live_attribute(path: str, model: nn.Module) -> bool:
     layer = model.get_submodule(owner)
     if is_training_flag(path):
         return not is_pinned(layer)
-    found = getattr(layer, name, None)
-    return isinstance(found, torch.Tensor) and found.requires_grad
+    value = getattr(layer, name, None)
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _is_mixed(layer: nn.Module) -> bool:
@@ -81,18 +82,19 @@ def _is_mixed(layer: nn.Module) -> bool:
         return False
     flags = {parameter.requires_grad for parameter in layer.parameters()}
     if flags == {True}:
-        return False  # live as a whole, whatever is in it
+        return False  # live as a whole
     return True in flags or not _is_same_in_both_modes(layer)
 
 
 def _is_same_in_both_modes(layer: nn.Module) -> bool:
-    """Return whether the mode changes nothing of what a layer without trainable parameters gives."""
+    """Return whether a layer without trainable parameters computes the same in training and evaluation mode."""
     return not any(_may_depend_on_mode(inner) for inner in layer.modules())
 
 
 def _may_depend_on_mode(layer: nn.Module) -> bool:
     if is_pinned(layer):
         return False
+    # A class of the user's own may read `self.training` in its forward, so only torch's own are known not to.
     builtin = type(layer).__module__.startswith("torch.nn.modules.")
     return changes_while_training(layer) is not None or not builtin
 

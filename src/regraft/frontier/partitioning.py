@@ -1,4 +1,23 @@
-"""Split a network where its constant part ends: what comes before is computed once, what comes after in every epoch."""
+"""Split a network into a constant part, computed once per image, and a live part, computed in every epoch.
+
+    x ─► stem ─► block1 ─┬─► block2 ─► block3* ─► add ─► head*          * holds trainable parameters
+                         └──────── skip ───────────┘
+    constant: stem, block1, block2         live: block3, add, head
+    frontier: {block2, block1}             block3 reads block2, and add reads block1
+
+The network is traced to a dataflow graph (torch.fx). A value is live if it is random, reads a trainable parameter, or
+reads a live value (see `liveness`). The frontier is the set of constant values that live values read, so any pattern of
+flags works, across skip connections and branches. Splitting a list of layers at one point, as with nn.Sequential, would
+lose the skip connection and every operation written in a forward.
+
+Flags and graph do not tell everything: values before the frontier are also computed on random inputs, and those that
+depend on more than their image are live too (see `independence`). Where an earlier tensor is so small that reading it
+and computing the rest again costs less, the cut moves there: above, perhaps to block1 alone. Only single tensors on
+every path are considered; a minimum cut over all sets could save more, for a harder search.
+
+Both parts are edited copies of the graph with the network's weights. A forward that cannot be traced is recorded and
+replayed instead (see `replay`), which allows a single cut, at the inputs of one layer.
+"""
 
 import math
 from collections.abc import Collection
@@ -17,13 +36,13 @@ from regraft.arguments import check_arguments
 from regraft.errors import EditError, ModelError
 from regraft.frontier.independence import dependent_values
 from regraft.frontier.liveness import live_nodes, mixed_layers
-from regraft.frontier.ports import picked, ports_of, rebuilt
+from regraft.frontier.ports import pick_tensor, ports_of, rebuild_value
 from regraft.frontier.replay import record_and_replay
 from regraft.surgery.checks import require_editable
 from regraft.surgery.rewired import EditedModule, prune, rewire_flows
 from regraft.surgery.tail import begin_at
 
-READ_BYTES_PER_S = {"cpu": 2e9, "cuda": 2e11}  # of cached tensors into a batch
+READ_BYTES_PER_S = {"cpu": 2e9, "cuda": 2e11}  # from cached tensors into a batch
 MULTIPLY_ADDS_PER_S = {"cpu": 2e10, "cuda": 5e12}
 NO_ROWS = "has no row for each image"
 
@@ -33,10 +52,10 @@ class Cut:
     """One tensor that passes from the constant to the live part.
 
     Attributes:
-        name: Its name in the graph.
-        layer: Path of the layer that gives it, or in whose forward it is computed; empty for the network's own.
-        shape: Its shape for one image, without the batch.
-        dtype: Its type.
+        name: Name in the graph.
+        layer: Path of the layer that returns it, or whose forward computes it; empty for the network's own forward.
+        shape: Shape for one image, without the batch dimension.
+        dtype: Data type.
     """
 
     name: str
@@ -46,7 +65,7 @@ class Cut:
 
     @property
     def place(self) -> str:
-        """Where it is computed, in words."""
+        """The layer or value that computes it, as text."""
         return f"'{self.layer}'" if self.layer else f"'{self.name}' in its forward"
 
     @property
@@ -57,17 +76,16 @@ class Cut:
 
 @dataclass(frozen=True)
 class Partition:
-    """A network in two parts that share its weights: `suffix(*prefix(x))` is what the network gives.
+    """A network in two parts that share its weights: `suffix(*prefix(x))` equals the network's output.
 
-    Both parts are plain networks: called on what they were not made for, they raise what torch raises, as the network
-    itself does.
+    Both parts are plain modules: on unsuitable inputs they raise torch's own errors, as the network itself does.
 
     Attributes:
-        prefix: The constant part: from the inputs to the tuple of the frontier's tensors. In evaluation mode.
-        suffix: The live part: from those tensors to the network's output, in either mode.
+        prefix: The constant part, from the inputs to the tuple of the frontier's tensors. In evaluation mode.
+        suffix: The live part, from those tensors to the network's output, in either mode.
         frontier: The tensors between them.
         multiply_adds: Of the constant and of the live part, for one image.
-        note: Why the cut lies elsewhere than where the constant part ends; None where it does not.
+        note: Why the cut is not at the end of the constant part; None where it is.
     """
 
     prefix: nn.Module
@@ -97,9 +115,13 @@ class NothingConstantError(EditError):
 
 @dataclass(frozen=True)
 class View:
-    """A model's dataflow while it trains, and in evaluation where that differs; with the layers that were opened.
+    """A model's dataflow.
 
-    `closed` are the layers that are partly live and could not be opened.
+    Attributes:
+        opened: Layers that the graph looks into.
+        closed: Layers that are live in part and cannot be traced; the graph has them as one node.
+        flow: In training mode.
+        evaluation: In evaluation mode; None where it is the same.
     """
 
     opened: tuple[str, ...]
@@ -109,28 +131,26 @@ class View:
 
 
 def partition(model: nn.Module, example: Any) -> Partition:
-    """Split `model` by what its flags say: the part that is the same in every epoch, and the part that is not.
+    """Split `model` by its `requires_grad` flags: the part that is the same in every epoch, and the rest.
 
-    Live is what holds a trainable parameter, or draws at random or follows its batch while it trains (dropout,
-    stochastic depth, batch norm), unless it is pinned as `freeze` does; and all that depends on it. Any pattern of
-    flags is followed through skip connections and branches. The constant part is run on a few random inputs as well:
-    what gives an image something else a second time, or beside other images, is live too, whether or not anything
-    declares it. Where an earlier tensor is so much smaller than the frontier that reading it and computing the rest
-    again costs less, the cut is made there.
+    A layer is live if it holds a trainable parameter, or if it is random or depends on its batch in training mode
+    (dropout, stochastic depth, batch norm) and is not pinned as by `freeze`; so is everything computed from it. Any
+    pattern of flags is followed through skip connections and branches. The constant part is also run on a few random
+    inputs: a value that differs for the same image, when it is repeated or beside other images, is live too. Where an
+    earlier tensor is so small that reading it and computing the rest again costs less, the cut is made there.
 
-    What a layer returns as a list, a tuple or a dict is looked through: the frontier is the tensors in it. A forward
-    that cannot be traced is recorded up to its first live layer and replayed from there, where it takes nothing else
-    from before.
+    Of a list, tuple or dict that a layer returns, the frontier is the tensors in it. A forward that cannot be traced is
+    recorded up to its first live layer and replayed from there, if it uses nothing else from before that layer.
 
     Args:
         model: Any module.
         example: One input (N, …), a tuple of positional inputs, or a dict of keyword inputs, as the forward takes them;
-            the first tensor's first dimension is that of images. Of floating-point numbers only shapes and dtypes
-            count. The cut holds for this shape, and the parts take those inputs that are given here.
+            the first dimension of the first tensor is that of images. Of floating-point tensors only shape and dtype
+            matter. The cut is valid for this shape, and the parts take the same inputs as this example.
 
     Raises:
-        ModelError: The forward does not take the example, can neither be traced nor replayed, or needs an input that
-            has no row for each image.
+        ModelError: The forward does not accept the example, can neither be traced nor replayed, or its live part needs
+            an input that has no row for each image.
         EditError: Nothing is constant, or nothing is live. Nothing was changed.
 
     >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -145,48 +165,48 @@ def partition(model: nn.Module, example: Any) -> Partition:
     bound(model, arguments)
     try:
         view = view_of(model, arguments)
-        values, costs = _computed(model, view, arguments)
+        values, costs = _compute_values(model, view, arguments)
     except ModelError as error:
-        return _untraced(model, arguments, error)
+        return _partition_by_replay(model, arguments, error)
     try:
-        return _traced(model, view, values, costs)
+        return _partition_by_graph(model, view, values, costs)
     except (ModelError, NothingConstantError) as error:
         if isinstance(error, NothingConstantError) and not view.closed:
             raise
-        try:  # a mixed layer could not be looked into: it is live as a whole, and may hold what is constant
-            return _untraced(model, arguments, error)
+        try:  # a layer that is live in part could not be traced, so it was live as a whole; a replay cuts inside it
+            return _partition_by_replay(model, arguments, error)
         except ModelError:
             raise error from None
 
 
-def _traced(model: nn.Module, view: View, values: list[Values], costs: dict[fx.Node, int]) -> Partition:
+def _partition_by_graph(model: nn.Module, view: View, values: list[Values], costs: dict[fx.Node, int]) -> Partition:
     frontier, notes = _find_frontier(model, view, values)
-    chosen, cheaper = _cheapest(model, view, frontier, values, costs)
-    spent = _cost_up_to(chosen, costs)
+    chosen, cheaper = _choose_cut(model, view, frontier, values, costs)
+    constant = _cost_up_to(chosen, costs)
     return Partition(
         prefix=_prefix(model, view, chosen, values).eval(),
         suffix=_suffix(model, view, chosen, values),
         frontier=tuple(cut for node in chosen for cut in _cuts(node, values)),
-        multiply_adds=(spent, sum(costs.values()) - spent),
+        multiply_adds=(constant, sum(costs.values()) - constant),
         note="; ".join([*([cheaper] if cheaper else []), *notes]) or None,
     )
 
 
-def _computed(model: nn.Module, view: View, arguments: Arguments) -> tuple[list[Values], dict[fx.Node, int]]:
+def _compute_values(model: nn.Module, view: View, arguments: Arguments) -> tuple[list[Values], dict[fx.Node, int]]:
     try:
         return compute_costs(model, view.flow)
-    except Exception as error:  # of anybody's forward
-        trace(model, inputs=arguments.args or arguments.kwargs)  # which says where it fails, if it does
+    except Exception as error:  # arbitrary user code: a forward may raise anything
+        trace(model, inputs=arguments.args or arguments.kwargs)  # raises an error that names the layer, if one fails
         reason = f"{type(error).__name__} {str(error).strip().partition(chr(10))[0]}".strip()
         raise ModelError(f"{type(model).__name__} cannot be computed on shapes alone: {reason}.") from error
 
 
-def _untraced(model: nn.Module, arguments: Arguments, error: ModelError | EditError) -> Partition:
+def _partition_by_replay(model: nn.Module, arguments: Arguments, error: ModelError | EditError) -> Partition:
     """Split a network whose forward cannot be traced, before its first live layer."""
     try:
         prefix, suffix, boundary = record_and_replay(model, arguments)
-    except ModelError as second:
-        raise ModelError(f"{str(error).rstrip('.')}. Nor can it be recorded and replayed: {second}") from error
+    except ModelError as replay_error:
+        raise ModelError(f"{str(error).rstrip('.')}. Nor can it be recorded and replayed: {replay_error}") from error
     cuts = tuple(
         Cut(f"given_{position}", boundary.layer, shape, dtype)
         for position, (shape, dtype) in enumerate(zip(boundary.shapes, boundary.dtypes, strict=True))
@@ -194,16 +214,16 @@ def _untraced(model: nn.Module, arguments: Arguments, error: ModelError | EditEr
     calls = trace(model, inputs=arguments.args or arguments.kwargs).calls
     rows = arguments.shapes[0][0]
     total = next(call.multiply_adds for call in calls if call.path == "") // rows
-    spent = sum(call.multiply_adds for call in calls if call.path in boundary.stubs) // rows
+    constant = sum(call.multiply_adds for call in calls if call.path in boundary.stubs) // rows
     note = f"what '{boundary.layer}' is given is recorded, as the forward cannot be traced"
-    return Partition(prefix, suffix, cuts, (spent, max(0, total - spent)), note)
+    return Partition(prefix, suffix, cuts, (constant, max(0, total - constant)), note)
 
 
 def view_of(model: nn.Module, arguments: Arguments) -> View:
-    """Trace `model`, looking into as many of its mixed layers as can be traced.
+    """Trace `model`, and as many of its layers that are live in part as can be traced.
 
     Raises:
-        ModelError: Not even the model's own forward can be traced.
+        ModelError: The model's own forward cannot be traced.
     """
     mixed = mixed_layers(model)
     flow, opened = capture_widely(model, mixed, training=True, respect_pins=True, arguments=arguments)
@@ -214,7 +234,7 @@ def view_of(model: nn.Module, arguments: Arguments) -> View:
 
 
 def _find_frontier(model: nn.Module, view: View, values: list[Values]) -> tuple[list[fx.Node], list[str]]:
-    """Return the constant values that live ones are computed from, and what is live although nothing declares it."""
+    """Return the constant values that live values read, and notes on values that are live although undeclared."""
     dependent: set[str] = set()
     notes: list[str] = []
     was_run = False
@@ -226,13 +246,14 @@ def _find_frontier(model: nn.Module, view: View, values: list[Values]) -> tuple[
             )
         if all(node.op == "placeholder" or ports_of(node, values) == [] for node in frontier):
             first = next((user for node in frontier for user in node.users), None)
-            where = f"; the first is {_place(first)}" if first is not None else ""
+            where = f"; the first is {_where(first)}" if first is not None else ""
             if first is not None and first.op == "call_module" and first.target in view.closed:
                 where += ", of which a part is trained, and whose forward cannot be traced to tell which"
             why = f" ({'; '.join(notes)})" if notes else ""
             raise NothingConstantError(
                 f"nothing of this {type(model).__name__} is constant: all of it is computed in every epoch{where}{why}."
             )
+        # The model runs once only: later frontiers lie before the first one, so their values have been compared.
         if not was_run:
             was_run = True
             reasons = dependent_values(model, view.flow, _ancestors(frontier, set(view.flow.graph.nodes)))
@@ -240,7 +261,7 @@ def _find_frontier(model: nn.Module, view: View, values: list[Values]) -> tuple[
             reasons = {node: NO_ROWS for node in frontier if ports_of(node, values) is None}
         if reasons:
             dependent |= {value_key(node) for node in reasons}
-            notes += [f"{_place(node)} {reason}, so it is computed in every epoch" for node, reason in reasons.items()]
+            notes += [f"{_where(node)} {reason}, so it is computed in every epoch" for node, reason in reasons.items()]
             inputs = [node.name for node in reasons if node.op == "placeholder"]
             if inputs:
                 raise ModelError(
@@ -252,7 +273,7 @@ def _find_frontier(model: nn.Module, view: View, values: list[Values]) -> tuple[
 
 
 def _frontier(view: View, model: nn.Module, dependent: Collection[str]) -> list[fx.Node]:
-    """List the constant values that live ones are computed from, in the graph of training mode."""
+    """List the constant values that live values read, in either mode, as nodes of the graph of training mode."""
     known = {value_key(node): node for node in view.flow.graph.nodes}
     wanted: set[fx.Node] = set()
     for flow in (view.flow, view.evaluation or view.flow):
@@ -268,10 +289,10 @@ def _frontier(view: View, model: nn.Module, dependent: Collection[str]) -> list[
     return [node for node in view.flow.graph.nodes if node in wanted]
 
 
-def _cheapest(
+def _choose_cut(
     model: nn.Module, view: View, frontier: list[fx.Node], values: list[Values], costs: dict[fx.Node, int]
 ) -> tuple[list[fx.Node], str | None]:
-    """Choose between the frontier and single values before it, by seconds for reading and for computing again."""
+    """Choose the frontier or a single value before it, by the estimated seconds for reading and recomputing."""
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
     read, compute = READ_BYTES_PER_S.get(device, 2e9), MULTIPLY_ADDS_PER_S.get(device, 2e10)
     size = sum(cut.bytes for node in frontier for cut in _cuts(node, values))
@@ -279,57 +300,61 @@ def _cheapest(
     full = _cost_up_to(frontier, costs)
     least = size
     for node in _dominators(view.flow.graph, frontier):
+        # Only a tensor that is clearly smaller is worth the cost of recomputing.
         if not ports_of(node, values) or sum(cut.bytes for cut in _cuts(node, values)) >= 0.9 * least:
             continue
         least = sum(cut.bytes for cut in _cuts(node, values))
-        again = full - _cost_up_to([node], costs)
-        seconds = least / read + again / compute
+        recomputed = full - _cost_up_to([node], costs)
+        seconds = least / read + recomputed / compute
         if seconds < best_seconds:
             best, best_seconds = [node], seconds
             note = (
                 f"cut earlier, after '{_layer(node)}': {least / 1024:.1f} instead of {size / 1024:.1f} KiB an image, "
-                f"for {again:,} multiply-adds computed again"
+                f"for {recomputed:,} multiply-adds computed again"
             )
     return best, note
 
 
 def _cost_up_to(values: list[fx.Node], costs: dict[fx.Node, int]) -> int:
-    """Add up the multiply-adds of all that some values are computed from, and of these."""
+    """Return the multiply-adds of some values and of everything that they are computed from."""
     return sum(costs[node] for node in _ancestors(values, costs))
 
 
 def _ancestors(values: list[fx.Node], among: Collection[fx.Node]) -> set[fx.Node]:
-    """Return some values and all that they are computed from, among those."""
-    found: set[fx.Node] = set()
+    """Return some values and everything that they are computed from, within `among`."""
+    ancestors: set[fx.Node] = set()
     waiting = list(values)
     while waiting:
         node = waiting.pop()
-        if node in among and node not in found:
-            found.add(node)
+        if node in among and node not in ancestors:
+            ancestors.add(node)
             waiting += node.all_input_nodes
-    return found
+    return ancestors
 
 
 def _dominators(graph: fx.Graph, frontier: list[fx.Node]) -> list[fx.Node]:
-    """List the tensors that all paths from the inputs to the frontier go through, from the last to the first."""
+    """List the tensors that lie on every path from the inputs to the frontier, from the last to the first.
+
+    A value is on every path if no earlier value is read after it, in execution order.
+    """
     order = {node: position for position, node in enumerate(graph.nodes)}
     needed = _ancestors(frontier, tensors_from_input(graph))
-    found: list[fx.Node] = []
-    reach = -1  # position of the last use of what came before
+    dominators: list[fx.Node] = []
+    reach = -1  # position of the last use of any earlier value
     for node in (node for node in graph.nodes if node in needed):
         if reach <= order[node] and node.op != "placeholder":
-            found.append(node)
+            dominators.append(node)
         uses = [order[user] for user in node.users if user in needed]
         reach = len(order) if node in frontier else max([reach, *uses])
-    return [node for node in reversed(found) if node not in frontier]
+    return [node for node in reversed(dominators) if node not in frontier]
 
 
 def _prefix(model: nn.Module, view: View, frontier: list[fx.Node], values: list[Values]) -> EditedModule:
     wanted = [(value_key(node), port.steps) for node in frontier for port in ports_of(node, values) or ()]
 
     def change(flow: Flow) -> None:
-        found = {value_key(node): node for node in flow.graph.nodes}
-        flow.set_output(tuple(picked(flow.graph, found[key], steps) for key, steps in wanted))
+        nodes = {value_key(node): node for node in flow.graph.nodes}
+        flow.set_output(tuple(pick_tensor(flow.graph, nodes[key], steps) for key, steps in wanted))
 
     prefix = rewire_flows(model, [view.flow.copy()], change)
     prune(prefix)
@@ -348,7 +373,7 @@ def _suffix(model: nn.Module, view: View, frontier: list[fx.Node], values: list[
             sizes,
             model.get_submodule,
             counts,
-            lambda graph, position, tensors: rebuilt(graph, examples[position], tensors),
+            lambda graph, position, tensors: rebuild_value(graph, examples[position], tensors),
         )
 
     flows = [view.flow] if view.evaluation is None else [view.evaluation, view.flow]
@@ -368,7 +393,7 @@ def _layer(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_module" else node.meta.get(LAYER, "")
 
 
-def _place(node: fx.Node) -> str:
+def _where(node: fx.Node) -> str:
     if node.op == "call_module":
         return f"'{node.target}'"
     layer = node.meta.get(LAYER, "")

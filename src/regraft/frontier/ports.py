@@ -1,4 +1,4 @@
-"""The tensors in a value: of a list, tuple or dict of features, those that can be kept image by image."""
+"""The tensors inside a value: lists, tuples and dicts of features, which are cached image by image."""
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ Step = int | str
 
 @dataclass(frozen=True)
 class Port:
-    """One tensor in a value: how to get at it, its shape for one image, and its type."""
+    """One tensor in a value: the keys and indices that lead to it, its shape for one image, and its dtype."""
 
     steps: tuple[Step, ...]
     shape: tuple[int, ...]
@@ -23,39 +23,39 @@ class Port:
 
 
 def ports_of(node: fx.Node, values: Sequence[Values]) -> list[Port] | None:
-    """List the tensors in a value; None where it cannot be kept image by image.
+    """List the tensors in a value; None where it cannot be cached image by image.
 
-    Lists, tuples and mappings are looked through. Tensors need one row for each image; plain values, such as the number
-    of patches in a column, have to be the same for every batch, and are written in where they are used.
+    Lists, tuples and mappings are searched. Tensors need one row for each image. Plain values, such as the number of
+    patches in a column, must be the same for every batch, and become constants where they are used.
 
     Args:
         node: The value.
-        values: All values for either of `BATCHES`.
+        values: The values of all nodes, for each of `BATCHES`.
     """
     return _ports(values[0].get(node), values[1].get(node), ())
 
 
-def picked(graph: fx.Graph, node: fx.Node, steps: Sequence[Step]) -> fx.Node:
-    """Return one tensor in a value, as a node at the end of the graph."""
+def pick_tensor(graph: fx.Graph, node: fx.Node, steps: Sequence[Step]) -> fx.Node:
+    """Add the node of one tensor in a value at the end of the graph, and return it."""
     with graph.inserting_before(graph.output_node()):
         for step in steps:
             node = graph.call_function(operator.getitem, (node, step))
     return node
 
 
-def rebuilt(graph: fx.Graph, value: Any, tensors: Callable[[], fx.Node]) -> Any:
-    """Return a value like another one with nodes in the place of its tensors, in the order of `ports_of`.
+def rebuild_value(graph: fx.Graph, value: Any, tensors: Callable[[], fx.Node]) -> Any:
+    """Return the structure of a value with nodes in place of its tensors, in the order of `ports_of`.
 
-    Nodes are made where the graph inserts. Lists, tuples and dicts become such of nodes; of another class of mapping or
-    a named tuple, a call of it.
+    Nodes are made at the graph's insertion point. Lists, tuples and dicts become those of nodes; a named tuple or
+    another class of mapping becomes a call of its class.
     """
     if isinstance(value, torch.Tensor):
         return tensors()
     if isinstance(value, Mapping):
-        items = {key: rebuilt(graph, one, tensors) for key, one in value.items()}
+        items = {key: rebuild_value(graph, item, tensors) for key, item in value.items()}
         return items if type(value) is dict else graph.call_function(type(value), (items,))
     if isinstance(value, (list, tuple)):
-        parts = [rebuilt(graph, one, tensors) for one in value]
+        parts = [rebuild_value(graph, item, tensors) for item in value]
         if hasattr(value, "_fields"):
             return graph.call_function(type(value), tuple(parts))
         return tuple(parts) if isinstance(value, tuple) else parts

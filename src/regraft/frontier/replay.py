@@ -1,23 +1,33 @@
-"""Split a network whose forward cannot be traced: record what its first live layer is given, and go on from there.
+"""Split a network whose forward cannot be traced: record the inputs of its first live layer, and replay from there.
 
-The forward itself is run in either part. The prefix stops it at the first layer that is live, however deep it lies. The
-suffix runs it with stubs in the place of the constant layers before that one: what they return is not a number, and
-only when the live layer is called do the recorded tensors take over. So anything else that the forward takes from
-before shows up as NaN, and the split is refused.
+Both parts run the network's own forward; no code is rewritten.
 
-The first live layer may be one inside another that is live in part. Tried are the innermost and then those around it,
-and for each of them a replay that is given none of the network's inputs, and one that is given those of whole numbers
-(tokens, masks), as later layers may need these as well.
+    network      x ─► stem ─► layer1 ─► layer2* ─► head* ─► scores         * holds trainable parameters
+    recording    x ─► stem ─► layer1 ─► stop: return the arguments of layer2      once for each image
+    replay         NaN ─► NaN ─► NaN ─► layer2* ─► head* ─► scores         in every epoch
+                                         ▲ the recorded arguments
+
+The replay has stubs in place of the constant layers before the cut. They return NaN and compute nothing. A pre-hook on
+the first live layer exchanges the arguments of its first call for the recorded ones. Where the forward uses anything
+else from before the cut, such as a skip connection from stem to head, the NaN reaches the output. Each split is
+compared with the whole network on random inputs, and refused where they differ. Zeros could hide such a connection.
+
+The first live layer may lie inside a layer that is live in part. Candidates are the innermost live layer and then those
+around it. For each, a replay is tried without any of the network's inputs, and then with its inputs of whole numbers
+(tokens, masks), which later layers may need as well.
+
+What else could be done: running the constant layers in every epoch costs what is to be saved; keeping the outputs of
+all of them would allow skip connections, with a cache several times as large; splitting the source of the forward would
+need to understand arbitrary Python.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from regraft.anatomy.dataflow.graph import ancestors
 from regraft.anatomy.dataflow.values import BATCHES
@@ -25,26 +35,27 @@ from regraft.anatomy.inputs import Arguments
 from regraft.anatomy.modes import preserved_randomness
 from regraft.anatomy.tracing import trace
 from regraft.errors import ForwardError, ModelError
+from regraft.frontier.forward_until import StoppedError, first_line, in_training_mode, run_until_stopped, stop_at
 from regraft.frontier.independence import difference, with_image_of
 from regraft.frontier.liveness import is_live_layer
-from regraft.frontier.stubs import Stubs, nothing, stub, stubbed
+from regraft.frontier.stubs import Form, Stubs, flatten_call, placeholder, stub, stubbed, unflatten_call
 
 Part = tuple[str, nn.Module, bool]  # path, layer, whether it is live
-Form = tuple[TreeSpec, tuple[Any, ...]]  # of nested arguments: their structure, and what in them is no tensor
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where the live part begins.
+    """The cut before the first live layer.
 
     Attributes:
         layer: Path of the first live layer.
         form: How the recorded tensors are passed to it.
-        stubs: What each constant layer before it returns, call by call, as a function of the batch size.
-        shapes: Of the recorded tensors, without the batch; those of the inputs that are kept come last.
+        stubs: For each constant layer before it, functions from batch size and device to a placeholder of its output,
+            one for each call.
+        shapes: Of the recorded tensors, without the batch dimension; those of the kept inputs come last.
         dtypes: Of the recorded tensors.
-        inputs: How the network itself is called.
-        kept: Positions, among the tensors that it is called with, of those that the replay is given.
+        inputs: An example of the network's own arguments.
+        kept: Positions, among the network's input tensors, of those that are passed on to the replay.
     """
 
     layer: str
@@ -57,19 +68,22 @@ class Boundary:
 
 
 class Recording(nn.Module):
-    """The prefix: from a network's inputs to what its first live layer is given, as a tuple of tensors.
+    """The prefix: from a network's inputs to the arguments of its first live layer, as a tuple of tensors.
 
-    Its own layers, parameters and buffers are the network's that are constant; the network itself is held beside them.
+    Its submodules are the constant layers before the cut. Its own parameters and buffers are those that the network and
+    the layers around the cut own directly, as their forwards may read them.
     """
 
     def __init__(self, model: nn.Module, boundary: Boundary) -> None:
         super().__init__()
+        # In a tuple, so that the network is no submodule: the digest of the prefix, which names the cached features,
+        # must not depend on live layers.
         self._held = (model,)
         self.boundary = boundary
         for path in boundary.stubs:
             self.add_module(path.replace(".", "/"), model.get_submodule(path))
-        around = [model, *(model.get_submodule(path) for path in ancestors(boundary.layer))]
-        for depth, layer in enumerate(around):
+        enclosing = [model, *(model.get_submodule(path) for path in ancestors(boundary.layer))]
+        for depth, layer in enumerate(enclosing):
             prefix = f"{depth}/" if depth else ""
             for name, parameter in layer.named_parameters(recurse=False):
                 self.register_parameter(prefix + name, parameter)
@@ -82,11 +96,11 @@ class Recording(nn.Module):
         return type(self._held[0])
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:  # noqa: D102
-        return _recorded(self._held[0], self.boundary, args, kwargs)
+        return _record(self._held[0], self.boundary, args, kwargs)
 
 
 class Replay(nn.Module):
-    """The suffix: from what the first live layer is given to the network's output."""
+    """The suffix: from the arguments of the first live layer to the network's output."""
 
     def __init__(self, model: nn.Module, boundary: Boundary) -> None:
         super().__init__()
@@ -94,18 +108,18 @@ class Replay(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> Any:  # noqa: D102
         count, device = len(tensors[0]), tensors[0].device
-        own = tensors[: len(tensors) - len(self.boundary.kept)]
-        inputs = _inputs(self.boundary, tensors[len(own) :], count, device)
+        recorded = tensors[: len(tensors) - len(self.boundary.kept)]
+        inputs = _inputs(self.boundary, tensors[len(recorded) :], count, device)
         calls = [0]
 
-        def take_over(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        def replace_arguments(_: nn.Module, args: Any, kwargs: Any) -> Any:
             calls[0] += 1
-            if calls[0] > 1:
+            if calls[0] > 1:  # a layer that is called again gets what the live part computed
                 return None
-            return _unflattened(self.boundary.form, own)
+            return unflatten_call(self.boundary.form, recorded)
 
         layer = self.model.get_submodule(self.boundary.layer)
-        handle = layer.register_forward_pre_hook(take_over, with_kwargs=True, prepend=True)
+        handle = layer.register_forward_pre_hook(replace_arguments, with_kwargs=True, prepend=True)
         try:
             with stubbed(self.model, self.boundary.stubs, count, device):
                 output = self.model(*inputs.args, **inputs.kwargs)
@@ -121,22 +135,23 @@ def record_and_replay(model: nn.Module, arguments: Arguments) -> tuple[Recording
 
     Args:
         model: A module that runs on its device.
-        arguments: An example of what it is called with; see `Arguments.drawn` for what counts of the values.
+        arguments: An example of its arguments; `Arguments.drawn` says which of their values matter.
 
     Raises:
-        ModelError: No layer is constant before the first live one, or the forward takes more from before than what
-            that layer is given. Nothing was changed.
+        ModelError: No layer is constant before the first live one, or the forward uses more from before the cut than
+            the arguments of that layer. Nothing was changed.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with preserved_randomness(0):
+        # Two sizes tell the dimension of images from others. The third batch is for the comparison with the network.
         drawn = [arguments.drawn(count, device) for count in (*BATCHES, BATCHES[0])]
         problem: ModelError | None = None
-        parts = list(_parts(model, _unused(model, arguments)))
+        parts = list(_parts(model, _unused_parameters(model, arguments)))
         for layer in _candidates(model, drawn[0], parts):
             try:
                 return _split_at(model, layer, arguments, drawn, parts)
             except ModelError as error:
-                problem = problem or error
+                problem = problem or error  # the error at the innermost layer is the one to report
     raise problem or ModelError("its forward calls no live layer.")
 
 
@@ -144,9 +159,9 @@ def _split_at(
     model: nn.Module, layer: str, arguments: Arguments, drawn: list[Arguments], parts: list[Part]
 ) -> tuple[Recording, Replay, Boundary]:
     boundary = _boundary(model, layer, arguments, drawn, parts)
-    whole = tuple(position for position, tensor in enumerate(_tensors(arguments)) if not tensor.is_floating_point())
+    integers = tuple(position for position, tensor in enumerate(_tensors(arguments)) if not tensor.is_floating_point())
     problem: ModelError | None = None
-    for kept in dict.fromkeys(((), whole)):
+    for kept in dict.fromkeys(((), integers)):
         leaves = [_tensors(arguments)[position] for position in kept]
         with_inputs = replace(
             boundary,
@@ -160,7 +175,7 @@ def _split_at(
             with torch.no_grad():
                 _require_constant(recording, drawn)
                 for training in (False, True):
-                    with _mode(model, training):
+                    with in_training_mode(model, training):
                         _require_equal(model, recording, replay, drawn[2], training)
         except ModelError as error:
             problem = problem or error
@@ -173,10 +188,10 @@ def _split_at(
 def _boundary(
     model: nn.Module, layer: str, arguments: Arguments, drawn: list[Arguments], parts: list[Part]
 ) -> Boundary:
-    (given, before), (other_given, other_before) = (_followed(model, layer, inputs, parts) for inputs in drawn[:2])
+    (call, before), (other_call, other_before) = (_run_up_to(model, layer, inputs, parts) for inputs in drawn[:2])
     if not before:
         raise ModelError(f"nothing is constant before its first live layer '{layer}'.")
-    (tensors, form), (other_tensors, other_form) = _flattened(given), _flattened(other_given)
+    (tensors, form), (other_tensors, other_form) = flatten_call(call), flatten_call(other_call)
     is_batched = all(
         (len(a), len(b)) == BATCHES and a.shape[1:] == b.shape[1:] and not a.requires_grad
         for a, b in zip(tensors, other_tensors, strict=False)
@@ -189,8 +204,8 @@ def _boundary(
     if [name for name, _ in before] != [name for name, _ in other_before]:
         raise ModelError("its forward does not always call the same layers.")
     stubs: Stubs = {}
-    for (name, output), (_, other) in zip(before, other_before, strict=True):
-        stubs[name] = (*stubs.get(name, ()), stub(name, output, other))
+    for (name, output), (_, other_output) in zip(before, other_before, strict=True):
+        stubs[name] = (*stubs.get(name, ()), stub(name, output, other_output))
     return Boundary(
         layer,
         form,
@@ -202,8 +217,8 @@ def _boundary(
     )
 
 
-def _unused(model: nn.Module, arguments: Arguments) -> list[nn.Parameter]:
-    """List the trainable parameters that the forward uses in neither mode."""
+def _unused_parameters(model: nn.Module, arguments: Arguments) -> list[nn.Parameter]:
+    """List the trainable parameters that the forward uses in neither mode; a layer is not live because of them."""
     used: set[str] = set()
     for training in (False, True):
         try:
@@ -214,7 +229,7 @@ def _unused(model: nn.Module, arguments: Arguments) -> list[nn.Parameter]:
 
 
 def _parts(model: nn.Module, unused: list[nn.Parameter], path: str = "") -> Iterator[Part]:
-    """List the outermost constant layers and all live ones, with whether each is live."""
+    """List the outermost constant layers and all live layers, each with whether it is live."""
     for name, layer in model.named_children():
         inner = f"{path}.{name}".lstrip(".")
         is_live = is_live_layer(layer, unused)
@@ -229,20 +244,20 @@ def _is_wholly_live(layer: nn.Module) -> bool:
 
 
 def _candidates(model: nn.Module, inputs: Arguments, parts: list[Part]) -> list[str]:
-    """List the layers at which the live part may begin: the first live one that is called, and those around it."""
-    running: list[str] = []
+    """List the layers at which the live part may begin: the first live layer that is called, then those around it."""
+    running: list[str] = []  # live layers that have been entered, the innermost last
 
     def begin(path: str, is_last: bool) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             running.append(path)
             if is_last:
-                raise _StoppedError(path, None)
+                raise StoppedError(path, None)
 
         return hook
 
     def end(path: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            raise _StoppedError(path, None)
+        def hook(*_: Any) -> None:  # it called no live layer inside: its own parameters or randomness make it live
+            raise StoppedError(path, None)
 
         return hook
 
@@ -251,48 +266,30 @@ def _candidates(model: nn.Module, inputs: Arguments, parts: list[Part]) -> list[
         if is_live:
             handles.append(layer.register_forward_pre_hook(begin(path, _is_wholly_live(layer))))
             handles.append(layer.register_forward_hook(end(path)))
-    _run_until_stopped(model, inputs, handles)
+    run_until_stopped(model, inputs, handles)
     return running[::-1]
 
 
-def _followed(model: nn.Module, layer: str, inputs: Arguments, parts: list[Part]) -> tuple[Any, list[tuple[str, Any]]]:
-    """Run a forward up to a layer: what that is given, and what the constant layers before it gave."""
+def _run_up_to(model: nn.Module, layer: str, inputs: Arguments, parts: list[Part]) -> tuple[Any, list[tuple[str, Any]]]:
+    """Run a forward up to a layer, and return its arguments and the outputs of the constant layers before it."""
     before: list[tuple[str, Any]] = []
-    handles = [model.get_submodule(layer).register_forward_pre_hook(_stop(layer), with_kwargs=True)]
+    handles = [model.get_submodule(layer).register_forward_pre_hook(stop_at(layer), with_kwargs=True)]
     for path, part, is_live in parts:
         if not is_live:
             handles.append(part.register_forward_hook(lambda _, __, output, path=path: before.append((path, output))))
-    stopped = _run_until_stopped(model, inputs, handles)
+    stopped = run_until_stopped(model, inputs, handles)
     if stopped is None:
         raise ModelError(f"its forward does not always call '{layer}'.")
-    return stopped.given, before
+    return stopped.call, before
 
 
-def _run_until_stopped(model: nn.Module, inputs: Arguments, handles: list[Any]) -> "_StoppedError | None":
+def _record(model: nn.Module, boundary: Boundary, args: Any, kwargs: Any) -> tuple[torch.Tensor, ...]:
+    handle = model.get_submodule(boundary.layer).register_forward_pre_hook(stop_at(boundary.layer), with_kwargs=True)
     try:
-        with _mode(model, True), torch.enable_grad():
-            model(*inputs.args, **inputs.kwargs)
-    except _StoppedError as stopped:
-        return stopped
-    except Exception as error:  # of anybody's forward
-        raise ModelError(f"its forward fails on random inputs: {_reason(error)}.") from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return None
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-
-
-def _recorded(model: nn.Module, boundary: Boundary, args: Any, kwargs: Any) -> tuple[torch.Tensor, ...]:
-    handle = model.get_submodule(boundary.layer).register_forward_pre_hook(_stop(boundary.layer), with_kwargs=True)
-    try:
-        with _mode(model, True):  # as it will be while it trains; what is frozen is pinned
+        with in_training_mode(model, True):  # the mode in which it will train; frozen layers are pinned to evaluation
             model(*args, **kwargs)
-    except _StoppedError as stopped:
-        tensors, form = _flattened(stopped.given)
+    except StoppedError as stopped:
+        tensors, form = flatten_call(stopped.call)
         if form != boundary.form:
             raise ModelError(f"its forward passes something else to '{boundary.layer}' than before.") from stopped
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -307,94 +304,52 @@ def _tensors(arguments: Arguments) -> list[torch.Tensor]:
 
 
 def _inputs(boundary: Boundary, kept: tuple[torch.Tensor, ...], count: int, device: torch.device) -> Arguments:
-    """Return what the network is called with in a replay: the inputs that are kept, and nothing else of worth."""
-    at = dict(zip(boundary.kept, kept, strict=True))
+    """Return the network's arguments in a replay: the kept inputs, and placeholders for all others."""
+    kept_at = dict(zip(boundary.kept, kept, strict=True))
     position = -1
 
     def fill(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal position
         position += 1
-        return at[position] if position in at else nothing(tensor.shape, tensor.dtype, device)
+        return kept_at[position] if position in kept_at else placeholder(tensor.shape, tensor.dtype, device)
 
     return boundary.inputs.of_batch(count).mapped(fill)
 
 
-class _StoppedError(Exception):
-    """Carries what a layer was given out of a forward."""
-
-    def __init__(self, name: str, given: Any) -> None:
-        super().__init__()
-        self.name, self.given = name, given
-
-
-def _stop(name: str) -> Callable[[nn.Module, Any, Any], None]:
-    def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
-        raise _StoppedError(name, (args, kwargs))
-
-    return stop
-
-
-@contextlib.contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
-
-
-def _flattened(given: Any) -> tuple[tuple[torch.Tensor, ...], Form]:
-    leaves, structure = tree_flatten(given)
-    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-    return tensors, (structure, tuple(_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves))
-
-
-def _unflattened(form: Form, tensors: tuple[torch.Tensor, ...]) -> Any:
-    structure, leaves = form
-    coming = iter(tensors)
-    return tree_unflatten([next(coming) if leaf is _TENSOR else leaf for leaf in leaves], structure)
-
-
 def _require_constant(recording: Recording, drawn: list[Arguments]) -> None:
-    """Record twice from different random states, and an image of one batch in another."""
-    found = []
-    first, other = with_image_of(*drawn[:2])
-    for seed, inputs in enumerate((first, first, other)):
+    """Refuse a recording that differs from run to run, or with the other images of a batch.
+
+    The first batch is recorded twice from different random states, and one of its images in a second batch.
+    """
+    recordings = []
+    first, mixed_in = with_image_of(*drawn[:2])
+    for seed, inputs in enumerate((first, first, mixed_in)):
         with preserved_randomness(seed):
-            found.append(recording(*inputs.args, **inputs.kwargs))
-    problem = difference(*found)
+            recordings.append(recording(*inputs.args, **inputs.kwargs))
+    problem = difference(*recordings)
     if problem is not None:
         raise ModelError(f"its forward {problem} before '{recording.boundary.layer}'.")
 
 
 def _require_equal(model: nn.Module, recording: Recording, replay: Replay, inputs: Arguments, training: bool) -> None:
-    """Compare the two parts with the whole, from the same random state."""
+    """Refuse two parts whose output differs from the network's, bit for bit, from the same random state."""
     args, kwargs = inputs.args, inputs.kwargs
-    found = []
+    outputs = []
     for run in (lambda: replay(*recording(*args, **kwargs)), lambda: model(*args, **kwargs)):
-        kept = {name: tensor.clone() for name, tensor in model.named_buffers()}  # what batch norms count and average
+        buffers = {name: tensor.clone() for name, tensor in model.named_buffers()}  # batch norms count and average
         try:
             with preserved_randomness(0):
-                found.append([leaf for leaf in tree_flatten(run())[0] if isinstance(leaf, torch.Tensor)])
+                outputs.append([leaf for leaf in tree_leaves(run()) if isinstance(leaf, torch.Tensor)])
         except ModelError:
             raise
-        except Exception as error:  # of a forward that is fed with what is not a number
-            raise ModelError(f"its forward fails when it is replayed: {_reason(error)}.") from error
+        except Exception as error:  # arbitrary user code, run on NaN
+            raise ModelError(f"its forward fails when it is replayed: {first_line(error)}.") from error
         finally:
             for name, tensor in model.named_buffers():
-                tensor.copy_(kept[name])
-    ours, reference = found
-    if len(ours) != len(reference) or not all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True)):
+                tensor.copy_(buffers[name])
+    parted, whole = outputs
+    if len(parted) != len(whole) or not all(torch.equal(a, b) for a, b in zip(parted, whole, strict=True)):
         mode = "training" if training else "evaluation"
         raise ModelError(
             f"its forward takes more from before '{replay.boundary.layer}' than that layer is given (in {mode} mode)."
         )
-
-
-class _Tensor:
-    """Stands in the place of a tensor."""
-
-
-_TENSOR = _Tensor()

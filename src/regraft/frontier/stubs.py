@@ -1,4 +1,8 @@
-"""Stubs: what stands in the place of constant layers in a replay, and returns what is not a number."""
+"""Stubs for the constant layers of a replay, and nested arguments split into tensors and structure.
+
+A stub returns NaN of the right shape and computes nothing. NaN survives nearly all arithmetic, so a forward that uses
+the output of a stubbed layer gives an output that differs from the network's, which the check after a split notices.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -6,17 +10,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from regraft.anatomy.dataflow.values import BATCHES
 from regraft.errors import ModelError
 
-Stubs = dict[str, tuple[Callable[[int, torch.device], Any], ...]]  # what each layer returns, call by call
+Stubs = dict[str, tuple[Callable[[int, torch.device], Any], ...]]  # by layer: functions that make its outputs, by call
+Form = tuple[TreeSpec, tuple[Any, ...]]  # of nested arguments: their structure, and the leaves that are not tensors
 
 
 @contextlib.contextmanager
 def stubbed(model: nn.Module, stubs: Stubs, count: int, device: torch.device) -> Iterator[None]:
-    """Let the layers before the boundary return nothing of worth, and compute nothing."""
+    """Replace the forward of the layers before the boundary by stubs for the block.
+
+    The stub is an attribute of the instance, which hides the forward of its class: class, hooks and children of the
+    layer stay as they are.
+    """
     layers = {name: model.get_submodule(name) for name in stubs}
     before = {name: vars(layer).get("forward") for name, layer in layers.items()}
     for name, layer in layers.items():
@@ -32,17 +41,27 @@ def stubbed(model: nn.Module, stubs: Stubs, count: int, device: torch.device) ->
 
 
 def _stub_forward(forward: Any, makers: tuple[Any, ...], count: int, device: torch.device) -> Callable[..., Any]:
-    coming = iter(makers)
+    remaining = iter(makers)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        make = next(coming, None)
+        # There is one stub for each call before the boundary. Later calls of a shared layer get real inputs.
+        make = next(remaining, None)
         return forward(*args, **kwargs) if make is None else make(count, device)
 
     return run
 
 
-def stub(name: str, output: Any, other: Any) -> Callable[[int, torch.device], Any]:
-    """Return what makes an output like these two, of batches of `BATCHES`, for a batch of any size."""
+def stub(name: str, output: Any, other_output: Any) -> Callable[[int, torch.device], Any]:
+    """Return a function that makes a placeholder of a layer's output for a batch of any size.
+
+    Args:
+        name: Path of the layer.
+        output: Its output for the first of `BATCHES`.
+        other_output: Its output for the second. A dimension that differs between the two is that of images.
+
+    Raises:
+        ModelError: The output holds whole numbers, which have no NaN, or sizes that depend on more than the batch.
+    """
 
     def form_of(small: Any, large: Any) -> Any:
         if not isinstance(small, torch.Tensor):
@@ -51,12 +70,33 @@ def stub(name: str, output: Any, other: Any) -> Callable[[int, torch.device], An
         if not small.is_floating_point() or any(a != b and (a, b) != BATCHES for a, b in sizes):
             raise ModelError(f"layer '{name}' returns something that cannot be left out.")
         dtype = small.dtype
-        return lambda count, device: nothing([a if a == b else count for a, b in sizes], dtype, device)
+        return lambda count, device: placeholder([a if a == b else count for a, b in sizes], dtype, device)
 
-    forms = tree_map(form_of, output, other)
+    forms = tree_map(form_of, output, other_output)
     return lambda count, device: tree_map(lambda make: make(count, device), forms)
 
 
-def nothing(shape: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return a tensor of NaN (0 for whole numbers) that takes no memory."""
+def placeholder(shape: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return a tensor of NaN (0 for whole numbers): one element in memory, expanded to the shape."""
     return torch.full((), float("nan") if dtype.is_floating_point else 0, dtype=dtype, device=device).expand(*shape)
+
+
+def flatten_call(call: Any) -> tuple[tuple[torch.Tensor, ...], Form]:
+    """Split nested arguments into their tensors and their form; `unflatten_call` is the inverse."""
+    leaves, structure = tree_flatten(call)
+    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    return tensors, (structure, tuple(_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves))
+
+
+def unflatten_call(form: Form, tensors: tuple[torch.Tensor, ...]) -> Any:
+    """Return nested arguments of a form with these tensors in it."""
+    structure, leaves = form
+    remaining = iter(tensors)
+    return tree_unflatten([next(remaining) if leaf is _TENSOR else leaf for leaf in leaves], structure)
+
+
+class _Tensor:
+    """Marks the place of a tensor in a form."""
+
+
+_TENSOR = _Tensor()

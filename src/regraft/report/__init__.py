@@ -1,4 +1,4 @@
-"""What happened, as one file that opens in any browser."""
+"""The report of a run: one HTML file for any browser."""
 
 from regraft.report.html import write_report
 

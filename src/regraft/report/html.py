@@ -1,4 +1,4 @@
-"""Fill a template and write the page: one file that needs no other, and whose names from outside are inert."""
+"""Render a template and write the page: one self-contained file, with all external text escaped."""
 
 import functools
 import os
@@ -17,16 +17,16 @@ from regraft.training.result import FitResult
 
 
 def write_report(result: FitResult, path: str | os.PathLike[str]) -> Path:
-    """Write what a training run found out as one HTML file, and return its path.
+    """Write the report of a training run as one HTML file, and return its path.
 
-    The page refers to nothing outside itself. A photo that is gone since, or a name that looks like HTML, does no harm.
+    The page loads nothing from elsewhere. Photos that no longer exist, and names that look like HTML, are safe.
 
     Args:
-        result: What `fit` returned.
-        path: Where to; its folder must exist.
+        result: The result of `fit`.
+        path: Path of the file; its folder must exist.
 
     Raises:
-        RunError: The file cannot be written; a previous one is as it was.
+        RunError: The file cannot be written; a previous one is unchanged.
     """
     check_arguments(write_report, locals())
     check_target(write_report, "path", path)
@@ -34,24 +34,24 @@ def write_report(result: FitResult, path: str | os.PathLike[str]) -> Path:
 
 
 def render(template: str, **context: Any) -> str:
-    """Fill the template of that name in `templates/`.
+    """Render a template in `templates/`.
 
-    Text is escaped; a variable that the template uses and `context` lacks is an error. The SVG that `plots` returns is
-    shown by the macro `figure` of `parts.html`.
+    Text is escaped, and a variable that is missing from `context` is an error. The macro `figure` of `parts.html` shows
+    the SVG that `plots` returns.
 
     Args:
         template: Name of a file, as in `run.html`.
-        **context: What the template shows.
+        **context: Variables of the template.
     """
     written = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z")
     return _environment().get_template(template).render(written=written, **context)
 
 
 def write_page(path: str | os.PathLike[str], html_text: str) -> Path:
-    """Write a page, so that a reader finds either the old file or the whole new one.
+    """Write a page atomically: a reader finds either the old file or the complete new one.
 
     Raises:
-        RunError: The file cannot be written; a previous one is as it was.
+        RunError: The file cannot be written; a previous one is unchanged.
     """
     target = Path(path)
     try:
@@ -71,7 +71,7 @@ def _environment() -> Environment:
         loader=PackageLoader("regraft.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_shown,
+        finalize=_escape_invisible,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -79,6 +79,6 @@ def _environment() -> Environment:
     return environment
 
 
-def _shown(value: Any) -> Any:
-    # Not for Markup, a kind of str: that is HTML which a template made of parts that came through here.
+def _escape_invisible(value: Any) -> Any:
+    # Not for Markup, a subclass of str: that is HTML of a template, whose parts have passed through here.
     return visible(value) if type(value) is str else value

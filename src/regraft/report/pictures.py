@@ -1,4 +1,4 @@
-"""Photos as small pictures inside a page."""
+"""Thumbnails of photos, embedded in a page."""
 
 import base64
 import io
@@ -15,10 +15,10 @@ JPEG_QUALITY = 80
 
 
 def thumbnail(path: Path) -> str | None:
-    """Return a photo as a data URI: upright, at most 160 pixels wide and high, and without the metadata of the file.
+    """Return a photo as a data URI: upright, at most 160 × 160 pixels, and without the metadata of the file.
 
     Returns:
-        The URI of a JPEG, or None where the file is gone or can no longer be read.
+        The URI of a JPEG, or None if the file is missing or unreadable.
     """
     try:
         with quiet_decoders():

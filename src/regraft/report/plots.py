@@ -1,4 +1,4 @@
-"""Figures as SVG text for a page: the page's font, its colour of text, and a transparent ground."""
+"""Plots as SVG text for a page, with the page's font and text colour, and a transparent background."""
 
 import io
 import re
@@ -15,13 +15,13 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
 from regraft.report.text import shorten
 
-# Every one of these has a contrast of 3:1 or more on white and on the dark page alike.
+# Each has a contrast of 3:1 or more on white and on the dark page.
 BLUE, ORANGE, GREEN, VIOLET, RED, TEAL = "#3b82f6", "#d97706", "#16a34a", "#a855f7", "#ef4444", "#0d9488"
 PART_COLORS = {"training": BLUE, "validation": ORANGE}
 CYCLE = (BLUE, ORANGE, GREEN, VIOLET, RED, TEAL)
 MARKERS = "osD^vP"
 CELL = "#2563eb"
-# Written by matplotlib, and then exchanged for what the page's style sheet decides.
+# Placeholders that matplotlib writes; they are replaced by colours of the page's style sheet.
 INK, GRID = "#010203", "#040506"
 
 STYLE = {
@@ -61,13 +61,13 @@ WIDE, HIGH = 4.7, 3.0  # inches; two stand side by side on a desktop
 def learning_curves(
     parts: Mapping[str, Sequence[float | None]], best_epoch: int, ylabel: str, *, from_zero: bool = False
 ) -> str:
-    """Draw figures over the epochs, and mark the epoch that was kept.
+    """Plot values over the epochs, and mark the epoch that was kept.
 
     Args:
-        parts: One figure per epoch of `training`, `validation` or both.
+        parts: One value per epoch for `training`, `validation` or both.
         best_epoch: Counted from 1.
-        ylabel: What the figures are.
-        from_zero: Let the axis begin at zero where no value is smaller.
+        ylabel: Label of the values.
+        from_zero: Begin the axis at zero unless a value is negative.
     """
     with _drawing(f"curves {ylabel}", WIDE, HIGH) as drawing:
         axes = drawing.figure.subplots()
@@ -88,14 +88,14 @@ def learning_curves(
 
 
 def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str | None:
-    """Draw a confusion matrix: rows are true classes, columns predicted ones, the colour is the share of the row.
+    """Plot a confusion matrix: rows are true classes, columns predicted ones, the colour is the share of the row.
 
     Args:
         counts: K rows of K numbers of photos.
         names: Names of the K classes.
 
     Returns:
-        SVG; the numbers are left out above 25 classes. None above 120 classes: nobody could read it.
+        SVG, without numbers above 25 classes. None above 120 classes, where it would be unreadable.
     """
     size = len(names)
     if size > MAX_DRAWN_CLASSES:
@@ -103,7 +103,7 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str | No
     numbered = size <= MAX_NUMBERED_CLASSES
     cell = 0.17 if not numbered else 0.36 if size > 12 else 0.52
     labels = [shorten(name, 22) for name in names]
-    room = 0.075 * max(map(len, labels)) + 0.55  # for the names, which stand upright below
+    room = 0.075 * max(map(len, labels)) + 0.55  # inches for the class names, which are vertical below the matrix
     with _drawing("confusion", size * cell + room, size * cell + room) as drawing:
         axes = drawing.figure.subplots()
         for row, line in enumerate(counts):
@@ -124,10 +124,10 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str | No
 
 
 def reliability_diagram(bins: Sequence[tuple[float, float, int]]) -> str:
-    """Draw how often predictions are right over how sure they are, and below how many there are.
+    """Plot a reliability diagram: accuracy over confidence, and below it the count of each bin.
 
     Args:
-        bins: (mean confidence, accuracy, count) of each of ten equal bins that has any.
+        bins: (mean confidence, accuracy, count) of each nonempty bin, of ten equal ones.
     """
     confidence, accuracy, counts = zip(*bins, strict=True)
     with _drawing("reliability", WIDE, 3.9) as drawing:
@@ -145,7 +145,7 @@ def reliability_diagram(bins: Sequence[tuple[float, float, int]]) -> str:
 
 
 def predicted_against_true(predicted: Sequence[float], true: Sequence[float]) -> str:
-    """Draw each prediction over the number that was to be found; right ones lie on the diagonal."""
+    """Plot predicted over true values; correct predictions are on the diagonal."""
     low, high = min(*predicted, *true), max(*predicted, *true)
     margin = 0.05 * (high - low) or 1.0
     limits = (low - margin, high + margin)
@@ -160,7 +160,7 @@ def predicted_against_true(predicted: Sequence[float], true: Sequence[float]) ->
 
 
 def residuals(errors: Sequence[float]) -> str:
-    """Draw how often errors (predicted − true) of each size occur."""
+    """Plot a histogram of the errors (predicted − true)."""
     with _drawing("residuals", WIDE, 4.2) as drawing:
         axes = drawing.figure.subplots()
         axes.hist(errors, bins=max(8, min(40, round(len(errors) ** 0.5))), color=BLUE, alpha=0.75)
@@ -178,13 +178,13 @@ def sweep(
     log_x: bool = True,
     from_zero: bool = False,
 ) -> str:
-    """Draw one line with an error band per method.
+    """Plot one line with an error band per method.
 
     Args:
         series: (x, mean, standard deviation) of each point, by the method's name.
-        xlabel: What x is.
-        ylabel: What the mean is of.
-        log_x: Space x by its logarithm; each x that occurs gets a tick.
+        xlabel: Label of x.
+        ylabel: Label of the mean.
+        log_x: Use a logarithmic x axis, with a tick at each x.
         from_zero: Begin y at zero, so that heights can be compared.
     """
     with _drawing(f"sweep {ylabel}", WIDE, 3.6) as drawing:
@@ -210,7 +210,7 @@ def sweep(
 
 
 class _Drawing:
-    """A figure, and once it is finished its text."""
+    """A figure, and its SVG once it is finished."""
 
     def __init__(self, figure: Figure) -> None:
         self.figure = figure
@@ -219,14 +219,14 @@ class _Drawing:
 
 @contextmanager
 def _drawing(name: str, width: float, height: float) -> Iterator[_Drawing]:
-    """Yield an empty figure of that size in inches; write it at the end. Matplotlib's settings are as before then.
+    """Yield an empty figure of a size in inches, and write it afterwards. Matplotlib's settings are restored.
 
-    The salt makes the ids of clip paths and markers the same in each run and different in each figure of a page.
+    The hash salt makes the ids of clip paths and markers equal in each run, and different between figures of a page.
     """
     defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
     style: Any = {**defaults, **STYLE, "svg.hashsalt": name}
     with matplotlib.rc_context(style), warnings.catch_warnings():
-        # The browser has fonts for the letters that matplotlib's own font lacks.
+        # The browser has fonts for characters that matplotlib's own font lacks.
         warnings.filterwarnings("ignore", message="(?s).*Glyph .* missing from")
         drawing = _Drawing(Figure(figsize=(width, height), layout="constrained", facecolor="none"))
         yield drawing
@@ -237,7 +237,7 @@ def _drawing(name: str, width: float, height: float) -> Iterator[_Drawing]:
 
 
 def _inline(document: str, width: float, height: float) -> str:
-    """Turn an SVG document into an element of a page, which needs neither prolog nor namespaces."""
+    """Turn an SVG document into an inline element, without prolog and namespaces."""
     box = re.search(r'viewBox="[^"]*"', document)
     body = re.search(r"<svg[^>]*>(.*</svg>)", document, re.DOTALL)
     assert box is not None

@@ -1,4 +1,4 @@
-"""What the page of one training run says."""
+"""The contents of the report of one training run."""
 
 import math
 import shlex
@@ -17,14 +17,14 @@ from regraft.training.result import FitResult
 
 MAX_PICTURES = 12
 MAX_PAIRS = 8
-OPEN_DEPTH = 2
+SHOWN_DEPTH = 2
 FEW_PHOTOS = 100
 NORMAL_QUANTILE = 1.959964  # of 0.975: leaves 2.5 % on either side
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A photo that was predicted wrongly: its name, what it shows, what was predicted, how sure or how far off."""
+    """A wrong prediction: name of the photo, thumbnail, true and predicted target, and confidence or error."""
 
     name: str
     picture: str | None
@@ -35,7 +35,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """A line of the table of layers."""
+    """A row of the table of layers."""
 
     name: str
     path: str
@@ -45,7 +45,7 @@ class LayerRow:
 
 
 def describe_run(result: FitResult) -> dict[str, Any]:
-    """Gather everything that `run.html` shows."""
+    """Return the variables of the template `run.html`."""
     page: dict[str, Any] = {
         "result": result,
         "plan": result.plan,
@@ -91,9 +91,9 @@ def wilson_interval(correct: int, count: int) -> tuple[float, float]:
 
 def _about_classes(result: FitResult) -> dict[str, Any]:
     metrics = result.validation
-    names = [found.name for found in metrics.per_class]
+    names = [entry.name for entry in metrics.per_class]
     correct = round((metrics.accuracy or 0.0) * metrics.count)
-    most = max(metrics.per_class, key=lambda found: found.count)
+    most = max(metrics.per_class, key=lambda entry: entry.count)
     pairs = [
         (count, names[row], names[column])
         for row, line in enumerate(metrics.confusion)
@@ -160,10 +160,10 @@ def _confident_mistakes(result: FitResult, names: list[str]) -> list[Mistake]:
     ]
 
 
-def _layers(found: ModelSummary) -> dict[str, Any]:
-    rows = [_layer_row(layer) for layer in found.layers]
-    upper = [row for row in rows if row.depth <= OPEN_DEPTH]
-    return {"layers": upper, "all_layers": rows if len(rows) > len(upper) else None, "model_summary": found}
+def _layers(model_summary: ModelSummary) -> dict[str, Any]:
+    rows = [_layer_row(layer) for layer in model_summary.layers]
+    upper = [row for row in rows if row.depth <= SHOWN_DEPTH]
+    return {"layers": upper, "all_layers": rows if len(rows) > len(upper) else None, "model_summary": model_summary}
 
 
 def _layer_row(layer: LayerSummary) -> LayerRow:
@@ -186,7 +186,7 @@ def _option_text(value: Any) -> str:
 
 
 def _loss_name(result: FitResult) -> str:
-    """Describe what the loss on the validation photos is, which is the same whatever was trained with."""
+    """Return the name of the validation loss, which does not depend on the training loss."""
     return "mean squared error" if result.plan.task == "regression" else "cross-entropy"
 
 

@@ -1,15 +1,15 @@
-"""Text from outside (file names, class names) and numbers, written so that a page can show them."""
+"""Format external text (file names, class names) and numbers for a page."""
 
 import unicodedata
 
-BIDI_CONTROLS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder what stands around
+BIDI_CONTROLS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder the surrounding text
 NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 
 
 def visible(text: str) -> str:
-    r"""Return `text` with control characters, and bytes that are no UTF-8, written as escapes.
+    r"""Return `text` with control characters and invalid UTF-8 bytes as escapes.
 
-    Escaping for HTML is not done here: that is the template's job.
+    HTML is escaped by the templates, not here.
 
     >>> print(visible("one\ntwo \udcff"))
     one\ntwo \xff
@@ -18,7 +18,7 @@ def visible(text: str) -> str:
 
 
 def shorten(text: str, limit: int) -> str:
-    """Cut the middle out of a text that is longer than `limit` characters.
+    """Replace the middle of a text that is longer than `limit` characters.
 
     >>> shorten("Staffordshire bullterrier", 12)
     'Staffo…rrier'
@@ -30,17 +30,17 @@ def shorten(text: str, limit: int) -> str:
 
 
 def percent(share: float) -> str:
-    """Write a share in percent, with one decimal."""
+    """Format a share in percent, with one decimal."""
     return f"{100 * share:.1f}{NO_BREAK_SPACE}%"
 
 
 def number(value: float) -> str:
-    """Write a number with four significant digits."""
+    """Format a number with four significant digits."""
     return f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:
-    """Write a time with the precision that a reader needs.
+    """Format a duration in seconds with suitable precision.
 
     >>> duration(0.0312), duration(75.2), duration(7325)
     ('0.03 s', '1 min 15 s', '2 h 2 min')
@@ -53,7 +53,7 @@ def duration(seconds: float) -> str:
 
 def _visible_character(character: str) -> str:
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # how Python carries a byte of a file name that is no UTF-8
+    if 0xDC80 <= code <= 0xDCFF:  # how Python represents a byte of a file name that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     if unicodedata.category(character) in ("Cc", "Cs") or character in BIDI_CONTROLS:
         return character.encode("unicode_escape").decode("ascii")

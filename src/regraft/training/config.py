@@ -1,4 +1,4 @@
-"""Every option of a training run, with its default, as one value that a TOML file can hold."""
+"""All options of a training run with their defaults, as one value that can be saved as TOML."""
 
 import tomllib
 from enum import Enum
@@ -21,7 +21,7 @@ OnNan = Literal["stop", "skip"]
 HEAD_LR = 1e-2
 FINE_TUNE_LR = 5e-4
 SCRATCH_LR = 2e-3
-OTHER_WORDS = {  # what other libraries call our options
+OTHER_WORDS = {  # names of these options in other libraries
     "batch_size": ("bs", "batch", "train_batch_size", "per_device_train_batch_size"),
     "epochs": ("n_epochs", "num_epochs", "max_epochs", "num_train_epochs", "nb_epoch"),
     "image_size": ("img_size", "input_size", "target_size", "resolution"),
@@ -40,56 +40,54 @@ MAX_SIDE = 10**5  # pixels
 
 
 class TrainConfig(CheckedFields):
-    """The options of `fit` and of `regraft train`; the same names, with dashes, are the command line's.
+    """The options of `fit` and of `regraft train`, where the same names have dashes.
 
     Attributes:
         data: Folder or table.
         model: Name of the network, see `create_model`.
         weights: `default`, `none`, a registered name, or a file.
         freeze: Patterns of layers to freeze, see `select`.
-        freeze_until: Freeze everything up to and with this layer, in execution order.
+        freeze_until: Freeze everything up to and including this layer, in execution order.
         unfreeze_all: Train every layer.
-        unfreeze: Gradual unfreezing, as in `head:3,layer4:5,all:10` (see `Schedule`), which says the epochs as well.
-            Without any of these four: all but the new head is frozen where the network
-            is pretrained, and nothing where it is not.
+        unfreeze: Gradual unfreezing, as in `head:3,layer4:5,all:10` (see `Schedule`), which also sets `epochs`.
+            Without any of these four options, everything but the new head is frozen if the network is pretrained, and
+            nothing if it is not.
         epochs: Passes over the photos.
         batch_size: Photos per step.
         optimizer: Name of a class of torch.optim.
-        lr: Highest learning rate; None: for a head alone on features that are computed once, cross-validated together
-            with the weight decay (see `sweep_heads`); else 1e-2 for a head, 5e-4 for more of a pretrained network,
-            2e-3 from scratch.
-        head_start: First weights of a linear head on features that are computed once: `given`, `ridge` (in closed
-            form), or `auto`: what does better where `lr` is chosen, else `given`.
-        backbone_lr: Highest learning rate of everything but the head; None: that of the head, or with `unfreeze` a
-            twentieth of it.
-        layer_decay: Factor from each block's learning rate to that of the one before it, see `param_groups`.
-        weight_decay: Of weight matrices and kernels; biases and norms are not decayed.
+        lr: Highest learning rate. None: for a head alone on cached features, cross-validated together with the weight
+            decay (see `sweep_heads`); else 1e-2 for a head, 5e-4 for more of a pretrained network, 2e-3 from scratch.
+        head_start: Initial weights of a linear head on cached features: `given` (those of the model), `ridge` (ridge
+            regression in closed form), or `auto`: the better one if `lr` is cross-validated, else `given`.
+        backbone_lr: Highest learning rate of everything but the head. None: that of the head, or a twentieth of it with
+            `unfreeze`.
+        layer_decay: Layer-wise learning-rate decay: factor from each block to the one before it, see `param_groups`.
+        weight_decay: Weight decay of weight matrices and kernels; biases and norms are not decayed.
         schedule: `cosine`: linear warm-up over the first 5 % of the steps, then down to zero along a cosine;
             `constant`: no change.
-        augment: Random changes of the photos that are learned from: `none`, `flip`, `standard` or `trivial`.
-        mixup: How much of another photo is mixed into each that is learned from (0: nothing; 0.2: a little; 1: any
-            share): into the features where those are computed once, else into the images. It is the shape of a beta
-            distribution. Source: https://arxiv.org/abs/1710.09412, and for features https://arxiv.org/abs/1806.05236.
-        views: With `standard` and `trivial`: how many random versions of each photo there are; None: a new one in each
-            epoch. What is frozen is computed once for each version, so that only a number can be kept.
-        cache: Whether what is frozen is computed once, see `partition`.
-        cache_precision: How precisely that is kept: `full`, `bf16`, `fp16` or `int8`, see `packed`.
-        fast: Whether convolutions may run in the order that is fastest, and what is computed once with batch norms
-            folded into them; equal up to rounding.
-        loss: `cross-entropy`, `focal`; for numbers `mse`, `l1`, `huber`; None: the first of the task; or `py:…`.
-        label_smoothing: Of the cross-entropy, in [0, 1).
-        precision: Of the forward pass of weights in float32; `auto` is bf16 where a GPU has it, else fp32. A head of
-            one layer on what is computed once stays in float32.
+        augment: Augmentation of the training photos: `none`, `flip`, `standard` or `trivial`.
+        mixup: Parameter of the beta distribution of mixup (0: no mixup; 0.2: a little; 1: uniform shares). Features are
+            mixed if they are cached, else images. Source: https://arxiv.org/abs/1710.09412, and for features https://arxiv.org/abs/1806.05236.
+        views: Number of random views of each photo with `standard` and `trivial`; None: a new one in each epoch. Frozen
+            layers are computed once for each view, so only a fixed number can be cached.
+        cache: Whether the frozen part is computed once and cached, see `partition`.
+        cache_precision: Precision of the cached features: `full`, `bf16`, `fp16` or `int8`, see `packed`.
+        fast: Whether convolutions run in channels-last memory format, and the cached part with folded batch norms;
+            equal up to rounding.
+        loss: `cross-entropy`, `focal`; for regression `mse`, `l1`, `huber`; None: the first of the task; or `py:…`.
+        label_smoothing: Label smoothing of the cross-entropy, in [0, 1).
+        precision: Precision of the forward pass with float32 weights; `auto` is bf16 on a GPU that supports it, else
+            fp32. A head of one layer on cached features stays in float32.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
-        workers: Loading processes; None: as many as are useful.
-        seed: Decides the split, the new head's first weights, the order and the random changes.
-        image_size: Side of what the network sees, in pixels; None: what the network was trained with.
+        workers: Number of loading processes; None: one per core for photos that are decoded on access, else none.
+        seed: Random seed of the split, the new head's initial weights, the order of samples and the augmentation.
+        image_size: Side of the network's input in pixels; None: the size that the network was trained with.
         validation_share: Share of each class kept for validation where the data has no split.
         max_unreadable: Share of unreadable files above which the run stops.
-        on_nan: What is done about a loss that is not finite: `stop`, or `skip` that step, as well as one whose gradient
-            is not finite.
-        checkpoint_minutes: How often the state of the run is written within an epoch, see `fit`; 0: after every step.
-        keep_last: Number of states that are kept.
+        on_nan: Reaction to a loss that is not finite: `stop`, or `skip` the step; `skip` also skips steps whose
+            gradient is not finite.
+        checkpoint_minutes: Minutes between saved states of the run within an epoch, see `fit`; 0: after every step.
+        keep_last: Number of saved states to keep.
         out: Folder for the results; None writes nothing.
     """
 
@@ -146,7 +144,7 @@ class TrainConfig(CheckedFields):
 
     @field_validator("data", "model", "weights", "loss", "out")
     @classmethod
-    def _fits_a_file(cls, text: str | None) -> str | None:
+    def _fits_a_toml_file(cls, text: str | None) -> str | None:
         if text is not None:
             try:
                 text.encode()
@@ -160,16 +158,16 @@ class TrainConfig(CheckedFields):
         """Return this configuration with other values, checked.
 
         Raises:
-            ConfigError: An option is unknown or has a value that it cannot have.
+            ConfigError: An option is unknown or has an invalid value.
         """
         return make_config({**self.model_dump(exclude_unset=True), **options}, "the options")
 
 
 def make_config(values: dict[str, Any], where: str) -> TrainConfig:
-    """Check a dict of options and return the configuration; `where` they come from stands in the error.
+    """Check a dict of options and return the configuration; errors name `where` the options come from.
 
     Raises:
-        ConfigError: An option is unknown (the nearest names are shown) or has a value that it cannot have.
+        ConfigError: An option is unknown (the nearest names are shown) or has an invalid value.
     """
     try:
         return TrainConfig.model_validate(values)
@@ -181,7 +179,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read the options in a TOML file.
 
     Raises:
-        ConfigError: The file is missing or malformed, or one of its options is unknown or wrong.
+        ConfigError: The file is missing or malformed, or one of its options is unknown or invalid.
     """
     if not path.is_file():
         raise ConfigError(f"no configuration file '{path}' (looked from {Path.cwd()}). Give the path of a .toml file.")

@@ -1,4 +1,4 @@
-"""The epochs of a run, from wherever it stands to its end, or to where it is stopped."""
+"""The epochs of a run, from its beginning or a saved state, to its end or an interruption."""
 
 import math
 import shlex
@@ -22,27 +22,27 @@ from regraft.training.result import EpochRecord, FitResult
 from regraft.training.resume.rng import random_states, set_random_states
 from regraft.training.resume.run_folder import RunFolder
 from regraft.training.resume.run_state import Best, RunState
-from regraft.training.resume.saved_run import RunFingerprint, SavedRun, changing_tensors, put_back, take_state
-from regraft.training.resume.signals import Signals, StopAsked
+from regraft.training.resume.saved_run import RunFingerprint, SavedRun, changing_tensors, restore_state, take_state
+from regraft.training.resume.signals import Signals, StopRequested
 from regraft.training.resume.state_writer import StateWriter
 from regraft.training.setup import TrainSetup, make_extractor
-from regraft.training.train_data import again
+from regraft.training.train_data import with_frontier
 
 
 @dataclass
 class Run:
-    """A run and everything beside it.
+    """A run with its options, progress and outputs.
 
     Attributes:
-        setup: What the training loop needs.
-        config: The options, as they were given.
-        fingerprint: What its states belong to.
-        folder: Of the results; None: nothing is written.
-        run_state: Where it stands.
-        signals: Whether it is asked to stop.
-        progress: Is told what happens.
-        trust_code: Whether it was said that code of the user's own may be imported.
-        kept_epoch: The epoch whose weights this process wrote into the folder; 0: none.
+        setup: Everything that the training loop needs.
+        config: The options, as the user passed them.
+        fingerprint: Identifies the run in its saved states.
+        folder: Folder of the results; None writes nothing.
+        run_state: The progress so far.
+        signals: Signals that request a stop.
+        progress: Reports progress.
+        trust_code: Whether custom code may be imported.
+        kept_epoch: The epoch whose weights this process wrote into the folder; 0 before the first.
     """
 
     setup: TrainSetup
@@ -56,45 +56,45 @@ class Run:
     kept_epoch: int = 0
 
 
-def train(run: Run, found: SavedRun | None) -> FitResult:
-    """Train to the end, from the beginning or from the state that was found.
+def train(run: Run, saved_run: SavedRun | None) -> FitResult:
+    """Train to the end, from the beginning or from a saved state.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM; the state is written.
+        Interrupted: Ctrl-C or SIGTERM; the state is saved.
         LossError: The loss is not finite.
         RunError: Results cannot be written.
-        DataError: Too many photos can no longer be read.
+        DataError: Too many photos became unreadable.
     """
-    first, config = run.setup.train_data, run.config
-    if found is not None:
-        _restore(run, found)
+    first_data, config = run.setup.train_data, run.config
+    if saved_run is not None:
+        _restore(run, saved_run)
     state_writer = StateWriter(
         run.folder.states if run.folder is not None else None,
         keep_last=config.keep_last,
         every_s=60 * config.checkpoint_minutes,
         progress=run.progress,
-        found=found.path if found is not None else None,
+        resumed_from=saved_run.path if saved_run is not None else None,
     )
-    faults = FaultTolerantReader.of(first, config, run.progress)
-    with state_writer, run.signals.patient():
+    reader = FaultTolerantReader.of(first_data, config, run.progress)
+    with state_writer, run.signals.deferred():
         try:
-            if found is None:
-                _keep_state(run, state_writer)
+            if saved_run is None:
+                _save_state(run, state_writer)
             for epoch in range(run.run_state.epoch, config.epochs + 1):
-                _one_epoch(run, epoch, faults, state_writer)
+                _run_epoch(run, epoch, reader, state_writer)
             _load_best(run)
         except KeyboardInterrupt as interruption:
             raise _interrupted(run, state_writer, interruption) from interruption
         except LossError as error:
-            raise LossError(f"epoch {run.run_state.epoch}: {error} {_what_was_kept(run)}") from error
-        except (RunError, DataError) as error:  # a disk, which may be repaired
+            raise LossError(f"epoch {run.run_state.epoch}: {error} {_describe_best(run)}") from error
+        except (RunError, DataError) as error:  # a full disk or unreadable photos: the user can repair them and resume
             state_writer.wait()
-            if not (state_writer.has_any and state_writer.has_more_than_the_beginning):
+            if not (state_writer.has_any and state_writer.has_progress):
                 raise
-            raise type(error)(f"{error} {_how_to_go_on(run)}") from error
+            raise type(error)(f"{error} {_resume_hint(run)}") from error
     setup, best = run.setup, run.run_state.best
     assert best is not None
-    best.put_back(setup.model)
+    best.load_into(setup.model)
     return FitResult(
         model=in_mode(setup.model, False),
         plan=setup.plan,
@@ -108,84 +108,86 @@ def train(run: Run, found: SavedRun | None) -> FitResult:
         seconds=dict(run.run_state.seconds),
         out=run.folder.path if run.folder else None,
         checkpoint=run.folder.checkpoint if run.folder else None,
-        computed_once=first.frontier.summary(config.epochs) if first.frontier is not None else None,
-        not_once_because=first.not_once_because,
+        computed_once=first_data.frontier.summary(config.epochs) if first_data.frontier is not None else None,
+        not_once_because=first_data.not_once_because,
     )
 
 
-def _one_epoch(run: Run, epoch: int, faults: FaultTolerantReader, state_writer: StateWriter) -> None:
+def _run_epoch(run: Run, epoch: int, reader: FaultTolerantReader, state_writer: StateWriter) -> None:
     run_state, began = run.run_state, time.perf_counter()
     with run_state.phase("reading"):
         setup = run.setup = _refresh_setup(run, epoch)
     with run_state.phase("training"):
         train_loss = train_epoch(
             setup.live,
-            _train_batches(run, faults, state_writer),
+            _train_batches(run, reader, state_writer),
             setup.criterion,
             setup.optimizer,
             setup.schedule,
             setup.scaler,
-            setup.live_engine,
+            setup.live_compute,
             mixup=run.config.mixup,
             on_nan=run.config.on_nan,
             tally=run_state.tally,
             progress=run.progress,
         )
     with run_state.phase("validation"):
-        outputs, targets = _comparable(setup, *score(setup.live, _validation_batches(run, faults), setup.live_engine))
-        found = measure(outputs, targets, _class_names(setup, outputs))
-        _require_finite(found, setup)
+        outputs, targets = _align_for_metrics(
+            setup, *score(setup.live, _validation_batches(run, reader), setup.live_compute)
+        )
+        metrics = measure(outputs, targets, _class_names(setup, outputs))
+        _require_finite(metrics, setup)
     lr, seconds = setup.optimizer.param_groups[0]["lr"], time.perf_counter() - began
-    run_state.history.append(EpochRecord(epoch, train_loss, found, lr, seconds))
-    is_best = found.is_better_than(run_state.best.metrics if run_state.best else None)
+    run_state.history.append(EpochRecord(epoch, train_loss, metrics, lr, seconds))
+    is_best = metrics.is_better_than(run_state.best.metrics if run_state.best else None)
     if is_best:
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in changing_tensors(setup).items()}
-        run_state.best = Best(epoch, found, outputs, targets, faults.readable(setup.train_data.paths), copies)
-        attach(setup.model, metrics=found.to_dict())
+        run_state.best = Best(epoch, metrics, outputs, targets, reader.readable(setup.train_data.paths), copies)
+        attach(setup.model, metrics=metrics.to_dict())
     with run_state.phase("saving"):
         if run.kept_epoch == 0:
-            state_writer.wait()  # there are no results without a state to go on from
-        _keep_results(run, has_new_model=is_best)
+            state_writer.wait()  # the first results need a state beside them, or a run killed now could not be resumed
+        _save_results(run, has_new_model=is_best)
     run.progress.say(_epoch_line(run_state, run.config.epochs, is_best=is_best))
     run_state.begin_next_epoch()
-    run.signals.stop_if_asked()
+    run.signals.stop_if_requested()
     if epoch < run.config.epochs and state_writer.is_due_after_epoch():
-        _keep_state(run, state_writer)
+        _save_state(run, state_writer)
 
 
-def _train_batches(run: Run, faults: FaultTolerantReader, state_writer: StateWriter) -> Iterator[Any]:
-    """Yield the epoch's batches from where the run stands; between them it may be stopped, and its state is kept."""
+def _train_batches(run: Run, reader: FaultTolerantReader, state_writer: StateWriter) -> Iterator[Any]:
+    """Yield the remaining batches of the epoch; between steps, save states and stop if requested."""
     run_state, batches = run.run_state, run.setup.train_data.train
     sampler: Any = getattr(batches, "sampler", None)
     if hasattr(sampler, "set_epoch"):
         sampler.set_epoch(run_state.epoch)
     if run_state.states is None:
         run_state.states = random_states(batches, run.setup.train_data.validation)
-    read = faults.read(batches, run_state.states, done=run_state.step, least=2)  # batch norm needs two
+    read = reader.read(batches, run_state.states, done=run_state.step, min_photos=2)  # batch norm needs two
     total = len(batches) - run_state.step if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
     for batch in run.progress.track(read, f"epoch {run_state.epoch}/{run.config.epochs}", total):
         if batch is not None:
             yield batch
-        run_state.step += 1  # whose step is done when the next batch is asked for
-        run.signals.stop_if_asked()
+        run_state.step += 1  # the step of a batch is complete when the next batch is requested
+        run.signals.stop_if_requested()
         if state_writer.is_due_within_epoch():
-            _keep_state(run, state_writer)
+            _save_state(run, state_writer)
 
 
-def _validation_batches(run: Run, faults: FaultTolerantReader) -> Iterator[Any]:
-    """Yield the batches of the validation part; whoever stops here measures anew when the run goes on."""
+def _validation_batches(run: Run, reader: FaultTolerantReader) -> Iterator[Any]:
+    """Yield the validation batches; a run that is stopped here repeats the validation when it is resumed."""
     batches = run.setup.train_data.validation
     states = random_states(batches)
-    for batch in faults.read(batches, states):
+    for batch in reader.read(batches, states):
         if run.signals.received is not None:
             set_random_states(states)
-            run.signals.stop_if_asked()
+            run.signals.stop_if_requested()
         if batch is not None:
             yield batch
 
 
 def _refresh_setup(run: Run, epoch: int) -> TrainSetup:
-    """Make layers trainable where it is time, and split the network anew where that, or a frozen weight, changed."""
+    """Unfreeze layers that are due, and split the network anew if flags or frozen weights have changed."""
     setup, thawed = run.setup, None
     if setup.unfreezing is not None:
         thawed = setup.unfreezing.advance(epoch, setup.model, setup.optimizer, scheduler=setup.schedule, **setup.rates)
@@ -202,34 +204,34 @@ def _refresh_setup(run: Run, epoch: int) -> TrainSetup:
 
 def _repartition(run: Run) -> TrainSetup:
     setup = run.setup
-    with preserved_randomness():  # what is found in a cache draws nothing
+    with preserved_randomness():  # so that a cache hit and a computation leave the same random state
         extractor, _ = make_extractor(setup.model, setup.train_data.photos, run.config, setup.compute, run.progress)
-        train_data = again(setup.train_data, run.config, extractor)
+        train_data = with_frontier(setup.train_data, run.config, extractor)
     live = train_data.frontier.parts.suffix if train_data.frontier is not None else setup.model
     return replace(setup, train_data=train_data, live=live)
 
 
-def _restore(run: Run, found: SavedRun) -> None:
-    """Put the run where a state says that it stood."""
+def _restore(run: Run, saved_run: SavedRun) -> None:
+    """Restore the run from a saved state."""
     prepared = run.run_state.seconds
-    run.run_state, has_thawed = put_back(found, run.setup)
+    run.run_state, has_thawed = restore_state(saved_run, run.setup)
     for phase, seconds in prepared.items():
         run.run_state.seconds[phase] = run.run_state.seconds.get(phase, 0.0) + seconds
     if has_thawed and run.setup.train_data.frontier is not None:
         run.setup = _repartition(run)
     if run.folder is not None:
-        run.folder.has_stale_results = found.tree["has_stale_results"]
+        run.folder.has_stale_results = saved_run.tree["has_stale_results"]
     run_state = run.run_state
     where = f"step {run_state.step} of epoch {run_state.epoch}" if run_state.step else f"epoch {run_state.epoch - 1}"
-    run.progress.say(f"continued  after {where}, from '{found.path}'")
-    if found.fingerprint.device != run.fingerprint.device:
+    run.progress.say(f"continued  after {where}, from '{saved_run.path}'")
+    if saved_run.fingerprint.device != run.fingerprint.device:
         run.progress.say(
-            f"           on {run.fingerprint.device} instead of {found.fingerprint.device}: rounding will differ"
+            f"           on {run.fingerprint.device} instead of {saved_run.fingerprint.device}: rounding will differ"
         )
-    found.tree.clear()  # whose tensors are the optimizer's now
+    saved_run.tree.clear()  # the optimizer has taken over its tensors; free the rest
 
 
-def _keep_state(run: Run, state_writer: StateWriter) -> None:
+def _save_state(run: Run, state_writer: StateWriter) -> None:
     folder = run.folder
 
     def take() -> Any:
@@ -240,40 +242,40 @@ def _keep_state(run: Run, state_writer: StateWriter) -> None:
         state_writer.keep(take, run.run_state.epoch, run.run_state.step)
 
 
-def _keep_results(run: Run, *, has_new_model: bool) -> None:
+def _save_results(run: Run, *, has_new_model: bool) -> None:
     if run.folder is None:
         return
     if has_new_model:
-        run.folder.keep_model(run.setup.model, run.config)
-    run.folder.keep_history(run.run_state.history)
+        run.folder.save_model(run.setup.model, run.config)
+    run.folder.save_history(run.run_state.history)
     if has_new_model and run.run_state.best is not None:
         run.kept_epoch = run.run_state.best.epoch
 
 
 def _load_best(run: Run) -> None:
-    """Give the model the best weights, and write them where what is in the folder may be older or newer."""
+    """Load the best weights into the model, and save them unless this process has already done so."""
     best = run.run_state.best
     if best is None:
         return
-    best.put_back(run.setup.model)
+    best.load_into(run.setup.model)
     if run.folder is not None and run.kept_epoch != best.epoch:
-        _keep_results(run, has_new_model=True)
+        _save_results(run, has_new_model=True)
 
 
 def _interrupted(run: Run, state_writer: StateWriter, interruption: KeyboardInterrupt) -> Interrupted:
-    """Keep what was reached, and return the error that says so."""
-    if isinstance(interruption, StopAsked):
-        _keep_state(run, state_writer)
+    """Save the state, and return the error that says how to resume."""
+    if isinstance(interruption, StopRequested):
+        _save_state(run, state_writer)
     problem = state_writer.wait()
-    said = _what_was_kept(run)
+    message = _describe_best(run)
     if problem:
-        said += f" The state of the run could not be written: {problem}"
+        message += f" The state of the run could not be written: {problem}"
     if state_writer.has_any:
-        said = f"{said if run.run_state.best else 'No epoch was complete.'} {_how_to_go_on(run)}"
-    return run.signals.interrupted(said)
+        message = f"{message if run.run_state.best else 'No epoch was complete.'} {_resume_hint(run)}"
+    return run.signals.interrupted(message)
 
 
-def _how_to_go_on(run: Run) -> str:
+def _resume_hint(run: Run) -> str:
     assert run.folder is not None
     if run.fingerprint.is_named:
         trust = " --trust-code" if run.trust_code else ""
@@ -281,7 +283,7 @@ def _how_to_go_on(run: Run) -> str:
     return "To continue: the same call of fit with resume=True"
 
 
-def _what_was_kept(run: Run) -> str:
+def _describe_best(run: Run) -> str:
     best = run.run_state.best
     if best is None:
         return "Nothing was written: no epoch was complete."
@@ -296,11 +298,13 @@ def _class_names(setup: TrainSetup, outputs: torch.Tensor) -> tuple[str, ...] | 
     return setup.train_data.classes or tuple(map(str, range(outputs.shape[1])))
 
 
-def _comparable(setup: TrainSetup, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what the metrics compare: scores and classes without those that the loss ignores, or numbers.
+def _align_for_metrics(
+    setup: TrainSetup, outputs: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return outputs and targets for the metrics: scores and classes without ignored labels, or numbers.
 
     Raises:
-        DataError: A label is none of the classes.
+        DataError: A label is not a class.
     """
     if setup.train_data.task == "regression":
         return (outputs.sigmoid() if kind_of(setup.criterion) == "logits" else outputs), targets
@@ -321,9 +325,9 @@ def _epoch_line(run_state: RunState, epochs: int, *, is_best: bool) -> str:
     )
 
 
-def _require_finite(found: Metrics, setup: TrainSetup) -> None:
-    if not math.isfinite(found.loss):
+def _require_finite(metrics: Metrics, setup: TrainSetup) -> None:
+    if not math.isfinite(metrics.loss):
         raise LossError(
-            f"the validation loss is {found.loss} (learning rate {setup.plan.lr:.3g}). Try a tenth of the learning "
+            f"the validation loss is {metrics.loss} (learning rate {setup.plan.lr:.3g}). Try a tenth of the learning "
             "rate, --precision fp32, or look for extreme values in the data."
         )

@@ -1,4 +1,4 @@
-"""Reading batches although a worker dies, or a photo can no longer be read."""
+"""Read batches in spite of dying workers and photos that become unreadable."""
 
 import copy
 import signal
@@ -21,13 +21,13 @@ from regraft.training.train_data import TrainData
 
 
 class FaultTolerantReader:
-    """Reads batches, and knows what went wrong so far.
+    """Reads batches, and counts failures over the whole run.
 
     Args:
-        photos: Number of all photos; None where the data is of another kind.
+        photos: Number of all photos; None for other data.
         max_unreadable: Share of them that may be unreadable.
-        unreadable: Number of those that could not be read when the run began.
-        progress: Is told what goes wrong.
+        unreadable: Number of photos that were unreadable when the run began.
+        progress: Reports failures.
     """
 
     def __init__(self, photos: int | None, max_unreadable: float, unreadable: int, progress: Progress) -> None:
@@ -39,49 +39,49 @@ class FaultTolerantReader:
 
     @classmethod
     def of(cls, train_data: TrainData, config: TrainConfig, progress: Progress) -> "FaultTolerantReader":
-        """Begin with what could not be read at first."""
+        """Make a reader that counts the files that were unreadable at the start."""
         unreadable = len(train_data.unreadable)
         photos = sum(map(len, train_data.photos)) + unreadable if train_data.photos is not None else None
         return cls(photos, config.max_unreadable, unreadable, progress)
 
-    def read(self, batches: Iterable[Any], states: Tree, *, done: int = 0, least: int = 1) -> Iterator[Any]:
-        """Yield batches, and None for one of which too few photos can be read.
+    def read(self, batches: Iterable[Any], states: Tree, *, done: int = 0, min_photos: int = 1) -> Iterator[Any]:
+        """Yield batches; None for a batch with too few readable photos.
 
         Args:
             batches: A loader, or any other iterable.
             states: The random states from which the order of this pass follows.
-            done: Number of batches that are left out at the beginning, as they were seen before.
-            least: Number of photos that must be left of a batch.
+            done: Number of batches to skip at the beginning, which were processed before.
+            min_photos: Number of readable photos that a batch needs.
 
         Raises:
-            DataError: More photos than `max_unreadable` allows cannot be read.
+            DataError: More photos are unreadable than `max_unreadable` allows.
         """
         self._lost_now = set()
         source = _without_workers(batches) if self._has_lost_worker else batches
-        iterator = _opened(source, done, states) if done else iter(source)
-        with _DeathsFoundByAsking() as deaths:
+        iterator = _resume_iterator(source, done, states) if done else iter(source)
+        with _DeferredWorkerDeaths() as deaths:
             while True:
-                deaths.listen_to_nothing()
+                deaths.remove_handler()
                 try:
                     batch = next(iterator)
                 except StopIteration:
                     return
                 except (RuntimeError, ConnectionError, EOFError) as error:
-                    if not _is_death(error) or self._has_lost_worker:
+                    if not _is_worker_death(error) or self._has_lost_worker:
                         raise
                     self._progress.say(f"loading    {error}: the main process goes on alone, from the same batch")
                     self._has_lost_worker = True
                     source = _without_workers(batches)
-                    iterator = _opened(source, done, states)
+                    iterator = _resume_iterator(source, done, states)
                     continue
                 done += 1
-                yield self._rest(batch, least) if isinstance(batch, PartialBatch) else batch
+                yield self._readable_part(batch, min_photos) if isinstance(batch, PartialBatch) else batch
 
     def readable(self, paths: Iterable[Path]) -> tuple[Path, ...]:
-        """Leave out the photos that were lost in the last pass."""
+        """Return the paths without photos that were unreadable in the last pass."""
         return tuple(path for path in paths if path not in self._lost_now)
 
-    def _rest(self, partial: PartialBatch, least: int) -> Any:
+    def _readable_part(self, partial: PartialBatch, min_photos: int) -> Any:
         for lost in partial.lost:
             self._lost_now.add(lost.path)
             if lost.path not in self._lost:
@@ -94,22 +94,22 @@ class FaultTolerantReader:
                 f"{count} of {total} photos cannot be read any more ('{last.path}': {last.reason}). Repair them, or "
                 f"allow more with --max-unreadable (now {self._max_unreadable:g})."
             )
-        return partial.batch if partial.batch is not None and len(partial.batch[1]) >= least else None
+        return partial.batch if partial.batch is not None and len(partial.batch[1]) >= min_photos else None
 
 
-class _DeathsFoundByAsking:
-    """Keeps torch from raising an error in the middle of a step when a worker dies.
+class _DeferredWorkerDeaths:
+    """Prevents torch from raising an error in the middle of a step when a worker dies.
 
-    Its handler of SIGCHLD does that wherever the main thread happens to be, with half a step done. Without it, the
-    death is found when the next batch is asked for.
+    Torch's SIGCHLD handler raises wherever the main thread happens to be, possibly within a step. Without the handler,
+    the death is noticed when the next batch is requested, between two steps.
     """
 
-    def __enter__(self) -> "_DeathsFoundByAsking":
+    def __enter__(self) -> "_DeferredWorkerDeaths":
         self._before: Any = None
         return self
 
-    def listen_to_nothing(self) -> None:
-        """Take the handler away, if there is one by now."""
+    def remove_handler(self) -> None:
+        """Remove the handler; torch may have installed it since the last call."""
         if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
             return
         if callable(handler := signal.getsignal(signal.SIGCHLD)):
@@ -121,13 +121,13 @@ class _DeathsFoundByAsking:
             signal.signal(signal.SIGCHLD, self._before)
 
 
-def _opened(batches: Iterable[Any], done: int, states: Tree) -> Iterator[Any]:
-    """Begin a pass anew behind the batches that were seen before; the global random state is as before afterwards."""
+def _resume_iterator(batches: Iterable[Any], done: int, states: Tree) -> Iterator[Any]:
+    """Restart a pass after its first `done` batches; the global random state is preserved."""
     sampler = getattr(batches, "sampler", None)
     if isinstance(sampler, SeededShuffle):
         sampler.set_epoch(sampler.epoch, done * getattr(batches, "batch_size", 1))
         return iter(batches)
-    if done == 0:  # the order is drawn with the first batch, after this
+    if done == 0:  # the order is drawn with the first batch, after this function returns
         set_random_states(states, batches)
         return iter(batches)
     with preserved_randomness():
@@ -146,8 +146,8 @@ def _without_workers(batches: Iterable[Any]) -> Iterable[Any]:
     return alone
 
 
-def _is_death(error: Exception) -> bool:
+def _is_worker_death(error: Exception) -> bool:
     if isinstance(error, (ConnectionError, EOFError)):
-        return True  # in the middle of handing a batch over
+        return True  # the worker died while it sent a batch
     text = str(error)
     return text.startswith("DataLoader worker") and ("exited unexpectedly" in text or "is killed by signal" in text)

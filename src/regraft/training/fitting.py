@@ -1,4 +1,4 @@
-"""`fit`: train a model on photos, datasets or loaders, and keep the best of it."""
+"""`fit`: train a model on photos, datasets or loaders, and keep the best weights."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # all of the compiler, which optimizers import at their first use: here, as an import
+import torch._dynamo  # optimizers import the compiler at their first use, in the middle of a run; import it here
 from torch import nn
 
 from regraft.anatomy.modes import preserved_randomness
@@ -50,43 +50,43 @@ def fit(
     progress: Progress = SILENT,
     **options: Any,
 ) -> FitResult:
-    """Train `model` on `data`, and keep the weights of the epoch that did best on the validation part.
+    """Train `model` on `data`, and keep the weights of the best epoch on the validation part.
 
-    What has `requires_grad=False` stays bit-identical. The random state of the process is as before afterwards, and
-    the same seed gives the same weights, bit for bit, on a CPU.
+    Parameters with `requires_grad=False` stay bit-identical. The random state of the process is restored afterwards.
+    On a CPU, the same seed gives the same weights, bit for bit.
 
-    With a folder `out`, the state of the run is kept in `out/last/` until it has ended: from its beginning, after
-    epochs, every `checkpoint_minutes`, and when SIGINT or SIGTERM ask it to stop, which it does after its step. The
-    same call with `resume=True` then goes on from the last state, and gives the weights that it would have given
-    without the pause, bit for bit on the same machine.
+    With a folder `out`, the state of the run is saved in `out/last/` until the run has ended: at its beginning, after
+    epochs, every `checkpoint_minutes`, and on SIGINT or SIGTERM, which stop the run after the current step. The same
+    call with `resume=True` then resumes from the last state, with the same weights as without the interruption, bit for
+    bit on the same machine.
 
     Args:
-        model: A name (see `create_model`), which gets a head for the data's classes and is frozen but for it where it
-            is pretrained; or a module, which is trained in place as its flags stand.
+        model: A name (see `create_model`), which gets a head for the data's classes, and whose other layers are frozen
+            if it is pretrained; or a module, which is trained in place with its own flags.
         data: A folder or a `.csv` table (see `list_data`), or a pair (train, validation) of Datasets or DataLoaders
             that yield (inputs, targets): inputs (N, …), targets (N,) of int64 classes, or of floats for regression.
         config: All options as one value.
         loss: A function or module of (outputs (N, K), targets (N,)) that returns one number, or a name (see
             `TrainConfig.loss`).
         overwrite: Whether results in the folder `out` may be replaced.
-        resume: Whether the run that stopped in the folder `out` goes on; where none did, one begins.
-        trust_code: Whether a class or a loss of your own (`py:…`) may be imported.
-        progress: Is told what happens; silent by default.
-        **options: Fields of `TrainConfig`, which win over `config`.
+        resume: Whether to resume the run that stopped in the folder `out`; without one, a new run starts.
+        trust_code: Whether custom code for a class or a loss (`py:…`) may be imported.
+        progress: Reports progress; silent by default.
+        **options: Fields of `TrainConfig`, which take precedence over `config`.
 
     Raises:
-        InputError: Something that was given is wrong (its kinds are in `regraft.errors`). Nothing was written.
-        LossError: The loss is no single finite number; the best weights so far are kept where there are any.
-        Interrupted: Ctrl-C or SIGTERM; the best weights so far are kept where there are any.
+        InputError: An argument or the data is invalid (its kinds are in `regraft.errors`). Nothing was written.
+        LossError: The loss is not a single finite number; the best weights so far are kept, if any.
+        Interrupted: Ctrl-C or SIGTERM; the best weights so far are kept, if any.
     """
     check_arguments(fit, locals())
     if isinstance(data, (str, Path)):
         check_path(fit, "data", data)
     if isinstance(loss, type):
         raise ConfigError(f"loss is the class {loss.__name__}, expected a function. Make one: {loss.__name__}().")
-    for name, one in (("model", model), ("loss", loss)):
-        if isinstance(one, nn.Module):
-            check_weights(fit, name, one)
+    for name, module in (("model", model), ("loss", loss)):
+        if isinstance(module, nn.Module):
+            check_weights(fit, name, module)
     if isinstance(loss, str):
         options["loss"] = loss
     config = (config or TrainConfig()).updated(
@@ -97,29 +97,29 @@ def fit(
         config = config.updated(epochs=Schedule.parse(config.unfreeze).epochs)
     if resume and config.out is None:
         raise ConfigError("resume needs the folder of the run. Pass out=….")
-    found = find_run(Path(config.out), progress) if resume and config.out is not None else None
-    with_resolved_options = found.with_resolved_options(config) if found is not None else config
+    saved_run = find_run(Path(config.out), progress) if resume and config.out is not None else None
+    with_resolved_options = saved_run.with_resolved_options(config) if saved_run is not None else config
     folder = None
     if config.out is not None:
-        folder = RunFolder(Path(config.out), overwrite=overwrite, continues=found is not None)
+        folder = RunFolder(Path(config.out), overwrite=overwrite, continues=saved_run is not None)
     is_named = isinstance(model, str) and isinstance(data, (str, Path)) and not callable(loss)
     run_state = RunState()
     with preserved_randomness(config.seed), Signals() as signals:
         listing = list_if_folder(data, config)
         check_options(config, listing.task if listing and loss is None else None, trust_code=trust_code)
-        with folder.held() if folder is not None else nullcontext():
+        with folder.locked() if folder is not None else nullcontext():
             with unchanged_on_failure(model):
                 setup = _prepare(
                     model, data, listing, loss, with_resolved_options, run_state, progress, trust_code=trust_code
                 )
                 fingerprint = RunFingerprint.of(setup, config, is_named=is_named)
-                if found is not None:
-                    check_state(found, setup, fingerprint)
+                if saved_run is not None:
+                    check_state(saved_run, setup, fingerprint)
             for line in _lines(setup, config):
                 progress.say(line)
             run = Run(setup, config, fingerprint, folder, run_state, signals, progress, trust_code)
             with channels_last(setup.model) if setup.compute.has_channels_last else nullcontext():
-                return train(run, found)
+                return train(run, saved_run)
 
 
 def _prepare(
@@ -133,7 +133,7 @@ def _prepare(
     *,
     trust_code: bool,
 ) -> TrainSetup:
-    """Build the network, read the data, and put together what a training loop needs."""
+    """Build the network, read the data, and prepare everything that the training loop needs."""
     with run_state.phase("model"):
         built = prepare_model(model, listing, config, trust_code=trust_code)
         require_trainable_types(built, thaws_all=config.unfreeze is not None)
@@ -157,12 +157,12 @@ def _read(
     compute: ComputeContext,
     progress: Progress,
 ) -> TrainData:
-    """Read the data, and compute what is constant once where that can be done."""
+    """Read the data, and compute the constant part once where that is possible."""
     extractor, reason = make_extractor(model, data, config, compute, progress)
     preprocessing = preprocessing_of(model)
     try:
         train_data = load_train_data(data, listing, preprocessing, config, progress, extractor)
-    except ModelError as error:  # of the extractor alone: nothing else runs the model here
+    except ModelError as error:  # only the extractor runs the model here, so training without it is still possible
         extractor, reason = None, str(error)
         train_data = load_train_data(data, listing, preprocessing, config, progress)
     if extractor is not None or reason is None:
@@ -172,7 +172,7 @@ def _read(
 
 
 def _lines(setup: TrainSetup, config: TrainConfig) -> Iterator[str]:
-    """Describe what is about to be done."""
+    """Describe the run before it starts."""
     yield from setup.plan.lines(config)
     if setup.train_data.frontier is not None:
         yield from setup.train_data.frontier.lines()

@@ -1,4 +1,4 @@
-"""Ask a trained model: how good is it on these photos, and what do those show."""
+"""Evaluate a trained model on photos, and predict what photos show."""
 
 import os
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ BATCH_SIZE = 32
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one photo.
+    """The prediction for one photo.
 
     Attributes:
-        path: The file; None for images that are no files.
+        path: The file; None for images that are not files.
         label: The most probable class; None for regression.
         probability: Its probability; None for regression.
         top: The most probable classes with their probabilities, in order.
@@ -68,9 +68,9 @@ def evaluate(
         model: A model that knows its classes and preprocessing, as `load` and `fit` return it.
         data: A folder with a folder per class, or one that holds `val/`; a `.csv` table for regression; or a Dataset
             or DataLoader that yields (inputs, targets), targets of every kind that `fit` takes.
-        batch_size: Photos at a time.
+        batch_size: Photos per batch.
         device: `auto`, `cpu`, `cuda`, …
-        progress: Is told what happens; silent by default.
+        progress: Reports progress; silent by default.
 
     Raises:
         DataError: The data is missing, empty, unreadable, or has a class that the model does not know.
@@ -78,21 +78,21 @@ def evaluate(
     """
     check_arguments(evaluate, locals())
     check_minimum(evaluate, 1, batch_size=batch_size)
-    batch_size = int(batch_size)  # torch takes none of NumPy's
+    batch_size = int(batch_size)  # torch does not accept NumPy integers
     check_weights(evaluate, "model", model)
     compute = compute_for(model, device)
     model.to(compute.device)
     if not isinstance(data, (str, os.PathLike)):
         batches = torch.utils.data.DataLoader(data, batch_size) if isinstance(data, torch.utils.data.Dataset) else data
         outputs, targets = _score(model, pairs_of(batches), compute)
-        task = card_of(model).task or _task_that_shows(targets)
+        task = card_of(model).task or _infer_task(targets)
         names = card_of(model).classes or tuple(map(str, range(outputs.shape[-1])))
         return measure(outputs, targets, None if task == "regression" else names)
     check_path(evaluate, "data", data)
     card = _require_task(model)
     samples = list_regression(data) if card.classes is None else list_labelled(data, card.classes)
     photos, unreadable = read_photos(samples, preprocessing_of(model), classes=card.classes, progress=progress)
-    _tell_skipped(unreadable, progress)
+    _report_skipped(unreadable, progress)
     batches = progress.track(loader(photos, batch_size), "evaluating", -(-len(photos) // batch_size))
     outputs, targets = _score(model, batches, compute)
     return measure(outputs, targets, card.classes)
@@ -112,12 +112,12 @@ def predict(
     Args:
         model: A model that knows its classes and preprocessing, as `load` and `fit` return it.
         images: A path of a photo or of a folder of photos (folders below it included), a `PIL.Image`, a batch of
-            preprocessed images (N, C, H, W), or a list of paths and `PIL.Image`s. Files that cannot be read are
-            skipped, and said to `progress`.
-        top: How many of the most probable classes each prediction lists.
-        batch_size: Photos at a time.
+            preprocessed images (N, C, H, W), or a list of paths and `PIL.Image`s. Unreadable files are skipped and
+            reported to `progress`.
+        top: Number of most probable classes that each prediction lists.
+        batch_size: Photos per batch.
         device: `auto`, `cpu`, `cuda`, …
-        progress: Is told what happens; silent by default.
+        progress: Reports progress; silent by default.
 
     Raises:
         DataError: A path does not exist, or no photo can be read.
@@ -125,7 +125,7 @@ def predict(
     """
     check_arguments(predict, locals())
     check_minimum(predict, 1, top=top, batch_size=batch_size)
-    batch_size = int(batch_size)  # torch takes none of NumPy's
+    batch_size = int(batch_size)  # torch does not accept NumPy integers
     check_weights(predict, "model", model)
     card = _require_task(model)
     compute = compute_for(model, device)
@@ -142,7 +142,7 @@ def predict(
         return _predict_opened(model, items, top=top, device=device, progress=progress)
     samples = [Sample(path, 0) for item in items for path in _files(item)]
     photos, unreadable = read_photos(samples, preprocessing_of(model), progress=progress)
-    _tell_skipped(unreadable, progress)
+    _report_skipped(unreadable, progress)
     batches = progress.track(loader(photos, batch_size), "predicting", -(-len(photos) // batch_size))
     outputs, _ = _score(model, batches, compute)
     return _predictions(outputs, [sample.path for sample in photos.samples], card, top)
@@ -151,7 +151,7 @@ def predict(
 def _predict_opened(
     model: nn.Module, items: Sequence[Any], *, top: int, device: str | torch.device, progress: Progress
 ) -> list[Prediction]:
-    """Predict images that are open already, and the photos of paths among them, in order."""
+    """Predict a list of opened images and paths, in order."""
     preprocessing = preprocessing_of(model)
     crop = center_crop(preprocessing.size, preprocessing.border)
     pixels, paths = [], []
@@ -165,20 +165,20 @@ def _predict_opened(
                     raise DataError(
                         f"image {number} cannot be read: {error}. Open it again, or leave it out."
                     ) from error
-                _tell_skipped([Unreadable(source, str(error))], progress)
+                _report_skipped([Unreadable(source, str(error))], progress)
             else:
                 paths.append(source if isinstance(source, Path) else None)
-    found = predict(model, normalize(torch.stack(pixels), preprocessing), top=top, device=device)
-    return [replace(one, path=path) for one, path in zip(found, paths, strict=True)]
+    predictions = predict(model, normalize(torch.stack(pixels), preprocessing), top=top, device=device)
+    return [replace(prediction, path=path) for prediction, path in zip(predictions, paths, strict=True)]
 
 
 def _score(model: nn.Module, batches: Any, compute: ComputeContext) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return outputs and targets as `score` does; what the model cannot take is said with its types."""
+    """Return outputs and targets as `score` does; a failure of the model becomes an error that names its types."""
     try:
         return score(model, batches, compute)
     except (RegraftError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # of a user's own network or dataset
+    except Exception as error:  # arbitrary user code: network or dataset
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ModelError(
             f"{type(model).__name__} (weights in {type_names(model.parameters())}) fails on these inputs: {reason}. "
@@ -195,8 +195,8 @@ def _require_task(model: nn.Module) -> Card:
     return card
 
 
-def _task_that_shows(targets: torch.Tensor) -> Task:
-    """Return what targets are held to be where the model does not say: floats are numbers, but for one-hot rows."""
+def _infer_task(targets: torch.Tensor) -> Task:
+    """Infer the task from targets: floats are regression, except one-hot rows."""
     is_one_hot = targets.ndim == 2 and targets.shape[1] > 1 and has_one_hot_rows(targets)
     return "regression" if targets.is_floating_point() and not is_one_hot else "classification"
 
@@ -216,17 +216,17 @@ def _files(item: Any) -> list[Path]:
     return [path]
 
 
-def _tell_skipped(unreadable: Sequence[Unreadable], progress: Progress) -> None:
-    for found in unreadable:
-        progress.say(f"skipped    {str(found.path)!r}: {found.reason}")
+def _report_skipped(unreadable: Sequence[Unreadable], progress: Progress) -> None:
+    for file in unreadable:
+        progress.say(f"skipped    {str(file.path)!r}: {file.reason}")
 
 
 def _predictions(outputs: torch.Tensor, paths: Sequence[Path | None], card: Card, top: int) -> list[Prediction]:
     if card.classes is None:
         return [Prediction(path, value=value) for path, value in zip(paths, outputs.flatten().tolist(), strict=True)]
     probabilities, indices = outputs.softmax(1).topk(min(top, len(card.classes)))
-    found = []
+    predictions = []
     for path, values, places in zip(paths, probabilities.tolist(), indices.tolist(), strict=True):
         ranked = tuple((card.classes[place], value) for place, value in zip(places, values, strict=True))
-        found.append(Prediction(path, ranked[0][0], ranked[0][1], ranked))
-    return found
+        predictions.append(Prediction(path, ranked[0][0], ranked[0][1], ranked))
+    return predictions

@@ -1,4 +1,4 @@
-"""The training loop itself, and the matching loop that only looks."""
+"""The training loop, and the matching evaluation loop."""
 
 import contextlib
 import math
@@ -17,19 +17,19 @@ from regraft.training.checks.targets import batch_loss
 from regraft.training.config import OnNan
 from regraft.training.losses import Loss, is_mean_over_samples
 from regraft.training.micro_batch import (
-    LONELY,
+    SINGLE_SAMPLE_MESSAGE,
     Batch,
     Inputs,
-    LonelySample,
+    SingleSampleError,
+    apply_mixup,
     backward_in_parts,
-    lonely_samples,
-    mixed,
     rows,
+    single_samples_refused,
 )
 
 HALVES = (torch.float16, torch.bfloat16)
 
-WAYS_OUT = (
+NAN_ADVICE = (
     "Try a tenth of the learning rate, --precision fp32, or look for extreme values in the data and the loss; "
     "--on-nan skip leaves such steps out."
 )
@@ -37,14 +37,14 @@ WAYS_OUT = (
 
 @dataclass(frozen=True)
 class ComputeContext:
-    """Where and in which precision arithmetic is done.
+    """Device and precision of the computation.
 
     Attributes:
-        device: As torch names it.
+        device: The torch device.
         autocast_dtype: bfloat16 or float16 for mixed precision; None for plain float32.
-        has_channels_last: Whether maps (N, C, H, W) have their channels last in memory, with which convolutions are
-            faster, and equal up to rounding.
-        input_dtype: What floating images are cast to; None: nothing.
+        has_channels_last: Whether feature maps (N, C, H, W) are in channels-last memory format, in which convolutions
+            are faster, and equal up to rounding.
+        input_dtype: Type to which floating-point images are cast; None: no cast.
     """
 
     device: torch.device
@@ -59,21 +59,21 @@ class ComputeContext:
         return torch.autocast(self.device.type, self.autocast_dtype)
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Return a gradient scaler; it scales nothing unless the precision is float16."""
+        """Return a gradient scaler, which is disabled unless the precision is float16."""
         return torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
 
 
 @dataclass
 class Tally:
-    """What an epoch has come to so far.
+    """Running totals of an epoch.
 
     Attributes:
         steps: Number of steps.
         total: Sum of the losses of all photos.
         count: Number of photos.
-        skipped: Number of steps that were left out, as their loss or gradient was not finite.
-        at_a_time: Photos that go through the network together, where memory has no room for a batch.
-        min_at_a_time: Fewest that it can learn from together; 2 once batch norm has refused a single one.
+        skipped: Number of steps that were skipped because loss or gradient was not finite.
+        at_a_time: Micro-batch size, after a batch ran out of memory; None before.
+        min_at_a_time: Smallest micro-batch size; 2 once batch norm has refused a single sample.
     """
 
     steps: int = 0
@@ -103,28 +103,28 @@ def train_epoch(
     tally: Tally | None = None,
     progress: Progress = SILENT,
 ) -> float:
-    """Pass over the batches once, one optimizer step each, and return the mean loss per photo.
+    """Train for one epoch, with one optimizer step per batch, and return the mean loss per photo.
 
-    A batch for which the device has no memory goes through the network in parts, whose gradients are added up: the
-    step is that of the whole batch, whatever the loss, but for layers that look at several photos together (batch
-    norm). A batch of a single photo, from which such a layer cannot learn, is left out.
+    A batch that does not fit into memory is split into micro-batches with gradient accumulation. The step is that of
+    the whole batch for every loss, except for layers that mix samples (batch norm). A batch of a single photo, on which
+    batch norm cannot be trained, is skipped.
 
     Args:
-        model: What is trained.
+        model: The network to train.
         batches: Pairs (inputs, targets).
         criterion: The loss.
-        optimizer: Changes the weights.
-        schedule: Changes the learning rate after each step.
-        scaler: Scales gradients where the precision is float16.
-        compute: Where and in which precision.
+        optimizer: Its optimizer.
+        schedule: Learning-rate schedule, advanced after each step.
+        scaler: Gradient scaler, for float16.
+        compute: Device and precision.
         mixup: See `TrainConfig`.
         on_nan: See `TrainConfig`.
-        tally: What the epoch has come to before the first of these batches; it goes on.
-        progress: Is told where memory is short.
+        tally: Running totals of the epoch's earlier batches, which are continued; None starts at zero.
+        progress: Reports when memory is short.
 
     Raises:
-        LossError: The loss is not one number, or not finite; the message says at which step, and in which layer.
-        DataError: A label is none of the classes, or no batch has as many photos as batch norm needs.
+        LossError: The loss is not one number, or not finite; the message names the step and the layer.
+        DataError: A label is not a class, or no batch has as many photos as batch norm needs.
         RunError: The device has no memory for a single photo.
     """
     model.train()
@@ -132,39 +132,39 @@ def train_epoch(
     for inputs, targets in batches:
         tally.steps += 1
         targets = targets.to(compute.device)
-        batch = mixed(inputs, targets, mixup)
+        batch = apply_mixup(inputs, targets, mixup)
         optimizer.zero_grad()
         try:
             loss = _backward(model, batch, criterion, scaler, compute, tally, progress)
-        except LonelySample:
-            _leave_out(optimizer, schedule)
+        except SingleSampleError:
+            _skip_step(optimizer, schedule)
             progress.say("left out   a batch of one photo: batch norm cannot learn from one alone")
             continue
         if math.isfinite(loss) and (on_nan == "stop" or _has_finite_gradients(optimizer, scaler)):
             scaler.step(optimizer)
             scaler.update()
-            optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # a scaler may leave a step out
+            optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # a scaler may skip a step
             tally.total, tally.count = tally.total + loss * len(targets), tally.count + len(targets)
         elif on_nan == "stop":
             rate = optimizer.param_groups[0]["lr"]
             raise LossError(
                 f"the loss is {loss} at step {tally.steps} of this epoch (learning rate {rate:.3g}). "
-                f"{_first_at_fault(model, batch.inputs, compute)} {WAYS_OUT}"
+                f"{_first_nonfinite_layer(model, batch.inputs, compute)} {NAN_ADVICE}"
             )
         else:
             tally.skipped += 1
-            _leave_out(optimizer, schedule)
+            _skip_step(optimizer, schedule)
             continue
         schedule.step()
     if tally.steps and not tally.count and not tally.skipped:
-        raise DataError(LONELY)
+        raise DataError(SINGLE_SAMPLE_MESSAGE)
     if tally.skipped and not tally.count:
         raise LossError("no step of this epoch had a finite loss and gradient. Try a tenth of the learning rate.")
     return tally.mean
 
 
-def _leave_out(optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
-    """Go on to the next step without changing a weight."""
+def _skip_step(optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
+    """Drop the gradients and advance the schedule without an optimizer step."""
     optimizer.zero_grad()
     optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # or the schedule would warn
     schedule.step()
@@ -179,16 +179,16 @@ def _backward(
     tally: Tally,
     progress: Progress,
 ) -> float:
-    """Compute the gradients of a batch, split in half as often as memory runs out, and return its loss.
+    """Compute the gradients of a batch, and return its loss; the micro-batch size is halved on out-of-memory.
 
     Raises:
-        LonelySample: The batch is a single sample, and the network cannot learn from one.
+        SingleSampleError: The batch is a single sample, on which the network cannot be trained.
     """
     count = len(batch)
 
     def forward(inputs: Inputs) -> torch.Tensor:
         size = len(inputs if isinstance(inputs, torch.Tensor) else inputs[0])
-        with lonely_samples(model, size), compute.autocast():
+        with single_samples_refused(model, size), compute.autocast():
             return main_output(run(model, inputs, compute))
 
     def loss_of(outputs: torch.Tensor, part: Batch) -> torch.Tensor:
@@ -205,24 +205,27 @@ def _backward(
             return backward_in_parts(forward, loss_of, model, batch, parts, scaler.scale, is_mean=is_mean)
         except torch.OutOfMemoryError as error:
             at_a_time = min(count, tally.at_a_time or count)
-            tally.at_a_time = _fewer(at_a_time, compute, error, min_at_a_time=tally.min_at_a_time)
-            said = f"{compute.device} has none for {at_a_time} photos at a time: {tally.at_a_time} from here on"
-        except LonelySample:
+            tally.at_a_time = _halved_size(at_a_time, compute, error, min_at_a_time=tally.min_at_a_time)
+            message = f"{compute.device} has none for {at_a_time} photos at a time: {tally.at_a_time} from here on"
+        except SingleSampleError:
             if count == 1:
                 raise
             tally.min_at_a_time, tally.at_a_time = 2, max(2, tally.at_a_time or 2)
-            said = "batch norm cannot learn from one photo alone: two or more from here on"
+            message = "batch norm cannot learn from one photo alone: two or more from here on"
+        # Outside of the except block, whose exception would keep the tensors of the failed forward alive.
         for parameter in model.parameters():
             parameter.grad = None
         _free_memory(compute)
-        progress.say(f"memory     {said}, in steps of {count} photos as before")
+        progress.say(f"memory     {message}, in steps of {count} photos as before")
 
 
-def _fewer(at_a_time: int, compute: ComputeContext, error: torch.OutOfMemoryError, *, min_at_a_time: int = 1) -> int:
-    """Return half as many photos, for which there may be memory.
+def _halved_size(
+    at_a_time: int, compute: ComputeContext, error: torch.OutOfMemoryError, *, min_at_a_time: int = 1
+) -> int:
+    """Return half of the micro-batch size, after it ran out of memory.
 
     Raises:
-        RunError: It was a single one, or as few as batch norm needs.
+        RunError: The size cannot be halved: it is 1, or what batch norm needs.
     """
     if at_a_time <= min_at_a_time:
         reason = str(error).partition("\n")[0]
@@ -235,29 +238,29 @@ def _fewer(at_a_time: int, compute: ComputeContext, error: torch.OutOfMemoryErro
 
 
 def _free_memory(compute: ComputeContext) -> None:
-    """Give back what torch keeps of the device's memory; called when no error holds on to tensors any more."""
+    """Empty torch's memory cache; to be called outside of except blocks, whose exceptions keep tensors alive."""
     if compute.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def _has_finite_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
     if scaler.is_enabled():
-        return True  # it looks itself, and leaves such a step out
+        return True  # the scaler checks by itself, and skips such a step
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     return bool(torch.isfinite(nn.utils.get_total_norm(gradients, norm_type=math.inf)))
 
 
-def _first_at_fault(model: nn.Module, inputs: Inputs, compute: ComputeContext) -> str:
-    """Return which layer is the first whose output is not finite, by running the network once more."""
-    given = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
-    if not all(_is_finite(tensor) for tensor in given):
+def _first_nonfinite_layer(model: nn.Module, inputs: Inputs, compute: ComputeContext) -> str:
+    """Run the network once more, and describe the first layer whose output is not finite."""
+    tensors = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
+    if not all(_is_finite(tensor) for tensor in tensors):
         return "The inputs themselves are not finite."
-    found: list[str] = []
+    at_fault: list[str] = []
     names = {layer: path for path, layer in model.named_modules()}
 
     def look(layer: nn.Module, _: object, output: object) -> None:
-        if not found and not _is_finite(output):
-            found.append(names[layer])
+        if not at_fault and not _is_finite(output):
+            at_fault.append(names[layer])
 
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     hooks = [layer.register_forward_hook(look) for layer in model.modules()]
@@ -269,9 +272,11 @@ def _first_at_fault(model: nn.Module, inputs: Inputs, compute: ComputeContext) -
             hook.remove()
         for buffer, value in buffers:
             buffer.copy_(value)
-    if not found:
+    if not at_fault:
         return "Every layer's output is finite, so it is the loss itself."
-    where = f"'{found[0]}' ({type(model.get_submodule(found[0])).__name__})" if found[0] else type(model).__name__
+    where = (
+        f"'{at_fault[0]}' ({type(model.get_submodule(at_fault[0])).__name__})" if at_fault[0] else type(model).__name__
+    )
     return f"The first layer whose output is not finite is {where}."
 
 
@@ -283,9 +288,9 @@ def _is_finite(value: object) -> bool:
 def score(
     model: nn.Module, batches: Iterable[tuple[Inputs, torch.Tensor]], compute: ComputeContext
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run `model` in evaluation mode over the batches; its own mode is as before afterwards.
+    """Run `model` in evaluation mode over the batches; the modes of its modules are restored afterwards.
 
-    Where the device has no memory for a batch, it goes through the network in parts, which changes nothing else.
+    A batch that does not fit into memory is split, with the same result.
 
     Returns:
         Outputs (N, K) in float32 and targets (N,), on the CPU, in order.
@@ -304,17 +309,17 @@ def score(
 
 
 def _scores(model: nn.Module, inputs: Inputs, count: int, compute: ComputeContext) -> list[torch.Tensor]:
-    """Return the scores of that many photos, in as many parts as memory asks for."""
+    """Return the scores of `count` photos; split the batch in half on out-of-memory."""
     try:
-        with lonely_samples(model, count):
+        with single_samples_refused(model, count):
             return [main_output(run(model, inputs, compute)).float().cpu()]
-    except LonelySample as error:
+    except SingleSampleError as error:
         raise DataError(
             "a batch that is measured is a single sample, which a norm without running statistics cannot take. Use "
             "another batch size."
         ) from error
     except torch.OutOfMemoryError as error:
-        fewer = _fewer(count, compute, error)
+        fewer = _halved_size(count, compute, error)
     _free_memory(compute)
     first, second = slice(0, fewer), slice(fewer, count)
     return [
@@ -324,46 +329,46 @@ def _scores(model: nn.Module, inputs: Inputs, count: int, compute: ComputeContex
 
 
 def run(model: nn.Module, inputs: Inputs, compute: ComputeContext) -> Any:
-    """Call `model` with one tensor, or with several, on the engine's device.
+    """Call `model` with one tensor or several, moved to the device.
 
-    One tensor is a batch of images, which become what the weights are; several are features, which are that already.
+    One tensor is a batch of images, which is cast to the type of the weights; several are features, which have it.
     """
     if not isinstance(inputs, torch.Tensor):
-        return model(*(_placed(tensor, compute) for tensor in inputs))
+        return model(*(_to_device(tensor, compute) for tensor in inputs))
     is_cast = compute.input_dtype is not None and inputs.is_floating_point()
-    return model(_placed(inputs, compute).to(compute.input_dtype if is_cast else inputs.dtype))
+    return model(_to_device(inputs, compute).to(compute.input_dtype if is_cast else inputs.dtype))
 
 
 @contextlib.contextmanager
 def channels_last(model: nn.Module) -> Iterator[None]:
-    """Keep the kernels of convolutions with their channels last in memory inside the block; no value changes."""
+    """Hold convolution weights in channels-last memory format for the block; no value changes."""
     convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
-    _lay_out(convolutions, torch.channels_last)
+    _set_memory_format(convolutions, torch.channels_last)
     try:
         yield
     finally:
-        _lay_out(convolutions, torch.contiguous_format)
+        _set_memory_format(convolutions, torch.contiguous_format)
 
 
-def _lay_out(layers: list[nn.Conv2d], memory_format: torch.memory_format) -> None:
+def _set_memory_format(layers: list[nn.Conv2d], memory_format: torch.memory_format) -> None:
     for layer in layers:
         for tensor in layer.parameters(recurse=False):
             if tensor.ndim == 4:
                 tensor.data = tensor.data.contiguous(memory_format=memory_format)
 
 
-def _placed(tensor: torch.Tensor, compute: ComputeContext) -> torch.Tensor:
+def _to_device(tensor: torch.Tensor, compute: ComputeContext) -> torch.Tensor:
     is_map = compute.has_channels_last and tensor.ndim == 4
     return tensor.to(compute.device, memory_format=torch.channels_last if is_map else torch.preserve_format)
 
 
 def main_output(output: Any) -> torch.Tensor:
-    """Take the scores out of what a model returns: a tensor, a tuple that begins with it, or an object with `.logits`.
+    """Return the scores in a model's output: a tensor, a tuple that begins with it, or an object with `.logits`.
 
-    Scores of 16 bits come back in float32, so that a loss rounds neither its sum nor the targets that it is given.
+    Scores in 16 bits are cast to float32, so that a loss rounds neither its sum nor its targets.
 
     Raises:
-        ModelError: It is none of these.
+        ModelError: The output is none of these.
     """
     scores = _scores_in(output)
     return scores.float() if scores.dtype in HALVES else scores

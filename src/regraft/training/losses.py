@@ -1,4 +1,4 @@
-"""What is minimised: losses by name, and the check that a loss is one finite number."""
+"""Losses by name, and the check that a loss is a single number."""
 
 from collections.abc import Callable
 
@@ -29,12 +29,12 @@ NAMES = {"classification": ("cross-entropy", "focal"), "regression": ("mse", "l1
 
 
 class FocalLoss(nn.Module):
-    """Cross-entropy that counts what is already right for less: mean of -(1 - p)^gamma log p.
+    """Focal loss: cross-entropy with a lower weight for well-classified samples, mean of -(1 - p)^gamma log p.
 
     Source: Lin et al. 2017, https://arxiv.org/abs/1708.02002, equation 4.
 
     Args:
-        gamma: How much less; 0 is the cross-entropy.
+        gamma: Focusing parameter; 0 is the cross-entropy.
     """
 
     def __init__(self, gamma: float = 2.0) -> None:
@@ -42,13 +42,13 @@ class FocalLoss(nn.Module):
         self.gamma = gamma
 
     def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Map scores (N, K) and classes (N,) to one number."""
+        """Return the loss of scores (N, K) and classes (N,)."""
         log_probability = F.log_softmax(outputs, dim=1).gather(1, targets[:, None]).squeeze(1)  # (N,)
         return (-((1 - log_probability.exp()) ** self.gamma) * log_probability).mean()
 
 
 def build_loss(name: str | None, task: Task, *, label_smoothing: float = 0.0, trust_code: bool = False) -> Loss:
-    """Return the loss called `name`, or the usual one of the task: a function of (outputs, targets).
+    """Return the loss of that name, or the default of the task: a function of (outputs, targets).
 
     Raises:
         ConfigError: No loss of this task has that name.
@@ -56,8 +56,8 @@ def build_loss(name: str | None, task: Task, *, label_smoothing: float = 0.0, tr
     """
     name = name or NAMES[task][0]
     if name.startswith("py:"):
-        made = import_object(name, trust_code=trust_code)
-        return made() if isinstance(made, type) else made
+        loss = import_object(name, trust_code=trust_code)
+        return loss() if isinstance(loss, type) else loss
     if name not in NAMES[task]:
         hint = nearest(name, NAMES[task]) or f"Choose from {', '.join(NAMES[task])}, or py:FILE:name."
         raise ConfigError(f"no loss '{name}' for {task}. {hint}")
@@ -75,7 +75,7 @@ def check_loss(value: object) -> torch.Tensor:
     """Return `value` if it is a tensor with one element.
 
     Raises:
-        LossError: It is not; the message shows what it is.
+        LossError: It is not; the message describes the value.
     """
     if not isinstance(value, torch.Tensor):
         raise LossError(f"the loss returned a {type(value).__name__}, expected a tensor with one number.")
@@ -95,19 +95,19 @@ class OnColumns(nn.Module):
         self.loss = loss
 
     def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Map outputs and as many targets to one number."""
+        """Return the loss of outputs and equally many targets."""
         return self.loss(outputs, targets.to(outputs.dtype).reshape(outputs.shape))
 
 
 def is_mean_over_samples(loss: Loss, targets: torch.Tensor) -> bool:
-    """Return whether a loss is known to be the mean of a loss of each sample, each counted the same.
+    """Return whether a loss is known to be an unweighted mean over samples.
 
-    Then the mean of two halves' losses is the loss of the whole. Of what is not known, such as a function or a class
-    of the user's own, this says False.
+    Then the loss of a batch is the mean of the losses of its halves. False for unknown losses, such as a function or a
+    class of the user's.
 
     Args:
         loss: The loss.
-        targets: What it is computed for; targets that a loss ignores do not count.
+        targets: Targets of the batch; targets with the loss's `ignore_index` make the mean uneven.
     """
     loss = loss.loss if isinstance(loss, OnColumns) else loss
     if type(loss) is FocalLoss:

@@ -1,4 +1,4 @@
-"""How good predictions are."""
+"""Metrics of predictions: accuracy, calibration, per-class scores, regression errors."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from regraft.training.checks.targets import class_labels
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """Of one class: what share of its predictions is right, what share of its photos is found, and their mean."""
+    """Precision, recall and F1 score of one class, with its number of photos."""
 
     name: str
     precision: float
@@ -26,20 +26,20 @@ class ClassMetrics:
 
 @dataclass(frozen=True)
 class Metrics:
-    """How good the predictions on a set of photos are.
+    """Metrics of the predictions on a set of photos.
 
     Attributes:
         task: Classification or regression.
         count: Number of photos.
         loss: Mean cross-entropy (classification) or mean squared error (regression).
-        accuracy: Share of right predictions; None for regression.
+        accuracy: Share of correct predictions; None for regression.
         calibration_error: Expected calibration error over 10 equal bins of confidence (Guo et al. 2017,
             https://arxiv.org/abs/1706.04599, equation 3); None for regression.
         per_class: One entry per class; empty for regression.
-        confusion: Row: the true class, column: the predicted one; empty for regression.
+        confusion: Confusion matrix, rows true classes, columns predicted ones; empty for regression.
         mae: Mean absolute error; None for classification.
-        rmse: Root of the mean squared error; None for classification.
-        r2: Coefficient of determination; None for classification, and where all targets are equal.
+        rmse: Root mean squared error; None for classification.
+        r2: Coefficient of determination; None for classification, and if all targets are equal.
     """
 
     task: Task
@@ -54,11 +54,11 @@ class Metrics:
     r2: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything that the task has as JSON data."""
+        """Return the metrics of the task as JSON data."""
         return {name: value for name, value in asdict(self).items() if value is not None and value != ()}
 
     def is_better_than(self, other: "Metrics | None") -> bool:
-        """Return whether these are better: higher accuracy, then lower loss; NaN ranks last."""
+        """Return whether these metrics are better: higher accuracy, then lower loss; NaN ranks last."""
         check_arguments(Metrics.is_better_than, locals())
         return other is None or self._rank() > other._rank()
 
@@ -66,7 +66,7 @@ class Metrics:
         return self.accuracy or 0.0, -math.inf if math.isnan(self.loss) else -self.loss
 
     def headline(self) -> str:
-        """Say the main figures in a few words."""
+        """Return the main metrics as one line of text."""
         if self.accuracy is not None:
             return f"accuracy {self.accuracy:.4f} ({round(self.accuracy * self.count)} of {self.count})"
         explained = f", R² {self.r2:.3f}" if self.r2 is not None else ""
@@ -74,15 +74,15 @@ class Metrics:
 
 
 def measure(outputs: torch.Tensor, targets: torch.Tensor, classes: Sequence[str] | None) -> Metrics:
-    """Compare a model's outputs with what was to be found.
+    """Compare a model's outputs with the targets.
 
     Args:
-        outputs: Scores (N, K) for classification, or numbers (N,) or (N, 1) for regression.
+        outputs: Scores (N, K) for classification, or predictions (N,) or (N, 1) for regression.
         targets: Classes (N,) of any integer type, one-hot rows (N, K), or numbers (N,).
         classes: Names of the K classes; None for regression.
 
     Raises:
-        DataError: A label is none of the classes, or there is not one number for each output.
+        DataError: A label is not a class, or outputs and targets differ in number.
     """
     if classes is None:
         return _measure_regression(outputs, targets)
@@ -90,7 +90,7 @@ def measure(outputs: torch.Tensor, targets: torch.Tensor, classes: Sequence[str]
 
 
 def reliability(outputs: torch.Tensor, targets: torch.Tensor, bins: int = 10) -> list[tuple[float, float, int]]:
-    """Sort predictions into equal bins of confidence: (mean confidence, accuracy, count) of each bin with any."""
+    """Sort predictions into equal bins of confidence: (mean confidence, accuracy, count) of each nonempty bin."""
     confidence, predicted = outputs.softmax(1).max(1)
     correct = (predicted == targets).double()
     index = (confidence * bins).long().clamp(max=bins - 1)
@@ -102,18 +102,18 @@ def reliability(outputs: torch.Tensor, targets: torch.Tensor, bins: int = 10) ->
 
 
 def _measure_classes(outputs: torch.Tensor, targets: torch.Tensor, classes: Sequence[str]) -> Metrics:
-    # By hand, and held against scikit-learn by the tests: importing that costs as much as training a head.
+    # Not with scikit-learn, whose import takes as long as training a head. The tests compare with it.
     predicted, width = outputs.argmax(1), max(len(classes), outputs.shape[1])
     confusion = torch.bincount(targets * width + predicted, minlength=width * width).view(width, width)
     confusion = confusion[: len(classes), : len(classes)]
-    right, found = confusion.diagonal().double(), confusion.sum(0).double()
-    there = torch.bincount(targets, minlength=len(classes)).double()
+    correct, predicted_counts = confusion.diagonal().double(), confusion.sum(0).double()
+    true_counts = torch.bincount(targets, minlength=len(classes)).double()
     rows = zip(
         classes,
-        (right / found.clamp(min=1)).tolist(),
-        (right / there.clamp(min=1)).tolist(),
-        (2 * right / (found + there).clamp(min=1)).tolist(),
-        there.long().tolist(),
+        (correct / predicted_counts.clamp(min=1)).tolist(),
+        (correct / true_counts.clamp(min=1)).tolist(),
+        (2 * correct / (predicted_counts + true_counts).clamp(min=1)).tolist(),
+        true_counts.long().tolist(),
         strict=True,
     )
     bins = reliability(outputs, targets)
@@ -122,7 +122,7 @@ def _measure_classes(outputs: torch.Tensor, targets: torch.Tensor, classes: Sequ
         count=len(targets),
         loss=torch.nn.functional.cross_entropy(outputs, targets).item(),
         accuracy=(predicted == targets).double().mean().item(),
-        calibration_error=sum(abs(mean - right) * count for mean, right, count in bins) / len(targets),
+        calibration_error=sum(abs(mean - correct) * count for mean, correct, count in bins) / len(targets),
         per_class=tuple(ClassMetrics(*row) for row in rows),
         confusion=tuple(tuple(row) for row in confusion.tolist()),
     )

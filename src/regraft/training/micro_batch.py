@@ -1,11 +1,13 @@
-"""A batch in parts, for which there is memory, whose gradients are those of the whole.
+"""Micro-batches: split a batch to fit into memory, with the gradients of the whole batch.
 
-The mean of the parts' losses is the loss of the batch for few losses: a weighted cross-entropy divides by the sum of
-its weights, a sum divides by nothing, and a contrastive loss compares samples of different parts. So the outputs of
-all parts are computed first, without gradients; the loss sees all of them together, and tells each part the gradient
-of its outputs; then each part runs again, with gradients. Random draws and buffers are put back in between, so that
-the second run gives what the first gave. That costs a third more than parts whose losses are means over their samples,
-which run once.
+Few losses are the mean of the losses of the parts: a weighted cross-entropy divides by the sum of its weights, a sum
+divides by nothing, and a contrastive loss compares samples across parts. So the forward runs twice:
+
+    1. outputs of all parts, without gradients ─► concatenate ─► loss ─► gradient of the loss by the outputs
+    2. each part once more, with gradients ─► backward from its share of that gradient
+
+Random state and buffers are restored in between, so the second forward gives the same outputs as the first. It costs a
+third more than the simple way, which is used for losses known to be means over samples: each part runs once.
 """
 
 import contextlib
@@ -20,7 +22,7 @@ from torch import nn
 from regraft.anatomy.modes import preserved_randomness
 from regraft.errors import DataError
 
-LONELY = (
+SINGLE_SAMPLE_MESSAGE = (
     "every batch is a single sample, and batch norm cannot learn from one alone. Use a batch_size of 2 or more, or "
     "freeze the batch norms."
 )
@@ -30,7 +32,7 @@ Inputs = torch.Tensor | tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs, targets, the targets of what was mixed in, and the share of the first."""
+    """Inputs, targets, the targets of the mixed-in samples (mixup), and the share of the first targets."""
 
     inputs: Inputs
     targets: torch.Tensor
@@ -41,11 +43,11 @@ class Batch:
         return len(self.targets)
 
     def split(self, size: int, *, min_size: int = 1) -> list["Batch"]:
-        """Return parts of `size` samples at most and of nearly equal sizes.
+        """Split into parts of nearly equal sizes, of at most `size` samples.
 
         Args:
-            size: Number of samples.
-            min_size: Where a part would have fewer, there are fewer parts, which may be larger than `size`.
+            size: Largest number of samples in a part.
+            min_size: Smallest number of samples in a part. It takes precedence: parts may be larger than `size`.
         """
         count = len(self)
         pieces = max(1, min(math.ceil(count / size), count // min_size))
@@ -54,8 +56,8 @@ class Batch:
         return [Batch(rows(self.inputs, part), self.targets[part], self.others[part], self.share) for part in parts]
 
 
-def mixed(inputs: Inputs, targets: torch.Tensor, mixup: float) -> Batch:
-    """Return a batch in which another sample is mixed into each; `mixup` as in `TrainConfig`."""
+def apply_mixup(inputs: Inputs, targets: torch.Tensor, mixup: float) -> Batch:
+    """Return a batch with mixup: each sample is blended with another one. `mixup` is as in `TrainConfig`."""
     if mixup == 0:
         return Batch(inputs, targets, targets, 1.0)
     share = float(torch.distributions.Beta(mixup, mixup).sample())
@@ -67,7 +69,7 @@ def mixed(inputs: Inputs, targets: torch.Tensor, mixup: float) -> Batch:
 
 
 def rows(inputs: Inputs, part: slice) -> Inputs:
-    """Return some samples of each tensor."""
+    """Return a slice of the samples of each tensor."""
     return inputs[part] if isinstance(inputs, torch.Tensor) else tuple(tensor[part] for tensor in inputs)
 
 
@@ -81,22 +83,23 @@ def backward_in_parts(
     *,
     is_mean: bool,
 ) -> float:
-    """Add the gradients of a batch's loss to the parameters, and return the loss; see this module's docstring.
+    """Accumulate the gradients of a batch's loss in the parameters, and return the loss; see the module docstring.
 
-    Where the loss is not finite, no gradient is added.
+    Where the loss is not finite, no gradient of it is added.
 
     Args:
-        forward: From inputs to outputs, with gradients where they are enabled.
-        loss_of: From outputs and the batch that they are of to the loss.
-        model: Whose buffers the forward changes.
-        batch: The whole.
-        parts: What it is made of.
-        scale: Multiplies a loss before its gradients are computed.
-        is_mean: Whether the loss is known to be the mean of a loss of each sample.
+        forward: Function from inputs to outputs, with gradients where they are enabled.
+        loss_of: Function from outputs and their batch to the loss.
+        model: The network, whose buffers the forward may change.
+        batch: The whole batch.
+        parts: The parts that it was split into.
+        scale: Scales a loss before its backward pass (`GradScaler.scale`).
+        is_mean: Whether the loss is known to be a mean over samples.
     """
     if is_mean:
         return _backward_of_means(forward, loss_of, parts, scale)
-    with buffers_put_back(model), torch.no_grad(), preserved_randomness():
+    # Batch norm counts and averages a batch once, in the second pass, and dropout draws the same masks in both.
+    with buffers_restored(model), torch.no_grad(), preserved_randomness():
         outputs = torch.cat([forward(part.inputs) for part in parts]).requires_grad_()
         with torch.enable_grad():
             loss = loss_of(outputs, batch)
@@ -104,6 +107,7 @@ def backward_in_parts(
         return loss.item()
     scale(loss).backward()
     assert outputs.grad is not None
+    # Chain rule: the backward pass from the outputs of a part needs only the gradient of the loss by these outputs.
     for part, gradient in zip(parts, outputs.grad.split([len(part) for part in parts]), strict=True):
         forward(part.inputs).backward(gradient)
     return loss.item()
@@ -126,12 +130,12 @@ def _backward_of_means(
 
 
 @contextlib.contextmanager
-def buffers_put_back(model: nn.Module, *, on_failure: bool = False) -> Iterator[None]:
-    """Put every buffer and its values back on leaving, also where a forward has put another tensor in its place.
+def buffers_restored(model: nn.Module, *, on_failure: bool = False) -> Iterator[None]:
+    """Restore all buffers and their values after the block, also where a forward replaced a buffer's tensor.
 
     Args:
-        model: Whose buffers.
-        on_failure: Whether they are put back only where the block raises.
+        model: The network.
+        on_failure: Restore only if the block raises.
     """
     saved = [
         (layer, name, buffer, buffer.clone())
@@ -140,7 +144,7 @@ def buffers_put_back(model: nn.Module, *, on_failure: bool = False) -> Iterator[
         if buffer is not None
     ]
 
-    def put_back() -> None:
+    def restore() -> None:
         with torch.no_grad():
             for layer, name, buffer, value in saved:
                 buffer.copy_(value)
@@ -149,49 +153,49 @@ def buffers_put_back(model: nn.Module, *, on_failure: bool = False) -> Iterator[
     try:
         yield
     except BaseException:
-        put_back()
+        restore()
         raise
     if not on_failure:
-        put_back()
+        restore()
 
 
-class LonelySample(Exception):
-    """Batch norm was given one value per channel to learn from."""
+class SingleSampleError(Exception):
+    """Batch norm got a single value per channel in training mode, which has no variance."""
 
 
 @contextlib.contextmanager
-def lonely_samples(model: nn.Module, count: int) -> Iterator[None]:
-    """Raise `LonelySample` where the block fails as batch norm was given a single sample; buffers are put back then."""
-    with buffers_put_back(model, on_failure=True) if count == 1 else contextlib.nullcontext():
+def single_samples_refused(model: nn.Module, count: int) -> Iterator[None]:
+    """Raise `SingleSampleError` if batch norm fails on a single sample in the block; buffers are restored then."""
+    with buffers_restored(model, on_failure=True) if count == 1 else contextlib.nullcontext():
         try:
             yield
         except ValueError as error:
             if count == 1 and str(error).startswith("Expected more than 1 value per channel when training"):
-                raise LonelySample from error
+                raise SingleSampleError from error
             raise
 
 
 def require_learnable(model: nn.Module, forward: Callable[[], object], count: int) -> None:
-    """Refuse batches of one sample where batch norm cannot learn from them; the model stays as it is.
+    """Refuse batches of one sample if batch norm cannot train on them; the model is not changed.
 
     Args:
         model: The network.
-        forward: Runs it on such a batch.
-        count: Number of samples of the batch.
+        forward: Runs the network on such a batch.
+        count: Number of samples in the batch.
 
     Raises:
-        DataError: They are.
+        DataError: The batch is a single sample, and batch norm refuses it.
     """
     if count > 1:
         return
     before = [(layer, layer.training) for layer in model.modules()]
     try:
-        with buffers_put_back(model), torch.no_grad(), preserved_randomness(), lonely_samples(model, count):
+        with buffers_restored(model), torch.no_grad(), preserved_randomness(), single_samples_refused(model, count):
             model.train()
             forward()
-    except LonelySample as error:
-        raise DataError(LONELY) from error
-    except Exception:  # of any other kind: said where the model is tried, with its reason
+    except SingleSampleError as error:
+        raise DataError(SINGLE_SAMPLE_MESSAGE) from error
+    except Exception:  # any other failure is reported by `try_one_batch`, with its reason
         return
     finally:
         for layer, training in before:

@@ -1,4 +1,4 @@
-"""Photos that can no longer be read while a run goes on: left out of their batch, and passed on to be counted."""
+"""Batches without the photos that became unreadable during training; these are reported beside the batch."""
 
 import functools
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from regraft.errors import DataError
 
 @dataclass(frozen=True)
 class PartialBatch:
-    """A batch without those of its photos that cannot be read; None where none can."""
+    """A batch without its unreadable photos; `batch` is None where all of them are unreadable."""
 
     batch: Any
     lost: tuple[Unreadable, ...]
 
 
 class TolerantPhotos(Photos):
-    """Photos that are decoded when they are needed; one that cannot be read is `Unreadable` instead of an error."""
+    """Photos that are decoded on access; an unreadable one becomes `Unreadable` instead of an error."""
 
     def __getitem__(self, key: Key) -> Any:
         index = key[0] if isinstance(key, tuple) else key
@@ -29,16 +29,16 @@ class TolerantPhotos(Photos):
             return Unreadable(self.samples[index].path, str(error))
 
 
-def tolerant(photos: Photos) -> Photos:
-    """Return the same photos, of which a file that cannot be read any more stops nobody."""
+def as_tolerant(photos: Photos) -> Photos:
+    """Return the same photos, with `Unreadable` items instead of errors."""
     return photos if photos.pixels is not None else TolerantPhotos(**vars(photos))
 
 
-def tolerant_loader(photos: Photos, batch_size: int, **options: Any) -> Any:
-    """Return `loader` of photos, whose batches are `PartialBatch` where some of them cannot be read any more."""
-    made = loader(tolerant(photos), batch_size, **options)
-    made.collate_fn = functools.partial(_collate_rest, collate=made.collate_fn)
-    return made
+def fault_tolerant_loader(photos: Photos, batch_size: int, **options: Any) -> Any:
+    """Return a `loader` of photos that yields a `PartialBatch` where some photos became unreadable."""
+    batches = loader(as_tolerant(photos), batch_size, **options)
+    batches.collate_fn = functools.partial(_collate_rest, collate=batches.collate_fn)
+    return batches
 
 
 def _collate_rest(items: list[Any], *, collate: Callable[[list[Any]], Any]) -> Any:

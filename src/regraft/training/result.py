@@ -1,4 +1,4 @@
-"""What a training run found out, as one value that a report can be written from."""
+"""The result of a training run, as one value from which a report can be written."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -25,7 +25,7 @@ class EpochRecord:
     seconds: float
 
     def to_row(self) -> dict[str, Any]:
-        """Return the figures as one row of a table."""
+        """Return the record as one row of a table."""
         measured = self.validation.to_dict()
         figures = {
             f"validation_{name}": measured[name] for name in ("loss", "accuracy", "mae", "r2") if name in measured
@@ -35,18 +35,18 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class ComputedOnce:
-    """What was the same in every epoch, and therefore computed once.
+    """The part of the network that was the same in every epoch, and therefore computed once.
 
     Attributes:
-        frontier: Place and shape (without the batch) of each tensor at which an epoch began.
-        share: Of the network's multiply-adds that lie before it.
-        views: Versions of each photo.
-        bytes: What all of it needs.
-        where: Where it was kept: `in memory`, `on disk`, or on which device.
-        was_found: Whether an earlier run had computed it.
-        seconds: For computing or finding it.
-        saved_s: Estimate of what decoding and computing it in every epoch would have taken more.
-        note: Why the frontier lies elsewhere than where the constant part ends; None where it does not.
+        frontier: Place and shape (without the batch dimension) of each cached tensor, from which epochs begin.
+        share: Share of the network's multiply-adds before the frontier.
+        views: Number of cached views of each photo.
+        bytes: Size of the cached features.
+        where: Where they were kept: `in memory`, `on disk`, or the device.
+        was_found: Whether an earlier run had computed them.
+        seconds: Time to compute or load them.
+        saved_s: Estimated time that decoding and computing them in every epoch would have taken in addition.
+        note: Why the frontier is not at the end of the constant part; None where it is.
     """
 
     frontier: tuple[tuple[str, tuple[int, ...]], ...]
@@ -62,23 +62,23 @@ class ComputedOnce:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is about to do, for people to read before it starts.
+    """Summary of a run, shown before it starts.
 
     Attributes:
         model: Name of the network, or of its class.
-        weights: Where its first weights come from.
+        weights: Source of its initial weights.
         task: Classification or regression.
         classes: Class names; None for regression.
-        counts: (class, photos to learn from, photos to measure on) of each class; empty where unknown.
-        split: How the two parts came about.
-        train_count: Number of photos to learn from; None where a loader does not say.
-        validation_count: Number of photos to measure on; None where a loader does not say.
-        unreadable: Files that cannot be read and are skipped.
+        counts: (class, training photos, validation photos) of each class; empty if unknown.
+        split: How the data was split.
+        train_count: Number of training samples; None if the loader has no length.
+        validation_count: Number of validation samples; None if the loader has no length.
+        unreadable: Unreadable files, which are skipped.
         parameters: Number of all parameters.
         trainable: Number of trainable parameters.
-        trained_layers: Paths of the largest layers that are trained as a whole.
+        trained_layers: Paths of the largest layers that are trainable as a whole.
         lr: Highest learning rate.
-        device: Where arithmetic is done, and in which precision.
+        device: Device and precision.
     """
 
     model: str
@@ -97,7 +97,7 @@ class Plan:
     device: str
 
     def lines(self, config: TrainConfig) -> Iterator[str]:
-        """Say all of it in a few lines."""
+        """Return the summary as lines of text."""
         share = self.trainable / self.parameters
         yield f"model      {self.model}, weights: {self.weights}"
         yield (
@@ -113,8 +113,8 @@ class Plan:
             yield f"classes    {len(self.classes)} (photos + validation): {counts}"
         elif self.train_count is not None:
             yield f"examples   {self.train_count} + {self.validation_count} for validation ({self.split})"
-        for found in self.unreadable:
-            yield f"skipped    {str(found.path)!r}: {found.reason}"
+        for file in self.unreadable:
+            yield f"skipped    {str(file.path)!r}: {file.reason}"
         yield (
             f"training   {config.epochs} epochs, batches of {config.batch_size}, {config.optimizer}, learning rate "
             f"{self.lr:g} ({config.schedule}), augmentation {config.augment}, on {self.device}"
@@ -123,23 +123,23 @@ class Plan:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What `fit` returns.
+    """The result of `fit`.
 
     Attributes:
         model: The trained model in evaluation mode, with the weights of the best epoch.
-        plan: What was done to what.
+        plan: Summary of model, data and options.
         config: All options, with the values that were used.
         history: One record per epoch.
         best_epoch: The epoch whose weights were kept, from 1.
         validation: Metrics of those weights on the validation photos.
         outputs: Their scores on the validation photos (N, K), in order.
-        targets: What was to be found (N,).
-        paths: The validation photos, in order; empty for datasets that are no files.
+        targets: The validation targets (N,).
+        paths: The validation photos, in order; empty for datasets without files.
         seconds: Time of each phase.
-        out: Folder of the results; None where nothing was written.
-        checkpoint: The saved model; None where nothing was written.
-        computed_once: What was computed once for all epochs; None where every epoch ran the whole network.
-        not_once_because: Why it did; None where something was computed once, or where nothing is frozen.
+        out: Folder of the results; None if nothing was written.
+        checkpoint: Path of the saved model; None if nothing was written.
+        computed_once: The part that was computed once; None if every epoch ran the whole network.
+        not_once_because: Why every epoch ran it; None if a part was computed once, or if nothing is frozen.
     """
 
     model: nn.Module
@@ -158,7 +158,7 @@ class FitResult:
     not_once_because: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON data, without weights and scores."""
+        """Return the result as JSON data, without weights and scores."""
         return {
             "checkpoint": str(self.checkpoint) if self.checkpoint else None,
             "out": str(self.out) if self.out else None,
@@ -171,6 +171,6 @@ class FitResult:
             "parameters": self.plan.parameters,
             "trainable": self.plan.trainable,
             "classes": self.plan.classes,
-            "unreadable": [{"path": str(found.path), "reason": found.reason} for found in self.plan.unreadable],
+            "unreadable": [{"path": str(file.path), "reason": file.reason} for file in self.plan.unreadable],
             "config": self.config.model_dump(mode="json", exclude_none=True),
         }

@@ -1,4 +1,4 @@
-"""From options to everything that a training loop needs, with every check that can be made before it starts."""
+"""Prepare everything that the training loop needs, and check whatever can be checked before it starts."""
 
 import contextlib
 import itertools
@@ -37,7 +37,7 @@ from regraft.training.train_data import TrainData, with_task
 from regraft.zoo import preprocessing_of
 
 WARM_UP_SHARE = 0.05
-OPTIMIZERS_OF_THEIR_OWN_KIND = ("LBFGS", "SparseAdam", "Adahessian")
+UNSUPPORTED_OPTIMIZERS = ("LBFGS", "SparseAdam", "Adahessian")
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class TrainSetup:
 
     Attributes:
         model: The whole network.
-        live: What runs in every epoch: the network, or the part of it that takes the features of `train_data`.
-        rates: The arguments of `param_groups`, for layers that join later.
-        unfreezing: Which layers join when; None: none do.
-        sweep: What several ways to train a head came to; None where a learning rate was given, or it is no head.
+        live: The module that runs in every epoch: the network, or its live part, which takes cached features.
+        rates: The arguments of `param_groups`, for layers that are unfrozen later.
+        unfreezing: Schedule of gradual unfreezing; None without it.
+        sweep: Results of the cross-validation of a head's options; None if the learning rate is set, or without one.
         head_start: `given` or `ridge`.
     """
 
@@ -68,24 +68,24 @@ class TrainSetup:
     head_start: HeadStart
 
     @property
-    def live_engine(self) -> ComputeContext:
-        """Where and in which precision the live part is computed."""
-        return _live_engine(self.compute, self.live, self.train_data)
+    def live_compute(self) -> ComputeContext:
+        """Device and precision of the live part."""
+        return _live_compute(self.compute, self.live, self.train_data)
 
 
 def check_options(config: TrainConfig, task: Task | None, *, trust_code: bool) -> None:
     """Refuse options that cannot work, before any photo is read.
 
     Raises:
-        ConfigError: No optimizer or loss has that name, or options contradict each other.
+        ConfigError: An optimizer or loss of that name does not exist, or options contradict each other.
         ModelError: The device does not exist.
-        TrustError: The loss is code of the user's own, and `trust_code` is false.
+        TrustError: The loss is custom code, and `trust_code` is false.
     """
     choose_compute(config.device, config.precision)
     if task is not None:
         build_loss(config.loss, task, label_smoothing=config.label_smoothing, trust_code=trust_code)
     maker = optimizer_class(config.optimizer)
-    if getattr(maker, "__name__", "") in OPTIMIZERS_OF_THEIR_OWN_KIND:
+    if getattr(maker, "__name__", "") in UNSUPPORTED_OPTIMIZERS:
         raise ConfigError(
             f"the optimizer '{config.optimizer}' needs a training loop or gradients of its own kind. Choose another of "
             "torch.optim, such as adamw or sgd."
@@ -100,10 +100,10 @@ def check_options(config: TrainConfig, task: Task | None, *, trust_code: bool) -
 def prepare_model(
     model: nn.Module | str, listing: Listing | None, config: TrainConfig, *, trust_code: bool
 ) -> nn.Module:
-    """Build the model where it is a name, give it a head for the data, and freeze what the options say.
+    """Build the model if it is a name, with a head for the data, and freeze layers as the options say.
 
-    A name without options to freeze is frozen but for its head where it is pretrained. The flags of a module are left
-    as they are, but for the options; what they say is frozen is pinned.
+    Without freezing options, a pretrained model by name is frozen except for its head. The flags of a module change
+    only through options; its frozen normalization and dropout layers are pinned to evaluation behaviour.
     """
     if isinstance(model, str):
         if listing is None:
@@ -140,7 +140,7 @@ def prepare_setup(
     *,
     trust_code: bool,
 ) -> TrainSetup:
-    """Put loss, optimizer and schedule beside model and data, audit them, and try one batch."""
+    """Build loss, optimizer and schedule for model and data, audit them, and try one batch."""
     train_data = with_task(train_data, loss, config.loss)
     criterion = loss or build_loss(
         config.loss, train_data.task, label_smoothing=config.label_smoothing, trust_code=trust_code
@@ -148,8 +148,8 @@ def prepare_setup(
     live = train_data.frontier.parts.suffix if train_data.frontier is not None else model
     if isinstance(criterion, nn.Module):
         criterion.to(compute.device)
-    try_one_batch(model, live, train_data, criterion, _live_engine(compute, live, train_data), config)
-    start = _required_ridge_start(live, train_data) if config.head_start == "ridge" else None
+    try_one_batch(model, live, train_data, criterion, _live_compute(compute, live, train_data), config)
+    start = _require_ridge_start(live, train_data) if config.head_start == "ridge" else None
     is_head_alone = config.lr is None and _is_head_alone_trained(model, live)
     rates = _rates(model, config, is_head_alone=is_head_alone)
     sweep = None
@@ -162,7 +162,8 @@ def prepare_setup(
             criterion,
             epochs=config.epochs,
             decays=(config.weight_decay,) if "weight_decay" in config.model_fields_set else DECAYS,
-            may_start_from_ridge=config.head_start == "auto" and start is not None,  # all photos may be too many
+            may_start_from_ridge=config.head_start == "auto"
+            and start is not None,  # a fold may be solvable where all photos are too many
             seed=config.seed,
         )
         if sweep is not None:
@@ -195,7 +196,7 @@ def prepare_setup(
 
 @contextlib.contextmanager
 def unchanged_on_failure(model: nn.Module | str) -> Iterator[None]:
-    """Give a module its flags, gradients, modes, pins and card back where the block raises."""
+    """Restore a module's flags, gradients, modes, pins and card if the block raises."""
     if isinstance(model, str):
         yield
         return
@@ -216,7 +217,7 @@ def _names_layers(config: TrainConfig) -> bool:
 
 
 def _rates(model: nn.Module, config: TrainConfig, *, is_head_alone: bool) -> dict[str, Any]:
-    """Work out the arguments of `param_groups`."""
+    """Resolve the arguments of `param_groups`."""
     lr = config.lr if config.lr is not None else _default_lr(model, is_head_alone=is_head_alone)
     backbone_lr = config.backbone_lr
     if backbone_lr is None and config.layer_decay is None and config.unfreeze is not None:
@@ -232,10 +233,10 @@ def _rates(model: nn.Module, config: TrainConfig, *, is_head_alone: bool) -> dic
 def make_extractor(
     model: nn.Module, data: Any, config: TrainConfig, compute: ComputeContext, progress: Progress
 ) -> tuple[Extractor | None, str | None]:
-    """Prepare to compute what is constant once, where the data and the network allow it.
+    """Make the extractor that computes the constant part once, if data and network allow it.
 
     Returns:
-        The extractor, or None and the reason; no reason where there is nothing to say.
+        The extractor, or None and the reason; no reason if nothing was to be expected.
     """
     pair = data if isinstance(data, (tuple, list)) else ()
     if not config.cache or (pair and not all(isinstance(part, Photos) for part in pair)):
@@ -256,16 +257,20 @@ def make_extractor(
         )
     except (ModelError, EditError) as error:
         return None, str(error)
-    except (RuntimeError, TypeError, ValueError) as error:  # of its forward, on shapes alone: tried anew on a batch
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # its forward fails on shapes alone; a real batch is tried later
         return None, str(error).partition("\n")[0]
     return extractor, None
 
 
-def _required_ridge_start(live: nn.Module, train_data: TrainData) -> dict[str, torch.Tensor]:
-    """Return the weights that ridge regression on all photos to learn from gives a linear head.
+def _require_ridge_start(live: nn.Module, train_data: TrainData) -> dict[str, torch.Tensor]:
+    """Return the weights of a linear head by ridge regression on all training photos.
 
     Raises:
-        ConfigError: What is trained is no linear layer on features that are computed once, or they are too many.
+        ConfigError: The trained part is not a linear layer on cached features, or there are too many of them.
     """
     batches = train_data.train
     if isinstance(batches, FeatureBatches):
@@ -303,14 +308,14 @@ def _is_head_alone_trained(model: nn.Module, live: nn.Module) -> bool:
 
 
 def _is_one_layer(live: nn.Module) -> bool:
-    """Return whether of what comes after the frontier, one layer has parameters."""
+    """Return whether exactly one layer of the live part has parameters."""
     return sum(any(True for _ in layer.parameters(False)) for layer in live.modules()) == 1
 
 
-def _live_engine(compute: ComputeContext, live: nn.Module, train_data: TrainData) -> ComputeContext:
-    """Return the engine of the live part: a single layer on what was computed once stays out of autocast.
+def _live_compute(compute: ComputeContext, live: nn.Module, train_data: TrainData) -> ComputeContext:
+    """Return device and precision of the live part: a single layer on cached features runs without autocast.
 
-    It takes no time either way, and in 16 bits a score or a predicted number would be wrong by 0.4 % of itself.
+    It takes hardly any time in either precision, and 16 bits would round a score or a prediction by up to 0.4 %.
     """
     is_head = train_data.frontier is not None and _is_one_layer(live)
     return replace(compute, autocast_dtype=None) if is_head else compute
@@ -363,11 +368,11 @@ def _count(batches: Iterable[Any]) -> int | None:
 
 def _trained_layers(model: nn.Module, prefix: str = "") -> list[str]:
     """List the paths of the largest layers all of whose parameters are trainable."""
-    found = []
+    paths = []
     for name, layer in model.named_children():
         flags = [parameter.requires_grad for parameter in layer.parameters()]
         if flags and all(flags):
-            found.append(prefix + name)
+            paths.append(prefix + name)
         elif any(flags):
-            found += _trained_layers(layer, f"{prefix}{name}.")
-    return list(itertools.islice(found, 50))
+            paths += _trained_layers(layer, f"{prefix}{name}.")
+    return list(itertools.islice(paths, 50))

@@ -1,4 +1,4 @@
-"""What is learned from and measured on: folders, tables, datasets and loaders → batches."""
+"""Training and validation batches, from folders, tables, datasets or loaders."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -24,31 +24,31 @@ from regraft.training.config import TrainConfig
 from regraft.training.features.batches import FeatureBatches
 from regraft.training.features.extract import Extractor
 from regraft.training.features.frontier import Frontier
-from regraft.training.features.pixels import read_or_find_photos
+from regraft.training.features.pixels import read_or_load_photos
 from regraft.training.loop import Inputs
 from regraft.training.losses import Loss
-from regraft.training.partial_batches import PartialBatch, tolerant_loader
+from regraft.training.partial_batches import PartialBatch, fault_tolerant_loader
 from regraft.training.resume.rng import random_states, set_random_states
 
-MEASURED_AT_A_TIME = 256
+VALIDATION_BATCH_SIZE = 256
 
 
 @dataclass(frozen=True)
 class TrainData:
-    """What is learned from and measured on.
+    """Training and validation batches, with what is known about them.
 
     Attributes:
-        train: Batches to learn from, in a new order each epoch.
-        validation: Batches to measure on, in one order.
+        train: Training batches, in a new order each epoch.
+        validation: Validation batches, in a fixed order.
         task: Classification or regression.
         classes: Class names; None for regression.
-        listing: What the folder held; None for datasets and loaders.
-        paths: The validation photos, in order; empty for datasets that are no files.
+        listing: Contents of the folder or table; None for datasets and loaders.
+        paths: The validation photos, in order; empty for datasets without files.
         unreadable: Files that are skipped.
-        photos: The photos to learn from and those to measure on, where the data is photos.
-        frontier: What was computed once for all epochs; None where the whole network runs in each.
-        not_once_because: Why it does; None where there is nothing to say.
-        first_targets: Of the first batch to learn from; None for photos.
+        photos: Training and validation photos; None for other data.
+        frontier: Features that were computed once; None if the whole network runs in every epoch.
+        not_once_because: Why it runs in every epoch; None without a reason to report.
+        first_targets: Targets of the first training batch; None for photos.
     """
 
     train: Iterable[Any]
@@ -79,27 +79,27 @@ def load_train_data(
     progress: Progress,
     extractor: Extractor | None = None,
 ) -> TrainData:
-    """Decode the photos of a folder, or take datasets and loaders as they are.
+    """Decode the photos of a folder, or use datasets and loaders as they are.
 
-    With an extractor, the batches are of what its constant part gives for photos (`FeatureBatches`).
+    With an extractor, the batches hold the features of its constant part instead of images (`FeatureBatches`).
     """
     if listing is None:
         return _from_pairs_or_loaders(data, config, extractor)
     store = Store() if config.cache else None
-    versions = (augmentation(config.augment, preprocessing, config.views), augmentation("none", preprocessing))
+    part_views = (augmentation(config.augment, preprocessing, config.views), augmentation("none", preprocessing))
     photos, unreadable, features = [], [], []
-    for samples, seen, description in (
-        (listing.train, versions[0], "reading photos"),
-        (listing.validation, versions[1], "reading validation photos"),
+    for samples, views, description in (
+        (listing.train, part_views[0], "reading photos"),
+        (listing.validation, part_views[1], "reading validation photos"),
     ):
         if extractor is not None:
-            found, part, failed = extractor.of_samples(samples, seen, listing.classes, description=description)
-            features.append(found)
+            part_features, part, failed = extractor.of_samples(samples, views, listing.classes, description=description)
+            features.append(part_features)
         else:
-            part, failed = read_or_find_photos(
+            part, failed = read_or_load_photos(
                 samples, preprocessing, listing.classes, store, description=description, progress=progress
             )
-        photos.append(part.augmented(seen))
+        photos.append(part.augmented(views))
         unreadable += failed
     _require_readable(unreadable, len(listing.train) + len(listing.validation), config.max_unreadable)
     frontier = Frontier.of(extractor, features) if extractor is not None else None
@@ -110,8 +110,8 @@ def load_train_data(
     )
 
 
-def again(train_data: TrainData, config: TrainConfig, extractor: Extractor | None) -> TrainData:
-    """Return the same photos for a network whose flags have changed."""
+def with_frontier(train_data: TrainData, config: TrainConfig, extractor: Extractor | None) -> TrainData:
+    """Return the same photos with the features of a new extractor, after the network's flags have changed."""
     assert train_data.photos is not None
     features = [extractor.of_photos(part) for part in train_data.photos] if extractor is not None else None
     frontier = Frontier.of(extractor, features) if extractor is not None and features is not None else None
@@ -131,27 +131,27 @@ def _from_pairs_or_loaders(data: Any, config: TrainConfig, extractor: Extractor 
         features = [extractor.of_photos(part) for part in (train, validation)] if extractor is not None else []
         frontier = Frontier.of(extractor, features) if extractor is not None else None
         return _from_photos(train, validation, config, frontier)
-    batches, measured = _batches(train, config, shuffle=True), _batches(validation, config, shuffle=False)
-    for part, found in (("training", batches), ("validation", measured)):
-        if isinstance(found, Sized) and len(found) == 0:
+    batches, validation_batches = _batches(train, config, shuffle=True), _batches(validation, config, shuffle=False)
+    for part, part_batches in (("training", batches), ("validation", validation_batches)):
+        if isinstance(part_batches, Sized) and len(part_batches) == 0:
             raise DataError(f"the {part} data is empty. Give at least one batch.")
     _, targets = first_batch(batches)
     if targets.is_floating_point():
-        return TrainData(batches, measured, "regression", None, first_targets=targets)
-    return TrainData(batches, measured, "classification", _names(train), first_targets=targets)
+        return TrainData(batches, validation_batches, "regression", None, first_targets=targets)
+    return TrainData(batches, validation_batches, "classification", _names(train), first_targets=targets)
 
 
 def _from_photos(train: Photos, validation: Photos, config: TrainConfig, frontier: Frontier | None) -> TrainData:
     if frontier is not None:
         sampler = SeededShuffle(len(train), config.seed)
         batches: Iterable[Any] = FeatureBatches(frontier.train, train, config.batch_size, sampler)
-        measured: Iterable[Any] = FeatureBatches(frontier.validation, validation, MEASURED_AT_A_TIME)
+        validation_batches: Iterable[Any] = FeatureBatches(frontier.validation, validation, VALIDATION_BATCH_SIZE)
     else:
-        batches = tolerant_loader(train, config.batch_size, shuffle_seed=config.seed, workers=config.workers)
-        measured = tolerant_loader(validation, config.batch_size, workers=config.workers)
+        batches = fault_tolerant_loader(train, config.batch_size, shuffle_seed=config.seed, workers=config.workers)
+        validation_batches = fault_tolerant_loader(validation, config.batch_size, workers=config.workers)
     return TrainData(
         batches,
-        measured,
+        validation_batches,
         "regression" if train.classes is None else "classification",
         train.classes,
         paths=tuple(sample.path for sample in validation.samples),
@@ -174,17 +174,19 @@ def _batches(data: Any, config: TrainConfig, *, shuffle: bool) -> Iterable[Any]:
         shuffle=shuffle,
         num_workers=config.workers or 0,
         generator=torch.Generator().manual_seed(config.seed),
-        drop_last=shuffle and count > config.batch_size and count % config.batch_size == 1,  # batch norm needs two
+        drop_last=shuffle
+        and count > config.batch_size
+        and count % config.batch_size == 1,  # batch norm cannot train on one sample
     )
 
 
 def first_batch(batches: Iterable[Any]) -> tuple[Inputs, torch.Tensor]:
-    """Take the first (inputs, targets), or raise an error that names what else was there."""
+    """Return the first pair (inputs, targets), or raise an error that describes what the data yields instead."""
     if isinstance(batches, FeatureBatches):
         return next(iter(batches))
-    found = (batch.batch if isinstance(batch, PartialBatch) else batch for batch in batches)
+    readable = (batch.batch if isinstance(batch, PartialBatch) else batch for batch in batches)
     try:
-        first = next((batch for batch in found if batch is not None), None)
+        first = next((batch for batch in readable if batch is not None), None)
     except TypeError as error:
         if "default_collate" not in str(error):
             raise
@@ -196,10 +198,10 @@ def first_batch(batches: Iterable[Any]) -> tuple[Inputs, torch.Tensor]:
 
 
 def pairs_of(batches: Any) -> Iterator[tuple[Inputs, torch.Tensor]]:
-    """Yield batches of a user's own, each checked.
+    """Yield the batches of user data after checking each.
 
     Raises:
-        DataError: There is none, or one is no pair of tensors of the same length.
+        DataError: There is no batch, or one is not a pair of tensors of equal length.
     """
     if not isinstance(batches, Iterable) or isinstance(batches, (torch.Tensor, np.ndarray)):
         raise DataError(
@@ -239,23 +241,24 @@ def _require_pair(batch: Any, part: str) -> tuple[Inputs, torch.Tensor]:
 
 
 def with_task(train_data: TrainData, loss: Loss | None, loss_name: str | None) -> TrainData:
-    """Return datasets and loaders with the task that their targets and the loss call for; folders have one already.
+    """Set the task of datasets and loaders from their targets and the loss; folders have a task already.
 
     Raises:
-        DataError: The targets are not what the loss compares, or may be two things.
+        DataError: The targets do not suit the loss, or are ambiguous.
     """
     if train_data.photos is not None:
         return train_data
     assert train_data.first_targets is not None
     targets = train_data.first_targets
-    with _states_put_back(train_data.validation):
-        measured = _peek(train_data.validation)
-        if measured is not None:
-            _require_pair(measured, "validation")
-    task = task_of(train_data.task, loss, loss_name, targets, None if measured is None else measured[1])
-    if task == "classification" and measured is not None and measured[1].is_floating_point() and measured[1].ndim != 2:
+    with _random_states_restored(train_data.validation):
+        first_validation = _peek(train_data.validation)
+        if first_validation is not None:
+            _require_pair(first_validation, "validation")
+    expected = None if first_validation is None else first_validation[1]
+    task = task_of(train_data.task, loss, loss_name, targets, expected)
+    if task == "classification" and expected is not None and expected.is_floating_point() and expected.ndim != 2:
         raise DataError(
-            f"the validation targets are {str(measured[1].dtype).removeprefix('torch.')}, and the training targets are "
+            f"the validation targets are {str(expected.dtype).removeprefix('torch.')}, and the training targets are "
             "classes. Let both return classes (N,) of integers."
         )
     if task == train_data.task:
@@ -264,17 +267,17 @@ def with_task(train_data: TrainData, loss: Loss | None, loss_name: str | None) -
 
 
 def _require_known_labels(train_data: TrainData, classes: int, ignored: int | None) -> None:
-    """Refuse labels that are none of the classes, as far as they are known without reading data.
+    """Refuse labels outside of the classes, as far as labels are known without reading data.
 
     Raises:
-        DataError: One is none of them; the message names it and the part of the data.
+        DataError: A label is not a class; the message names it and the part of the data.
     """
     if train_data.photos is not None:
         return
     for part, batches in (("training ", train_data.train), ("validation ", train_data.validation)):
         labels = labels_in_memory(batches)
         if labels is None:
-            with _states_put_back(batches):
+            with _random_states_restored(batches):
                 batch = _peek(batches)
             labels = batch[1] if batch is not None else None
         if labels is not None and (labels.ndim == 1 or labels.shape[1:].numel() == 1):
@@ -284,11 +287,11 @@ def _require_known_labels(train_data: TrainData, classes: int, ignored: int | No
 def require_scores(
     model: nn.Module, output: torch.Tensor, targets: torch.Tensor, train_data: TrainData, ignored: int | None
 ) -> None:
-    """Refuse outputs that are no scores (N, K) of the data's classes, and labels of which there is no score.
+    """Refuse outputs that are not scores (N, K) of the data's classes, and labels without a score.
 
     Raises:
-        ModelError: The outputs are none, or of more or fewer classes than the data has.
-        DataError: A label is none of the classes.
+        ModelError: The outputs have another shape, or another number of classes than the data.
+        DataError: A label is not a class.
     """
     if output.ndim != 2:
         raise ModelError(
@@ -311,13 +314,13 @@ def require_scores(
 
 
 def _peek(batches: Any) -> Any:
-    """Return the first batch where looking at it costs little and loses nothing; else None."""
+    """Return the first batch if reading it is cheap and consumes nothing, as for lists and loaders without workers."""
     is_cheap = isinstance(batches, (list, tuple)) or (isinstance(batches, DataLoader) and batches.num_workers == 0)
     return next(iter(batches), None) if is_cheap else None
 
 
 @contextlib.contextmanager
-def _states_put_back(*batches: Any) -> Iterator[None]:
+def _random_states_restored(*batches: Any) -> Iterator[None]:
     states = random_states(*batches)
     try:
         yield
@@ -332,7 +335,7 @@ def _names(batches: Any) -> tuple[str, ...] | None:
 
 def _require_readable(unreadable: list[Unreadable], count: int, limit: float) -> None:
     if len(unreadable) > limit * count:
-        examples = "; ".join(f"'{found.path}': {found.reason}" for found in unreadable[:3])
+        examples = "; ".join(f"'{file.path}': {file.reason}" for file in unreadable[:3])
         raise DataError(
             f"{len(unreadable)} of {count} files cannot be read ({examples}). Repair or remove them, or allow more "
             f"with --max-unreadable (now {limit:g})."

@@ -1,1 +1,1 @@
-"""Features on disk: keys, entries, precision."""
+"""The cache of features on disk: keys, entries, precision."""

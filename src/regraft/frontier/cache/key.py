@@ -1,4 +1,4 @@
-"""What a cached value is called: a digest of everything that it depends on."""
+"""Keys of cached values: a digest of everything that a value depends on."""
 
 import functools
 import hashlib
@@ -17,16 +17,16 @@ from regraft.checkpoint.file.digest import tensor_digest
 from regraft.frontier.replay import Recording
 from regraft.surgery.rewired import EditedModule
 
-VERSION = 2  # of how values are computed and stored, notes included
+VERSION = 2  # of the computation and the stored format, notes included
 
 
 def features_key(prefix_digest: str, files: Sequence[Path], **circumstances: Any) -> str:
-    """Return the name of the values that a constant part gives for these files.
+    """Return the key of the outputs of a constant part for these files.
 
     Args:
         prefix_digest: `network_digest` of the constant part.
-        files: The photos, in order; their contents count, not their names.
-        **circumstances: JSON data that the values depend on as well, such as the preprocessing.
+        files: The photos, in order; only their contents enter the key, not their names.
+        **circumstances: Further JSON data that the values depend on, such as the preprocessing.
     """
     content = {
         "version": VERSION,
@@ -38,28 +38,28 @@ def features_key(prefix_digest: str, files: Sequence[Path], **circumstances: Any
 
 
 def network_digest(network: nn.Module) -> str:
-    """Return a digest of a network's structure and of every value in it."""
-    found = hashlib.sha256(repr(network).encode())
+    """Return a digest of a network's structure, code, parameters and buffers."""
+    digest = hashlib.sha256(repr(network).encode())
     kinds = {type(layer) for layer in network.modules() if not isinstance(layer, (EditedModule, Recording))}
     if isinstance(network, Recording):
         kinds.add(network.kind)
     for source in sorted(map(_source, kinds)):
-        found.update(source.encode())
+        digest.update(source.encode())
     if isinstance(network, EditedModule):
         for program in network.programs:
-            found.update(program.code.encode())
+            digest.update(program.code.encode())
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
-        found.update(f"{name} {tensor_digest(tensor.detach().cpu())}\n".encode())
-    return found.hexdigest()
+        digest.update(f"{name} {tensor_digest(tensor.detach().cpu())}\n".encode())
+    return digest.hexdigest()
 
 
 def checksum(network: nn.Module) -> int:
-    """Add up the bits of every value in a network: enough to notice a change by hand, and as fast as reading them."""
+    """Return the sum of the bits of all parameters and buffers: a cheap way to notice that one was changed."""
     return sum_of_bits((*network.parameters(), *network.buffers()))
 
 
 def sum_of_bits(tensors: Iterable[torch.Tensor]) -> int:
-    """Add up the bits of every value in some tensors."""
+    """Return the sum of the bits of all values in some tensors."""
     sums = [_sum_of_bits(tensor.detach()) for tensor in tensors]
     return int(torch.stack(sums).sum()) if sums else 0
 
@@ -84,7 +84,7 @@ def _file_digest(file: Path) -> str:
 
 @functools.lru_cache(maxsize=1000)
 def _source(kind: type[nn.Module]) -> str:
-    """Return the code of a class, as far as it can be found; that of torch's own is known by its version."""
+    """Return the source of a class, or torch's version for its own classes, or the class name without a source."""
     if kind.__module__.startswith("torch."):
         return str(torch.__version__)
     try:

@@ -1,4 +1,4 @@
-"""How precisely cached values are kept: as they are, in 16 bits, or in 8."""
+"""Precision of cached values: full, 16 bits or 8 bits."""
 
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -13,47 +13,47 @@ TOLERANCES = {
     "fp16": 1e-2,
     "bf16": 5e-2,
     "int8": 5e-2,
-}  # of the largest value, rounding of layers included
-STEPS = 127  # of int8, from 0 to the largest value of a row
+}  # shares of the largest value, including the rounding inside of layers
+STEPS = 127  # int8 levels from 0 to the largest value of a row
 
 
 def packed(tensors: Sequence[torch.Tensor], precision: Precision) -> list[torch.Tensor]:
-    """Return what is kept of a few tensors (N, …): floating ones in `precision`, others as they are.
+    """Convert tensors (N, …) for the cache: floating-point ones to `precision`, others unchanged.
 
-    With `int8`, each row is divided by its largest absolute value, which is kept beside it as (N,) of float32: a value
-    is wrong by 1/254 of it at most.
+    With `int8`, each row is divided by its largest absolute value, which is stored as a further tensor (N,) of float32.
+    The error of a value is at most 1/254 of that maximum.
     """
-    found: list[torch.Tensor] = []
+    kept: list[torch.Tensor] = []
     for tensor in tensors:
         if precision == "full" or not tensor.is_floating_point():
-            found.append(tensor)
+            kept.append(tensor)
         elif precision == "int8":
-            rows = tensor.float().reshape(len(tensor), -1)  # (N, numbers of a row), of (N,) as well
+            rows = tensor.float().reshape(len(tensor), -1)  # (N, values of a row); (N,) becomes (N, 1)
             largest = rows.abs().amax(1)
             steps = (rows / largest.clamp(min=1e-30)[:, None] * STEPS).round()
-            found += [steps.to(torch.int8).view(tensor.shape), largest]
+            kept += [steps.to(torch.int8).view(tensor.shape), largest]
         else:
-            found.append(tensor.to(HALVES[precision]))
-    return found
+            kept.append(tensor.to(HALVES[precision]))
+    return kept
 
 
 def unpacked(
     kept: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype], precision: Precision
 ) -> tuple[torch.Tensor, ...]:
-    """Return tensors of the given types from what was kept of them."""
-    coming = iter(kept)
-    found: list[torch.Tensor] = []
+    """Return the tensors that `packed` converted, in their original dtypes."""
+    remaining = iter(kept)
+    restored: list[torch.Tensor] = []
     for dtype in dtypes:
-        tensor = next(coming)
+        tensor = next(remaining)
         if precision == "int8" and dtype.is_floating_point:
-            scale = (next(coming) / STEPS).view(-1, *[1] * (tensor.ndim - 1))
+            scale = (next(remaining) / STEPS).view(-1, *[1] * (tensor.ndim - 1))
             tensor = tensor.to(torch.float32) * scale
-        found.append(tensor.to(dtype))
-    return tuple(found)
+        restored.append(tensor.to(dtype))
+    return tuple(restored)
 
 
 def packed_bytes(count: int, shape: Sequence[int], dtype: torch.dtype, precision: Precision) -> int:
-    """Return what `count` rows of a tensor need."""
+    """Return the bytes of `count` packed rows of a tensor."""
     numbers = torch.Size(shape).numel()
     if precision == "full" or not dtype.is_floating_point:
         return count * numbers * dtype.itemsize

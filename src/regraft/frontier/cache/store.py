@@ -1,8 +1,8 @@
-"""Tensors kept on disk under the digest of what they depend on.
+"""Tensors on disk under a digest of everything that they depend on.
 
-An entry is a folder with one raw file for each tensor and `entry.json`, which holds shapes, types and a checksum for
-each stretch of rows. It is written under another name and renamed when it is complete, so that an interrupted write is
-never taken for an entry; a damaged one is noticed by its checksums and deleted.
+An entry is a folder with one raw file for each tensor and `entry.json`, which holds shapes, dtypes and a checksum for
+each chunk of rows. It is written under a temporary name and renamed when it is complete, so an interrupted write is
+never taken for an entry. A damaged entry is detected by its checksums and deleted.
 """
 
 import contextlib
@@ -26,17 +26,17 @@ import torch
 from regraft.errors import RunError
 
 ENTRY = "entry.json"
-LIMIT_BYTES = 20 * 2**30  # of all entries together
-STRETCH_BYTES = 16 * 2**20  # that one checksum covers, at least
-STALE_S = 24 * 3600  # age at which an unfinished write is somebody's crash
-ANEW = "Start the run again: what it kept is checked, and computed anew where it is damaged."
+LIMIT_BYTES = 20 * 2**30  # for all entries together
+CHUNK_BYTES = 16 * 2**20  # small writes are joined into chunks of this size; each has one checksum
+STALE_S = 24 * 3600  # age after which an unfinished write counts as crashed
+RETRY_ADVICE = "Start the run again: what it kept is checked, and computed anew where it is damaged."
 
 
 class DiskTensor:
-    """Rows of a tensor in a file, read as they are asked for.
+    """Rows of a tensor in a file, read on access.
 
-    Read and not mapped: the pages of a mapping count as memory of the process, and a file that is cut off under one
-    kills it.
+    The file is read rather than memory-mapped: the pages of a mapping count as memory of the process, and a mapped file
+    that is truncated kills the process.
     """
 
     device = torch.device("cpu")
@@ -51,20 +51,20 @@ class DiskTensor:
         return self.shape[0]
 
     def __getitem__(self, rows: torch.Tensor | slice) -> torch.Tensor:
-        """Read rows by their numbers (N,), or a stretch of them; what comes back is a copy.
+        """Read rows by index (N,) or as a slice, and return a copy.
 
         Raises:
-            RunError: The file cannot be read, or was cut off.
+            RunError: The file cannot be read, or was truncated.
         """
         if isinstance(rows, slice):
             first, last, _ = rows.indices(len(self))
-            found = torch.empty(max(0, last - first), self._row_bytes, dtype=torch.uint8)
-            self._read(found.numpy().reshape(-1), first)
+            data = torch.empty(max(0, last - first), self._row_bytes, dtype=torch.uint8)
+            self._read(data.numpy().reshape(-1), first)
         else:
-            found = torch.empty(len(rows), self._row_bytes, dtype=torch.uint8)
-            for row, number in zip(found.numpy(), rows.tolist(), strict=True):
+            data = torch.empty(len(rows), self._row_bytes, dtype=torch.uint8)
+            for row, number in zip(data.numpy(), rows.tolist(), strict=True):
                 self._read(row, number)
-        return found.view(self.dtype).view(len(found), *self.shape[1:])
+        return data.view(self.dtype).view(len(data), *self.shape[1:])
 
     def _read(self, into: np.ndarray, row: int) -> None:
         rest, place = into.data, row * self._row_bytes
@@ -72,9 +72,9 @@ class DiskTensor:
             try:
                 count = os.preadv(self._number, [rest], place)
             except OSError as error:
-                raise RunError(f"'{self._file}' cannot be read: {error}. {ANEW}") from error
+                raise RunError(f"'{self._file}' cannot be read: {error}. {RETRY_ADVICE}") from error
             if count == 0:
-                raise RunError(f"'{self._file}' was cut off while it was in use. {ANEW}")
+                raise RunError(f"'{self._file}' was cut off while it was in use. {RETRY_ADVICE}")
             rest, place = rest[count:], place + count
 
 
@@ -86,10 +86,10 @@ class Entry:
     """Complete tensors on disk.
 
     Attributes:
-        folder: Where they are.
+        folder: Folder of the entry.
         shapes: Of each tensor, rows first.
         dtypes: Of each tensor.
-        note: What was written beside them.
+        note: JSON data that was written beside them.
     """
 
     folder: Path
@@ -103,20 +103,20 @@ class Entry:
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in zip(self.shapes, self.dtypes, strict=True))
 
     def tensors(self, *, in_memory: bool) -> tuple[Rows, ...]:
-        """Return the tensors, read as a whole or left on the disk."""
-        found: list[Rows] = []
+        """Return the tensors, read into memory or left on the disk."""
+        loaded: list[Rows] = []
         for position, (shape, dtype) in enumerate(zip(self.shapes, self.dtypes, strict=True)):
             file = self.folder / f"{position}.bin"
             if in_memory:
-                found.append(torch.from_numpy(np.fromfile(file, dtype=np.uint8)).view(dtype).view(shape))
+                loaded.append(torch.from_numpy(np.fromfile(file, dtype=np.uint8)).view(dtype).view(shape))
             else:
-                found.append(DiskTensor(file, shape, dtype))
-        return tuple(found)
+                loaded.append(DiskTensor(file, shape, dtype))
+        return tuple(loaded)
 
 
 @dataclass(frozen=True)
 class EntryInfo:
-    """What is known of an entry without reading it: its name, bytes, time of last use, and what it holds in words."""
+    """Facts about an entry, from its note and files: key, bytes, time of last use, and a description."""
 
     key: str
     bytes: int
@@ -125,15 +125,15 @@ class EntryInfo:
 
 
 class Store:
-    """A folder of entries, of which the least recently used are deleted when it grows too large."""
+    """A folder of entries; the least recently used are deleted when it grows too large."""
 
     def __init__(self, folder: Path | None = None, limit_bytes: int = LIMIT_BYTES) -> None:
         self.folder = folder or default_folder()
         self.limit_bytes = limit_bytes
 
     def find(self, key: str) -> Entry | None:
-        """Return the entry of that name, checked byte by byte; a damaged one is deleted."""
-        folder = self.folder / _plain(key)
+        """Return the entry of a key after checking all of its checksums; a damaged one is deleted."""
+        folder = self.folder / _checked_key(key)
         try:
             text = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
             shapes = tuple(tuple(shape) for shape in text["shapes"])
@@ -149,7 +149,7 @@ class Store:
             shutil.rmtree(folder, ignore_errors=True)
             return None
         with contextlib.suppress(OSError):
-            os.utime(folder / ENTRY)  # used now
+            os.utime(folder / ENTRY)  # mark it as just used
         return entry
 
     def write(self, key: str) -> "EntryWriter":
@@ -158,21 +158,21 @@ class Store:
         Raises:
             OSError: The disk is full, or cannot be written.
         """
-        return EntryWriter(self, _plain(key))
+        return EntryWriter(self, _checked_key(key))
 
     def entries(self) -> list[EntryInfo]:
-        """List what is kept, the least recently used first."""
-        found = []
+        """List the entries, the least recently used first."""
+        infos = []
         for file in self.folder.glob(f"*/{ENTRY}"):
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 size = sum(part.stat().st_size for part in file.parent.iterdir())
                 used_at = datetime.fromtimestamp(file.stat().st_mtime)
                 note = json.loads(file.read_text(encoding="utf-8")).get("note", {})
-                found.append(EntryInfo(file.parent.name, size, used_at, str(note.get("holds", ""))))
-        return sorted(found, key=lambda entry: entry.used_at)
+                infos.append(EntryInfo(file.parent.name, size, used_at, str(note.get("holds", ""))))
+        return sorted(infos, key=lambda entry: entry.used_at)
 
     def clear(self) -> int:
-        """Delete all entries and unfinished writes, and return how many bytes that were.
+        """Delete all entries and unfinished writes, and return how many bytes were freed.
 
         Raises:
             OSError: Something cannot be deleted.
@@ -180,13 +180,13 @@ class Store:
         size = 0
         for child in self.folder.iterdir() if self.folder.is_dir() else ():
             is_folder = child.is_dir() and not child.is_symlink()
-            if is_folder and (child.suffix == ".tmp" or (child / ENTRY).exists()):  # and nothing of anybody else's
+            if is_folder and (child.suffix == ".tmp" or (child / ENTRY).exists()):  # and nothing else in the folder
                 size += sum(part.stat().st_size for part in child.iterdir())
                 shutil.rmtree(child)
         return size
 
     def make_room(self, size: int) -> None:
-        """Delete the least recently used entries, until `size` more bytes stay under the limit."""
+        """Delete the least recently used entries until `size` more bytes fit under the limit."""
         for unfinished in self.folder.glob("*.tmp"):
             with contextlib.suppress(OSError):
                 if time.time() - unfinished.stat().st_mtime > STALE_S:
@@ -200,7 +200,7 @@ class Store:
             total -= entry.bytes
 
     def has_room(self, size: int) -> bool:
-        """Return whether that many bytes fit on the disk and under the limit."""
+        """Return whether `size` bytes fit on the disk and under the limit."""
         folder = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         try:
             return size < self.limit_bytes and size < 0.9 * shutil.disk_usage(folder).free
@@ -209,7 +209,7 @@ class Store:
 
 
 class EntryWriter:
-    """An entry that is being written, stretch by stretch of rows."""
+    """An entry that is being written, a few rows at a time."""
 
     def __init__(self, store: Store, key: str) -> None:
         self._store, self._key = store, key
@@ -219,7 +219,7 @@ class EntryWriter:
         self._shapes: list[list[int]] = []
         self._dtypes: list[str] = []
         self._checksums: list[list[int]] = []
-        self._stretches: list[list[int]] = []
+        self._chunks: list[list[int]] = []
 
     def append(self, tensors: Sequence[torch.Tensor]) -> None:
         """Write more rows of each tensor.
@@ -234,18 +234,18 @@ class EntryWriter:
                 self._shapes.append([0, *tensor.shape[1:]])
                 self._dtypes.append(str(tensor.dtype).removeprefix("torch."))
                 self._checksums.append([])
-                self._stretches.append([])
+                self._chunks.append([])
             self._files[position].write(data)
             self._shapes[position][0] += len(tensor)
-            if self._stretches[position] and self._stretches[position][-1] + len(data) <= STRETCH_BYTES:
+            if self._chunks[position] and self._chunks[position][-1] + len(data) <= CHUNK_BYTES:
                 self._checksums[position][-1] = zlib.crc32(data, self._checksums[position][-1])
-                self._stretches[position][-1] += len(data)
+                self._chunks[position][-1] += len(data)
             else:
                 self._checksums[position].append(zlib.crc32(data))
-                self._stretches[position].append(len(data))
+                self._chunks[position].append(len(data))
 
     def finish(self, note: dict[str, Any]) -> Entry:
-        """Complete the entry, with JSON data beside it; where another process wrote the same meanwhile, either will do.
+        """Complete the entry, with JSON data beside it; one that another process wrote meanwhile is kept instead.
 
         Raises:
             OSError: The disk is full, or cannot be written.
@@ -256,7 +256,7 @@ class EntryWriter:
             "shapes": self._shapes,
             "dtypes": self._dtypes,
             "checksums": self._checksums,
-            "stretches": self._stretches,
+            "stretches": self._chunks,
             "note": note,
         }
         (self._folder / ENTRY).write_text(json.dumps(entry), encoding="utf-8")
@@ -279,7 +279,7 @@ class EntryWriter:
 
 
 def default_folder() -> Path:
-    """Return the folder of the user's cache: `REGRAFT_CACHE`, or `regraft` in the system's place for caches."""
+    """Return the cache folder: `REGRAFT_CACHE`, or `regraft` in the user's cache directory."""
     own = os.environ.get("REGRAFT_CACHE")
     if own:
         return Path(own)
@@ -287,16 +287,16 @@ def default_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "regraft"
 
 
-def _plain(key: str) -> str:
-    """Return a key, which is a digest and never leads out of the folder."""
+def _checked_key(key: str) -> str:
+    """Return a key that is a plain name, which cannot lead out of the folder."""
     if re.fullmatch(r"[\w-]+", key) is None:
         raise ValueError(f"an entry is called by a plain name, not {key!r}")
     return key
 
 
 def _require_agreement(shapes: Sequence[Sequence[Any]], dtypes: Sequence[Any], text: dict[str, Any]) -> None:
-    """Raise a ValueError where an entry does not say the same of its tensors everywhere."""
-    sizes = [sum(stretches) for stretches in text["stretches"]]
+    """Raise a ValueError where shapes, dtypes and checksums of an entry contradict each other."""
+    sizes = [sum(chunks) for chunks in text["stretches"]]
     are_counts = all(type(side) is int and side >= 0 for shape in shapes for side in shape)
     are_dtypes = all(isinstance(dtype, torch.dtype) for dtype in dtypes)
     if not are_counts or not are_dtypes or not isinstance(text["note"], dict) or len(text["checksums"]) != len(sizes):
@@ -305,9 +305,9 @@ def _require_agreement(shapes: Sequence[Sequence[Any]], dtypes: Sequence[Any], t
         raise ValueError("damaged")
 
 
-def _checksums(file: Path, stretches: Sequence[int]) -> list[int]:
+def _checksums(file: Path, chunks: Sequence[int]) -> list[int]:
     with file.open("rb") as opened:
-        found = [zlib.crc32(opened.read(length)) for length in stretches]
+        checksums = [zlib.crc32(opened.read(length)) for length in chunks]
         if opened.read(1):
             raise ValueError("longer than it was")
-    return found
+    return checksums

@@ -1,4 +1,4 @@
-"""Gather rows as they are computed: into memory, into an entry of the store, or both."""
+"""Collect rows as they are computed: in memory, in an entry of the store, or both."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,14 +10,14 @@ from regraft.progress import Progress
 
 
 class FeatureWriter:
-    """Takes rows of several tensors, batch by batch; a disk that is full costs the entry, not the run.
+    """Collects rows of several tensors, batch by batch. If the disk is full, the entry is dropped and the run goes on.
 
     Args:
-        store: Where they are written; None: nowhere.
-        key: Under which name.
-        size: Bytes of all of them, as far as they are known.
-        in_memory: Whether they are kept in memory as well.
-        progress: Is told when writing stops.
+        store: Store to write to; None writes nothing.
+        key: Key of the entry.
+        size: Estimated bytes of all rows.
+        in_memory: Whether rows are kept in memory as well.
+        progress: Reports when writing stops.
     """
 
     def __init__(self, store: Store | None, key: str, size: int, *, in_memory: bool, progress: Progress) -> None:
@@ -29,13 +29,13 @@ class FeatureWriter:
             try:
                 self._writing = store.write(key)
             except OSError as error:
-                self._give_up(error)
+                self._abandon(error)
 
     def __enter__(self) -> "FeatureWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._writing is not None:  # not finished
+        if self._writing is not None:  # the block ended before `finish`
             self._writing.abandon()
             self._writing = None
 
@@ -45,28 +45,28 @@ class FeatureWriter:
         return self._kept is not None or self._writing is not None
 
     def append(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Take more rows of each tensor."""
+        """Add rows of each tensor."""
         if self._kept is not None:
             self._kept.append(list(tensors))
         if self._writing is not None:
             try:
                 self._writing.append(tensors)
             except OSError as error:
-                self._give_up(error)
+                self._abandon(error)
 
     def finish(self, note: dict[str, Any]) -> tuple[Rows, ...] | None:
-        """Complete the entry with a note beside it, and return all rows; None where they are kept nowhere."""
+        """Complete the entry with its note, and return all rows; None where neither memory nor disk has them."""
         entry = None
         if self._writing is not None:
             try:
                 entry, self._writing = self._writing.finish(note), None
             except OSError as error:
-                self._give_up(error)
+                self._abandon(error)
         if self._kept is not None:
             return tuple(torch.cat(parts) for parts in zip(*self._kept, strict=True))
         return entry.tensors(in_memory=False) if entry is not None else None
 
-    def _give_up(self, error: OSError) -> None:
+    def _abandon(self, error: OSError) -> None:
         if self._writing is not None:
             self._writing.abandon()
             self._writing = None

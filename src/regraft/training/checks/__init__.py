@@ -1,1 +1,1 @@
-"""What is checked before training begins."""
+"""Checks before training begins."""

@@ -1,8 +1,8 @@
-"""What a batch's targets are, for a loss and for the metrics: classes by their numbers, or numbers.
+"""Convert targets for losses and metrics: class indices, or numbers for regression.
 
-Loaders yield targets of many kinds: `int32` and `bool`, columns (N, 1), one-hot rows, `float64` from Python's floats.
-Where it is known what a loss takes, they are turned into that; what cannot be meant is refused by name. Losses of the
-user's own are given the targets as they are.
+Loaders yield targets in many forms: `int32` and `bool`, columns (N, 1), one-hot rows, `float64` from Python's floats.
+For known losses, they are converted to what the loss expects; unsuitable targets are refused with the reason. Custom
+losses get the targets unchanged.
 """
 
 from collections.abc import Callable, Iterable, Sized
@@ -19,8 +19,8 @@ from regraft.training.losses import FocalLoss, Loss, OnColumns, check_loss
 
 Kind = Literal["classes", "numbers", "logits", "unknown"]
 
-OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss, FocalLoss)
-OF_NUMBERS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, OnColumns)
+CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss, FocalLoss)
+REGRESSION_LOSSES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, OnColumns)
 FUNCTIONS: dict[Callable[..., Any], Kind] = {
     F.cross_entropy: "classes",
     F.nll_loss: "classes",
@@ -32,19 +32,19 @@ FUNCTIONS: dict[Callable[..., Any], Kind] = {
     F.binary_cross_entropy: "numbers",
     F.binary_cross_entropy_with_logits: "logits",
 }
-MAX_SCANNED = 1_000_000  # labels that are looked at before training, where they lie in memory
+MAX_SCANNED = 1_000_000  # labels in memory that are checked before training
 
 
 def kind_of(loss: Loss | None) -> Kind:
-    """Return what a loss compares outputs with.
+    """Return the kind of targets that a loss expects.
 
     Returns:
-        `classes` (N,) for outputs (N, K); `numbers` of the outputs' shape, or `logits` where a sigmoid of the outputs
-        is compared with them; `unknown` for a loss of the user's own.
+        `classes` (N,) for outputs (N, K); `numbers` of the outputs' shape; `logits`, numbers that are compared with the
+        sigmoid of the outputs; `unknown` for a custom loss.
     """
-    if type(loss) in OF_CLASSES:
+    if type(loss) in CLASS_LOSSES:
         return "classes"
-    if type(loss) in OF_NUMBERS:
+    if type(loss) in REGRESSION_LOSSES:
         return "numbers"
     if type(loss) is nn.BCEWithLogitsLoss:
         return "logits"
@@ -52,23 +52,23 @@ def kind_of(loss: Loss | None) -> Kind:
 
 
 def ignored_label(loss: Loss | None) -> int | None:
-    """Return the label of samples that a loss leaves out; None where it has none."""
-    default = -100 if loss in (F.cross_entropy, F.nll_loss) else None  # torch's
+    """Return the label that a loss ignores (`ignore_index`); None without one."""
+    default = -100 if loss in (F.cross_entropy, F.nll_loss) else None  # torch's default
     label = getattr(loss, "ignore_index", default)
     return label if isinstance(label, int) else None
 
 
 def fit_targets(loss: Loss, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return targets in the type and shape in which a known loss takes them; no value changes.
+    """Return targets in the dtype and shape that a known loss expects; no value changes.
 
     Raises:
-        DataError: There are more or fewer numbers than outputs.
+        DataError: The number of targets differs from that of outputs.
     """
     kind = kind_of(loss)
     if kind == "classes":
         if targets.is_floating_point() or _is_row_per_sample(outputs, targets):
             return targets.to(outputs.dtype)
-        return _flat(targets, outputs).long()
+        return _squeeze_column(targets, outputs).long()
     if kind == "unknown":
         return targets
     if targets.numel() != outputs.numel():
@@ -81,11 +81,11 @@ def fit_targets(loss: Loss, outputs: torch.Tensor, targets: torch.Tensor) -> tor
 
 
 def batch_loss(criterion: Loss, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the loss of outputs and targets, of which known losses get the type and shape that they take.
+    """Return the loss of outputs and targets, converted by `fit_targets`.
 
     Raises:
-        LossError: It is not one number.
-        DataError: A label is none of the classes, or the targets do not fit the outputs.
+        LossError: The loss is not one number.
+        DataError: A label is not a class, or the targets do not fit the outputs.
     """
     if kind_of(criterion) == "classes":
         require_labels(targets, outputs.shape[1] if outputs.ndim > 1 else 0, ignored=ignored_label(criterion))
@@ -93,19 +93,19 @@ def batch_loss(criterion: Loss, outputs: torch.Tensor, targets: torch.Tensor) ->
 
 
 def class_labels(outputs: torch.Tensor, targets: torch.Tensor, *, ignored: int | None = None) -> torch.Tensor:
-    """Return targets as classes (N,) of int64; of one-hot or soft targets (N, K) the likeliest class.
+    """Return targets as classes (N,) of int64; for one-hot or soft targets (N, K), the most likely class.
 
     Args:
         outputs: (N, K).
-        targets: Classes (N,) or (N, 1) of any integer type or of bool, or shares (N, K).
-        ignored: A label that may stand outside of 0 to K - 1.
+        targets: Classes (N,) or (N, 1) of any integer type or bool, or probabilities (N, K).
+        ignored: A label that may lie outside of 0 to K - 1.
 
     Raises:
-        DataError: A label is none of the K classes, or outputs or targets have another shape.
+        DataError: A label is not one of the K classes, or outputs or targets have another shape.
     """
     if _is_row_per_sample(outputs, targets) and (targets.is_floating_point() or has_one_hot_rows(targets)):
-        return targets.to(outputs.dtype).argmax(1)  # which bool has none of
-    labels = _flat(targets, outputs)
+        return targets.to(outputs.dtype).argmax(1)  # bool has no argmax
+    labels = _squeeze_column(targets, outputs)
     is_of_numbers = labels.is_floating_point() or labels.is_complex()
     if outputs.ndim != 2 or labels.shape != outputs.shape[:1] or is_of_numbers:
         raise DataError(
@@ -118,16 +118,16 @@ def class_labels(outputs: torch.Tensor, targets: torch.Tensor, *, ignored: int |
 
 
 def require_labels(labels: torch.Tensor, classes: int, *, ignored: int | None = None, part: str = "") -> None:
-    """Refuse labels that are none of the classes.
+    """Refuse labels that are not a class.
 
     Args:
         labels: Of any integer type and shape.
         classes: Number of classes K; labels are 0 to K - 1.
-        ignored: A label that may stand outside of them.
-        part: Where they come from, as in `validation `.
+        ignored: A label that may lie outside of these.
+        part: Part of the data for the message, as in `validation `.
 
     Raises:
-        DataError: One is none of them; the message names it.
+        DataError: A label is not a class; the message names it.
     """
     if labels.is_floating_point() or labels.numel() == 0:
         return
@@ -152,17 +152,17 @@ def require_labels(labels: torch.Tensor, classes: int, *, ignored: int | None = 
 def task_of(
     task: Task, loss: Loss | None, loss_name: str | None, targets: torch.Tensor, validation: torch.Tensor | None
 ) -> Task:
-    """Return whether targets are classes or numbers, from what the loss compares and what the targets are.
+    """Return whether targets are classes or numbers, from the loss and the targets.
 
     Args:
-        task: What the type of the training targets suggests.
-        loss: The caller's; None for one by name.
-        loss_name: Its name, where it has one.
-        targets: Of the first batch.
-        validation: Of the first batch that is measured, where it can be looked at.
+        task: The task that the dtype of the training targets suggests.
+        loss: The user's loss; None for a loss by name.
+        loss_name: Its name, if it has one.
+        targets: Targets of the first training batch.
+        validation: Targets of the first validation batch; None if it cannot be read cheaply.
 
     Raises:
-        DataError: The targets are not what the loss compares, or may be two things.
+        DataError: The targets do not suit the loss, or are ambiguous.
     """
     kind = kind_of(loss)
     if kind == "logits" and not targets.is_floating_point():
@@ -184,7 +184,7 @@ def task_of(
         _require_one_class(targets)
         return task
     if validation is not None and not validation.is_floating_point() and targets.ndim == 2:
-        return "classification"  # of which the training data is mixed
+        return "classification"  # integer validation targets: the training targets are soft, as with mixup
     if loss is not None or loss_name is not None or targets.ndim != 2 or targets.shape[1] < 2:
         return task
     return _task_of_rows(targets)
@@ -200,7 +200,7 @@ def _require_one_class(targets: torch.Tensor) -> None:
 
 
 def _task_of_rows(targets: torch.Tensor) -> Task:
-    """Tell one-hot rows from numbers."""
+    """Return the task of targets (N, K) of floats: classification for one-hot rows, else regression."""
     if has_one_hot_rows(targets):
         return "classification"
     is_binary = bool(((targets == 0) | (targets == 1)).all())
@@ -216,7 +216,7 @@ def _task_of_rows(targets: torch.Tensor) -> Task:
 
 
 def labels_in_memory(data: Any) -> torch.Tensor | None:
-    """Return all labels of a dataset or loader whose items lie in memory, without reading anything; else None."""
+    """Return all labels of a dataset or loader whose items are in memory, without calling user code; else None."""
     if isinstance(data, DataLoader):
         if data.batch_size is None or data.collate_fn is not default_collate:
             return None
@@ -236,7 +236,7 @@ def labels_in_memory(data: Any) -> torch.Tensor | None:
 
 
 def has_one_hot_rows(targets: torch.Tensor) -> bool:
-    """Return whether each row of targets (N, K) has a single 1 and else 0."""
+    """Return whether each row of targets (N, K) has a single 1 and otherwise 0."""
     return bool(((targets == 0) | (targets == 1)).all()) and bool((targets.sum(1) == 1).all())
 
 
@@ -258,8 +258,8 @@ def _joined(parts: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
     return torch.cat([cast(torch.Tensor, part).flatten().long() for part in labels])
 
 
-def _flat(targets: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-    """Return a column (N, 1) of classes as (N,)."""
+def _squeeze_column(targets: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """Squeeze a column (N, 1) of classes to (N,)."""
     is_column = outputs.ndim == 2 and targets.ndim == 2 and targets.shape[1] == 1
     return targets.squeeze(1) if is_column else targets
 

@@ -1,4 +1,4 @@
-"""Try network and loss on one batch before anything is trained or written."""
+"""Try network and loss on one batch, before anything is trained or written."""
 
 import torch
 from torch import nn
@@ -22,19 +22,19 @@ def try_one_batch(
     compute: ComputeContext,
     config: TrainConfig,
 ) -> None:
-    """Run the live part and the loss on one batch, so that what does not fit is said before the first epoch.
+    """Run the live part and the loss on one batch, to report errors before the first epoch.
 
     Raises:
-        ModelError: The network fails on it, or gives another number of scores than there are classes.
-        ConfigError: The inputs cannot be mixed, and that was asked for.
+        ModelError: The network fails on it, or its number of scores differs from that of classes.
+        ConfigError: Mixup is set, and the inputs are not floating-point.
         LossError: The loss fails, or is not one number.
     """
     inputs, targets = first_batch(train_data.train)
     targets = targets.to(compute.device)
-    if config.mixup and not all(one.is_floating_point() for one in _several(inputs)):
+    if config.mixup and not all(tensor.is_floating_point() for tensor in _as_tuple(inputs)):
         raise ConfigError(
             f"--mixup {config.mixup:g} mixes images or features of floating numbers, and the inputs are "
-            f"{type_names(_several(inputs))}. Leave the option out, or give inputs that are scaled."
+            f"{type_names(_as_tuple(inputs))}. Leave the option out, or give inputs that are scaled."
         )
     require_learnable(live, lambda: run(live, inputs, compute), len(targets))
     with evaluation_mode(live), torch.no_grad(), compute.autocast():
@@ -42,10 +42,10 @@ def try_one_batch(
             output = main_output(run(live, inputs, compute))
         except (RegraftError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # of a user's own network
+        except Exception as error:  # arbitrary user code: the network
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise ModelError(
-                f"{type(model).__name__} fails on a batch of shape {_shapes(inputs)} ({type_names(_several(inputs))}; "
+                f"{type(model).__name__} fails on a batch of shape {_shapes(inputs)} ({type_names(_as_tuple(inputs))}; "
                 f"weights in {type_names(model.parameters())}): {reason}. Give inputs of the shape and type that it "
                 "was made for."
             ) from error
@@ -55,7 +55,7 @@ def try_one_batch(
             batch_loss(criterion, output, targets)
         except RegraftError:
             raise
-        except Exception as error:  # of anybody's code
+        except Exception as error:  # arbitrary user code: the loss
             reason = str(error).partition("\n")[0]
             advice = (
                 "Use model = regraft.replace_head(model, 1)." if train_data.task == "regression" else "Pass another."
@@ -66,9 +66,9 @@ def try_one_batch(
             ) from error
 
 
-def _several(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def _as_tuple(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return (inputs,) if isinstance(inputs, torch.Tensor) else inputs
 
 
 def _shapes(inputs: Inputs) -> str:
-    return ", ".join(str(tuple(one.shape)) for one in _several(inputs))
+    return ", ".join(str(tuple(tensor.shape)) for tensor in _as_tuple(inputs))

@@ -1,4 +1,4 @@
-"""The types of a network's own weights: which engine suits them, and which can be trained."""
+"""The dtypes of a network's weights: the precision to compute in, and which can be trained."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,14 +14,14 @@ NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def compute_for(model: nn.Module, device: str | torch.device, precision: str = "fp32") -> ComputeContext:
-    """Return the engine for a network, see `choose_compute`.
+    """Return device and precision for a network, see `choose_compute`.
 
-    Images are cast to the type of the first floating weight, as in `summary`. Autocast casts float32: a network without
-    such weights runs in its own type.
+    Images are cast to the dtype of the first floating-point weight, as in `summary`. Autocast is for float32 weights: a
+    network without such weights runs in its own dtype.
 
     Raises:
         ModelError: The device does not exist.
-        ConfigError: A precision was asked for by name that weights of this type cannot be cast to.
+        ConfigError: The requested precision cannot be reached from weights of this dtype.
     """
     compute = choose_compute(device, precision)
     dtypes = [parameter.dtype for parameter in model.parameters() if parameter.dtype in FLOATING]
@@ -37,13 +37,13 @@ def compute_for(model: nn.Module, device: str | torch.device, precision: str = "
 
 
 def require_trainable_types(model: nn.Module, *, thaws_all: bool) -> None:
-    """Refuse to train weights whose type has no room for gradients and steps; with `thaws_all` those frozen as well.
+    """Refuse to train weights in float16 or 8-bit floats; with `thaws_all`, frozen weights too.
 
-    In float16, gradients below 6e-8 are zero, and so is the epsilon of Adam, by which it would divide: that type is
-    for the forward pass alone, with weights in float32 beside it (`--precision fp16`). The same goes for 8 bits.
+    In float16, gradients below 6e-8 underflow to zero, and so does the epsilon of Adam, which would divide by zero. The
+    type is for the forward pass alone, with weights in float32 (`--precision fp16`). The same holds for 8 bits.
 
     Raises:
-        ModelError: A weight that would be trained has such a type; the message says which. Nothing was changed.
+        ModelError: A weight to be trained has such a dtype; the message names it. Nothing was changed.
     """
     for name, parameter in model.named_parameters():
         dtype = parameter.dtype
@@ -56,5 +56,5 @@ def require_trainable_types(model: nn.Module, *, thaws_all: bool) -> None:
 
 
 def type_names(tensors: Iterable[torch.Tensor]) -> str:
-    """Return the types of some tensors in words."""
+    """Return the names of the dtypes of some tensors as text."""
     return " and ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})) or "no type"

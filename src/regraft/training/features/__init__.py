@@ -1,1 +1,1 @@
-"""What is computed once: features, how they are kept, and the batches made of them."""
+"""Features that are computed once: extraction, caching, and batches."""

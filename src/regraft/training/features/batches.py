@@ -1,8 +1,8 @@
-"""The frontier's tensors for every photo, and batches of them for the live part.
+"""The frontier's tensors for every photo (the features), and batches of them for the live part.
 
-However features are computed and kept (mixed precision, 16 or 8 bits, on a GPU, in memory, in a file), they are handed
-out in one form: on the device of the network, in the types that its constant part gives outside of autocast. These are
-what the weights of the live part expect, be they called inside of autocast, which casts by itself, or outside of it.
+However features are computed and kept (mixed precision, 16 or 8 bits, on a GPU, in memory, in a file), they are
+returned in one form: on the network's device, in the dtypes that its constant part returns without autocast. The
+weights of the live part expect these, inside of autocast, which casts by itself, and outside of it.
 """
 
 import math
@@ -20,19 +20,19 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Features:
-    """The frontier's tensors for every version of every photo; row `index * views + view`.
+    """The frontier's tensors for every view of every photo, in row `index * views + view`.
 
     Attributes:
-        tensors: What is kept of the frontier, rows (N * V, …); see `packed`.
-        dtypes: Types in which the frontier's tensors are handed out.
-        precision: How they are kept.
-        error: Largest difference between a value and what is kept of it, as a share of the largest value of its tensor.
-        views: Number of versions V of each photo.
-        seconds: What it took to compute or find them.
-        cost_s: What it took to compute them, be it in an earlier run.
+        tensors: The packed tensors, rows (N * V, …); see `packed`.
+        dtypes: Dtypes in which `pick` returns the frontier's tensors.
+        precision: Precision of the packed tensors.
+        error: Largest rounding error of a value, as a share of the largest value of its tensor.
+        views: Number of views V of each photo.
+        seconds: Time to compute or load them.
+        cost_s: Time that computing them took, possibly in an earlier run.
         was_found: Whether an earlier run had computed them.
         place: `memory`, `disk`, or the name of a device.
-        device: Where they are handed out.
+        device: Device on which `pick` returns them.
     """
 
     tensors: tuple[Rows, ...]
@@ -48,7 +48,7 @@ class Features:
 
     @property
     def where(self) -> str:
-        """Where they are kept, in words."""
+        """Where they are kept, as text."""
         return "in memory" if self.place == "memory" else f"on {self.place}"
 
     @property
@@ -58,11 +58,11 @@ class Features:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row of all tensors, as it is handed out."""
+        """Bytes of one row of all tensors, as `pick` returns it."""
         return sum(tensor.nbytes for tensor in self.pick(torch.zeros(1, dtype=torch.int64)))
 
     def pick(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return some rows of each tensor of the frontier, on `device` and in `dtypes`."""
+        """Return rows of each tensor of the frontier, on `device` and in `dtypes`."""
         kept = [tensor[rows.to(tensor.device)].to(self.device) for tensor in self.tensors]
         return unpacked(kept, self.dtypes, self.precision)
 
@@ -71,10 +71,10 @@ class FeatureBatches:
     """Batches ((tensors of the frontier), targets) for the live part.
 
     Args:
-        features: Rows of all photos and versions.
-        photos: Whose rows they are.
+        features: Features of all photos and views.
+        photos: The photos of these features.
         batch_size: N.
-        sampler: Draws order and versions anew in each epoch; None: the photos in order, in their first version.
+        sampler: Draws order and views in each epoch; None: the photos in order, in their first view.
     """
 
     def __init__(
@@ -97,6 +97,6 @@ class FeatureBatches:
             yield self.pick(order[part], draws[part])
 
     def pick(self, indices: torch.Tensor, draws: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        """Return features and targets of some photos, in the versions that the numbers in `draws` stand for."""
+        """Return features and targets of photos by index, in the views that `draws` stand for, modulo V."""
         rows = indices * self.features.views + draws % self.features.views
         return self.features.pick(rows), self.targets[indices.to(self.targets.device)]

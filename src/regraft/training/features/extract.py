@@ -1,4 +1,9 @@
-"""Compute the frontier's tensors for every photo once, or find what an earlier run computed."""
+"""Compute the frontier's tensors for every photo once, or load those of an earlier run from the cache.
+
+Two things could make cached features wrong without an error: a cache entry that does not belong to the network, and a
+constant part that is not constant. So a few photos are computed again after each extraction or cache hit and compared,
+and, once for each split, prefix and suffix are compared with the whole network (see `Extractor._check`).
+"""
 
 import contextlib
 import time
@@ -26,23 +31,23 @@ from regraft.training.features.batches import Features
 from regraft.training.loop import HALVES, ComputeContext, main_output
 from regraft.zoo import preprocessing_of
 
-BATCH = {"cpu": 16, "cuda": 256}  # photos that go through the constant part at a time
-MEMORY_BYTES = 512 * 2**20  # of features; larger ones stay on the disk
-MEMORY_SHARE = 0.25  # of what is free, for features that the disk has no room for
-CHECKED = 2  # photos that are computed again, to see that they are what is kept
+BATCH = {"cpu": 16, "cuda": 256}  # photos per batch of the constant part
+MEMORY_BYTES = 512 * 2**20  # features that are larger stay on the disk
+MEMORY_SHARE = 0.25  # of free memory, for features that do not fit on the disk, and of free GPU memory
+CHECKED = 2  # photos that are computed again, to compare them with the kept features
 
 
 class Extractor:
     """Computes features with the constant part of a model.
 
     Args:
-        model: The model, on its device, with its flags as they will be while it trains.
-        compute: Where and in which precision it runs.
-        fast: Whether the constant part may be replaced by a faster copy, equal up to rounding (see `faster`).
-        precision: How precisely features are kept.
-        keep_pixels: Whether decoded photos stay in memory, as the network will be split again.
-        store: Where features are kept between runs; None keeps nothing.
-        progress: Is told what happens.
+        model: The model, on its device, with its flags set for training.
+        compute: Device and precision.
+        fast: Whether to replace the constant part by a faster copy, equal up to rounding (see `faster`).
+        precision: Precision of the kept features.
+        keep_pixels: Whether decoded photos stay in memory, because the network will be split again.
+        store: Store that keeps features between runs; None keeps nothing.
+        progress: Reports progress.
 
     Raises:
         ModelError: The model cannot be split.
@@ -66,9 +71,9 @@ class Extractor:
         self.parts: Partition = partition(model, example)
         self.compute, self.store, self.progress = compute, store, progress
         self.precision: Precision = precision
-        self._model, self._is_proven = model, False
+        self._model, self._is_verified = model, False
         self._has_halves = any(parameter.dtype in HALVES for parameter in model.parameters())
-        fast = fast and not self._has_halves  # folded into another, a weight of 16 bits is rounded once more
+        fast = fast and not self._has_halves  # folding rounds a 16-bit weight once more
         self._fast, self._keep_pixels = fast, keep_pixels
         self._digest = network_digest(self.parts.prefix) if store is not None else ""
         self._prefix = faster(self.parts.prefix) if fast else self.parts.prefix
@@ -76,27 +81,27 @@ class Extractor:
     def of_samples(
         self, samples: Sequence[Sample], versions: Views, classes: tuple[str, ...] | None, *, description: str
     ) -> tuple[Features, Photos, tuple[Unreadable, ...]]:
-        """Return the features of photo files, decoding none of them where an earlier run kept what is needed.
+        """Return the features of photo files; if an earlier run cached them, nearly no photo is decoded.
 
         Args:
-            samples: Files and what they show.
-            versions: What the network may see of each; a known number.
+            samples: Files with their targets.
+            versions: The views of each photo; a finite number.
             classes: Class names; None for regression.
-            description: What is said of it while it goes on.
+            description: Label of the progress bar.
 
         Raises:
             DataError: No photo can be read.
-            ModelError: The network does not give the same values twice, or there is no room for them.
+            ModelError: The network is not deterministic, or there is no room for the features.
         """
         began = time.perf_counter()
         key = self._key([sample.path for sample in samples], versions)
-        if (found := self._found(key)) is not None:
-            rows, note = found
+        if (cached := self._find_cached(key)) is not None:
+            rows, note = cached
             readable, unreadable = without(samples, note["unreadable"])
             photos = Photos(readable, self.preprocessing, versions, classes)
             return self._features(rows, note, photos, began, was_found=True), photos, unreadable
-        with self._keeping(key, len(samples), versions) as keeping:
-            extraction = _Extraction(self, versions, keeping)
+        with self._open_writer(key, len(samples), versions) as writer:
+            extraction = _Extraction(self, versions, writer)
             photos, unreadable = read_photos(
                 samples,
                 self.preprocessing,
@@ -111,30 +116,30 @@ class Extractor:
         return self._features(rows, note, photos, began, was_found=False), photos, unreadable
 
     def of_photos(self, photos: Photos) -> Features:
-        """Return the features of photos that were read before.
+        """Return the features of photos that have been read.
 
         Raises:
-            ModelError: The network does not give the same values twice, or there is no room for them.
+            ModelError: The network is not deterministic, or there is no room for the features.
         """
         began = time.perf_counter()
         key = self._key([sample.path for sample in photos.samples], photos.versions)
-        if (found := self._found(key)) is not None:
-            return self._features(*found, photos, began, was_found=True)
-        with self._keeping(key, len(photos), photos.versions) as keeping:
-            extraction = _Extraction(self, photos.versions, keeping)
+        if (cached := self._find_cached(key)) is not None:
+            return self._features(*cached, photos, began, was_found=True)
+        with self._open_writer(key, len(photos), photos.versions) as writer:
+            extraction = _Extraction(self, photos.versions, writer)
             for index in range(len(photos)):
                 extraction.add(photos.decoded(index))
             rows, note = extraction.finish({})
         return self._features(rows, note, photos, began, was_found=False)
 
     def run(self, pixels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Compute the frontier of a few photos, each (C, size, size) of uint8, on the model's device.
+        """Compute the frontier's tensors of a few photos, each (C, size, size) of uint8, on the model's device.
 
         Raises:
             ModelError: The constant part fails.
-            torch.OutOfMemoryError: There is no memory for that many.
+            torch.OutOfMemoryError: The batch does not fit into memory.
         """
-        with _failing_in_words("its constant part"), torch.inference_mode(), self.compute.autocast():
+        with _as_model_errors("its constant part"), torch.inference_mode(), self.compute.autocast():
             return [tensor.contiguous() for tensor in self._prefix(self._batch(pixels))]
 
     def _batch(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -155,18 +160,18 @@ class Extractor:
             fast=self._fast,
         )
 
-    def _found(self, key: str) -> tuple[tuple[Rows, ...], dict[str, Any]] | None:
+    def _find_cached(self, key: str) -> tuple[tuple[Rows, ...], dict[str, Any]] | None:
         entry = self.store.find(key) if self.store is not None else None
         return (entry.tensors(in_memory=entry.bytes < MEMORY_BYTES), entry.note) if entry is not None else None
 
-    def _keeping(self, key: str, count: int, versions: Views) -> FeatureWriter:
+    def _open_writer(self, key: str, count: int, versions: Views) -> FeatureWriter:
         assert versions.count is not None
         rows = count * versions.count
-        # At most, as autocast halves some of the tensors, and which ones is known when they are computed.
+        # An upper bound: autocast halves some of the tensors, which is known only when they are computed.
         size = sum(packed_bytes(rows, cut.shape, cut.dtype, self.precision) for cut in self.parts.frontier)
-        keeping = FeatureWriter(self.store, key, size, in_memory=size < MEMORY_BYTES, progress=self.progress)
-        if keeping.has_place:
-            return keeping
+        writer = FeatureWriter(self.store, key, size, in_memory=size < MEMORY_BYTES, progress=self.progress)
+        if writer.has_place:
+            return writer
         if size < MEMORY_SHARE * free_memory_bytes():
             return FeatureWriter(None, key, size, in_memory=True, progress=self.progress)
         raise ModelError(
@@ -200,14 +205,14 @@ class Extractor:
         return features
 
     def _check(self, features: Features, photos: Photos) -> None:
-        """Compute a few photos again with the constant part, and, once, with both parts and with the whole network.
+        """Compare kept features with recomputed ones, and, once, both parts with the whole network.
 
-        The second comparison is made outside of autocast, with nothing that was kept: what autocast and fewer bits
-        round grows from layer to layer, and would have to be told apart from what is wrong.
+        The second comparison runs outside of autocast, without kept features: the rounding of autocast and of fewer
+        bits grows from layer to layer, and could not be told from an error.
 
         Raises:
-            ModelError: Values differ: something draws at random, or mixes the images of a batch, and nothing declares
-                it. Or they are not finite.
+            ModelError: Values differ, as something is random or mixes the images of a batch without declaring it; or
+                they are not finite.
         """
         indices = torch.arange(CHECKED) * (len(photos) - 1) // max(1, CHECKED - 1)
         batch = self._batch([photos.versions.of(index, photos.decoded(index), 0) for index in indices.tolist()])
@@ -217,20 +222,21 @@ class Extractor:
         tolerance = max(TOLERANCES[self.precision], TOLERANCES["bf16"] if is_mixed else of_weights)
         with evaluation_mode(self._model), evaluation_mode(suffix), torch.no_grad():
             with self.compute.autocast():
-                again = self._prefix(batch)
-            for ours, theirs in zip(kept, again, strict=True):
-                _require_same(ours, theirs, tolerance)
-            if not self._is_proven:
-                with _failing_in_words("it, outside of autocast," if is_mixed else "it"):
+                recomputed = self._prefix(batch)
+            for value, reference in zip(kept, recomputed, strict=True):
+                _require_same(value, reference, tolerance)
+            if not self._is_verified:
+                with _as_model_errors("it, outside of autocast," if is_mixed else "it"):
+                    # Photo by photo, so that a network that mixes the images of a batch differs from its parts.
                     whole = torch.cat([main_output(self._model(photo)) for photo in batch.split(1)])
-                    parted = suffix(*(self._prefix(batch) if is_mixed else again))
+                    parted = suffix(*(self._prefix(batch) if is_mixed else recomputed))
                 _require_same(main_output(parted), whole, of_weights)
-        self._is_proven = True
+        self._is_verified = True
 
 
 @contextlib.contextmanager
-def _failing_in_words(what: str) -> Iterator[None]:
-    """Raise a ModelError where a forward fails inside the block, but for lack of memory."""
+def _as_model_errors(what: str) -> Iterator[None]:
+    """Turn the errors of a forward inside the block into a ModelError, except out-of-memory."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -240,11 +246,11 @@ def _failing_in_words(what: str) -> Iterator[None]:
         raise ModelError(f"{what} fails: {reason}") from error
 
 
-def _require_same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
-    """Raise a ModelError where values differ by more than a share of the largest."""
-    distance, largest = (ours.float() - theirs.float()).abs().max(), theirs.float().abs().max()
+def _require_same(values: torch.Tensor, reference: torch.Tensor, tolerance: float) -> None:
+    """Raise a ModelError if values differ by more than `tolerance` times the largest absolute value."""
+    distance, largest = (values.float() - reference.float()).abs().max(), reference.float().abs().max()
     if not largest.isfinite():
-        raise ModelError(f"what is constant is not finite for some photo ({largest:g}, in {theirs.dtype})")
+        raise ModelError(f"what is constant is not finite for some photo ({largest:g}, in {reference.dtype})")
     if not distance <= tolerance * largest.clamp(min=1e-6):
         raise ModelError(
             f"the network does not give the same values for the same photo twice (they differ by {distance:.2g}), "
@@ -253,28 +259,28 @@ def _require_same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) ->
 
 
 class _Extraction:
-    """Gathers photos into batches, and keeps their features."""
+    """Collects photos into batches, computes their features, and writes them."""
 
-    def __init__(self, extractor: Extractor, versions: Views, keeping: FeatureWriter) -> None:
+    def __init__(self, extractor: Extractor, versions: Views, writer: FeatureWriter) -> None:
         assert versions.count is not None
-        self._extractor, self._versions, self._views, self._keeping = extractor, versions, versions.count, keeping
+        self._extractor, self._versions, self._views, self._writer = extractor, versions, versions.count, writer
         self._batch = BATCH.get(extractor.compute.device.type, 16)
         self._waiting: list[torch.Tensor] = []
         self._count, self._began = 0, time.perf_counter()
         self._rounding: dict[int, tuple[float, float]] = {}  # of each tensor: largest error, and largest value
 
     def add(self, pixels: torch.Tensor) -> None:
-        """Take the next photo (C, H, W)."""
+        """Add the next photo (C, H, W)."""
         self._waiting += [self._versions.of(self._count, pixels, view) for view in range(self._views)]
         self._count += 1
         while len(self._waiting) >= self._batch:
             self._flush()
 
     def finish(self, unreadable: dict[int, str]) -> tuple[tuple[Rows, ...], dict[str, Any]]:
-        """Return the rows of all photos that were taken, and what is noted beside them.
+        """Return the rows of all added photos, and the note that is stored with them.
 
         Raises:
-            ModelError: Some value has no place in the bits that were asked for, or all of them none in memory.
+            ModelError: A value does not fit into the chosen precision, or the features fit nowhere.
         """
         while self._waiting:
             self._flush()
@@ -293,33 +299,34 @@ class _Extraction:
             "seconds": time.perf_counter() - self._began,
             "holds": holds,
         }
-        rows = self._keeping.finish(note)
+        rows = self._writer.finish(note)
         if rows is None:
             raise ModelError("what is computed once has no room in memory, and cannot be written")
         return rows, note
 
     def _run(self) -> list[torch.Tensor]:
-        """Run the constant part on the next batch, or on half of it for as long as memory is short."""
+        """Run the constant part on the next batch; halve the batch on out-of-memory."""
         while True:
             try:
-                found = self._extractor.run(self._waiting[: self._batch])
+                features = self._extractor.run(self._waiting[: self._batch])
             except torch.OutOfMemoryError as error:
                 if self._batch == 1:
                     raise ModelError(f"{self._extractor.compute.device} has no memory for a single photo") from error
                 self._batch = self._batch // 2
             else:
                 self._waiting = self._waiting[self._batch :]
-                return found
+                return features
 
     def _flush(self) -> None:
-        found = self._run()
+        features = self._run()
         precision = self._extractor.precision
-        kept = packed(found, precision)
+        kept = packed(features, precision)
+        # The true rounding error of these values is measured, for the report and to notice overflow.
         if precision != "full":
-            again = unpacked(kept, [tensor.dtype for tensor in found], precision)
-            for number, (ours, exact) in enumerate(zip(again, found, strict=True)):
-                ours, exact = ours.float(), exact.float()
+            restored = unpacked(kept, [tensor.dtype for tensor in features], precision)
+            for number, (rounded, exact) in enumerate(zip(restored, features, strict=True)):
+                rounded, exact = rounded.float(), exact.float()
                 error, largest = self._rounding.get(number, (0.0, 0.0))
-                error = max(error, float((ours - exact).abs().max()))
+                error = max(error, float((rounded - exact).abs().max()))
                 self._rounding[number] = error, max(largest, float(exact.abs().max()))
-        self._keeping.append([tensor.cpu() for tensor in kept])
+        self._writer.append([tensor.cpu() for tensor in kept])

@@ -1,4 +1,4 @@
-"""What was computed once for all epochs, and the two parts of the network that it lies between."""
+"""Features that were computed once for all epochs, and the two parts of the network around them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from regraft.training.result import ComputedOnce
 
 @dataclass(frozen=True)
 class Frontier:
-    """What is computed once, and what runs in every epoch.
+    """The features of the constant part, and the parts of the network.
 
     Attributes:
         parts: The two parts of the network.
-        train: Features to learn from.
-        validation: Features to measure on.
-        sum: `checksum` of the constant part.
+        train: Training features.
+        validation: Validation features.
+        sum: `checksum` of the constant part when the features were computed.
     """
 
     parts: Partition
@@ -28,16 +28,16 @@ class Frontier:
 
     @classmethod
     def of(cls, extractor: Extractor, features: Sequence[Features]) -> "Frontier":
-        """Put together what an extractor computed for the photos to learn from and for those to measure on."""
+        """Make it from an extractor and its features of training and validation photos."""
         train, validation = features
         return cls(extractor.parts, train, validation, checksum(extractor.parts.prefix))
 
     def is_valid(self) -> bool:
-        """Return whether the constant part is what it was when the features were computed."""
+        """Return whether the constant part is unchanged since the features were computed."""
         return checksum(self.parts.prefix) == self.sum
 
     def summary(self, epochs: int) -> ComputedOnce:
-        """Describe what was computed once for so many epochs, and what that saved."""
+        """Return a summary of the computed features, and of the time that they saved over so many epochs."""
         parts, both = self.parts, (self.train, self.validation)
         constant, live = parts.multiply_adds
         an_epoch_s = sum(part.cost_s / part.views for part in both)
@@ -55,7 +55,7 @@ class Frontier:
         )
 
     def lines(self) -> list[str]:
-        """Describe what was computed once, a line each."""
+        """Describe the computed features as lines of text."""
         seconds = self.train.seconds + self.validation.seconds
         how = "found in the cache" if self.train.was_found and self.validation.was_found else "computed once"
         views = f", {self.train.views} versions of each photo" if self.train.views > 1 else ""

@@ -1,4 +1,4 @@
-"""Decoded photos in a file, where they are seen anew in each epoch and do not fit into memory."""
+"""Decoded photos in the cache on disk, for data that is read in each epoch and does not fit into memory."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ from regraft.progress import Progress
 
 
 class StoredPixels(Sequence[torch.Tensor]):
-    """Photos (C, H, W) of uint8 of several sizes, one after the other in an entry of the store."""
+    """Photos (C, H, W) of uint8 of several sizes, concatenated in an entry of the store."""
 
     def __init__(self, rows: tuple[Rows, ...]) -> None:
         self._bytes, sizes = rows
@@ -34,7 +34,7 @@ class StoredPixels(Sequence[torch.Tensor]):
         return self._bytes[slice(end - int(self._sizes[index].prod()), end)].view(size)
 
 
-def read_or_find_photos(
+def read_or_load_photos(
     samples: Sequence[Sample],
     preprocessing: Preprocessing,
     classes: tuple[str, ...] | None,
@@ -43,15 +43,15 @@ def read_or_find_photos(
     description: str,
     progress: Progress,
 ) -> tuple[Photos, tuple[Unreadable, ...]]:
-    """Decode photos once, into memory or else into the store; where neither has room they are decoded when needed.
+    """Decode photos once, into memory or the store; if neither has room, they are decoded on access.
 
     Args:
-        samples: Files and what they show.
-        preprocessing: Their size.
+        samples: Files with their targets.
+        preprocessing: Gives their size.
         classes: Class names; None for regression.
-        store: Where they may be kept; None: nowhere.
-        description: What is said of it while it goes on.
-        progress: Is told what happens.
+        store: Store for photos that do not fit into memory; None stores nothing.
+        description: Label of the progress bar.
+        progress: Reports progress.
 
     Raises:
         DataError: No photo can be read.
@@ -65,16 +65,16 @@ def read_or_find_photos(
         pixels = StoredPixels(entry.tensors(in_memory=False))
         return Photos(readable, preprocessing, augmentation("none", preprocessing), classes, pixels), unreadable
     size = estimate_bytes(len(samples), preprocessing)
-    with FeatureWriter(store, key, size, in_memory=False, progress=progress) as keeping:
+    with FeatureWriter(store, key, size, in_memory=False, progress=progress) as writer:
         photos, unreadable = read_photos(
             samples,
             preprocessing,
             classes=classes,
             description=description,
             progress=progress,
-            on_photo=lambda _, pixels: keeping.append([pixels.reshape(-1), torch.tensor([pixels.shape])]),
+            on_photo=lambda _, pixels: writer.append([pixels.reshape(-1), torch.tensor([pixels.shape])]),
             keep=False,
         )
         note = {"unreadable": positions(samples, unreadable), "holds": f"{len(photos)} photos, decoded"}
-        rows = keeping.finish(note)
+        rows = writer.finish(note)
     return (replace(photos, pixels=StoredPixels(rows)) if rows is not None else photos), unreadable

@@ -1,1 +1,1 @@
-"""Heads in closed form and the choice of how a head is trained."""
+"""Heads: initial weights in closed form, and cross-validation of their training options."""

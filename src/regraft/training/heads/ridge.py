@@ -1,7 +1,7 @@
-"""First weights of a linear head in closed form: ridge regression on the standardized features.
+"""Initial weights of a linear head in closed form: ridge regression on standardized features.
 
-The strength of the penalty, and for classes how far the scores are stretched, are those that do best on each photo
-when it alone, in all of its versions, is left out, which costs no further solving of the whole.
+The penalty, and for classes a factor on the scores, are chosen by leave-one-out cross-validation: each photo is left
+out with all of its views. This needs no further solution of the whole problem.
 
 Source: Hoerl and Kennard 1970, https://doi.org/10.1080/00401706.1970.10488634; leaving one out: Allen 1974,
 https://doi.org/10.1080/00401706.1974.10489157.
@@ -13,19 +13,19 @@ from torch.nn import functional as F
 
 from regraft.anatomy.modes import evaluation_mode
 
-MAX_NUMBERS = 20_000_000  # of the features, of the targets, and of the versions of all photos on each other; float64
-MAX_DIRECTIONS = 1_024  # of the eigenvalue problem
+MAX_NUMBERS = 20_000_000  # entries of each matrix in float64: features, targets, leverages among views
+MAX_DIRECTIONS = 1_024  # rank of the singular value decomposition
 PENALTIES = torch.logspace(-3, 3, 13, dtype=torch.float64)  # times the mean squared singular value
 MIN_SPREAD = 1e-9
-STRETCHES = torch.logspace(0, 2, 21, dtype=torch.float64)
+SCALES = torch.logspace(0, 2, 21, dtype=torch.float64)
 
 
 def linear_head(live: nn.Module, features: tuple[torch.Tensor, ...]) -> tuple[str, nn.Linear] | None:
-    """Return name and layer of the one linear layer that the live part is; None where it is more than that.
+    """Return path and layer if the live part is a single linear layer; None if it is more.
 
     Args:
         live: The part of a network that takes the features.
-        features: A few rows of what it is given.
+        features: A few rows of its inputs.
     """
     owners = [path for path, layer in live.named_modules() if any(p.requires_grad for p in layer.parameters(False))]
     if len(owners) != 1 or len(features) != 1 or features[0].ndim != 2:
@@ -42,7 +42,7 @@ def linear_head(live: nn.Module, features: tuple[torch.Tensor, ...]) -> tuple[st
 
 
 def is_solvable(photos: int, width: int, outputs: int, *, views: int = 1) -> bool:
-    """Return whether `ridge` is worth its time and memory for that many photos, features D, outputs K and versions."""
+    """Return whether `ridge` is affordable for a number of photos, features D, outputs K and views V."""
     count = photos * views
     is_small = count * max(width, outputs, views) <= MAX_NUMBERS and min(count, width) <= MAX_DIRECTIONS
     return is_small and photos >= 2
@@ -51,45 +51,45 @@ def is_solvable(photos: int, width: int, outputs: int, *, views: int = 1) -> boo
 def ridge(
     features: torch.Tensor, targets: torch.Tensor, outputs: int, *, views: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Solve for the weight (K, D) and bias (K,) of a linear layer, in float64 whatever the features are.
+    """Solve for the weight (K, D) and bias (K,) of a linear layer, in float64 for features of any dtype.
 
     Args:
         features: (N, D).
-        targets: (N,) of int64 classes below K, or of floats, where K is 1.
+        targets: (N,) of int64 classes below K, or of floats if K is 1.
         outputs: K.
-        views: Number of rows that show the same photo; they follow each other.
+        views: Number V of consecutive rows that show the same photo.
 
     Returns:
-        None where the problem is too large to be worth it (see `is_solvable`), and where a feature is not finite.
+        Weight and bias; None if the problem is too large (see `is_solvable`), or if a feature is not finite.
     """
     count, width = features.shape
     if not is_solvable(count // views, width, outputs, views=views) or not bool(features.isfinite().all()):
         return None
     inputs = features.double()
-    wanted = F.one_hot(targets, outputs).double() if not targets.is_floating_point() else targets.double()[:, None]
-    middle, mean = inputs.mean(0), wanted.mean(0)
-    spread = inputs.std(0)
-    spread = spread.where(spread > MIN_SPREAD * spread.max(), 1.0)  # of a feature that never changes
-    left, singular, right = torch.linalg.svd((inputs - middle) / spread, full_matrices=False)
-    squares, projected = singular.square(), left.T @ (wanted - mean)  # (R,), (R, K)
+    expected = F.one_hot(targets, outputs).double() if not targets.is_floating_point() else targets.double()[:, None]
+    input_mean, target_mean = inputs.mean(0), expected.mean(0)
+    std = inputs.std(0)
+    std = std.where(std > MIN_SPREAD * std.max(), 1.0)  # constant features are not scaled
+    left, singular, right = torch.linalg.svd((inputs - input_mean) / std, full_matrices=False)
+    squares, projected = singular.square(), left.T @ (expected - target_mean)  # (R,), (R, K)
     by_photo = left.unflatten(0, (-1, views))
-    itself = torch.eye(views, dtype=left.dtype, device=left.device)
+    identity = torch.eye(views, dtype=left.dtype, device=left.device)
     best: tuple[float, torch.Tensor, torch.Tensor] | None = None
-    least = torch.finfo(squares.dtype).tiny  # where no feature tells one photo from another
-    for penalty in PENALTIES.to(inputs.device) * squares.mean().clamp(min=least):
+    smallest = torch.finfo(squares.dtype).tiny  # if all photos have the same features
+    for penalty in PENALTIES.to(inputs.device) * squares.mean().clamp(min=smallest):
         shrunk = squares / (squares + penalty)
         fitted = left @ (shrunk[:, None] * projected)
-        leverage = (by_photo * shrunk) @ by_photo.mT + 1 / count  # (P, V, V): of the versions of a photo on each other
-        residuals = (wanted - mean - fitted).unflatten(0, (-1, views))
-        errors = torch.linalg.solve((1 + 1e-9) * itself - leverage, residuals).flatten(0, 1)  # each photo left out
+        leverage = (by_photo * shrunk) @ by_photo.mT + 1 / count  # (P, V, V): leverages among the views of each photo
+        residuals = (expected - target_mean - fitted).unflatten(0, (-1, views))
+        errors = torch.linalg.solve((1 + 1e-9) * identity - leverage, residuals).flatten(0, 1)  # leave-one-out
         error = float(errors.square().mean())
         if best is None or error < best[0]:
-            best = error, penalty, wanted - errors
+            best = error, penalty, expected - errors
     assert best is not None
     _, penalty, predicted = best
-    weight = (right.T @ ((singular / (squares + penalty))[:, None] * projected)).T / spread  # (K, D)
-    bias = mean - weight @ middle
-    stretch = 1.0
+    weight = (right.T @ ((singular / (squares + penalty))[:, None] * projected)).T / std  # (K, D)
+    bias = target_mean - weight @ input_mean
+    scale = 1.0
     if not targets.is_floating_point():
-        stretch = min(STRETCHES.tolist(), key=lambda factor: float(F.cross_entropy(factor * predicted, targets)))
-    return weight * stretch, bias * stretch
+        scale = min(SCALES.tolist(), key=lambda factor: float(F.cross_entropy(factor * predicted, targets)))
+    return weight * scale, bias * scale

@@ -1,13 +1,12 @@
-"""Choose learning rate, weight decay and first weights of a head by training many of them side by side.
+"""Choose learning rate, weight decay and initial weights of a head by cross-validation.
 
-Cross-validation: the photos to learn from are dealt into folds, and each choice trains a head on all folds but one,
-measures it on that one, and does so for every fold. A linear head starts from its own weights, or from those that ridge
-regression gives; on few photos these are hard to beat, and the least rate leaves them as they are. One call trains all
-of these heads (`torch.func.vmap`), which costs little more than training one, as a head is so small that calling it
-takes longer than computing it. The validation photos are not touched.
+The training photos are split into folds. For each choice and fold, a head is trained on the other folds and evaluated
+on this one. A linear head starts from its own weights, or from ridge regression, which is hard to beat on few photos;
+the smallest rate hardly changes these. All heads are trained together (`torch.func.vmap`), which costs little more than
+training one: a head is so small that a call takes longer than its arithmetic. Validation photos are not used.
 
-All of it is computed in the type of the head's own weights, whatever the precision of the run: so small a head gains
-nothing from fewer bits, and what is compared are differences of losses.
+The computation is in the dtype of the head's weights, whatever the precision of the run: a small head gains nothing
+from fewer bits, and differences of losses are compared.
 """
 
 import copy
@@ -28,19 +27,19 @@ from regraft.training.heads.ridge import is_solvable, linear_head, ridge
 from regraft.training.loop import main_output
 from regraft.training.losses import Loss
 
-RATES = (1e-5, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # with the least, a start from ridge regression stays what it is
+RATES = (1e-5, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # the smallest leaves a start from ridge regression nearly unchanged
 DECAYS = (0.05, 1.0)
 FOLDS = 5
-MAX_EPOCHS = 8  # enough to tell choices apart; a head that is trained longer changes little
-MAX_PARAMETERS = 4_000_000  # of all heads together
+MAX_EPOCHS = 8  # enough to compare choices; longer training changes little
+MAX_PARAMETERS = 4_000_000  # all heads together
 MIN_PHOTOS, MAX_PHOTOS = 40, 4_000
-MAX_BYTES = 2**30  # of the features that are tried
+MAX_BYTES = 2**30  # of the features in the sweep
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's, https://arxiv.org/abs/1711.05101
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a head is trained: learning rate, weight decay, and whether it starts from `ridge`."""
+    """Options of a head: learning rate, weight decay, and whether it starts from `ridge`."""
 
     lr: float
     weight_decay: float
@@ -49,13 +48,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What each choice came to.
+    """Results of the cross-validation.
 
     Attributes:
         tried: The choices.
-        losses: Mean loss on the photos that a head did not learn from, for each.
-        best: The choice with the least, or one hardly worse that stays nearer to ridge regression.
-        folds: Number of heads that were trained for each.
+        losses: Mean loss of each choice on held-out folds.
+        best: The choice with the lowest loss, or one hardly worse that stays nearer to ridge regression.
+        folds: Number of heads that were trained for each choice.
     """
 
     tried: tuple[Choice, ...]
@@ -87,19 +86,19 @@ def sweep_heads(
     may_start_from_ridge: bool,
     seed: int,
 ) -> Sweep | None:
-    """Train heads in several ways, and return which did best; `live` stays as it is.
+    """Train heads with several options, and return their losses; `live` is not changed.
 
     Args:
         live: The part of a network that takes the features.
-        batches: Features and targets to learn from.
-        criterion: The loss, which has been tried on the head; its own state stays as it is.
-        epochs: Passes over the features in the run itself; more than `MAX_EPOCHS` are not tried.
+        batches: Training features and targets.
+        criterion: The loss, which has been tried on the head; its own state is not changed.
+        epochs: Epochs of the run itself; the sweep trains for at most `MAX_EPOCHS`.
         decays: Weight decays to try, of weight matrices.
-        may_start_from_ridge: Whether that start is tried as well, where every fold has one.
-        seed: Decides the folds, the order of the photos, and the first weights.
+        may_start_from_ridge: Whether to try that start as well, if every fold has a solution.
+        seed: Random seed of the folds, the order of the photos, and the initial weights.
 
     Returns:
-        None where it cannot be done: too few photos, too large a head, or layers that cannot be trained side by side.
+        None if a sweep is impossible: too few photos, too large a head, or layers that vmap cannot train.
     """
     size = sum(parameter.numel() for parameter in live.parameters() if parameter.requires_grad)
     photos = min(len(batches.dataset), MAX_PHOTOS)
@@ -109,9 +108,9 @@ def sweep_heads(
         return None
     generator = torch.Generator().manual_seed(seed)
     folds = torch.randperm(len(batches.dataset), generator=generator)[: photos // FOLDS * FOLDS].view(FOLDS, -1)
-    learned = torch.stack([torch.cat([*folds[:fold], *folds[fold + 1 :]]) for fold in range(FOLDS)])
+    train_rows = torch.stack([torch.cat([*folds[:fold], *folds[fold + 1 :]]) for fold in range(FOLDS)])
     with preserved_randomness(seed):
-        tried, heads = _first_heads(live, batches, learned, decays, may_start_from_ridge=may_start_from_ridge)
+        tried, heads = _initial_heads(live, batches, train_rows, decays, may_start_from_ridge=may_start_from_ridge)
     optimizer = _AdamW(heads, tried, undecayed_names(live, ("bias", "norm")))
     loss = copy.deepcopy(criterion) if isinstance(criterion, nn.Module) else criterion
 
@@ -131,30 +130,30 @@ def sweep_heads(
     try:
         with preserved_randomness(seed):
             live.train()
-            steps = list(_steps(learned, batches.batch_size, min(epochs, MAX_EPOCHS), generator))
+            steps = list(_steps(train_rows, batches.batch_size, min(epochs, MAX_EPOCHS), generator))
             for step, rows in enumerate(steps):
                 draws = torch.randint(2**62, rows.shape, generator=generator)
                 losses_of(rows, draws).sum().backward()
                 optimizer.step(0.5 * (1 + math.cos(math.pi * step / len(steps))))
             live.eval()
             with torch.no_grad():
-                found = losses_of(folds, torch.zeros_like(folds))  # (F, P)
+                fold_losses = losses_of(folds, torch.zeros_like(folds))  # (F, P)
     except Exception:  # batch norm in the head, a loss that branches or leaves torch, memory, …
         return None
     finally:
         live.train()
-    return Sweep(tried, tuple(found.mean(0).nan_to_num(math.inf).tolist()), tried[_simplest(tried, found)])
+    return Sweep(tried, tuple(fold_losses.mean(0).nan_to_num(math.inf).tolist()), tried[_simplest(tried, fold_losses)])
 
 
 def _simplest(tried: tuple[Choice, ...], losses: torch.Tensor) -> int:
-    """Return the number of the best choice, or of one hardly worse that stays nearer to ridge regression.
+    """Return the index of the best choice, or of one hardly worse that stays nearer to ridge regression.
 
-    Hardly worse: by less than one standard error of the least mean loss, as losses on a few photos tell choices apart
-    no better. Source: Breiman et al., Classification and Regression Trees, 1984, section 3.4.3.
+    Hardly worse: within one standard error of the lowest mean loss (the one-standard-error rule), as differences below
+    it are noise. Source: Breiman et al., Classification and Regression Trees, 1984, section 3.4.3.
 
     Args:
         tried: The P choices.
-        losses: Of each fold and choice, (F, P).
+        losses: Loss of each fold and choice, (F, P).
     """
     means = losses.mean(0).nan_to_num(math.inf)
     best = int(means.argmin())
@@ -163,17 +162,17 @@ def _simplest(tried: tuple[Choice, ...], losses: torch.Tensor) -> int:
     return min(near, key=lambda number: tried[number].lr, default=best)
 
 
-def _first_heads(
+def _initial_heads(
     live: nn.Module,
     batches: FeatureBatches,
-    learned: torch.Tensor,
+    train_rows: torch.Tensor,
     decays: tuple[float, ...],
     *,
     may_start_from_ridge: bool,
 ) -> tuple[tuple[Choice, ...], dict[str, torch.Tensor]]:
-    """Return the choices, and the parameters (F, P, …) of a head for each of F folds and P choices."""
-    drawn = [_first_weights(live, fold) for fold in range(FOLDS)]
-    solved = [ridge_start(live, batches, rows) for rows in learned] if may_start_from_ridge else [None]
+    """Return the choices, and the initial parameters (F, P, …) of the heads for F folds and P choices."""
+    drawn = [_initial_weights(live, fold) for fold in range(FOLDS)]
+    solved = [ridge_start(live, batches, rows) for rows in train_rows] if may_start_from_ridge else [None]
     by_fold = [[weights] for weights in drawn]
     if None not in solved:
         by_fold = [[weights, start] for weights, start in zip(drawn, solved, strict=True)]
@@ -187,7 +186,7 @@ def _first_heads(
 
 
 def ridge_obstacle(live: nn.Module, batches: FeatureBatches, rows: torch.Tensor) -> str | None:
-    """Return in words why `ridge` cannot give `live` its first weights on some photos; None where it can be tried."""
+    """Return why `ridge` cannot give `live` its initial weights, as text; None if it can be tried."""
     features, targets = batches.pick(rows[:2], torch.zeros_like(rows[:2]))
     head, views = linear_head(live, features), batches.features.views
     if head is None:
@@ -203,7 +202,7 @@ def ridge_obstacle(live: nn.Module, batches: FeatureBatches, rows: torch.Tensor)
 
 
 def ridge_start(live: nn.Module, batches: FeatureBatches, rows: torch.Tensor) -> dict[str, torch.Tensor] | None:
-    """Return first weights by `ridge` on some photos in all of their versions; None where it cannot give any."""
+    """Return initial weights by `ridge` on some photos in all of their views; None if it has no solution."""
     if ridge_obstacle(live, batches, rows) is not None:
         return None
     views = batches.features.views
@@ -218,22 +217,22 @@ def ridge_start(live: nn.Module, batches: FeatureBatches, rows: torch.Tensor) ->
     return {f"{path}.weight".lstrip("."): weight, f"{path}.bias".lstrip("."): bias}
 
 
-def _first_weights(live: nn.Module, number: int) -> dict[str, torch.Tensor]:
-    """Return the trainable parameters as they are (number 0), or drawn anew where their layers can do that."""
+def _initial_weights(live: nn.Module, number: int) -> dict[str, torch.Tensor]:
+    """Return the trainable parameters as they are (number 0), or reset if their layers have `reset_parameters`."""
     trainable = {name for name, parameter in live.named_parameters() if parameter.requires_grad}
     if number == 0:
         return {name: parameter.detach() for name, parameter in live.named_parameters() if name in trainable}
-    found = {}
+    drawn = {}
     for path in {name.rpartition(".")[0] for name in trainable}:
         layer: Any = copy.deepcopy(live.get_submodule(path))
         if hasattr(layer, "reset_parameters"):
             layer.reset_parameters()
-        found |= {f"{path}.{name}".lstrip("."): value.detach() for name, value in layer.named_parameters(recurse=False)}
-    return {name: found[name] for name, _ in live.named_parameters() if name in trainable}
+        drawn |= {f"{path}.{name}".lstrip("."): value.detach() for name, value in layer.named_parameters(recurse=False)}
+    return {name: drawn[name] for name, _ in live.named_parameters() if name in trainable}
 
 
 class _AdamW:
-    """AdamW for parameters with leading dimensions of heads, each with a learning rate and decay of its own."""
+    """AdamW for parameters (F, P, …) of many heads, with a learning rate and weight decay for each head."""
 
     def __init__(self, heads: dict[str, torch.Tensor], tried: Sequence[Choice], undecayed: set[str]) -> None:
         self._heads, self._count = heads, 0
@@ -244,7 +243,7 @@ class _AdamW:
 
     @torch.no_grad()
     def step(self, factor: float) -> None:
-        """Take one step with all rates times a factor, and drop the gradients."""
+        """Take one step with all learning rates times a factor, and clear the gradients."""
         self._count += 1
         for name, parameter in self._heads.items():
             gradient = parameter.grad
@@ -252,21 +251,21 @@ class _AdamW:
             first, second = self._moments[name]
             first.lerp_(gradient, 1 - BETAS[0])
             second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-            rate, decay = (_beside(values, parameter) for values in (self._rates * factor, self._decays[name]))
+            rate, decay = (_broadcast_to(values, parameter) for values in (self._rates * factor, self._decays[name]))
             deviation = (second / (1 - BETAS[1] ** self._count)).sqrt_().add_(EPSILON)
             parameter.mul_(1 - rate * decay)
             parameter.sub_(rate * (first / (1 - BETAS[0] ** self._count)) / deviation)
             parameter.grad = None
 
 
-def _beside(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Give one value for each head, of 32 bits at least, the form that it multiplies a parameter of all heads in."""
+def _broadcast_to(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Reshape (F, P) so that it broadcasts against a parameter (F, P, …), in float32 at least."""
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     return values.to(parameter.device, dtype).reshape(*values.shape, *[1] * (parameter.ndim - values.ndim))
 
 
 def _steps(rows: torch.Tensor, batch_size: int, epochs: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Yield batches (F, N) of the photos (F, …) of each fold, shuffled anew in each epoch."""
+    """Yield batches (F, N) of the rows of each fold, reshuffled in each epoch."""
     for _ in range(epochs):
         order = torch.stack([torch.randperm(rows.shape[1], generator=generator) for _ in rows])
         yield from rows.gather(1, order).split(batch_size, dim=1)

@@ -1,1 +1,1 @@
-"""The state of a run: written while it trains, and read to go on."""
+"""The state of a run: saved during training, and loaded to resume."""

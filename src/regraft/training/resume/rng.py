@@ -1,4 +1,4 @@
-"""The states of all random generators that a run draws from, as plain data that a file can hold."""
+"""The states of all random generators that a run uses, as plain data for a file."""
 
 import random
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from regraft.checkpoint.file.tree import Tree
 
 
 def random_states(*data: object) -> Tree:
-    """Return the states of torch's (CPU and CUDA), Python's and NumPy's generators, and of those that loaders hold."""
+    """Return the states of the generators of torch (CPU and CUDA), Python, NumPy and the loaders in `data`."""
     version, words, gauss = random.getstate()
     numpy_state: Any = np.random.get_state()
     kind, keys, position, has_gauss, cached = numpy_state
@@ -26,9 +26,9 @@ def random_states(*data: object) -> Tree:
 
 
 def set_random_states(states: Tree, *data: object) -> None:
-    """Put the global generators into the states that `random_states` returned, and those of the loaders in `data`."""
+    """Restore the states that `random_states` returned, of the global generators and of the loaders in `data`."""
     torch.set_rng_state(states["torch"])
-    if len(states["cuda"]) == torch.cuda.device_count():
+    if len(states["cuda"]) == torch.cuda.device_count():  # a run may resume on another machine
         torch.cuda.set_rng_state_all(states["cuda"])
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
@@ -39,14 +39,14 @@ def set_random_states(states: Tree, *data: object) -> None:
 
 
 def _generators(data: Iterable[object]) -> list[torch.Generator]:
-    """List the generators that loaders, their samplers and their datasets hold, each once."""
-    found: list[torch.Generator] = []
+    """List the generators of loaders, their samplers and their datasets, each once."""
+    generators: list[torch.Generator] = []
     for loader in data:
         batch_sampler: Any = getattr(loader, "batch_sampler", None)
         owners = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
         owners += [loader.dataset] if isinstance(loader, DataLoader) else []
         for owner in owners:
             generator = getattr(owner, "generator", None)
-            if isinstance(generator, torch.Generator) and not any(generator is known for known in found):
-                found.append(generator)
-    return found
+            if isinstance(generator, torch.Generator) and not any(generator is known for known in generators):
+                generators.append(generator)
+    return generators

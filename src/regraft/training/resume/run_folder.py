@@ -1,4 +1,4 @@
-"""The folder of a run's results; nothing is written into it before there is something worth keeping."""
+"""The folder of a run's results; nothing is written before there are results."""
 
 import contextlib
 import csv
@@ -17,7 +17,7 @@ from regraft.training.result import EpochRecord
 
 CHECKPOINT, METRICS, CONFIG, REPORT = "model.safetensors", "metrics.csv", "config.toml", "report.html"
 STATES, LOCK = "last", "run.lock"
-OF_SAFETENSORS = ".tmp??????"  # what its writer calls a file before it has its name
+SAFETENSORS_TEMPORARY = ".tmp??????"  # pattern of the temporary files that the safetensors writer makes
 
 
 class RunFolder:
@@ -25,76 +25,78 @@ class RunFolder:
 
     Args:
         path: The folder.
-        overwrite: Whether results that are there already may be replaced; they stay until the first new ones exist.
-        continues: Whether they are those of the run that goes on here.
+        overwrite: Whether existing results may be replaced; they stay until the first new ones exist.
+        continues: Whether the existing results belong to the run that is resumed.
 
     Raises:
-        ConfigError: The folder exists and is not empty, another run is using it, or it cannot be made.
+        ConfigError: The folder exists and is not empty, another run is using it, or it cannot be created.
     """
 
     def __init__(self, path: Path, *, overwrite: bool, continues: bool = False) -> None:
         self.path = path
         self.has_stale_results = overwrite and not continues
         try:
-            for taken in (path, *path.parents):
-                if taken.exists() and not taken.is_dir():
-                    raise ConfigError(f"'{taken}' is a file, expected a folder for the results (--out).")
-            found = {child.name for child in path.iterdir()} if path.is_dir() else set()
+            for parent in (path, *path.parents):
+                if parent.exists() and not parent.is_dir():
+                    raise ConfigError(f"'{parent}' is a file, expected a folder for the results (--out).")
+            names = {child.name for child in path.iterdir()} if path.is_dir() else set()
         except (OSError, ValueError) as error:
             raise ConfigError(f"'{path}' cannot be a folder for the results: {error}. Choose another --out.") from error
-        if LOCK in found:
-            self._acquired().release()
-        if found - {LOCK} and not overwrite and not continues:
-            onward = f", or go on with what stopped there: regraft train --resume {path}" if STATES in found else ""
-            raise ConfigError(f"'{path}' exists and is not empty. Choose another --out, or pass --overwrite{onward}.")
+        if LOCK in names:  # fails here, before any data is read, if another run holds it
+            self._acquire_lock().release()
+        if names - {LOCK} and not overwrite and not continues:
+            hint = f", or go on with what stopped there: regraft train --resume {path}" if STATES in names else ""
+            raise ConfigError(f"'{path}' exists and is not empty. Choose another --out, or pass --overwrite{hint}.")
 
     @property
     def checkpoint(self) -> Path:
-        """Where the model is saved."""
+        """Path of the saved model."""
         return self.path / CHECKPOINT
 
     @property
     def states(self) -> Path:
-        """Where the states of the run are."""
+        """Folder of the run's states."""
         return self.path / STATES
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep other runs out of the folder; what is still empty on leaving, and was not there before, goes again.
+    def locked(self) -> Iterator[None]:
+        """Lock the folder for the block; folders that it created and that are still empty are removed afterwards.
 
         Raises:
-            ConfigError: Another run is using it.
-            RunError: It cannot be made.
+            ConfigError: Another run is using the folder.
+            RunError: The folder cannot be created.
         """
-        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = self._acquired()
+            lock = self._acquire_lock()
         try:
-            with contextlib.suppress(OSError):  # who holds it is a courtesy
+            with contextlib.suppress(OSError):  # the process id only serves the error message of another run
                 (self.path / LOCK).write_text(str(os.getpid()), encoding="ascii")
-            self._clear_what_was_cut_off()
+            self._delete_partial_files()
             yield
         finally:
-            with contextlib.suppress(OSError):  # while it is held, so that nobody takes what is about to go
+            with contextlib.suppress(
+                OSError
+            ):  # before the release, so that no other run locks a file that is about to be deleted
                 (self.path / LOCK).unlink()
             lock.release()
             with contextlib.suppress(OSError):
-                for folder in made:
+                for folder in created:
                     folder.rmdir()
 
-    def keep_model(self, model: nn.Module, config: TrainConfig) -> None:
-        """Save the best model so far, and how it came about."""
+    def save_model(self, model: nn.Module, config: TrainConfig) -> None:
+        """Save the best model so far, with the configuration."""
         save(model, self.checkpoint)
         with self._writing():
-            if self.has_stale_results:  # what belongs to the model that was just replaced
+            if self.has_stale_results:  # they belong to the model that was just replaced
                 (self.path / REPORT).unlink(missing_ok=True)
                 (self.path / METRICS).unlink(missing_ok=True)
                 self.has_stale_results = False
             write_config(config, self.path / CONFIG)
 
-    def keep_history(self, history: Sequence[EpochRecord]) -> None:
-        """Write the figures of all epochs so far as a table."""
+    def save_history(self, history: Sequence[EpochRecord]) -> None:
+        """Write the metrics of all epochs so far as CSV."""
         rows = [record.to_row() for record in history]
         with (
             self._writing(),
@@ -105,15 +107,15 @@ class RunFolder:
             writer.writeheader()
             writer.writerows(rows)
 
-    def _clear_what_was_cut_off(self) -> None:
-        """Delete what a process was writing when it was killed."""
+    def _delete_partial_files(self) -> None:
+        """Delete temporary files of a process that was killed while writing."""
         with contextlib.suppress(OSError):
-            for pattern in (*(f".{name}.*.tmp" for name in (CHECKPOINT, METRICS, CONFIG)), OF_SAFETENSORS):
+            for pattern in (*(f".{name}.*.tmp" for name in (CHECKPOINT, METRICS, CONFIG)), SAFETENSORS_TEMPORARY):
                 for file in self.path.glob(pattern):
                     file.unlink()
 
-    def _acquired(self) -> Any:
-        """Take the lock, which the system gives back when a process dies."""
+    def _acquire_lock(self) -> Any:
+        """Acquire the lock; the operating system releases it when the process dies."""
         from filelock import FileLock, Timeout
 
         lock = FileLock(self.path / LOCK, timeout=0, thread_local=False)

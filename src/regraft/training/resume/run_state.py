@@ -1,4 +1,4 @@
-"""Where a run stands: everything that changes while it trains, but for the network and its optimizer."""
+"""The progress of a run: everything that changes during training, except network and optimizer."""
 
 import dataclasses
 import time
@@ -20,14 +20,14 @@ from regraft.training.result import EpochRecord
 
 @dataclass(frozen=True)
 class Best:
-    """The weights that did best so far, and how they did.
+    """The best weights so far, with their results on the validation photos.
 
     Attributes:
-        epoch: When that was, from 1.
-        metrics: On the validation photos.
+        epoch: The epoch of these weights, from 1.
+        metrics: Metrics on the validation photos.
         outputs: Scores (N, K) on them.
-        targets: What was to be found (N,).
-        paths: The photos, in order; empty for datasets that are no files.
+        targets: Their targets (N,).
+        paths: The photos, in order; empty for datasets without files.
         tensors: Copies of the weights, on the CPU.
     """
 
@@ -38,8 +38,8 @@ class Best:
     paths: tuple[Path, ...]
     tensors: dict[str, torch.Tensor]
 
-    def put_back(self, model: nn.Module) -> None:
-        """Give the model these weights again."""
+    def load_into(self, model: nn.Module) -> None:
+        """Copy these weights into the model."""
         slots = model.state_dict(keep_vars=True)
         with torch.no_grad():
             for name, copied in self.tensors.items():
@@ -47,7 +47,7 @@ class Best:
         attach(model, metrics=self.metrics.to_dict())
 
     def to_tree(self) -> Tree:
-        """Return all of it as plain data."""
+        """Convert to plain data."""
         return {
             **{name: getattr(self, name) for name in ("epoch", "outputs", "targets", "tensors")},
             "metrics": metrics_to_tree(self.metrics),
@@ -56,22 +56,22 @@ class Best:
 
     @classmethod
     def from_tree(cls, tree: Tree) -> "Best":
-        """Read what `to_tree` returned."""
+        """Convert back from the data of `to_tree`."""
         return cls(**{**tree, "metrics": metrics_from_tree(tree["metrics"]), "paths": tuple(map(Path, tree["paths"]))})
 
 
 @dataclass
 class RunState:
-    """Where a run stands.
+    """The progress of a run.
 
     Attributes:
-        epoch: The one that goes on, from 1; one more than there are when all is done.
-        step: Number of its batches that are done.
-        tally: What it has come to so far.
-        history: The epochs that are complete.
-        best: The best of them; None: there are none.
-        seconds: Of each phase.
-        states: The random states with which the epoch's order begins; None where it has not begun.
+        epoch: The current epoch, from 1; one more than the number of epochs when all are complete.
+        step: Number of completed steps in it.
+        tally: Its running totals.
+        history: Records of the completed epochs.
+        best: The best of them; None before the first is complete.
+        seconds: Time of each phase.
+        states: The random states at the beginning of the epoch, from which its order follows; None before it begins.
     """
 
     epoch: int = 1
@@ -81,11 +81,11 @@ class RunState:
     best: Best | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     states: Tree | None = None
-    _written: list[Tree] = field(default_factory=list)
+    _written: list[Tree] = field(default_factory=list)  # converted records, so that each is converted once
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the seconds of the block to those of a phase."""
+        """Add the time of the block to a phase."""
         began = time.perf_counter()
         try:
             yield
@@ -93,12 +93,12 @@ class RunState:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
     def begin_next_epoch(self) -> None:
-        """The epoch is complete."""
+        """Move on to the next epoch; the micro-batch size is kept, as memory is no larger there."""
         self.epoch, self.step, self.states = self.epoch + 1, 0, None
         self.tally = Tally(at_a_time=self.tally.at_a_time)
 
     def to_tree(self) -> Tree:
-        """Return all of it but the random states as plain data."""
+        """Convert everything but the random states to plain data."""
         self._written += [_record_to_tree(record) for record in self.history[len(self._written) :]]
         return {
             "epoch": self.epoch,
@@ -111,7 +111,7 @@ class RunState:
 
     @classmethod
     def from_tree(cls, tree: Tree) -> "RunState":
-        """Read what `to_tree` returned."""
+        """Convert back from the data of `to_tree`."""
         return cls(
             epoch=tree["epoch"],
             step=tree["step"],
@@ -126,24 +126,24 @@ class RunState:
 
 
 def metrics_to_tree(metrics: Metrics) -> Tree:
-    """Return metrics as plain data; of the confusion matrix only what is not zero."""
+    """Convert metrics to plain data; of the confusion matrix, only nonzero entries are kept."""
     confusion = torch.tensor(metrics.confusion, dtype=torch.int64)
     places = confusion.nonzero()
     counts = confusion[tuple(places.T)] if len(metrics.confusion) else confusion
     return {
         **{item.name: getattr(metrics, item.name) for item in dataclasses.fields(metrics)},
-        "per_class": [dataclasses.asdict(found) for found in metrics.per_class],
+        "per_class": [dataclasses.asdict(entry) for entry in metrics.per_class],
         "confusion": (len(metrics.confusion), places, counts),
     }
 
 
 def metrics_from_tree(tree: Tree) -> Metrics:
-    """Read what `metrics_to_tree` returned."""
+    """Convert back from the data of `metrics_to_tree`."""
     width, places, counts = tree["confusion"]
     confusion = torch.zeros(width, width, dtype=torch.int64)
     if width:
         confusion[tuple(places.T)] = counts
-    per_class = tuple(ClassMetrics(**found) for found in tree["per_class"])
+    per_class = tuple(ClassMetrics(**entry) for entry in tree["per_class"])
     rows: list[Any] = confusion.tolist()
     return Metrics(**{**tree, "per_class": per_class, "confusion": tuple(map(tuple, rows))})
 

@@ -1,4 +1,8 @@
-"""The state of a run as one tree: taken from it, held against the run that is to go on, and put back."""
+"""The state of a run as one tree: taken from a run, checked against the resumed run, and restored.
+
+A state holds only what training can change. Frozen weights come from the model again; a fingerprint of them, of the
+options and of the data tells whether the state belongs to the resumed run.
+"""
 
 import dataclasses
 import hashlib
@@ -24,20 +28,20 @@ from regraft.training.setup import TrainSetup
 from regraft.training.train_data import TrainData
 
 FORMAT = 1
-FREE = {"data", "out", "workers", "checkpoint_minutes", "keep_last", "max_unreadable"}  # change no weight
+FREE_OPTIONS = {"data", "out", "workers", "checkpoint_minutes", "keep_last", "max_unreadable"}  # change no weight
 
 
 @dataclass(frozen=True)
 class RunFingerprint:
-    """What a state belongs to.
+    """Identifies the run that a state belongs to.
 
     Attributes:
-        config: The options of the run, as they were given.
-        chosen: Those that were worked out.
-        is_named: Whether the options say all: a network by name, a folder, a loss by name.
-        data: Digest of the list of photos, and of what else is known of the data.
-        frozen: Sum of the bits of all that cannot change.
-        device: Where it trains, and in which precision.
+        config: The options of the run, as the user passed them.
+        chosen: Options that were resolved from defaults or by a sweep.
+        is_named: Whether the options describe the run completely: network and loss by name, data as a path.
+        data: Digest of the list of photos, or of the lengths of other data.
+        frozen: Sum of the bits of all tensors that training cannot change.
+        device: Device and precision of the run.
     """
 
     config: Tree
@@ -49,7 +53,7 @@ class RunFingerprint:
 
     @classmethod
     def of(cls, setup: TrainSetup, config: TrainConfig, *, is_named: bool) -> "RunFingerprint":
-        """Work it out for a run that is about to begin; what is compared later, only where states will be written."""
+        """Compute the fingerprint of a run; digests only where states will be written."""
         changing = changing_tensors(setup)
         rest = [tensor for name, tensor in setup.model.state_dict(keep_vars=True).items() if name not in changing]
         return cls(
@@ -64,47 +68,47 @@ class RunFingerprint:
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A state that a run left, and where it is."""
+    """A saved state and its path."""
 
     path: Path
     tree: Tree
 
     @property
     def fingerprint(self) -> RunFingerprint:
-        """What it belongs to."""
+        """The fingerprint of the run that wrote it."""
         return RunFingerprint(**self.tree["origin"])
 
     @property
     def config(self) -> TrainConfig:
-        """The options of the run, as they were given."""
+        """The options of the run, as the user passed them."""
         return make_config(self.fingerprint.config, f"the options in '{self.path}'")
 
     def with_resolved_options(self, config: TrainConfig) -> TrainConfig:
-        """Return the options with those that were worked out.
+        """Return the options completed by the values that the run resolved.
 
         Raises:
-            ConfigError: They are others than those of the run.
+            ConfigError: The options differ from those of the run.
         """
-        ours, theirs = config.model_dump(mode="json"), self.config.model_dump(mode="json")
-        if other := [name for name in ours if name not in FREE and ours[name] != theirs[name]]:
-            said = "; ".join(f"{name} was {theirs[name]!r}, is {ours[name]!r}" for name in other)
+        requested, saved = config.model_dump(mode="json"), self.config.model_dump(mode="json")
+        if differing := [name for name in requested if name not in FREE_OPTIONS and requested[name] != saved[name]]:
+            differences = "; ".join(f"{name} was {saved[name]!r}, is {requested[name]!r}" for name in differing)
             raise ConfigError(
-                f"the run in '{self.path.parent.parent}' has other options: {said}. Continue it with its own, or begin "
-                "another one elsewhere. Nothing was changed."
+                f"the run in '{self.path.parent.parent}' has other options: {differences}. Continue it with its own, "
+                "or begin another one elsewhere. Nothing was changed."
             )
         return config.updated(**self.fingerprint.chosen)
 
 
 def find_run(folder: Path, progress: Progress = SILENT) -> SavedRun | None:
-    """Find the state with which the run in a folder goes on; None where there is none.
+    """Return the state from which the run in a folder resumes; None where there is none.
 
     Raises:
         ConfigError: It cannot be read, or another version wrote it.
     """
-    found = find_state(folder / STATES, progress)
-    if found is None:
+    newest = find_state(folder / STATES, progress)
+    if newest is None:
         return None
-    path, tree = found
+    path, tree = newest
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise ConfigError(f"'{path}' was written by another version of regraft. Continue the run with that one.")
     return SavedRun(path, tree)
@@ -114,10 +118,10 @@ def find_run_to_continue(folder: Path, progress: Progress = SILENT) -> TrainConf
     """Return the options of the run that stopped in a folder.
 
     Raises:
-        ConfigError: No run stopped there, or it was begun in Python with a network, data or loss of its own.
+        ConfigError: No run stopped there, or it was started in Python with custom network, data or loss.
     """
-    found = find_run(folder, progress) if folder.is_dir() else None
-    if found is None:
+    saved_run = find_run(folder, progress) if folder.is_dir() else None
+    if saved_run is None:
         if not folder.is_dir():
             problem = f"there is no folder '{folder}' (looked from {Path.cwd()})"
         elif (folder / CHECKPOINT).exists():
@@ -125,30 +129,32 @@ def find_run_to_continue(folder: Path, progress: Progress = SILENT) -> TrainConf
         else:
             problem = f"no run has begun in '{folder}'"
         raise ConfigError(f"there is nothing to continue: {problem}. Begin one with regraft train DATA.")
-    if not found.fingerprint.is_named:
+    if not saved_run.fingerprint.is_named:
         raise ConfigError(
             f"the run in '{folder}' was begun in Python, with a network, data or a loss of its own. Continue it there: "
             f"regraft.fit(…, out={str(folder)!r}, resume=True)."
         )
-    return found.config.updated(out=str(folder))
+    return saved_run.config.updated(out=str(folder))
 
 
 def changing_tensors(setup: TrainSetup) -> dict[str, torch.Tensor]:
-    """Return what training can change: all of the state but parameters that stay frozen."""
+    """Return the tensors that training can change: the state dict without parameters that stay frozen."""
     model = setup.model
-    if setup.unfreezing is not None:
+    if setup.unfreezing is not None:  # which parameters stay frozen depends on the epoch, so all are saved
         return model.state_dict(keep_vars=True)
     frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
     return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in frozen}
 
 
 def take_state(setup: TrainSetup, run_state: RunState, fingerprint: RunFingerprint, *, has_stale_results: bool) -> Tree:
-    """Return everything that is needed to go on from here, bit for bit; later steps do not change it."""
+    """Return everything needed to resume bit for bit; a snapshot that later steps do not change."""
     data = (setup.train_data.train, setup.train_data.validation)
     best = run_state.best.to_tree() if run_state.best is not None else None
     tree = snapshot(
         {
             "standing": {**run_state.to_tree(), "best": None},
+            # Two random states: that at the beginning of the epoch, from which the order of its batches follows, and
+            # the current one, from which dropout, for example, continues.
             "states": run_state.states if run_state.states is not None else random_states(*data),
             "states_now": random_states(),
             "tensors": dict(changing_tensors(setup)),
@@ -157,7 +163,7 @@ def take_state(setup: TrainSetup, run_state: RunState, fingerprint: RunFingerpri
             "scaler": setup.scaler.state_dict(),
         }
     )
-    tree["standing"]["best"] = best  # is never changed, so that nothing of it needs to be copied
+    tree["standing"]["best"] = best  # never changed in place, so no copy is needed
     return {
         "format": FORMAT,
         "origin": dataclasses.asdict(fingerprint),
@@ -166,44 +172,45 @@ def take_state(setup: TrainSetup, run_state: RunState, fingerprint: RunFingerpri
     }
 
 
-def check_state(found: SavedRun, setup: TrainSetup, fingerprint: RunFingerprint) -> None:
+def check_state(saved_run: SavedRun, setup: TrainSetup, fingerprint: RunFingerprint) -> None:
     """Refuse a state that does not belong to this network and this data, before anything is changed.
 
     Raises:
-        DataError: The photos are others than those of the run.
-        CheckpointError: The network, its frozen weights, or its optimizer are.
+        DataError: The photos differ from those of the run.
+        CheckpointError: The network or its frozen weights differ.
     """
-    theirs = found.fingerprint
-    if theirs.data != fingerprint.data:
+    saved = saved_run.fingerprint
+    if saved.data != fingerprint.data:
         raise DataError(
-            f"the data is not what the run in '{found.path.parent.parent}' has seen so far: photos were added, taken "
-            "away, renamed or changed, or can no longer be read. Put them back, or begin again. Nothing was changed."
+            f"the data is not what the run in '{saved_run.path.parent.parent}' has seen so far: photos were added, "
+            "taken away, renamed or changed, or can no longer be read. Put them back, or begin again. "
+            "Nothing was changed."
         )
-    where = f"the state '{found.path}' does not fit"
-    slots, tensors = changing_tensors(setup), found.tree["tensors"]
+    where = f"the state '{saved_run.path}' does not fit"
+    slots, tensors = changing_tensors(setup), saved_run.tree["tensors"]
     for name in [*slots, *tensors]:
-        ours, saved = (tuple(part[name].shape) if name in part else None for part in (slots, tensors))
-        if ours != saved:
+        shape, saved_shape = (tuple(part[name].shape) if name in part else None for part in (slots, tensors))
+        if shape != saved_shape:
             raise CheckpointError(
-                f"{where}: '{name}' has the shape {saved} there and {ours} in {type(setup.model).__name__}. Give the "
-                "network that the run began with, with the same layers frozen. Nothing was changed."
+                f"{where}: '{name}' has the shape {saved_shape} there and {shape} in {type(setup.model).__name__}. "
+                "Give the network that the run began with, with the same layers frozen. Nothing was changed."
             )
-    if theirs.frozen != fingerprint.frozen:
+    if saved.frozen != fingerprint.frozen:
         raise CheckpointError(
             f"{where}: the frozen weights are others than those that the run began with. Give the same ones. Nothing "
             "was changed."
         )
 
 
-def put_back(found: SavedRun, setup: TrainSetup) -> tuple[RunState, bool]:
-    """Give network, optimizer, schedule and random generators the state that they had.
+def restore_state(saved_run: SavedRun, setup: TrainSetup) -> tuple[RunState, bool]:
+    """Restore network, optimizer, schedule and random generators from a saved state.
 
     Returns:
-        Where the run stands, and whether layers have joined since it began.
+        The progress of the run, and whether layers have been unfrozen since it began.
     """
-    tree, run_state = found.tree, RunState.from_tree(found.tree["standing"])
+    tree, run_state = saved_run.tree, RunState.from_tree(saved_run.tree["standing"])
     has_thawed = False
-    if setup.unfreezing is not None:  # as far as epochs have begun, so that the optimizer has the same groups
+    if setup.unfreezing is not None:  # repeat the unfreezing so far, so that the optimizer has the same param groups
         for epoch in range(1, run_state.epoch + (run_state.step > 0)):
             report = setup.unfreezing.advance(
                 epoch, setup.model, setup.optimizer, scheduler=setup.schedule, **setup.rates
@@ -218,27 +225,27 @@ def put_back(found: SavedRun, setup: TrainSetup) -> tuple[RunState, bool]:
     if tree["scaler"]:
         setup.scaler.load_state_dict(tree["scaler"])
     set_random_states(tree["states"], setup.train_data.train, setup.train_data.validation)
-    if run_state.step > 0:
+    if run_state.step > 0:  # within an epoch: its order begins with `states`, and draws continue with `states_now`
         run_state.states = tree["states"]
         set_random_states({**tree["states_now"], "loaders": []})
     return run_state, has_thawed
 
 
 def _data_digest(train_data: TrainData) -> str:
-    """Return a digest of the lists of photos, with their targets and sizes; of other data, of its lengths."""
-    found = hashlib.sha256(json.dumps(train_data.classes).encode())
+    """Return a digest of paths, targets and file sizes of the photos; of other data, of its lengths."""
+    digest = hashlib.sha256(json.dumps(train_data.classes).encode())
     if train_data.photos is not None:
         listing = train_data.listing
         root = listing.root if listing is not None else Path()
         for photos in train_data.photos:
             for sample in photos.samples:
-                found.update(f"{_relative(sample, root)}\t{sample.target}\t{_size(sample)}\n".encode(errors="replace"))
-        return found.hexdigest()
+                digest.update(f"{_relative(sample, root)}\t{sample.target}\t{_size(sample)}\n".encode(errors="replace"))
+        return digest.hexdigest()
     for part in (train_data.train, train_data.validation):
         dataset: Any = getattr(part, "dataset", None)
         for sized in (part, dataset):
-            found.update(f"{len(sized) if isinstance(sized, Sized) else None};".encode())
-    return found.hexdigest()
+            digest.update(f"{len(sized) if isinstance(sized, Sized) else None};".encode())
+    return digest.hexdigest()
 
 
 def _relative(sample: Sample, root: Path) -> str:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while a run trains: the first asks it to stop after its step, the second stops it at once."""
+"""SIGINT and SIGTERM during training: the first stops the run after the current step, the second at once."""
 
 import contextlib
 import signal
@@ -12,24 +12,24 @@ from regraft.errors import Interrupted
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
-class StopAsked(KeyboardInterrupt):
-    """Somebody asked the run to stop, and its step is done."""
+class StopRequested(KeyboardInterrupt):
+    """A signal requested a stop, and the current step is complete."""
 
 
 class Signals:
-    """Notes SIGINT and SIGTERM inside a `with` block; what handled them before does so again afterwards.
+    """Records SIGINT and SIGTERM inside a `with` block; the previous handlers are restored afterwards.
 
-    A signal that the process ignores (as under `nohup`) stays ignored, and outside of the main thread, where Python
-    does not allow to handle signals, nothing is noted.
+    A signal that the process ignores (as under `nohup`) stays ignored. Outside of the main thread, where Python does
+    not allow signal handlers, nothing is recorded.
 
     Attributes:
-        received: The first that came; None: none did.
-        is_patient: Whether the first one waits to be asked for (see `stop_if_asked`), or interrupts at once.
+        received: The first signal; None before one arrives.
+        is_deferring: Whether the first signal waits for `stop_if_requested`, or interrupts at once.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self.is_patient = False
+        self.is_deferring = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -47,29 +47,30 @@ class Signals:
             raise self.interrupted("Nothing was written.") from error
 
     @contextlib.contextmanager
-    def patient(self) -> Iterator[None]:
-        """Let the first signal wait inside the block until it is asked for."""
-        self.is_patient = True
+    def deferred(self) -> Iterator[None]:
+        """Defer the first signal inside the block until `stop_if_requested`."""
+        self.is_deferring = True
         try:
             yield
         finally:
-            self.is_patient = False
+            self.is_deferring = False
 
-    def stop_if_asked(self) -> None:
-        """Stop here, where somebody asked for it.
+    def stop_if_requested(self) -> None:
+        """Raise if a signal was received; called where the run's state is consistent.
 
         Raises:
-            StopAsked: Somebody did.
+            StopRequested: A signal was received.
         """
         if self.received is not None:
-            raise StopAsked
+            raise StopRequested
 
     def interrupted(self, message: str) -> Interrupted:
-        """Return the error that says so: `message` follows on what stopped the run."""
+        """Return the error for the signal that stopped the run; `message` says what was saved."""
         number = self.received or signal.SIGINT
         return Interrupted(f"stopped by {NAMES[number]}. {message}", number=number)
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        # The second signal interrupts even while deferring: a step or a write may hang.
         is_first, self.received = self.received is None, self.received or signal.Signals(number)
-        if not (self.is_patient and is_first):
+        if not (self.is_deferring and is_first):
             raise KeyboardInterrupt

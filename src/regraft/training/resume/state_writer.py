@@ -1,4 +1,4 @@
-"""The states of a run on disk: when they are written, by whom, which are kept, and which is the last whole one."""
+"""The states of a run on disk: when they are written, which are kept, and which is the newest intact one."""
 
 import contextlib
 import time
@@ -12,23 +12,23 @@ from regraft.errors import CheckpointError, ConfigError, LossError, RunError
 from regraft.progress import SILENT, Progress
 
 PATTERN = "state-*.safetensors"
-MIN_SECONDS = 1.0  # between states at the end of epochs
-SHARE = 20  # times as long as a state takes are spent on training before the next
+MIN_SECONDS = 1.0  # between states at the ends of epochs
+SHARE = 20  # training time between two states, in units of the time that writing one takes: 5 % overhead
 
 
 class StateWriter:
     """Writes states in the background, one at a time.
 
-    As a context: where the block ends well, the states are deleted, as they are where a loss is wrong: the run would
-    only fail again. Where it fails otherwise they stay, if there is more than the beginning in them, and always where
-    it is interrupted.
+    As a context manager, it deletes the states when the block ends without an error, and after a `LossError`: a resumed
+    run would only fail again. After another error the states stay if the run has made progress, and after an
+    interruption they always stay.
 
     Args:
-        folder: Where to; None: nowhere.
-        keep_last: Number of states that are kept.
-        every_s: Seconds between states within an epoch; 0: after every step.
-        progress: Is told where one cannot be written.
-        found: The state with which the run goes on; None where it begins, and states of older runs are deleted.
+        folder: Folder of the states; None writes nothing.
+        keep_last: Number of states to keep.
+        every_s: Seconds between states within an epoch; 0 writes one after every step.
+        progress: Reports a state that cannot be written.
+        resumed_from: The state from which the run resumes; None for a new run, which deletes states of older runs.
     """
 
     def __init__(
@@ -38,15 +38,15 @@ class StateWriter:
         keep_last: int,
         every_s: float,
         progress: Progress = SILENT,
-        found: Path | None = None,
+        resumed_from: Path | None = None,
     ) -> None:
         self._folder, self._keep_last, self._every_s, self._progress = folder, keep_last, every_s, progress
-        self._kept = [found] if found is not None else []
-        self._pool = ThreadPoolExecutor(1, "states")
+        self._kept = [resumed_from] if resumed_from is not None else []  # paths of complete states, oldest first
+        self._pool = ThreadPoolExecutor(1, "states")  # one thread: states are written one after the other
         self._writing: Future[float] | None = None
         self._last, self._cost_s = time.monotonic(), 0.0
         self._problem = ""
-        self.has_more_than_the_beginning = found is not None
+        self.has_progress = resumed_from is not None
 
     def __enter__(self) -> "StateWriter":
         return self
@@ -54,35 +54,35 @@ class StateWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.wait()
         self._pool.shutdown()
-        is_failure = isinstance(error, Exception) and not self.has_more_than_the_beginning
+        is_failure = isinstance(error, Exception) and not self.has_progress
         if kind is None or isinstance(error, LossError) or is_failure:
             self._delete(keep=[])
 
     @property
     def has_any(self) -> bool:
-        """Whether there is a state to go on with."""
+        """Whether there is a state to resume from."""
         return bool(self._kept)
 
     def is_due_within_epoch(self) -> bool:
-        """Return whether it is time for a state after a step."""
+        """Return whether a state is due after a step."""
         if self._folder is None:
             return False
         return self._every_s == 0 or (self._elapsed() >= self._every_s and not self._is_busy())
 
     def is_due_after_epoch(self) -> bool:
-        """Return whether it is time for a state after an epoch: always, but where that would slow training down."""
+        """Return whether a state is due after an epoch: always, unless it would slow training down."""
         if self._folder is None:
             return False
         is_late = self._elapsed() >= max(MIN_SECONDS, SHARE * self._cost_s) and not self._is_busy()
         return is_late or self.is_due_within_epoch()
 
     def keep(self, take: Callable[[], Tree], epoch: int, step: int) -> None:
-        """Take a state, and write it in the background, after the one before.
+        """Take a state now, and write it in the background; waits until the previous one is written.
 
         Args:
-            take: Returns the state, in which nothing may be changed later.
-            epoch: The epoch that goes on, from 1.
-            step: Number of its steps that are done.
+            take: Returns the state. It is written later, so training must not change its tensors.
+            epoch: The current epoch, from 1.
+            step: Number of completed steps in it.
         """
         if self._folder is None:
             return
@@ -93,10 +93,10 @@ class StateWriter:
         path = self._folder / f"state-{epoch:06d}-{step:09d}.safetensors"
         self._writing = self._pool.submit(self._write, tree, path, taken_s)
         self._last = time.monotonic()
-        self.has_more_than_the_beginning |= (epoch, step) > (1, 0)
+        self.has_progress |= (epoch, step) > (1, 0)
 
     def wait(self) -> str:
-        """Wait until what is being written is written; what prevented the last one, or nothing."""
+        """Wait for the state that is being written; return why the last one failed, or an empty string."""
         writing, self._writing = self._writing, None
         if writing is None:
             return self._problem
@@ -104,7 +104,7 @@ class StateWriter:
             self._cost_s = writing.result()
         except (RunError, TypeError, OSError) as error:
             before, self._problem = self._problem, str(error)
-            if before != self._problem:  # a disk that stays full is said once
+            if before != self._problem:  # report a full disk only once
                 self._progress.say(f"state      not written: {error} Training goes on")
         else:
             self._problem = ""
@@ -118,16 +118,17 @@ class StateWriter:
 
     def _write(self, tree: Tree, path: Path, taken_s: float) -> float:
         began = time.monotonic()
-        if not self._kept:
+        if not self._kept:  # a new run: states of an older one must not be resumed
             self._delete(keep=[])
         path.parent.mkdir(exist_ok=True)
         write_tree(tree, path)
+        # Older states are deleted only now, so that an intact one exists at any time.
         self._kept = [*(old for old in self._kept if old != path), path][-self._keep_last :]
         self._delete(keep=self._kept)
         return taken_s + time.monotonic() - began
 
     def _delete(self, keep: list[Path]) -> None:
-        """Delete everything else in the folder, and the folder where it is empty then."""
+        """Delete all other files in the folder, and the folder itself where nothing is kept."""
         if self._folder is None:
             return
         with contextlib.suppress(OSError):
@@ -139,10 +140,10 @@ class StateWriter:
 
 
 def find_state(folder: Path, progress: Progress) -> tuple[Path, Tree] | None:
-    """Read the newest whole state in a folder; a damaged one is passed over, and said.
+    """Read the newest intact state in a folder; a damaged one is skipped and reported.
 
     Raises:
-        ConfigError: There are states, and none of them can be read.
+        ConfigError: There are states, but none of them can be read.
     """
     files = sorted(folder.glob(PATTERN), reverse=True)
     for file in files:
