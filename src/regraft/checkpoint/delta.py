@@ -210,15 +210,15 @@ def pin_base(place: Place) -> tuple[Base, Contents]:
                 f"'{place}' is a delta over {DEPTH_LIMIT} others already, no more are read. Make a full file of it "
                 "first: regraft merge."
             )
-        found = read_base(place) if len(chain) == 1 else resolve(place)
-        return Base(kind="file", name=place.name, digest=found.digest()), found
+        contents = read_base(place) if len(chain) == 1 else resolve(place)
+        return Base(kind="file", name=place.name, digest=contents.digest()), contents
     model = _build_registered(place)
     recipe = card_of(model).recipe
     assert recipe is not None
     tensors, shared = untied_state_dict(model)
-    found = Contents(tensors, digests_of(tensors), shared)
+    contents = Contents(tensors, digests_of(tensors), shared)
     name = f"{recipe.source.name}@{recipe.source.weights}"
-    return Base(kind="registered", name=name, digest=found.digest()), found
+    return Base(kind="registered", name=name, digest=contents.digest()), contents
 
 
 def untied_state_dict(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

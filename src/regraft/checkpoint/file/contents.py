@@ -63,7 +63,7 @@ def read_contents(path: Path, header: Header | None) -> Contents:
 
     Args:
         path: The file, or the index.
-        header: Its header, from `read_header`; without one, nothing is verified.
+        header: Its header, from `read_header`; without one, no digest is verified.
 
     Raises:
         CheckpointError: A file is missing or damaged, or a tensor has another digest than when it was saved.
