@@ -79,7 +79,7 @@ def propose(file_shapes: Shapes, model_shapes: Shapes, *, is_ordered: bool = Tru
     loose = {naming.names[source]: source for source in file_shapes if source not in placed}
     free = {name: model_shapes[name] for name in model_shapes if name not in matches}
     if loose and free:
-        # Units of the file get the stripped names, which are more similar to the model's. `loose` has the original ones.
+        # Units of the file get the stripped names, which are closer to the model's. `loose` has the original ones.
         file_units = units_of({name: file_shapes[source] for name, source in loose.items()})
         model_units = units_of(free)
         total = max(1, len(units_of(model_shapes)))  # shares are of the whole model, not of what is free
