@@ -274,7 +274,7 @@ def _merge_delta(path: Path, header: Header, base: Contents) -> Contents:
     kept = [name for name in base.expanded() if name not in replaced and name not in delta.tensors]
     base_tensors, base_digests = base.expanded(), base.all_digests()
     digests = {**{name: base_digests[name] for name in kept}, **delta.digests}
-    # The digests above are of bytes as read, so this verifies base, delta and the way that they were put together.
+    # The digests above were computed from the bytes as read, so this verifies base, delta and their combination.
     if digest_of(digests) != header.whole or not set(header.shared.values()) <= set(digests):
         raise CheckpointError(
             f"'{path}' is damaged: with its base '{header.base.name}' it does not make the network that was saved. "
