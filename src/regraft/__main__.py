@@ -1,4 +1,4 @@
-"""`python -m regraft` is the command `regraft`."""
+"""Run the command `regraft` as `python -m regraft`."""
 
 from regraft.cli.app import main
 

@@ -1,8 +1,8 @@
-"""What public functions are passed, held against their annotations.
+"""Check the arguments of public functions against their annotations.
 
-Each public function begins with `check_arguments(function, locals())`, before anything is done. Its annotations are the
-only statement of the kinds that it takes; what they cannot say (a range, a choice, a layer that exists) it checks
-itself. Annotations that are not understood here are not checked, as `Any` is not.
+Each public function begins with `check_arguments(function, locals())`. Its annotations are the only definition of the
+types that it accepts; what they cannot express (a range, a choice, a layer that exists) the function checks itself.
+Annotations of other forms than those below are not checked, as `Any` is not.
 """
 
 import collections.abc
@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from regraft.errors import ArgumentError, ModelError
 
-MAX_INTEGER = 2**63 - 1  # sizes of torch are int64
+MAX_INTEGER = 2**63 - 1  # sizes in torch are int64
 MAX_NAME_BYTES = 255  # of one part of a path, in every common file system
 MAX_SHOWN = 60  # characters of a value in a message
 WORDS = {
@@ -45,18 +45,18 @@ WORDS = {
     collections.abc.Iterable: "a list",
 }
 LISTS = (collections.abc.Sequence, collections.abc.Collection, collections.abc.Iterable)
-NO_LISTS = (str, bytes, bytearray, torch.Tensor, np.ndarray)  # each can be iterated over, and none is meant by a list
+NO_LISTS = (str, bytes, bytearray, torch.Tensor, np.ndarray)  # iterable, but passed by mistake where a list is expected
 
 
 def check_arguments(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
-    """Hold what a function was passed against its annotations; nothing is changed, and no iterator is consumed.
+    """Check arguments against the annotations of a function. Nothing is changed, and no iterator is consumed.
 
     Args:
         function: The function.
         values: Its arguments by name, as `locals()` gives them in its first line.
 
     Raises:
-        ArgumentError: A value is of a kind that its annotation does not allow.
+        ArgumentError: A value is of a type that its annotation does not allow.
 
     >>> def shift(model: nn.Module, by: float | None = None) -> None:
     ...     check_arguments(shift, locals())
@@ -87,7 +87,7 @@ def check_minimum(function: Callable[..., Any], minimum: int, **values: float) -
 
 
 def check_path(function: Callable[..., Any], name: str, path: str | os.PathLike[str]) -> None:
-    """Refuse what no file system takes as a path.
+    """Refuse a path that is invalid in every file system.
 
     Raises:
         ArgumentError: It is empty, or holds a null byte or a name that is too long.
@@ -110,10 +110,10 @@ def check_target(function: Callable[..., Any], name: str, path: str | os.PathLik
 
 
 def check_weights(function: Callable[..., Any], name: str, model: nn.Module, *, allow_meta: bool = False) -> None:
-    """Refuse a network without values: with lazy layers before their first run, or on the meta device.
+    """Refuse a network without values: with uninitialized lazy layers, or on the meta device.
 
     Raises:
-        ArgumentError: It is such.
+        ArgumentError: It has no values.
     """
     for path, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
@@ -129,10 +129,10 @@ def check_weights(function: Callable[..., Any], name: str, model: nn.Module, *, 
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """Return the device of a name, on which tensors can be made.
+    """Return a device after checking that tensors can be created on it.
 
     Raises:
-        ModelError: There is none.
+        ModelError: The device does not exist here, or is the meta device.
     """
     try:
         chosen = torch.device(device)
@@ -146,7 +146,7 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 
 def path_problem(path: str | os.PathLike[Any]) -> str | None:
-    """Describe what is wrong with the text of a path, whether or not anything is there; None: nothing."""
+    """Return what is wrong with a path as text, whether or not it exists; None if it is valid."""
     text = os.fspath(path)
     if not isinstance(text, str):
         return "it is bytes, expected text"
@@ -161,7 +161,7 @@ def path_problem(path: str | os.PathLike[Any]) -> str | None:
 
 @functools.cache
 def _hints(function: Callable[..., Any]) -> tuple[tuple[str, Any], ...]:
-    """Return name and annotation of each parameter; one that takes any number of values has a tuple of them."""
+    """Return name and annotation of each parameter; that of `*args` becomes a tuple of any length."""
     hints = get_type_hints(inspect.unwrap(function))
     listed = []
     for name, parameter in inspect.signature(function).parameters.items():
@@ -172,7 +172,7 @@ def _hints(function: Callable[..., Any]) -> tuple[tuple[str, Any], ...]:
 
 
 def _mismatch(where: str, value: Any, hint: Any) -> tuple[str, Any, Any] | None:
-    """Return the place, the value and the annotation that do not fit; None where all fits."""
+    """Return the place, value and annotation of a mismatch; None if the value fits."""
     options = _options(hint)
     if isinstance(value, (str, os.PathLike)) and any(_kind(option) in (Path, os.PathLike) for option in options):
         return None if path_problem(value) is None else (where, value, os.PathLike)
@@ -183,7 +183,7 @@ def _mismatch(where: str, value: Any, hint: Any) -> tuple[str, Any, Any] | None:
 
 
 def _mismatch_inside(where: str, value: Any, hint: Any) -> tuple[str, Any, Any] | None:
-    """Look at the elements of a container; those of an iterator are not looked at, which would consume them."""
+    """Check the elements of a container; those of an iterator are skipped, as checking would consume them."""
     inner = get_args(hint)
     if not inner or get_origin(hint) in (Literal, type, collections.abc.Callable):
         return None
@@ -204,7 +204,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _kind(hint: Any) -> Any:
-    """Return the class that an annotation names, without what it says of elements; of a choice that of the choices."""
+    """Return the class of an annotation without its element types; for a `Literal`, the class of its values."""
     if get_origin(hint) is Literal:
         return type(get_args(hint)[0])
     return get_origin(hint) or hint
@@ -233,13 +233,13 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):  # as an optimizer's learning rate may be
+    if isinstance(value, torch.Tensor):  # the learning rate of an optimizer may be a tensor
         return value.ndim == 0 and value.is_floating_point() and not value.is_meta and math.isfinite(value.item())
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number that no float can hold
+    except OverflowError:  # an integer beyond the range of floats
         return False
 
 
@@ -271,7 +271,7 @@ def _word(hint: Any) -> str:
 
 
 def _advice(value: Any, hint: Any) -> str:
-    """Describe what to write instead, for what is passed by mistake most often."""
+    """Return what to write instead, for the most frequent mistakes; empty for any other value."""
     kinds = {_kind(option) for option in _options(hint)}
     if nn.Module in kinds and (advice := _network_instead_of(value)):
         return advice

@@ -1,8 +1,8 @@
-"""The card: what a model carries about itself, as plain data.
+"""The card: metadata of a model, as plain data.
 
-A card travels with the module (as the attribute `regraft_card`, which survives `deepcopy` and `torch.save` and is no
+A card is stored with the module (as the attribute `regraft_card`, which survives `deepcopy` and `torch.save` and is not
 part of the state dict) and in the header of a checkpoint. It holds the recipe that rebuilds the architecture, the
-preprocessing of its images, the class names and the last metrics.
+preprocessing of images, the class names and the last metrics.
 """
 
 from typing import Any, Literal
@@ -15,21 +15,19 @@ from regraft.fields import CheckedFields
 ATTRIBUTE = "regraft_card"
 
 
-class _Plain(CheckedFields):
-    model_config = ConfigDict(frozen=True, extra="allow")  # what a newer version writes outlives this one
+class _FrozenFields(CheckedFields):
+    model_config = ConfigDict(frozen=True, extra="allow")  # keeps the fields of a newer version
 
 
-class Source(_Plain):
-    """Where an architecture and its first weights come from.
+class Source(_FrozenFields):
+    """The origin of an architecture and of its initial weights.
 
     Attributes:
-        name: `"resnet18"`, `"timm/NAME"`, `"py:FILE_OR_MODULE:Class"`, or `"torch.nn"` for layers that stand in
-            `layers`.
+        name: `"resnet18"`, `"timm/NAME"`, `"py:FILE_OR_MODULE:Class"`, or `"torch.nn"` for the layers in `layers`.
         weights: `"none"`, a registered name such as `"IMAGENET1K_V1"`, or the name of a file.
-        layers: A layer expression for a network that text can describe, as in `"Sequential(Linear(8, 4), ReLU())"`;
-            None for one with a name.
-        parts: For a network made of several (`"stitch"`, `"graft"`), the recipes of these.
-        arguments: How the parts are put together, as JSON data.
+        layers: A layer expression such as `"Sequential(Linear(8, 4), ReLU())"`; None for a network with a name.
+        parts: For a network joined from several (`"stitch"`, `"graft"`), their recipes.
+        arguments: How the parts are joined, as JSON data.
     """
 
     name: str
@@ -39,10 +37,10 @@ class Source(_Plain):
     arguments: dict[str, Any] = Field(default_factory=dict)
 
 
-class Step(_Plain):
-    """One edit: the public function's name, and what it was given beside the model, as JSON data.
+class Step(_FrozenFields):
+    """One edit: the name of the public function, and its arguments except the model, as JSON data.
 
-    Layers are written as text, as in `"Linear(512, 10)"`.
+    Layers are text, as in `"Linear(512, 10)"`.
     """
 
     operation: Literal["append", "insert", "remove", "replace", "replace_head", "replace_stem", "truncate"]
@@ -52,7 +50,7 @@ class Step(_Plain):
         return f"{self.operation}({', '.join(f'{name}={value!r}' for name, value in self.arguments.items())})"
 
 
-class Recipe(_Plain):
+class Recipe(_FrozenFields):
     """A source and the edits that were applied to it, in order."""
 
     source: Source
@@ -66,21 +64,21 @@ class Recipe(_Plain):
 Source.model_rebuild()
 
 
-class Preprocessing(_Plain):
-    """How an image file becomes the tensor that a network expects.
+class Preprocessing(_FrozenFields):
+    """The conversion of an image file to the input tensor of a network.
 
-    The image is resized to `resize` as `crop_mode` says, its middle `size` × `size` pixels are kept, with a border
-    where it is smaller, scaled to [0, 1], and normalized per channel.
+    The image is resized to `resize` according to `crop_mode`, cropped at its center to `size` × `size` pixels (with a
+    border if it is smaller), scaled to [0, 1], and normalized per channel.
 
     Attributes:
-        size: Side of the square that the network sees, in pixels.
+        size: Side of the square input, in pixels.
         resize: Length of the resized side before the crop, in pixels.
         mean: Subtracted per channel; its length is the number of channels (1: gray, 3: RGB).
-        std: Divided by per channel.
+        std: Divisor per channel.
         interpolation: Filter for resizing.
-        crop_mode: `center`: the shorter side becomes `resize`, and the border is black, as in torchvision; `squash`:
-            both sides do, whatever the photo's form; `border`: the longer side does, and the border has the color
-            `mean`. Source: timm's `crop_mode`.
+        crop_mode: Which side becomes `resize`. `center`: the shorter side, with a black border, as in torchvision;
+            `squash`: both sides, without keeping the aspect ratio; `border`: the longer side, with a border of the
+            color `mean`. Source: timm's `crop_mode`.
     """
 
     size: int = Field(default=224, ge=1)
@@ -107,7 +105,7 @@ class Preprocessing(_Plain):
         return tuple(round(255 * value) if self.crop_mode == "border" else 0 for value in self.mean)
 
     def summary(self) -> str:
-        """Return all of it in one line, in words."""
+        """Return a description in one line."""
         sides = {"center": "shorter side", "squash": "both sides", "border": "longer side"}[self.crop_mode]
         return (
             f"{sides} to {self.resize}, middle {self.size}×{self.size}, {self.interpolation}, mean {self.mean}, "
@@ -116,20 +114,20 @@ class Preprocessing(_Plain):
 
     @property
     def input_size(self) -> tuple[int, int, int, int]:
-        """Shape of one image as the network takes it, batch included: (1, C, H, W)."""
+        """Shape of one image as input of the network, including the batch: (1, C, H, W)."""
         return (1, self.channels, self.size, self.size)
 
 
-class Card(_Plain):
-    """Everything that a model knows about itself beside its weights; each field may be unknown (None).
+class Card(_FrozenFields):
+    """The metadata of a model; each field may be unknown (None).
 
     Attributes:
-        recipe: What rebuilds its architecture.
-        preprocessing: What its images go through.
-        task: What it was trained for.
+        recipe: How to rebuild its architecture.
+        preprocessing: Preprocessing of its images.
+        task: The task that it was trained for.
         classes: Names of its outputs, in their order.
-        metrics: What it was measured to do, as JSON data.
-        carried: What the header of its file says that this version does not know; saved with it again.
+        metrics: Measured results, as JSON data.
+        carried: Fields in the header of its file that this version does not know; they are saved again.
     """
 
     recipe: Recipe | None = None
@@ -141,11 +139,11 @@ class Card(_Plain):
 
 
 def card_of(model: nn.Module) -> Card:
-    """Return the card that `model` carries, or an empty one."""
+    """Return the card of `model`, or an empty one."""
     return getattr(model, ATTRIBUTE, None) or Card()
 
 
 def attach(model: nn.Module, **fields: Any) -> nn.Module:
-    """Update fields of the card that `model` carries, and return the model."""
+    """Update fields of the card of `model`, and return the model."""
     setattr(model, ATTRIBUTE, card_of(model).model_copy(update=fields))
     return model

@@ -1,20 +1,20 @@
-"""Every error that regraft raises on purpose.
+"""The exceptions of regraft.
 
     RegraftError
-    ├── InputError            what was given is wrong; nothing was changed (exit code 2)
-    │   ├── ArgumentError     an argument is of a kind that a function does not take
+    ├── InputError            the input is wrong; nothing was changed (exit code 2)
+    │   ├── ArgumentError     an argument is of a type that a function does not accept
     │   ├── ConfigError       an option, a configuration file, an output folder
     │   ├── DataError         folders, photos, tables, datasets
     │   ├── ModelError        model names, model classes
-    │   │   └── ForwardError  a forward that fails
+    │   │   └── ForwardError  a forward pass that fails
     │   ├── SelectionError    layer patterns, nothing left to train
     │   ├── EditError         an edit that does not fit the network
     │   ├── CheckpointError   files that cannot be read, weights that do not fit
-    │   ├── TrustError        code would have to be imported, and nobody said that it may
+    │   ├── TrustError        code would have to be imported without permission
     │   └── LossError         a loss that is not one finite number
-    └── RunError              something outside failed: a disk, a download (exit code 1)
+    └── RunError              an external failure: a disk, a download (exit code 1)
 
-    Interrupted               Ctrl-C or SIGTERM, after what was reached so far was kept (exit code 130 or 143)
+    Interrupted               Ctrl-C or SIGTERM, after the state so far was saved (exit code 130 or 143)
 
 A message has four parts in this order: what failed (with the value), where, what was expected, what to do next.
 """
@@ -22,23 +22,23 @@ A message has four parts in this order: what failed (with the value), where, wha
 import difflib
 from collections.abc import Iterable
 
-MAX_MESSAGE = 2_000  # characters of what a file says of itself
+MAX_MESSAGE = 2_000  # characters; messages quote names from files
 
 
 class RegraftError(Exception):
-    """The root: catch this to catch everything that regraft raises on purpose."""
+    """Base class of all exceptions of regraft, except `Interrupted`."""
 
     exit_code = 1
 
 
 class InputError(RegraftError):
-    """Something that was given is wrong, and nothing was changed."""
+    """The input is wrong; nothing was changed."""
 
     exit_code = 2
 
 
 class ArgumentError(InputError):
-    """An argument of a public function is of a kind that the function does not take, as its annotation says."""
+    """An argument of a public function is of a type that its annotation does not allow."""
 
 
 class ConfigError(InputError):
@@ -50,16 +50,16 @@ class DataError(InputError):
 
 
 class ModelError(InputError):
-    """A model's name, its class or its forward is wrong."""
+    """A model's name, its class or its forward pass is wrong."""
 
 
 class ForwardError(ModelError):
-    """A model's forward fails on what it was given.
+    """A model's forward pass fails on its input.
 
     Attributes:
-        path: Dotted path of the layer in which it failed; empty for the model's own forward, None where unknown.
-        given: Shapes of the tensors that this layer was given.
-        reason: What it said.
+        path: Dotted path of the layer in which it failed; empty for the model's own forward, None if unknown.
+        given: Shapes of the input tensors of this layer.
+        reason: The original message.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class EditError(InputError):
 class CheckpointError(InputError):
     """A file cannot be read, or its weights do not fit.
 
-    The message quotes names from that file, which may be of any length: a long one is cut in its middle.
+    The message quotes names from that file, which may be of any length: a long message is shortened in its middle.
     """
 
     def __init__(self, message: str) -> None:
@@ -89,7 +89,7 @@ class CheckpointError(InputError):
 
 
 class TrustError(InputError):
-    """Code would have to be imported, and nobody said that it may."""
+    """Code would have to be imported, but the caller did not allow it."""
 
 
 class LossError(InputError):
@@ -97,15 +97,15 @@ class LossError(InputError):
 
 
 class RunError(RegraftError):
-    """Something outside of regraft failed while it ran."""
+    """An external failure while regraft ran, such as a full disk."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM during training; the message says what was kept and where, and how to go on.
+    """Ctrl-C or SIGTERM during training; the message says what was saved, where, and how to resume.
 
     Args:
-        message: What it says.
-        number: Of the signal, which the exit code follows.
+        message: The message.
+        number: Number of the signal; the exit code is 128 + number.
     """
 
     exit_code = 130
@@ -116,10 +116,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 def nearest(name: str, known: Iterable[str], *, prefix: str = "Nearest: ") -> str:
-    """Name the known words that `name` was probably meant to be.
+    """Suggest the known names that are most similar to `name`.
 
     Returns:
-        `"Nearest: 'a', 'b'."`, or an empty string where nothing is near.
+        `"Nearest: 'a', 'b'."`, or an empty string if no name is similar.
 
     >>> nearest("resnet8", ["resnet18", "vgg16"])
     "Nearest: 'resnet18'."

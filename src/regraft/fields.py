@@ -1,4 +1,4 @@
-"""Plain values with checked fields, whose constructors raise errors of regraft."""
+"""pydantic models whose constructors raise errors of regraft."""
 
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -10,10 +10,10 @@ MAX_SHOWN = 60  # characters of a value in a message
 
 
 class CheckedFields(BaseModel):
-    """A pydantic model that a user may construct: a field that is wrong is a `ConfigError`.
+    """A pydantic model for users to construct: a wrong field raises a `ConfigError`.
 
-    Only the constructor itself does so: what pydantic validates from data (`model_validate`, a field that is a model)
-    still raises its own `ValidationError`, to which whoever reads the data adds where it stands.
+    Only the constructor does so. Validation of data (`model_validate`, a field that is a model) still raises pydantic's
+    `ValidationError`, to which the reader of the data adds the file and the place.
     """
 
     if not TYPE_CHECKING:  # type checkers see the fields, which a signature would hide
@@ -24,16 +24,16 @@ class CheckedFields(BaseModel):
             except ValidationError as error:
                 raise ConfigError(f"{type(self).__name__}: {explain(error, type(self))}.") from error
 
-        __init__.__pydantic_base_init__ = True  # pydantic's mark of constructors that validation may pass by
+        __init__.__pydantic_base_init__ = True  # pydantic's flag for constructors that validation may skip
 
 
 def explain(error: ValidationError, kind: type[BaseModel], help_text: str = "") -> str:
-    """Describe what is wrong with the fields of a model, and which were meant where a name is unknown.
+    """Describe the wrong fields of a model; for an unknown name, suggest similar ones.
 
     Args:
-        error: What pydantic said.
+        error: The error of pydantic.
         kind: The class of the model.
-        help_text: What to do about a name that is near none.
+        help_text: Advice for an unknown name without similar ones.
     """
     return "; ".join(_explain(problem, kind, help_text) for problem in error.errors())
 

@@ -1,8 +1,8 @@
-"""What timm and transformers say about the images of their networks → `Preprocessing`.
+"""Convert the image configuration of timm and transformers to `Preprocessing`.
 
 timm keeps it in `pretrained_cfg`. transformers keeps it in an image processor, in a file of its own beside the weights,
-and each architecture may resize in code of its own. So the processor is asked: of the ways in which its configuration
-can be read, the one is taken that gives what it gives for a test image. No network is used.
+and each architecture may have its own code for resizing. So the processor is run on a test image: of all readings of
+its configuration, the one with the nearest output is chosen. Nothing is downloaded.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ from torch import nn
 
 from regraft.card import Preprocessing
 
-FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # of PIL's Resampling
-TEST_SIZE = (300, 221)  # width and height of the test image
-MAX_DISTANCE = 0.02  # of normalized values, between the rounding of two resizing filters
+FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # values of PIL's Resampling
+TEST_SIZE = (300, 221)  # width and height of the test image, in pixels
+MAX_DISTANCE = 0.02  # mean difference of normalized values; allows for rounding in two implementations of a filter
 
 
 def of_timm(config: Mapping[str, Any]) -> Preprocessing:
-    """Return what timm's `pretrained_cfg` says, as its `create_transform` does it."""
+    """Return the preprocessing in timm's `pretrained_cfg`, as its `create_transform` applies it."""
     size = config["input_size"][-1]
     return Preprocessing(
         size=size,
@@ -36,13 +36,13 @@ def of_timm(config: Mapping[str, Any]) -> Preprocessing:
 
 
 def of_transformers(model: nn.Module) -> tuple[Preprocessing, str] | None:
-    """Return how a network of transformers prepares images, and where that was read, in words.
+    """Return the preprocessing of a network of transformers, and where it was read, as text.
 
-    Its image processor is looked for in the folder or in the cache that the network was loaded from. Where it has
-    none, that of its architecture is taken, at the size that the network's own configuration names.
+    Its image processor is searched for in the folder or cache that the network was loaded from. Without one, the
+    default processor of its architecture is used, at the size in the network's own configuration.
 
     Args:
-        model: Any module; None is returned for one of other libraries, or that takes no images.
+        model: Any module; the result is None for networks of other libraries, or without image input.
     """
     config = getattr(model, "config", None)
     if "transformers" not in sys.modules or not isinstance(getattr(config, "model_type", None), str):
@@ -51,7 +51,7 @@ def of_transformers(model: nn.Module) -> tuple[Preprocessing, str] | None:
         return None
     name = getattr(model, "name_or_path", "") or getattr(config, "name_or_path", "")
     if name:
-        with contextlib.suppress(Exception), _quiet():  # no file, a damaged one, code that would have to be trusted
+        with contextlib.suppress(Exception), _quiet():  # no file, a damaged file, or code that is not trusted
             from transformers import AutoImageProcessor
 
             processor = AutoImageProcessor.from_pretrained(name, local_files_only=True, trust_remote_code=False)
@@ -60,10 +60,10 @@ def of_transformers(model: nn.Module) -> tuple[Preprocessing, str] | None:
     with contextlib.suppress(Exception), _quiet():
         from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-        known: Any = IMAGE_PROCESSOR_MAPPING
-        kind: Any = known[type(config)]
+        processors: Any = IMAGE_PROCESSOR_MAPPING
+        kind: Any = processors[type(config)]
         kind = next(iter(kind.values())) if isinstance(kind, dict) else kind
-        kind = next(one for one in kind if one is not None) if isinstance(kind, tuple) else kind
+        kind = next(candidate for candidate in kind if candidate is not None) if isinstance(kind, tuple) else kind
         usual = of_processor(kind())
         if size is not None:
             usual = usual.model_copy(update={"size": size, "resize": round(size * usual.resize / usual.size)})
@@ -75,15 +75,15 @@ def of_transformers(model: nn.Module) -> tuple[Preprocessing, str] | None:
 
 
 def is_processor(value: object) -> bool:
-    """Return whether a value is an image processor of transformers, or a processor that holds one."""
+    """Return whether a value is an image processor of transformers, or a processor that contains one."""
     return hasattr(getattr(value, "image_processor", value), "image_mean")
 
 
 def of_processor(processor: Any) -> Preprocessing:
-    """Return what an image processor of transformers does to an image.
+    """Return the preprocessing that an image processor of transformers applies.
 
     Raises:
-        ValueError: It is none, or what it does cannot be said: its output has no size of its own.
+        ValueError: It is not an image processor, or its output has no fixed size.
     """
     processor = getattr(processor, "image_processor", processor)
     readings = list(_readings(processor))
@@ -93,7 +93,7 @@ def of_processor(processor: Any) -> Preprocessing:
     try:
         with torch.no_grad(), _quiet():
             expected = torch.as_tensor(processor(images=image, return_tensors="pt")["pixel_values"]).squeeze(0)
-    except Exception:  # what it needs beside images is unknown
+    except Exception:  # it needs other inputs than images
         return readings[0]
     best = min(readings, key=lambda reading: _distance(reading, image, expected))
     if _distance(best, image, expected) > MAX_DISTANCE:  # normalized twice, as by EfficientNet's, or with an offset
@@ -104,7 +104,7 @@ def of_processor(processor: Any) -> Preprocessing:
 
 
 def _readings(processor: Any) -> Iterator[Preprocessing]:
-    """Yield the ways in which a configuration can be read, the likeliest first."""
+    """Yield the possible readings of a processor's configuration, the most likely first."""
     resized, cropped = getattr(processor, "size", None), getattr(processor, "crop_size", None)
     is_cropped = bool(getattr(processor, "do_center_crop", False))
     edge, side, crop = _part(resized, "shortest_edge"), _side(resized), _side(cropped)
@@ -131,7 +131,10 @@ def _readings(processor: Any) -> Iterator[Preprocessing]:
 
 
 def _distance(reading: Preprocessing, image: Image.Image, expected: torch.Tensor) -> float:
-    """Return how far an image prepared as a reading says is from another; infinite where the sizes differ."""
+    """Return the mean absolute difference between an image preprocessed by a reading and the expected values.
+
+    Infinite if the shapes differ.
+    """
     pixels = _prepared(reading, image)
     if expected.shape != pixels.shape:
         return float("inf")
@@ -140,7 +143,7 @@ def _distance(reading: Preprocessing, image: Image.Image, expected: torch.Tensor
 
 
 def _with_fitted_statistics(reading: Preprocessing, image: Image.Image, expected: torch.Tensor) -> Preprocessing | None:
-    """Return a reading with the mean and deviation of each channel that explain the expected values best."""
+    """Return a reading with mean and deviation of each channel fitted to the expected values by least squares."""
     pixels = _prepared(reading, image)
     if expected.shape != pixels.shape:
         return None
@@ -154,7 +157,7 @@ def _with_fitted_statistics(reading: Preprocessing, image: Image.Image, expected
 
 
 def _prepared(reading: Preprocessing, image: Image.Image) -> torch.Tensor:
-    """Return an image resized and cropped as a reading says, (C, size, size) from 0 to 1."""
+    """Return an image resized and cropped by a reading, (C, size, size), from 0 to 1."""
     from torchvision.transforms.v2 import functional as F
 
     pixels = F.pil_to_tensor(image)
@@ -167,7 +170,7 @@ def _prepared(reading: Preprocessing, image: Image.Image) -> torch.Tensor:
 
 
 def _test_image() -> Image.Image:
-    """Return an image whose every part is different, without sharp edges."""
+    """Return a smooth image in which every region is different, so that any crop can be recognized."""
     width, height = TEST_SIZE
     x, y = torch.meshgrid(torch.linspace(0, 1, width), torch.linspace(0, 1, height), indexing="xy")
     channels = torch.stack([x, y, 0.5 + 0.5 * torch.sin(9 * x * y)], -1)  # (H, W, 3)
@@ -195,7 +198,7 @@ def _side(size: Any) -> int | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from saying what it assumes."""
+    """Suppress the warnings of transformers about its defaults."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

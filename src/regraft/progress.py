@@ -1,4 +1,4 @@
-"""What a long job tells whoever waits for it; silent unless a shell passes something that speaks."""
+"""Progress of long jobs: silent by default, shown if the command line or the caller passes a listener."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -7,13 +7,13 @@ Item = TypeVar("Item")
 
 
 class Progress:
-    """A silent listener. The command line passes one that draws bars and prints lines."""
+    """A silent listener. The command line passes a subclass that draws bars and prints lines."""
 
     def say(self, line: str) -> None:
-        """Take one line of plain text about what happens next or what just happened."""
+        """Report one line of plain text about the current step."""
 
     def track(self, items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-        """Pass `items` through unchanged, counting them as they go by."""
+        """Yield `items` unchanged; a subclass counts them."""
         yield from items
 
 

@@ -1,7 +1,7 @@
-"""Names of networks → modules and their preprocessing.
+"""Build networks by name, with their preprocessing.
 
 A name is bare for torchvision (`resnet18`), `timm/NAME` for timm, and `py:path/file.py:Class` or
-`py:package.module:Class` for a class of the user's own, which is imported only where that was allowed.
+`py:package.module:Class` for a user's own class, which is imported only if that is allowed.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from regraft.errors import InputError, ModelError, TrustError, nearest
 from regraft.preprocessing import is_processor, of_processor, of_timm, of_transformers
 
 TIMM = "timm/"
-TIMM_NAME = re.compile(r"\w+(\.[\w-]+)?")  # and a tag; anything else could be a place to load from
+TIMM_NAME = re.compile(r"\w+(\.[\w-]+)?")  # NAME.TAG; timm takes other forms as places to load from
 PYTHON = "py:"
 NETWORK_LIBRARIES = ("http", "huggingface_hub", "httpx", "httpx2", "httpcore2")
 
@@ -48,9 +48,9 @@ def build(name: str, *, weights: str = "none", trust_code: bool = False) -> nn.M
 
     Args:
         name: See this module's docstring.
-        weights: `"none"`, `"default"` (the library's recommended pretrained weights, downloaded where needed; a
-            user's own class keeps what its constructor set), or a registered name such as `"IMAGENET1K_V2"`.
-        trust_code: Whether a class of the user's own may be imported.
+        weights: `"none"`, `"default"` (the library's recommended pretrained weights, downloaded if needed; a user's
+            own class keeps its initial weights), or a registered name such as `"IMAGENET1K_V2"`.
+        trust_code: Whether a user's own class may be imported.
 
     Raises:
         ModelError: The name is unknown, the class cannot be built without arguments, or weights cannot be downloaded.
@@ -67,10 +67,13 @@ def build(name: str, *, weights: str = "none", trust_code: bool = False) -> nn.M
 
 
 def weights_name(name: str, weights: object) -> str | Path:
-    """Return weights as a name or a file, from what people pass: None, torchvision's enums, or the names of those.
+    """Normalize an argument `weights`: None, a file, a name, or a member of torchvision's enums or its name.
+
+    Returns:
+        A file as a `Path`; otherwise the name of weights, `"default"` or `"none"`.
 
     Raises:
-        ModelError: They are of another network, or no weights at all.
+        ModelError: The weights belong to another network, or the value is of another type.
     """
     if weights is None:
         return "none"
@@ -98,18 +101,17 @@ def weights_name(name: str, weights: object) -> str | Path:
 
 
 def preprocessing_of(model: nn.Module) -> Preprocessing:
-    """Return how images are prepared for `model`: what its card says, or what its own attributes suggest.
+    """Return the preprocessing of images for `model`: that of its card, or one derived from its attributes.
 
-    A class of the user's own may carry an attribute `preprocessing` (a `Preprocessing`, a dict of its fields, or an
-    image processor of transformers). timm's `pretrained_cfg` is understood, and so are networks of transformers, also
-    where they are part of the model. Otherwise ImageNet's usual values are taken, with one channel where the first
-    convolution has one.
+    A user's own class may have an attribute `preprocessing` (a `Preprocessing`, a dict of its fields, or an image
+    processor of transformers). timm's `pretrained_cfg` and networks of transformers are supported, also as a part of
+    the model. The default is ImageNet's preprocessing, or one for gray images if the first convolution has one channel.
     """
     return _preprocessing_and_source(model)[0]
 
 
 def preprocessing_source(model: nn.Module) -> str | None:
-    """Return where the preprocessing of a network of transformers was read, in words; None for any other."""
+    """Return where the preprocessing of a network of transformers was read, as text; None for any other network."""
     return _preprocessing_and_source(model)[1]
 
 
@@ -132,14 +134,14 @@ def _preprocessing_and_source(model: nn.Module) -> tuple[Preprocessing, str | No
     for layer in model.modules():
         timm_config = getattr(layer, "pretrained_cfg", None)
         if isinstance(timm_config, dict) and timm_config.get("input_size") and timm_config.get("mean"):
-            return _in_gray(of_timm(timm_config), is_gray), None
+            return _as_gray(of_timm(timm_config), is_gray), None
         if (reading := of_transformers(layer)) is not None:
-            return _in_gray(reading[0], is_gray), reading[1]
+            return _as_gray(reading[0], is_gray), reading[1]
     return (Preprocessing(mean=(0.5,), std=(0.5,)) if is_gray else Preprocessing()), None
 
 
-def _in_gray(preprocessing: Preprocessing, is_gray: bool) -> Preprocessing:
-    """Return preprocessing for gray images where a network takes them, whatever it was trained on before."""
+def _as_gray(preprocessing: Preprocessing, is_gray: bool) -> Preprocessing:
+    """Convert preprocessing to one channel if a network takes gray images."""
     if not is_gray or preprocessing.channels == 1:
         return preprocessing
     averages = {name: (sum(getattr(preprocessing, name)) / 3,) for name in ("mean", "std")}
@@ -147,7 +149,7 @@ def _in_gray(preprocessing: Preprocessing, is_gray: bool) -> Preprocessing:
 
 
 def import_object(reference: str, *, trust_code: bool) -> Any:
-    """Import what `py:path/file.py:name` or `py:package.module:name` names.
+    """Import the object that `py:path/file.py:name` or `py:package.module:name` refers to.
 
     Raises:
         TrustError: `trust_code` is false; nothing was imported.
@@ -203,8 +205,8 @@ def _build_torchvision(name: str, weights: str) -> tuple[nn.Module, Preprocessin
             f"no weights '{weights}' for {name}: it is neither a file nor one of "
             f"{', '.join(entry.name for entry in known)}."
         )
-    with _downloads(name):
-        model = models.get_model(name, weights=chosen, **_resolved_arguments(name))
+    with _network_errors(name):
+        model = models.get_model(name, weights=chosen, **_extra_arguments(name))
     preset = (chosen or cast(Any, known).DEFAULT).transforms()
     preprocessing = Preprocessing(
         size=preset.crop_size[0],
@@ -216,8 +218,8 @@ def _build_torchvision(name: str, weights: str) -> tuple[nn.Module, Preprocessin
     return model, preprocessing, chosen.name if chosen else "none"
 
 
-def _resolved_arguments(name: str) -> dict[str, Any]:
-    # Both constructors warn until they are told; True is what they do today.
+def _extra_arguments(name: str) -> dict[str, Any]:
+    # Both constructors warn unless the argument is given; True is their default.
     return {"init_weights": True} if name in ("inception_v3", "googlenet") else {}
 
 
@@ -231,7 +233,7 @@ def _build_timm(name: str, weights: str) -> tuple[nn.Module, Preprocessing, str]
     if bare.split(".")[0] not in timm.list_models() or not TIMM_NAME.fullmatch(bare):
         raise ModelError(_unknown_model(name))
     try:
-        with _downloads(name):
+        with _network_errors(name):
             model = timm.create_model(bare, pretrained=pretrained)
     except RuntimeError as error:
         raise ModelError(f"timm cannot build '{bare}': {error}") from error
@@ -253,14 +255,14 @@ def _timm_names() -> list[str]:
 
 def _unknown_model(name: str) -> str:
     known = _torchvision_names() + _timm_names()
-    timms = [found for found in known if found == TIMM + name]
-    hint = f"Did you mean '{timms[0]}'? " if timms else f"{nearest(name, known)} ".lstrip()
+    in_timm = [candidate for candidate in known if candidate == TIMM + name]
+    hint = f"Did you mean '{in_timm[0]}'? " if in_timm else f"{nearest(name, known)} ".lstrip()
     return f"no model '{name}'. {hint}`regraft models` lists all; a class of your own is py:FILE:Class."
 
 
 @contextlib.contextmanager
-def _downloads(name: str) -> Iterator[None]:
-    """Turn whatever a library raises without a network into one error that says how to go on."""
+def _network_errors(name: str) -> Iterator[None]:
+    """Convert the network errors of all libraries to one error with advice."""
     try:
         yield
     except Exception as error:
@@ -279,13 +281,13 @@ def _import_file(path: Path) -> ModuleType:
         raise ModelError(f"no file '{path}' (looked from {Path.cwd()}). Give the path of the file with the class.")
     version = f"{path.resolve()} {path.stat().st_mtime_ns}"
     module_name = f"regraft_user_{path.stem}_{hashlib.sha256(version.encode()).hexdigest()[:8]}"
-    if module_name in sys.modules:  # importing it again would make a second class of the same name
+    if module_name in sys.modules:  # importing it again would create a second class of the same name
         return sys.modules[module_name]
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # so that dataclasses and pickling in that file find their module
+    sys.modules[module_name] = module  # dataclasses and pickling look up the module of a class
     try:
         return _run_import(lambda: (cast(Any, spec.loader).exec_module(module), module)[1], str(path))
     except ModelError:

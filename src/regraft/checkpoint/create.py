@@ -116,7 +116,7 @@ def rebuild(recipe: Recipe, *, trust_code: bool = False, unset: bool = False) ->
         TrustError: The source is the user's own code and `trust_code` is false.
         EditError: A step does not fit.
     """
-    # A caller who trusts code may run anything, so limits on a recipe protect nobody then.
+    # With trusted code, the recipe may run anything, so limits on it would have no effect.
     if not trust_code:
         _require_bounded(recipe)
     # Initialization is skipped only if nothing reads the values: layers given as text, stitched parts and a user's own

@@ -239,17 +239,17 @@ def pin_base(place: Place) -> tuple[Base, Contents]:
                         f"'{place}' is a delta over {DEPTH_LIMIT} others already, no more are read. Make a full file "
                         "of it first: regraft merge."
                     )
-                found = read_base(chain[0]) if len(chain) == 1 else _read_chain(chain)
+                contents = read_base(chain[0]) if len(chain) == 1 else _read_chain(chain)
         except MissingBaseError as error:
             raise CheckpointError(f"{error.problem} {merge_advice(place)}") from error
-        return Base(kind="file", name=place.name, digest=found.digest()), found
+        return Base(kind="file", name=place.name, digest=contents.digest()), contents
     model = _build_registered(place)
     recipe = card_of(model).recipe
     assert recipe is not None
     tensors, shared = untied_state_dict(model)
-    found = Contents(tensors, digests_of(tensors), shared)
+    contents = Contents(tensors, digests_of(tensors), shared)
     name = f"{recipe.source.name}@{recipe.source.weights}"
-    return Base(kind="registered", name=name, digest=found.digest()), found
+    return Base(kind="registered", name=name, digest=contents.digest()), contents
 
 
 def untied_state_dict(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -308,7 +308,7 @@ def _merge_delta(link: Link, base: Contents) -> Contents:
     kept = [name for name in base.expanded() if name not in replaced and name not in delta.tensors]
     base_tensors, base_digests = base.expanded(), base.all_digests()
     digests = {**{name: base_digests[name] for name in kept}, **delta.digests}
-    # The digests above are of bytes as read, so this verifies base, delta and the way that they were put together.
+    # The digests above were computed from the bytes as read, so this verifies base, delta and their combination.
     if digest_of(digests) != header.whole or not set(header.shared.values()) <= set(digests):
         raise CheckpointError(
             f"'{link.place}' is damaged: with its base '{header.base.name}' it does not make the network that was "

@@ -37,7 +37,8 @@ def train(
         str | None, Option(help="Initial weights of a linear head: auto, given or ridge. [default: auto]")
     ] = None,
     backbone_lr: Annotated[
-        float | None, Option(help="Learning rate of everything but the head. [default: as --lr]")
+        float | None,
+        Option(help="Learning rate of everything but the head. [default: as --lr; a twentieth with --unfreeze]"),
     ] = None,
     layer_decay: Annotated[float | None, Option(help="Learning-rate factor from each block to the one before.")] = None,
     weight_decay: Annotated[float | None, Option(help="Weight decay, except biases and norms. [default: 0.05]")] = None,

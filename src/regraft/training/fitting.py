@@ -98,7 +98,7 @@ def fit(
     if resume and config.out is None:
         raise ConfigError("resume needs the folder of the run. Pass out=….")
     saved_run = find_run(Path(config.out), progress) if resume and config.out is not None else None
-    with_resolved_options = saved_run.with_resolved_options(config) if saved_run is not None else config
+    resolved = saved_run.with_resolved_options(config) if saved_run is not None else config
     folder = None
     if config.out is not None:
         folder = RunFolder(Path(config.out), overwrite=overwrite, continues=saved_run is not None)
@@ -109,9 +109,7 @@ def fit(
         check_options(config, listing.task if listing and loss is None else None, trust_code=trust_code)
         with folder.locked() if folder is not None else nullcontext():
             with unchanged_on_failure(model):
-                setup = _prepare(
-                    model, data, listing, loss, with_resolved_options, run_state, progress, trust_code=trust_code
-                )
+                setup = _prepare(model, data, listing, loss, resolved, run_state, progress, trust_code=trust_code)
                 fingerprint = RunFingerprint.of(setup, config, is_named=is_named)
                 if saved_run is not None:
                     check_state(saved_run, setup, fingerprint)

@@ -61,7 +61,7 @@ def read_contents(checkpoint: OpenCheckpoint) -> Contents:
     Each tensor is read into its own memory and hashed at the same time, in several threads.
 
     Args:
-        checkpoint: Without a header, nothing is verified.
+        checkpoint: An open checkpoint; without a header, no digest is verified.
 
     Raises:
         CheckpointError: A file is missing or damaged, or a tensor has another digest than when it was saved.

@@ -120,7 +120,7 @@ def _to_plain(path: Path, value: Any, place: tuple[str, ...], known: dict[int, A
     known[id(value)] = None  # an object that contains itself ends here
     is_state_dict = any(isinstance(item, torch.Tensor) for item in entries.values())
     arrays = {key: array for key, item in entries.items() if (array := _array_to_tensor(item)) is not None}
-    # Arrays beside other values are statistics of a training; only a dict of nothing but numbers is a state dict.
+    # Arrays beside other values are statistics of a training; a dict of arrays and tensors alone is a state dict.
     if arrays and len(arrays) + sum(isinstance(item, torch.Tensor) for item in entries.values()) == len(entries):
         entries = {**entries, **arrays}
     if is_state_dict and may_hold_weights(".".join(place)):

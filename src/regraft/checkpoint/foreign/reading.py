@@ -117,7 +117,7 @@ def kind_of(path: Path) -> Kind:
 
 
 def unwrapping(entry: StateDict) -> list[str]:
-    """Describe in which entries of a file a state dict was found."""
+    """Describe from which entries of a file a state dict was taken."""
     if entry.parts:
         return [f"put together from the entries {', '.join(map(repr, entry.parts))}"]
     return [f"taken from the entry '{key}'" for key in entry.path]

@@ -110,7 +110,7 @@ class StateDicts:
         return matching[0]
 
     def _usual(self, path: tuple[str, ...]) -> StateDict | None:
-        """Follow the usual keys from `path` on, and return the state dict there; None where there is none."""
+        """Return the state dict under the usual keys from `path` on; None if none or several are left."""
         below = [entry for entry in self.entries if entry.path[: len(path)] == path]
         for key in WRAPPERS:
             if any(entry.path[len(path) : len(path) + 1] == (key,) for entry in below):
@@ -123,7 +123,7 @@ def state_dicts_of(content: Any, path: Path) -> StateDicts:
     """Find the state dicts in the content of a file.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: It holds no state dict.
     """
     entries = tuple(_find(content, (), set())) if isinstance(content, Mapping) else ()
     if not entries:

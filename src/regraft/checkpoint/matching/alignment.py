@@ -164,7 +164,7 @@ def _subsequence(file_units: Sequence[Unit], model_units: Sequence[Unit], *, by_
         for j in range(len(model_units) - 1, -1, -1):
             value = max(below[j], row[j + 1])
             if rows[i] == columns[j]:
-                # Similar names add at most 0.5 to a pair, so that they never outweigh one more pair.
+                # Each pair weighs 1 and similar names add at most 0.5, so the number of pairs counts more than names.
                 weight = 1 + (likeness(file_units[i].path, model_units[j].path) / 2 if by_name else 0)
                 gain[i, j] = weight
                 value = max(value, weight + below[j + 1])

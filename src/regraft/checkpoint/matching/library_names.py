@@ -99,7 +99,7 @@ def _starting_points(
 
 
 def _library_network(model: nn.Module) -> nn.Module:
-    """Return the network of a library inside of the user's model; the model itself where there is none, or several."""
+    """Return the only network of a library inside of the user's model; otherwise the model itself."""
     libraries = ("timm.models.", "transformers.models.")
     top: list[str] = []
     for path, layer in model.named_modules():

@@ -79,7 +79,7 @@ def propose(file_shapes: Shapes, model_shapes: Shapes, *, is_ordered: bool = Tru
     loose = {naming.names[source]: source for source in file_shapes if source not in placed}
     free = {name: model_shapes[name] for name in model_shapes if name not in matches}
     if loose and free:
-        # Units of the file carry the stripped names, which are more similar to the model's; `loose` leads back.
+        # Units of the file get the stripped names, which are closer to the model's. `loose` has the original ones.
         file_units = units_of({name: file_shapes[source] for name, source in loose.items()})
         model_units = units_of(free)
         total = max(1, len(units_of(model_shapes)))  # shares are of the whole model, not of what is free
@@ -337,7 +337,7 @@ def _match_shifted_rows(
         for number in model_numbers:
             for name in model_rows[row][number]:
                 if is_whole:
-                    # A name without a shifted source loses its equal one too: that belongs one layer further.
+                    # Without a shifted source, the equal name is dropped as well: it belongs to a neighboring layer.
                     source = sources[shifted[name]] if name in shifted else None
                     matches.pop(name, None)
                     if source is not None:

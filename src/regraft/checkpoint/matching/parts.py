@@ -43,7 +43,7 @@ def _groups(entries: Sequence[StateDict]) -> Iterator[list[StateDict]]:
 
 
 def _join(parts: Sequence[StateDict], model_shapes: Shapes) -> StateDict | None:
-    """Join parts into one state dict; None where no part has a layer, or two claim the same name."""
+    """Join parts; None where no part has a layer, several belong to the root, or two claim the same name."""
     common = _common_path(parts)
     tensors: Tensors = {}
     sources: dict[str, str] = {}
