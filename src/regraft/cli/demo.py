@@ -29,9 +29,8 @@ def demo(
         return
     _print_table("accuracy on held-out images, mean ± standard deviation of 5 seeds", result, "accuracy", "{:.3f}")
     _print_table("seconds to train and measure", result, "duration", "{:.2f}")
-    say(
-        f"{sum(len(outcome.accuracies) for outcome in result.outcomes)} runs in {result.seconds:.0f} seconds, measured on {result.held_out} images"
-    )
+    runs = sum(len(outcome.accuracies) for outcome in result.outcomes)
+    say(f"{runs} runs in {result.seconds:.0f} seconds, measured on {result.held_out} images")
     say(f"report     {report}")
 
 
