@@ -12,7 +12,7 @@ from regraft.anatomy.dataflow.graph import Flow, is_size, live_across_cut, tidy
 from regraft.anatomy.dataflow.values import BATCHES, Sizes, compute_values, sizes_of, value_key
 from regraft.anatomy.inputs import Inputs, arguments_for
 from regraft.errors import EditError, ModelError
-from regraft.surgery.edits import crossed, opened_for, visits_within
+from regraft.surgery.edits import calls_within, crossed, layers_to_trace
 from regraft.surgery.rewired import EditedModule, prune, rewire
 
 
@@ -27,7 +27,7 @@ def tail(model: nn.Module, after: str, *, inputs: Inputs | None = None) -> Edite
     sizes: list[Sizes] = []
 
     def change(flow: Flow) -> None:
-        module_calls = visits_within(flow, after)
+        module_calls = calls_within(flow, after)
         value = module_calls[-1].output if module_calls else None
         if not isinstance(value, fx.Node):
             raise EditError(f"cannot begin after '{after}': it gives no single tensor. Nothing was changed.")
@@ -40,7 +40,7 @@ def tail(model: nn.Module, after: str, *, inputs: Inputs | None = None) -> Edite
 
     try:
         back = rewire(
-            model, opened_for(model, after), change, closed=after, arguments=arguments_for(model, inputs=inputs)
+            model, layers_to_trace(model, after), change, closed=after, arguments=arguments_for(model, inputs=inputs)
         )
     except ModelError as error:
         raise EditError(f"cannot begin after '{after}': {str(error).rstrip('.')}. Nothing was changed.") from error
