@@ -1,4 +1,4 @@
-"""Look into a network and change nothing."""
+"""Inspect a network without changing it."""
 
 from regraft.anatomy.model_summary import summary
 from regraft.anatomy.summary_table import LayerSummary, ModelSummary

@@ -1,4 +1,4 @@
-"""Which heads of a network give the scores of classes, and how many scores each gives a class."""
+"""Find the heads of a network that give class scores, and how many scores each gives per class."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -57,7 +57,7 @@ def class_heads(model: nn.Module, inputs: Inputs | None = None) -> list[ClassHea
     elif len(set(widths.values())) == 1 and not everything and all(_is_width_shown(model, head) for head in heads):
         chosen = [ClassHead(head.path) for head in heads]
     names = {head.path: " ".join([head.path, *(name for name, _ in head.outputs)]).lower() for head in heads}
-    if not chosen or (len(heads) > 1 and any(OTHER_KINDS.search(names[one.path]) for one in chosen)):
+    if not chosen or (len(heads) > 1 and any(OTHER_KINDS.search(names[head.path]) for head in chosen)):
         raise EditError(_question(model, heads))
     return chosen
 

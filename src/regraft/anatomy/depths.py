@@ -1,4 +1,4 @@
-"""How deep in a network each parameter lies, counted in blocks from the input."""
+"""The depth of each parameter in a network, counted in blocks from the input, for layer-wise learning-rate decay."""
 
 import contextlib
 from collections.abc import Collection
@@ -16,12 +16,12 @@ from regraft.errors import ModelError
 def parameter_depths(model: nn.Module) -> dict[str, int]:
     """Return the depth of each parameter by name: 0 at the input, the largest at the head.
 
-    timm's networks say themselves what belongs together (`group_matcher`), also inside of another module. In all others
-    the blocks are the top-level layers in execution order, and instead of a stack of blocks (`nn.Sequential`,
-    `nn.ModuleList`), or of a layer that holds one at any depth, those inside of it. A single layer and its norm belong
-    to one block, and the head is one of its own. A parameter outside of all layers (a class token) lies where it is
-    first used; one that is never used is as deep as the head. A module that holds nothing but one network
-    (`DataParallel`, a class of your own around it) has the depths of that network.
+    timm's networks define their blocks (`group_matcher`), also where they lie inside of another module. In all others
+    the blocks are the top-level layers in execution order; a stack of blocks (`nn.Sequential`, `nn.ModuleList`), and a
+    layer that holds one at any depth, are replaced by the blocks inside. A single layer and its norm are one block, and
+    the head is a block of its own. A parameter outside of all layers (a class token) has the depth of its first use;
+    one that is never used is as deep as the head. A module that holds nothing but one network (`DataParallel`, a
+    wrapper class of the user's own) has the depths of that network.
 
     Raises:
         ModelError: The network has no `group_matcher`, and its forward fails on the guessed input.
@@ -34,6 +34,7 @@ def parameter_depths(model: nn.Module) -> dict[str, int]:
         with contextlib.suppress(ModelError):  # a list of layers, or one that takes what the module around it prepares
             depths = parameter_depths(model.get_submodule(inside))
             return {f"{inside}.{name}": depth for name, depth in depths.items()}
+    # Registration order may differ from execution order, so blocks are sorted by the first use of their parameters.
     first_uses = trace(model).first_uses
     parts = {path: _timm_groups(layer) for path, layer in model.named_children()}
     blocks = _blocks(model, skipped={path for path, part in parts.items() if part is not None})
@@ -42,7 +43,9 @@ def parameter_depths(model: nn.Module) -> dict[str, int]:
         for path, part in parts.items()
         if part is not None
     }
-    places: dict[str, tuple[int, int, str | None]] = {}  # when it is used, how deep in its own part, its block
+    # By parameter: first use, depth within a part of timm's, and block. Parameters of such a part share its first use:
+    # they stay together, and inside of the part timm's own rule sorts them.
+    places: dict[str, tuple[int, int, str | None]] = {}
     for name, moment in first_uses.items():
         part = next((path for path in begins if is_within(name, path)), None)
         if part is not None:
@@ -51,14 +54,16 @@ def parameter_depths(model: nn.Module) -> dict[str, int]:
         else:
             places[name] = (moment, 0, next((path for path in blocks if is_within(name, path)), None))
     depths: dict[str, int] = {}
-    depth, previous = -1, None
+    depth, previous = -1, None  # -1: no block has begun
     for name in sorted(places, key=lambda name: places[name][:2]):
         block = places[name][2]
         if block is None or block != previous:
-            opens = depth < 0 or (block is not None and not _joins(model, block, previous))
-            depth += opens
+            # A parameter outside of all blocks begins none, unless it is the first of all: it takes the current depth.
+            begins_block = depth < 0 or (block is not None and not _joins(model, block, previous))
+            depth += begins_block
             previous = block if block is not None else previous
         depths[name] = max(depth, 0)
+    # The head gets a depth of its own, also where it lies in the last block, as in a Sequential of features and head.
     heads = find_heads(model)
     in_heads = {name for name in depths if any(is_within(name, head) for head in heads)}
     if any(depths[name] == depth for name in depths.keys() - in_heads):
@@ -67,8 +72,8 @@ def parameter_depths(model: nn.Module) -> dict[str, int]:
 
 
 def _timm_groups(model: nn.Module) -> dict[str, int] | None:
-    """Return the depths of a network of timm's, by its own rule; None for all others."""
-    if not callable(getattr(type(model), "group_matcher", None)):  # of its class: wrappers hand on what is asked
+    """Return the depths that timm's own rule gives its networks; None for all others."""
+    if not callable(getattr(type(model), "group_matcher", None)):  # on the class: wrappers forward instance attributes
         return None
     from timm.models import group_parameters
 
@@ -77,6 +82,7 @@ def _timm_groups(model: nn.Module) -> dict[str, int] | None:
 
 
 def _blocks(model: nn.Module, prefix: str = "", skipped: Collection[str] = ()) -> list[str]:
+    """Return the paths of the blocks with parameters, in registration order."""
     blocks = []
     for name, child in model.named_children():
         if name in skipped or next(child.parameters(), None) is None:
@@ -87,9 +93,9 @@ def _blocks(model: nn.Module, prefix: str = "", skipped: Collection[str] = ()) -
 
 
 def _is_stack(layer: nn.Module, *, alike: bool = False) -> bool:
-    """Return whether a layer is a mere list of blocks; `alike`: of two or more of one kind, as a transformer's.
+    """Return whether a layer is a stack of blocks; `alike`: of two or more blocks of one class, as in a transformer.
 
-    A list of lists of single layers (convolution, norm, activation) is the inside of a block, as MobileNet has it.
+    A list of lists of single layers (convolution, norm, activation) is the inside of a block, as in MobileNet.
     """
     if not isinstance(layer, (nn.Sequential, nn.ModuleList)):
         return False

@@ -85,7 +85,7 @@ def find_auxiliary_heads(
     Args:
         model: Any module.
         inputs: What the forward takes; guessed where not given, see `summary`.
-        beside: Paths of the main classifiers; found where not given.
+        beside: Paths of the main classifiers. Default: those of `find_heads`.
     """
     prefix = ""
     child = sole_child(model)
@@ -171,9 +171,9 @@ def _path_of(model: nn.Module, origin: Origin, projecting: frozenset[str]) -> st
     belong to several, the innermost one around them. It has to be the only thing that the layer does.
     """
     shared, running = origin.projection.parameters, origin.projection.running
-    names = [name for one in shared for name in one]
-    owners = set.intersection(*({_owner(name) for name in one} for one in shared))
-    around = [path for path in reversed(running) if all(any(is_within(name, path) for name in one) for one in shared)]
+    names = [name for ties in shared for name in ties]
+    owners = set.intersection(*({_owner(name) for name in ties} for ties in shared))
+    around = [path for path in reversed(running) if all(any(is_within(name, path) for name in ties) for ties in shared)]
     in_use = [path for path in reversed(running) if path in owners]
     for path in [*in_use, *sorted(owners), *around[:1]]:
         if path and _is_alone(model, path, names, projecting):

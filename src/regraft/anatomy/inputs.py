@@ -1,4 +1,4 @@
-"""What a network is fed for a look: what was given, or a guess from its layers and its configuration."""
+"""Example inputs for tracing: the caller's, or guessed from the layers and the configuration of the model."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -26,12 +26,12 @@ IMAGE_SIDE = 224  # pixels
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a forward is called with. A tensor without values (on the meta device) stands for any of its shape.
+    """Arguments of a forward. A tensor on the meta device stands for any tensor of its shape.
 
     Attributes:
         args: Positional arguments.
         kwargs: Keyword arguments.
-        are_values_given: Whether the values are a user's own, not made up.
+        are_values_given: Whether the values are the caller's, not generated.
     """
 
     args: tuple[Any, ...] = ()
@@ -44,17 +44,17 @@ class Arguments:
         return shapes_of((self.args, self.kwargs))
 
     def without_values(self) -> "Arguments":
-        """Put an empty tensor in the place of each; with a twin of shapes alone, these are such as well."""
+        """Replace each tensor by an empty one; inside of `meta_copy` or `fake_copy` these hold no memory."""
         return self.mapped(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
 
     def with_values(self, device: torch.device) -> "Arguments":
-        """Copy the given values to `device`, and draw those that were not given; whole numbers are 0."""
+        """Copy given values to `device`, and draw values for meta tensors; those of integer dtype are 0."""
         return self.mapped(
             lambda tensor: _filled(tensor, device) if tensor.is_meta else tensor.detach().to(device, copy=True)
         )
 
     def of_batch(self, count: int) -> "Arguments":
-        """Put an empty tensor for a batch of `count` in the place of each that has one row for each image."""
+        """Replace each tensor by an empty one, with `count` rows where it has one row for each image."""
         rows = self._rows
         return self.mapped(
             lambda tensor: (
@@ -65,7 +65,7 @@ class Arguments:
         )
 
     def drawn(self, count: int, device: torch.device) -> "Arguments":
-        """Draw a batch of `count` images like those that are given.
+        """Draw random inputs for a batch of `count`, like the given ones.
 
         Floating-point numbers are drawn from the standard normal distribution. Whole numbers lie between the least and
         the greatest of the given ones; where these are no more than 1 (a mask), the given rows are repeated.
@@ -94,7 +94,7 @@ class Arguments:
         return shape[0] if shape else None
 
     def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Arguments":
-        """Return the same with another tensor in the place of each."""
+        """Return the arguments with `change` applied to each tensor."""
         args, kwargs = tree_map(
             lambda leaf: change(leaf) if isinstance(leaf, torch.Tensor) else leaf, (self.args, self.kwargs)
         )
@@ -102,7 +102,7 @@ class Arguments:
 
 
 def arguments_for(model: nn.Module, input_size: InputSize | None = None, inputs: Inputs | None = None) -> Arguments:
-    """Work out what to call `model` with; see `trace` for the arguments.
+    """Return the arguments to call `model` with; see `trace` for the parameters.
 
     Raises:
         ModelError: Both `input_size` and `inputs` were given, or one of them is of a wrong kind.
@@ -136,8 +136,8 @@ def guess_input_size(model: nn.Module) -> Shape:
         return (1, TOKENS)
     if isinstance(first, nn.RNNBase):
         return (1, TOKENS, first.input_size)
-    model = _speaking(model)
-    takes_images = _says_images(model)
+    model = _described_network(model)
+    takes_images = _describes_images(model)
     if isinstance(first, nn.Linear) and first.in_features and not takes_images:
         return (1, first.in_features)
     preprocessing = preprocessing_of(model)
@@ -151,12 +151,13 @@ def guess_input_size(model: nn.Module) -> Shape:
     return (1, channels, *(_own_sides(model) or (preprocessing.size, preprocessing.size)))
 
 
-def _speaking(model: nn.Module) -> nn.Module:
-    """Return the outermost network that says what images it takes, within `model`; else `model`."""
-    return next((layer for layer in model.modules() if _says_images(layer) or _own_sides(layer)), model)
+def _described_network(model: nn.Module) -> nn.Module:
+    """Return the outermost module of `model` that describes the images that it takes; `model` where there is none."""
+    return next((layer for layer in model.modules() if _describes_images(layer) or _own_sides(layer)), model)
 
 
-def _says_images(model: nn.Module) -> bool:
+def _describes_images(model: nn.Module) -> bool:
+    """Return whether a module has a card, a preprocessing or a configuration of timm's."""
     has_card = card_of(model).preprocessing is not None
     return has_card or hasattr(model, "preprocessing") or isinstance(getattr(model, "pretrained_cfg", None), dict)
 
@@ -179,7 +180,7 @@ def example_arguments(model: nn.Module, example: Any) -> Arguments:
 
 
 def _own_sides(model: nn.Module) -> tuple[int, int] | None:
-    """Read the height and width of images from a network that says them, as vision transformers do."""
+    """Return the height and width of images that a network stores, as vision transformers do; None for others."""
     if card_of(model).preprocessing is not None:
         return None
     for layer in (model, *model.children()):
@@ -230,7 +231,7 @@ def _first_layer(model: nn.Module) -> nn.Module | None:
 
 
 def _input_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of what `model` takes: whole numbers for words, else that of its first floating parameter."""
+    """Return the dtype of the inputs of `model`: int64 for token indices, else that of its first floating parameter."""
     if isinstance(_first_layer(model), (nn.Embedding, nn.EmbeddingBag)):
         return torch.int64
     dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
@@ -238,7 +239,7 @@ def _input_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _hugging_face_arguments(model: nn.Module) -> Arguments | None:
-    """Read from a Hugging Face model what it takes; None for other models, and where it does not say."""
+    """Return the inputs that a Hugging Face model declares; None for other models, and where it declares none."""
     config, name = getattr(model, "config", None), getattr(model, "main_input_name", None)
     if config is None or not isinstance(name, str) or not hasattr(type(model), "dummy_inputs"):
         return None
@@ -260,7 +261,7 @@ def _hugging_face_arguments(model: nn.Module) -> Arguments | None:
 def _dummy_arguments(model: nn.Module) -> Arguments | None:
     try:
         dummy = cast(Any, model).dummy_inputs
-    except Exception:  # a property of somebody else's class, which may raise anything
+    except Exception:  # a property of a class of another library, which may raise anything
         return None
     return Arguments(kwargs=dict(dummy)) if isinstance(dummy, Mapping) and dummy else None
 

@@ -1,6 +1,6 @@
-"""Which layers would change or draw in `.train()` although their flags say that they are frozen, and which are pinned.
+"""Detect layers that would change or draw in `.train()` although their flags are frozen, and layers that are pinned.
 
-`regraft.freezing.hold` pins a layer; the mark of a pinned one is the object in the place of its `train`.
+`regraft.freezing.hold` pins a layer. A pinned layer is recognized by the object that replaces its `train`.
 """
 
 from torch import nn
@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 DROP_PATHS = frozenset({"DropPath", "StochasticDepth", "DropBlock2d", "PatchDropout"})
-OBSERVERS = ("torch.ao.quantization", "torchao.quantization")  # homes of what measures activations while it runs
+OBSERVERS = ("torch.ao.quantization", "torchao.quantization")  # modules of the classes that measure activations
 
 
 def is_pinned(layer: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""What a network consists of: each layer's path, type, place in the execution order, shape, size, cost and state."""
+"""Build the summary of a network: path, type, execution order, shape, size, cost and state of each layer."""
 
 from collections.abc import Iterator
 
@@ -131,9 +131,9 @@ def _ancestors(path: str) -> Iterator[str]:
 
 def _sizes(model: nn.Module, traced: Trace | None) -> dict[int, int | None]:
     """Return the number of elements of each parameter and buffer by its identity; None where not known."""
-    found = traced.sizes if traced else {}
+    sizes = traced.sizes if traced else {}
     named: list[tuple[str, torch.Tensor]] = [*model.named_parameters(), *model.named_buffers()]
-    return {id(tensor): found.get(name) if is_lazy(tensor) else tensor.numel() for name, tensor in named}
+    return {id(tensor): sizes.get(name) if is_lazy(tensor) else tensor.numel() for name, tensor in named}
 
 
 def _state(parameters: list[nn.Parameter]) -> State:

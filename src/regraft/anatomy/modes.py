@@ -1,4 +1,4 @@
-"""Leave no trace: random state and modes of a model are after a look what they were before it."""
+"""Context managers that restore global random state, modes of layers and settings of torch."""
 
 import contextlib
 import logging
@@ -15,10 +15,10 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @contextlib.contextmanager
 def preserved_randomness(seed: int | None = None) -> Iterator[None]:
-    """Put the random state of torch (CPU and CUDA), Python and NumPy back on leaving, also after an exception.
+    """Restore the random state of torch (CPU and CUDA), Python and NumPy on exit, also after an exception.
 
     Args:
-        seed: Where given, all of them start from it inside the block.
+        seed: Seed of all of them inside the block; None: they continue.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -35,7 +35,7 @@ def seed_all(seed: int) -> None:
     """Start the random generators of torch, Python and NumPy from `seed`."""
     if torch.accelerator.is_available():
         torch.manual_seed(seed)
-    else:  # a hundred times as fast: without the stack that torch notes for devices that may come to be used later
+    else:  # a hundred times as fast: `torch.manual_seed` records a stack trace for devices that are initialized later
         torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -43,7 +43,7 @@ def seed_all(seed: int) -> None:
 
 @contextlib.contextmanager
 def unmoved_on_failure() -> Iterator[None]:
-    """Put the random state back where the block raises; what a block that succeeds has drawn stays drawn."""
+    """Restore the random state where the block raises; a block that succeeds advances it as usual."""
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
@@ -59,7 +59,7 @@ def unmoved_on_failure() -> Iterator[None]:
 
 @contextlib.contextmanager
 def thread_count(count: int) -> Iterator[None]:
-    """Let torch use that many threads within an operation, and as many as before on leaving."""
+    """Set the number of threads that torch uses within an operation, and restore it on exit."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -79,7 +79,7 @@ def in_mode(model: Network, training: bool) -> Network:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put `model` into evaluation mode, and every module's own `.training` back on leaving."""
+    """Put `model` into evaluation mode, and restore every module's own `.training` on exit."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -91,7 +91,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def silenced(logger_name: str) -> Iterator[None]:
-    """Keep one library's logger quiet, and let it speak as before on leaving."""
+    """Disable one library's logger, and restore it on exit."""
     logger = logging.getLogger(logger_name)
     before, logger.disabled = logger.disabled, True
     try:

@@ -8,8 +8,8 @@ residual stream only the last block counts. The origins of the outputs are the h
 wherever they are registered, and whether they are modules or bare parameters.
 
 Origins are kept for memory, not for tensors: views share memory, and a write into a part of a tensor reaches all of it.
-Tried and dropped: the layer that ends last. A module that holds parameters beside its layers (the class token of a
-vision transformer) ends after its own classifier, and of several heads only one is last.
+The simpler rule, the layer that ends last, fails: a module that holds parameters beside its layers (the class token of
+a vision transformer) ends after its own classifier, and of several heads only one is last.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -73,7 +73,7 @@ class Output:
 
 @dataclass
 class _Value:
-    """What is known of a piece of memory.
+    """What a piece of memory was computed from.
 
     Attributes:
         is_data: Whether it depends on the network's inputs.
@@ -90,16 +90,16 @@ NOTHING = _Value(False, frozenset(), {})
 
 
 class OriginRecorder:
-    """Notes where each piece of memory originates, operation by operation."""
+    """Records the origins of each piece of memory, operation by operation."""
 
     def __init__(self) -> None:
         self._values: dict[Any, _Value] = {}
         self._projections: list[tuple[frozenset[int], tuple[str, ...], frozenset[int]]] = []
-        self._kept: dict[int, nn.Parameter] = {}  # alive, so that no other takes their identity
+        self._kept: dict[int, nn.Parameter] = {}  # references, so that no new object gets the `id` of a dead one
         self._contracted: set[int] = set()
 
     def begin(self, model: nn.Module, inputs: Any) -> None:
-        """Mark the tensors among the inputs of the network as data, and those of the model as what they are."""
+        """Register the tensors among the network's inputs as data, and the parameters as parameters."""
         for parameter in model.parameters():
             if not nn.parameter.is_lazy(parameter):
                 self._values[_memory(parameter)] = self._value(parameter)
@@ -109,7 +109,7 @@ class OriginRecorder:
     def note(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, running: Iterable[str]
     ) -> None:
-        """Note one operation, after it was carried out."""
+        """Record one operation, after it ran."""
         inputs = [self._value(tensor) for tensor in _tensors((args, kwargs))]
         results = list(_tensors(result))
         value = _merged(inputs)
@@ -177,12 +177,13 @@ class OriginRecorder:
                 return frozenset()
         else:
             factors = [tensor for tensor in _tensors((args, kwargs)) if tensor.ndim > 1]
-        found = frozenset[int]().union(*(self._static(tensor) for tensor in factors))
-        if not found:
-            return found
-        return found.union(*(self._static(tensor) for tensor in _tensors((args, kwargs))))
+        parameters = frozenset[int]().union(*(self._static(tensor) for tensor in factors))
+        if not parameters:
+            return parameters
+        return parameters.union(*(self._static(tensor) for tensor in _tensors((args, kwargs))))
 
     def _static(self, tensor: torch.Tensor) -> frozenset[int]:
+        """Return the parameters that a tensor was computed from without data; none for data."""
         value = self._value(tensor)
         return frozenset() if value.is_data else value.parameters
 

@@ -1,4 +1,4 @@
-"""Write down which layer of a network ran when, on what, and at what cost."""
+"""Record the calls of a network's layers: order, shapes and costs."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -60,7 +60,7 @@ class Trace:
 
 
 class Recorder:
-    """Hooks on every layer of a twin that write down its calls."""
+    """Records the calls of every layer of a copied network by hooks."""
 
     def __init__(self, duplicate: nn.Module) -> None:
         self.duplicate = duplicate
@@ -76,13 +76,13 @@ class Recorder:
             module.register_forward_hook(self._end(path), with_kwargs=True)
 
     def run(self, arguments: Arguments) -> None:
-        """Call the twin once, without gradients."""
+        """Call the copy once, without gradients."""
         self.origins.begin(self.duplicate, (arguments.args, arguments.kwargs))
         with torch.no_grad(), self.counter, self.watch:
             self.output = self.duplicate(*arguments.args, **arguments.kwargs)
 
     def result(self, note: str | None = None) -> Trace:
-        """Return what was written down."""
+        """Return the recorded run."""
         first_uses = self.watch.first_uses
         named = list(self.duplicate.named_parameters(remove_duplicate=False))
         tensors = [*named, *self.duplicate.named_buffers(remove_duplicate=False)]
@@ -132,12 +132,12 @@ class Recorder:
 
 
 class ParameterWatch(TorchDispatchMode):
-    """Sees every operation, and writes down when each parameter first takes part in one.
+    """Dispatch mode that records when each parameter first takes part in an operation.
 
     After `protect`, an operation that would write to a parameter is refused before it happens.
 
     Args:
-        now: Returns the moment that is written down.
+        now: Returns the current moment.
         note: Called with each operation, its arguments and its result.
     """
 

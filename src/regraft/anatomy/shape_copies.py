@@ -1,4 +1,4 @@
-"""Twins: copies of a network's structure that can be run and hooked while the network itself is left alone."""
+"""Copies of a network's structure that can be run and hooked without touching the network itself."""
 
 import contextlib
 import copy
@@ -21,8 +21,8 @@ OWN_HOOKS = "torch.nn.utils."  # weight norm, spectral norm and pruning compute 
 def meta_copy(model: nn.Module) -> Iterator[nn.Module]:
     """Copy the structure of `model` with an empty tensor on the meta device in the place of each tensor.
 
-    Inside the block, tensors that are made without a device are such as well. The twin is without hooks, in evaluation
-    mode; lazy parameters get their shapes while it runs. A forward that needs a tensor on a CPU fails on it.
+    Inside the block, tensors created without a device are on the meta device as well. The copy has no hooks and is in
+    evaluation mode; lazy parameters get their shapes while it runs. A forward that needs a tensor on a CPU fails on it.
     """
     with torch.device("meta"):
         duplicate = _copied(model, _shape_only)
@@ -33,9 +33,9 @@ def meta_copy(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def fake_copy(model: nn.Module) -> Iterator[nn.Module]:
-    """Do as `meta_copy` with fake tensors, which say that they are on the CPU and may meet real ones there.
+    """Like `meta_copy`, with fake tensors, which report the CPU as their device and may be mixed with real tensors.
 
-    They come second, as making the first of them imports all of torch's compiler, which takes a second.
+    Tried second, as the first fake tensor imports all of torch's compiler, which takes a second.
     """
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     with fake_mode:
@@ -51,7 +51,7 @@ SHAPE_ONLY_COPIES = (meta_copy, fake_copy)  # ways to run a network on shapes al
 def aliased_copy(model: nn.Module) -> nn.Module:
     """Copy the structure of `model` without hooks, for evaluation; buffers are copies, parameters share its memory.
 
-    Whoever runs the twin has to see to it that nothing writes to its parameters.
+    The caller has to ensure that nothing writes to the parameters of the copy.
     """
     duplicate = _copied(model, _aliased)
     for layer in _lazy_layers(duplicate):
@@ -140,7 +140,7 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _attributes(module: nn.Module) -> Iterator[Any]:
-    """List what a module keeps besides its parameters, buffers, layers and hooks."""
+    """Yield the attributes of a module besides its parameters, buffers, layers and hooks."""
     return (value for name, value in vars(module).items() if name not in _MODULE_FIELDS)
 
 
@@ -160,7 +160,7 @@ def _make_lazy_tensors(module: Any, args: Any, kwargs: Any) -> None:
 
 
 def _make_lazy_fakes(module: nn.Module, args: Any, kwargs: Any) -> None:
-    """Give a lazy layer of a fake twin its shapes: on the meta device, then with fakes in the place of the results."""
+    """Give a lazy layer of a fake copy its shapes: on the meta device, then with fake tensors for the results."""
     with unset_fake_temporarily():
         stand_ins = tree_map(
             lambda leaf: (

@@ -134,7 +134,7 @@ def _reason(stopped: _StoppedError) -> str:
 
 
 def _failure(model: nn.Module, arguments: Arguments, stopped: _StoppedError) -> ForwardError:
-    """Say in which layer the forward failed, and on which shapes."""
+    """Build the error that names the layer in which the forward failed, and its input shapes."""
     shapes = arguments.shapes
     kind = f"an input of shape {shapes[0]}" if len(shapes) == 1 else f"inputs of shapes {', '.join(map(str, shapes))}"
     advice = "the inputs that its forward takes" if arguments.are_values_given else "the input_size that it expects"

@@ -1,4 +1,4 @@
-"""Modules that only carry another network: what is asked of them is asked of the network inside."""
+"""Unwrap modules that only hold another network, such as `DataParallel`."""
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel

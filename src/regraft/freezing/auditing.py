@@ -1,4 +1,4 @@
-"""Find what goes wrong silently between a model's flags, its layers' modes and its optimizer."""
+"""Check a model for silent contradictions between its flags, the modes of its layers and its optimizer."""
 
 import copy
 from collections import Counter
@@ -24,7 +24,7 @@ from regraft.freezing.pins import frozen_layers
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong; `str()` says it in a line.
+    """One problem; `str()` gives one line.
 
     Attributes:
         kind: A word to test for, such as `frozen-in-optimizer`.
@@ -45,16 +45,16 @@ class Finding:
 def audit(
     model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, inputs: Inputs | None = None
 ) -> list[Finding]:
-    """List what contradicts the freezing of `model`: nothing is changed. Parameters are told apart by identity.
+    """List what contradicts the freezing of `model`. Nothing is changed. Parameters are compared by identity.
 
-    Found are: frozen parameters in the optimizer, trainable ones missing from it, parameters in it twice or of another
-    model; stale gradients; frozen layers that would still move (running statistics) or be random (dropout, drop path)
-    because they are not pinned; layers that are still pinned although somebody made them trainable by hand; running
-    statistics that are not finite; and a head whose width differs from the number of classes.
+    Reported are: frozen parameters in the optimizer, trainable ones missing from it, parameters in it twice or of
+    another model; stale gradients; frozen layers that would still move (running statistics) or be random (dropout, drop
+    path) because they are not pinned; layers that are still pinned although their flags were set to trainable by hand;
+    running statistics that are not finite; and a head whose width differs from the number of classes.
 
-    Given `inputs`, a copy of the model runs forward and backward on them once, in training mode. Then found are as well
-    frozen tensors that this changed, and trainable parameters that got no gradient: layers that are never used, or that
-    lie in a `torch.no_grad` block or before a `detach`.
+    Given `inputs`, a copy of the model runs forward and backward on them once, in training mode. Then frozen tensors
+    that this changed are reported as well, and trainable parameters without a gradient: layers that are never used, or
+    that lie in a `torch.no_grad` block or before a `detach`.
 
     Args:
         model: Any module.
@@ -150,7 +150,7 @@ def _after_backward(model: nn.Module, inputs: Inputs) -> nn.Module:
             losses = [leaf.abs().mean() for leaf in outputs if leaf.requires_grad]
             if losses:
                 torch.stack([loss.to(losses[0]) for loss in losses]).sum().backward()
-    except Exception as error:  # a forward is anybody's code
+    except Exception as error:  # the user's forward may raise anything
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ModelError(
             f"{type(model).__name__} cannot be audited by a training step on these inputs: {reason}. Pass a batch that "
@@ -169,7 +169,7 @@ def _frozen_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return bool(((a == b) | ((a != a) & (b != b))).all())  # nan is like nan
+    return bool(((a == b) | ((a != a) & (b != b))).all())  # two NaN count as equal
 
 
 def _broken_statistics(model: nn.Module) -> Iterator[Finding]:

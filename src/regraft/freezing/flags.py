@@ -1,4 +1,4 @@
-"""Freeze and unfreeze: set the flags of parameters, and pin what is frozen to evaluation behaviour."""
+"""Freeze and unfreeze: set `requires_grad` of parameters, and pin frozen layers to evaluation mode."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from regraft.freezing.pins import plan_pins
 
 @dataclass(frozen=True)
 class FreezeReport:
-    """What a call of `freeze` or `unfreeze` did; `str()` says it in a line.
+    """What a call of `freeze` or `unfreeze` changed; `str()` gives one line.
 
     Attributes:
         changed: Names of the parameters whose flag changed.
@@ -100,10 +100,10 @@ def unfreeze(model: nn.Module, *patterns: str, since: str | None = None, inputs:
 
 
 def sync_frozen_state(model: nn.Module) -> None:
-    """Do for flags that were set by hand what `freeze` does: drop stale gradients, and pin what is frozen.
+    """Complete a freeze whose flags were set by hand, as `freeze` does: drop stale gradients, and pin frozen layers.
 
     Raises:
-        ModelError: Something frozen cannot be kept from moving. Nothing was changed.
+        ModelError: A frozen layer cannot be kept from changing. Nothing was changed.
     """
     plan = plan_pins(model)
     plan.require_holdable()

@@ -1,4 +1,4 @@
-"""What an optimizer gets: the trainable parameters, grouped, and nothing else."""
+"""Parameter groups and optimizers over the trainable parameters of a model."""
 
 import functools
 import inspect
@@ -15,7 +15,7 @@ from regraft.errors import ConfigError, SelectionError, nearest
 
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
-MOMENTUM = 0.9  # that timm's own factory gives to optimizers that have one
+MOMENTUM = 0.9  # the value that timm's own factory passes to optimizers with momentum
 
 
 def param_groups(
@@ -129,12 +129,12 @@ def build_optimizer(
     check_arguments(build_optimizer, locals())
     maker: Any = optimizer_class(name_or_class) if isinstance(name_or_class, str) else name_or_class
     groups = param_groups(model, lr, weight_decay, layer_decay, backbone_lr=backbone_lr)
-    name = getattr(maker, "__name__", name_or_class)  # which timm's ready-made variants lack
+    name = getattr(maker, "__name__", name_or_class)  # timm's variants are partial functions without a name
     if maker is torch.optim.Muon:
         _require_matrices(model)
     try:
         optimizer = maker(groups, lr=lr, **options)
-    except Exception as error:  # whatever the constructor makes of options that are passed on unseen
+    except Exception as error:  # the options are passed on unchecked, and the constructor may raise anything
         raise ConfigError(
             f"{name} does not take {options or {'lr': lr}}: {error}. {_nearest_options(maker, options)}".rstrip()
         ) from error
@@ -144,10 +144,10 @@ def build_optimizer(
 
 
 def _nearest_options(maker: Callable[..., Any], options: Mapping[str, Any]) -> str:
-    """Name the options of a constructor that unknown ones were probably meant to be."""
+    """Return hints on the options of a constructor that are nearest to the unknown ones."""
     try:
         known = inspect.signature(maker).parameters
-    except (TypeError, ValueError):  # a builtin has none
+    except (TypeError, ValueError):  # a builtin has no signature
         return ""
     return " ".join(filter(None, (nearest(option, known) for option in options if option not in known)))
 
@@ -168,14 +168,14 @@ def optimizer_class(name: str) -> Any:
     import timm.optim as timm_optim  # costs a second, and few need it
 
     bare = name.lower().removeprefix("timm/")
-    timms = [str(found) for found in cast(Any, timm_optim).list_optimizers()]
-    if bare not in timms:
-        hint = nearest(bare, {*known, *timms}) or f"torch.optim has {', '.join(known)}."
+    timm_names = [str(known_name) for known_name in cast(Any, timm_optim).list_optimizers()]
+    if bare not in timm_names:
+        hint = nearest(bare, {*known, *timm_names}) or f"torch.optim has {', '.join(known)}."
         raise ConfigError(f"no optimizer '{name}' in torch.optim or timm. {hint}")
     try:
         maker = cast(Any, timm_optim).get_optimizer_class(bare)
         has_momentum = cast(Any, timm_optim).get_optimizer_info(bare).has_momentum
-    except AssertionError as error:  # it needs a library or a device that is not here
+    except AssertionError as error:  # it needs a library or a device that is missing
         raise ConfigError(f"the optimizer '{name}' cannot be used here: {error}. Choose another, as adamw.") from error
     return functools.partial(maker, momentum=MOMENTUM) if has_momentum else maker
 

@@ -1,25 +1,26 @@
-"""How a layer is held in evaluation: what is put on a module, and taken off again without a trace.
+"""Keep a layer in evaluation mode: the hooks and attributes that a pin puts on a module, and how they are removed.
 
-A `PinState` is all that there is on one module. Applying one puts on what is missing and takes off what is too much:
+A `PinState` describes everything that pins have put on one module. Applying it adds what is missing and removes the
+rest:
 
-- an instance attribute `train`, which chooses evaluation mode for a pinned layer whatever it is asked for, and which at
-  the root of what was frozen first lets all pins follow the flags as they are then;
-- a forward pre-hook that puts the mode back where somebody assigned `.training`;
-- hooks that put back state that a forward writes to although nothing trains: buffers of layers whose code is not that
-  of a well-known library (observers, codebooks), and the rows that an embedding with `max_norm` rewrites. Copies are
-  taken before each forward, so that values which somebody loads between two forwards stay. Version counters of tensors
-  would be cheaper, but do not notice `buffer.data.copy_(...)`, which is how most codebooks are written;
+- an instance attribute `train`, which selects evaluation mode for a pinned layer whatever mode is requested, and which
+  at the root of a frozen model first recomputes all pins from the flags;
+- a forward pre-hook that resets the mode where `.training` was assigned directly;
+- hooks that restore state that a forward writes to in evaluation mode as well: buffers of layers from outside of the
+  well-known libraries (observers, codebooks), and the rows that an embedding with `max_norm` rewrites. Copies are taken
+  before each forward, so that values loaded between two forwards stay. Version counters of tensors would be cheaper,
+  but do not notice `buffer.data.copy_(...)`, which is how most codebooks are written;
 - an instance attribute `reset_running_stats` without effect, since `torch.optim.swa_utils.update_bn` resets every batch
-  norm but computes only those anew that train;
+  norm but recomputes the statistics only of those that train;
 - an instance attribute `__prepare_scriptable__`, by which `torch.jit.script` asks for a module that it can compile: a
   copy without the hooks, whose untyped arguments TorchScript refuses.
 
 All of them are plain picklable objects: the module's class, its state dict and `deepcopy`, `torch.save` and tracing
 stay as they are.
 
-`nn.TransformerEncoder` chooses its nested fast path by the mode of its first layer, and its layers take theirs only
-where no module in them has a hook. So nothing inside of an `nn.TransformerEncoderLayer` gets one: those of the module
-around it, called `host` here, do that work for all that is pinned below it.
+`nn.TransformerEncoder` chooses its nested fast path by the mode of its first layer, and its layers take their fast path
+only where no module in them has a hook. So no module inside of an `nn.TransformerEncoderLayer` gets one: the hooks of
+the module around it, called `host` here, act on everything pinned below it.
 """
 
 import inspect
@@ -34,27 +35,32 @@ from torch.nn.parameter import is_lazy
 from regraft.anatomy.mode_dependence import is_pinned, rewrites_weight
 from regraft.anatomy.shape_copies import shared_copy
 
-KEPT, NESTED = "_regraft_kept", "_regraft_nested"  # on a module while its forward runs, never longer
-SOUND = ("torch.nn.modules.", "torchvision.", "timm.", "transformers.")  # in evaluation these write to caches at most
+KEPT, NESTED = "_regraft_kept", "_regraft_nested"  # attributes of a module while its forward runs, never longer
+SOUND = ("torch.nn.modules.", "torchvision.", "timm.", "transformers.")  # in evaluation mode these write only to caches
 TRAIN, RESET, SCRIPTABLE = "train", "reset_running_stats", "__prepare_scriptable__"
+
+
+# Modules that are saved with `torch.save` refer to the functions and classes of this file by name: renaming one breaks
+# files that exist.
 
 
 def stay_in_evaluation(layer: nn.Module, args: Any) -> None:
     """Put a pinned layer back into evaluation mode before it runs."""
-    if layer.training:  # somebody assigned the attribute, as `.train()` does not reach it
+    if layer.training:  # the attribute was assigned directly, as `.train()` does not reach it
         layer.training = False
 
 
 def hold_below(host: nn.Module, args: Any) -> None:
-    """Put what is pinned below `host` back into evaluation mode, and keep it from a nested path that would fail.
+    """Put the pinned layers below `host` back into evaluation mode, and disable a nested fast path that would fail.
 
-    The nested path is taken where the first layer is in evaluation mode and frozen; a later layer that is trainable
-    then fails on nested tensors.
+    It is taken where the first layer is in evaluation mode and frozen; a later layer that is trainable then fails on
+    nested tensors.
     """
     for layer in host.modules():
         if is_pinned(layer):
             stay_in_evaluation(layer, args)
     if isinstance(host, nn.TransformerEncoder) and not torch.compiler.is_compiling():
+        # A stack, not one value: a forward may call its host again before it ends.
         nested: bool = getattr(host, "use_nested_tensor", False)
         vars(host).setdefault(NESTED, []).append(nested)
         learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in host.parameters())
@@ -62,7 +68,7 @@ def hold_below(host: nn.Module, args: Any) -> None:
 
 
 def release_below(host: nn.Module, args: Any, output: Any) -> None:
-    """Undo what `hold_below` has done to a `nn.TransformerEncoder`."""
+    """Restore the `use_nested_tensor` that `hold_below` has changed on an `nn.TransformerEncoder`."""
     if vars(host).get(NESTED):
         host.use_nested_tensor = vars(host)[NESTED].pop()
         if not vars(host)[NESTED]:
@@ -83,14 +89,15 @@ def remember_state(module: nn.Module, args: Any) -> None:
 
 
 def restore_state(module: nn.Module, args: Any, output: Any) -> None:
-    """Put the state that `remember_state` has copied back, also after an exception."""
+    """Restore the state that `remember_state` has copied, also after an exception."""
     if not vars(module).get(KEPT):
         return
     for tensors, name, tensor, value in vars(module)[KEPT].pop():
-        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():  # torch refuses writes to it here
             tensors[name] = value
             continue
-        tensors[name] = tensor
+        tensors[name] = tensor  # the forward may have put another tensor in its place
+        # torch refuses in-place writes to an expanded tensor, whose elements share memory.
         if not any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
             tensor.data.copy_(value)  # past autograd's version counter, as nothing that it may have saved has changed
     if not vars(module)[KEPT]:
@@ -103,7 +110,7 @@ def keeps_state(layer: nn.Module) -> bool:
 
 
 def _written(layer: nn.Module) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
-    """Yield the tensors that the forward of `layer` may write to in evaluation mode, and where they are kept."""
+    """Yield the tensors that the forward of `layer` may write to in evaluation mode, as (dict, name, tensor)."""
     if not type(layer).__module__.startswith(SOUND) or has_foreign_hooks(layer):
         for name, tensor in layer._buffers.items():
             if tensor is not None and not is_lazy(tensor):
@@ -119,7 +126,7 @@ def is_builtin(layer: nn.Module) -> bool:
 
 
 def has_foreign_hooks(layer: nn.Module) -> bool:
-    """Return whether hooks that are not this library's, which only look, take part in the forward of `layer`."""
+    """Return whether hooks other than this library's take part in the forward of `layer`."""
     hooks = (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values())
     return not all(str(getattr(hook, "__module__", "")).startswith("regraft.") for hook in hooks)
 
@@ -135,14 +142,14 @@ ByPath = Literal["alone", "among"]
 
 @dataclass(frozen=True)
 class PinState:
-    """What holds one module.
+    """What pins have put on one module.
 
     Attributes:
         pinned: Whether it stays in evaluation mode.
-        by_path: Whether that is because it was selected itself, as it has no flags that could say so: `alone`, or
-            `among` parameters, so that it is thawed when all of those around it are.
-        follow: Called with the module before it goes into training mode, so that pins follow the flags; None: not.
-        hooks: Which of this module's hooks it carries.
+        by_path: How a layer without parameters was selected itself, which no flag records: `alone`, or `among`
+            parameters, so that it is thawed when all parameters around it are. None: it was not.
+        follow: Called with the module before it goes into training mode, to recompute the pins; None: not called.
+        hooks: Which of `PIN_HOOKS` it has.
     """
 
     pinned: bool = False
@@ -152,7 +159,7 @@ class PinState:
 
     @classmethod
     def of(cls, layer: nn.Module) -> "PinState":
-        """Return what holds `layer` now."""
+        """Return the state that `layer` has now."""
         keeper = vars(layer).get(TRAIN)
         hooks = frozenset(
             h for h in (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()) if h in PIN_HOOKS
@@ -162,7 +169,7 @@ class PinState:
         return cls(keeper.is_pinned, keeper.by_path, keeper.follow, hooks)
 
     def apply(self, layer: nn.Module) -> None:
-        """Hold `layer` in this way and no other."""
+        """Give `layer` this state, in the place of the one that it has."""
         if isinstance(layer, torch.jit.ScriptModule):  # takes neither hooks nor attributes
             return
         if self.of(layer) != self:
@@ -172,16 +179,16 @@ class PinState:
 
     def _change(self, layer: nn.Module) -> None:
         _remove_hooks(layer, keep=self.hooks)
-        now = self.of(layer).hooks
-        for hook in BEFORE[::-1]:
-            if hook in self.hooks - now:
+        present = self.of(layer).hooks
+        for hook in BEFORE[::-1]:  # each is prepended, so the last one registered runs first: before the user's own
+            if hook in self.hooks - present:
                 layer.register_forward_pre_hook(hook, prepend=True)
         for hook in AFTER:
-            if hook in self.hooks - now:
-                layer.register_forward_hook(hook, always_call=True)
+            if hook in self.hooks - present:
+                layer.register_forward_hook(hook, always_call=True)  # also after an exception, to drop the copies
         keeper = vars(layer).get(TRAIN)
         if self.pinned or self.follow is not None:
-            if not isinstance(keeper, Keeper):
+            if not isinstance(keeper, Keeper):  # through `vars`, past a `__setattr__` of the user's class
                 keeper = vars(layer)[TRAIN] = Keeper(layer, keeper)
             keeper.is_pinned, keeper.by_path, keeper.follow = self.pinned, self.by_path, self.follow
         elif isinstance(keeper, Keeper):
@@ -191,12 +198,13 @@ class PinState:
 
 
 class Keeper:
-    """Takes the place of a module's `train`, with whatever arguments and return value that has.
+    """Replaces a module's `train`, and passes on its arguments and return value.
 
     Attributes:
         layer: The module.
-        is_pinned: Whether evaluation mode is chosen whatever is asked for.
-        by_path: See `PinState`, as `follow`.
+        is_pinned: Whether evaluation mode is selected whatever mode is requested.
+        by_path: See `PinState`.
+        follow: See `PinState`.
     """
 
     def __init__(self, layer: nn.Module, own: Any = None) -> None:
@@ -204,15 +212,16 @@ class Keeper:
         self.is_pinned = False
         self.by_path: ByPath | None = None
         self.follow: Callable[[nn.Module], Any] | None = None
-        self._own = own  # a `train` that the user had put on this very module
-        self._look: int | None = None  # of the model when `follow` was last called
+        self._own = own  # an instance attribute `train` that the user had set
+        self._look: int | None = None  # fingerprint of the model when `follow` was last called
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Change the mode of the layer, or of all that is not pinned in it."""
+        """Set the mode of the layer and of everything in it that is not pinned."""
         trains = kwargs.get("mode", args[0] if args else True)  # in evaluation mode pins change nothing
-        if trains and self.follow is not None and (look := _look_of(self.layer)) != self._look:
+        if trains and self.follow is not None and (fingerprint := _fingerprint(self.layer)) != self._look:
             self.follow(self.layer)
-            self._look = _look_of(self.layer) if self.follow is not None else look
+            # Again, as the new pins are a part of the fingerprint. They may also have removed this keeper.
+            self._look = _fingerprint(self.layer) if self.follow is not None else fingerprint
         train = self._own if self._own is not None else getattr(type(self.layer), TRAIN).__get__(self.layer)
         if not self.is_pinned:
             return train(*args, **kwargs)
@@ -221,11 +230,11 @@ class Keeper:
         else:
             args = (False, *args[1:])
         result = train(*args, **kwargs) if _takes_mode(train) else nn.Module.train(self.layer, False)
-        self.layer.training = False  # whatever a `train` of the user's own makes of the mode
+        self.layer.training = False  # a user's own `train` may have set another mode
         return result
 
     def leave(self) -> None:
-        """Give the module its own `train` back."""
+        """Remove itself, and give the module its own `train` back."""
         self.is_pinned, self.follow = False, None
         if self._own is None:
             vars(self.layer).pop(TRAIN, None)
@@ -234,14 +243,14 @@ class Keeper:
 
 
 class NoReset:
-    """Takes the place of `reset_running_stats`, and leaves the statistics of a pinned layer as they are."""
+    """Replaces `reset_running_stats` of a pinned layer by a function without effect."""
 
     def __call__(self) -> None:
         """Change nothing."""
 
 
 class Scriptable:
-    """Gives `torch.jit.script` a copy of a module, with the same tensors and modes, that has no hooks of pins."""
+    """Returns a copy of a module for `torch.jit.script`: the same tensors and modes, without the hooks of pins."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
@@ -260,8 +269,8 @@ class Scriptable:
         return copied
 
 
-def _look_of(model: nn.Module) -> int:
-    """Return a number that changes with all that pins depend on: working them out takes 20 times as long."""
+def _fingerprint(model: nn.Module) -> int:
+    """Return a hash of everything that pins depend on; it takes a twentieth of the time of computing the pins."""
     return hash(
         tuple(
             (
@@ -277,14 +286,16 @@ def _look_of(model: nn.Module) -> int:
 
 
 def _remove_hooks(layer: nn.Module, keep: frozenset[Callable[..., None]]) -> None:
+    """Remove the hooks of pins from a module, except those in `keep`."""
     for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook in PIN_HOOKS and hook not in keep]:
             del hooks[key]
+            # torch notes the key in a second table, which only the handle of the hook would clear.
             layer._forward_hooks_always_called.pop(key, None)
 
 
 def _put(layer: nn.Module, name: str, value: Any, kind: type) -> None:
-    """Set the attribute `name` of this very module; None: take it away where it is one of `kind`."""
+    """Set the instance attribute `name` of a module where it has none; None: remove it where it is of class `kind`."""
     own = vars(layer).get(name)
     if value is None and isinstance(own, kind):
         del vars(layer)[name]
@@ -293,7 +304,8 @@ def _put(layer: nn.Module, name: str, value: Any, kind: type) -> None:
 
 
 def _takes_mode(train: Callable[..., Any]) -> bool:
-    if getattr(train, "__func__", None) is nn.Module.train:  # a signature takes its time
+    """Return whether `train` takes the mode as an argument, which a user's own may not."""
+    if getattr(train, "__func__", None) is nn.Module.train:  # the usual case: inspecting a signature is slow
         return True
     try:
         return bool(inspect.signature(train).parameters)

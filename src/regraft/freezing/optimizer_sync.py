@@ -1,4 +1,4 @@
-"""Let an optimizer that is running go on after an edit."""
+"""Update a running optimizer after an edit of its model."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -95,9 +95,9 @@ def follow(
     homes = {name: _home(optimizer, _predecessor(held, name), decays=name not in undecayed) for name in new}
     if lr is not None or weight_decay is not None:
         require_growing(scheduler)
-        made = _groups_of_their_own(homes, new, undecayed, lr, weight_decay)
+        groups = _groups_of_their_own(homes, new, undecayed, lr, weight_decay)
         _drop(optimizer, gone)
-        for group in made:
+        for group in groups:
             add_group(optimizer, group, scheduler)
     else:
         _drop(optimizer, gone)

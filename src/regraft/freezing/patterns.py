@@ -48,30 +48,35 @@ def select_parameters(model: nn.Module, *patterns: str) -> set[str]:
     >>> sorted(select_parameters(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "0", "params:*.bias"))
     ['0.bias', '0.weight', '1.bias']
     """
-    everything = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    all_names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     layers = select(model, *(pattern for pattern in patterns if not pattern.startswith(PARAMETERS)))
-    names = {name for name in everything if any(is_within(name, layer) for layer in layers)}
+    names = {name for name in all_names if any(is_within(name, layer) for layer in layers)}
     for pattern in patterns:
         if pattern.startswith(PARAMETERS):
-            names |= _named_parameters(everything, pattern)
+            names |= _matching_parameters(all_names, pattern)
     return names
 
 
-def _named_parameters(everything: list[str], pattern: str) -> set[str]:
+def _matching_parameters(all_names: list[str], pattern: str) -> set[str]:
     glob = pattern.removeprefix(PARAMETERS)
-    found = {name for name in everything if fnmatch.fnmatchcase(name, glob)}
-    if not found:
-        raise SelectionError(f"no parameter matches '{pattern}'. {nearest(glob, everything)}".rstrip())
-    return found
+    names = {name for name in all_names if fnmatch.fnmatchcase(name, glob)}
+    if not names:
+        raise SelectionError(f"no parameter matches '{pattern}'. {nearest(glob, all_names)}".rstrip())
+    return names
 
 
 def _matches(model: nn.Module, pattern: str) -> list[str]:
+    """Return the paths of the layers that one pattern selects.
+
+    Raises:
+        SelectionError: There are none.
+    """
     layers = dict(model.named_modules(remove_duplicate=False))
     if pattern in layers:
         return [pattern]
     if pattern.startswith(PARAMETERS):
         return [
-            name.rpartition(".")[0] for name in _named_parameters([n for n, _ in model.named_parameters()], pattern)
+            name.rpartition(".")[0] for name in _matching_parameters([n for n, _ in model.named_parameters()], pattern)
         ]
     if pattern.startswith("type:"):
         return _of_type(layers, pattern.removeprefix("type:"))
@@ -82,35 +87,35 @@ def _matches(model: nn.Module, pattern: str) -> list[str]:
             expression = re.compile(pattern.removeprefix("re:"))
         except re.error as error:
             raise SelectionError(f"'{pattern}' is not a regular expression: {error}.") from error
-        found = [path for path in layers if expression.fullmatch(path)]
+        paths = [path for path in layers if expression.fullmatch(path)]
     elif GLOB_SIGNS & set(pattern):
-        found = [path for path in layers if path and fnmatch.fnmatchcase(path, pattern)]
+        paths = [path for path in layers if path and fnmatch.fnmatchcase(path, pattern)]
     else:
-        found = []
-    if not found:
+        paths = []
+    if not paths:
         raise SelectionError(no_such_layer(model, pattern))
-    return found
+    return paths
 
 
 def _of_type(layers: dict[str, nn.Module], name: str) -> list[str]:
-    found = [path for path, layer in layers.items() if name in {base.__name__ for base in type(layer).__mro__}]
-    if not found:
+    paths = [path for path, layer in layers.items() if name in {base.__name__ for base in type(layer).__mro__}]
+    if not paths:
         kinds = sorted({type(layer).__name__ for layer in layers.values()})
         hint = nearest(name, kinds) or f"Its types: {', '.join(kinds)}."
         raise SelectionError(f"no layer of type '{name}'. {hint}")
-    return found
+    return paths
 
 
 def _children(model: nn.Module, pattern: str, match: re.Match[str]) -> list[str]:
     names = [name for name, _ in model.named_children()]
     start, colon, stop = match.groups()
     if colon:
-        found = names[int(start) if start else None : int(stop) if stop else None]
+        children = names[int(start) if start else None : int(stop) if stop else None]
     else:
-        found = names[int(start) :][:1] if start and -len(names) <= int(start) < len(names) else []
-    if not found:
+        children = names[int(start) :][:1] if start and -len(names) <= int(start) < len(names) else []
+    if not children:
         raise SelectionError(
             f"'{pattern}' selects nothing: {type(model).__name__} has {len(names)} top-level children: "
             f"{', '.join(names)}."
         )
-    return found
+    return children

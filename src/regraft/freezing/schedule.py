@@ -1,4 +1,4 @@
-"""Gradual unfreezing: which layers join the training when, and how the running optimizer learns of them.
+"""Gradual unfreezing: which layers start to train at which epoch, and how they join the running optimizer.
 
 Source: Howard and Ruder 2018, https://arxiv.org/abs/1801.06146, section 3.3.
 """
@@ -175,9 +175,9 @@ def add_trainable(
         if not new:
             continue
         added += len(new)
-        duplicate = next((own for own in optimizer.param_groups if _alike(own, group)), None)
-        if duplicate is not None:
-            duplicate["params"].extend(new)
+        existing = next((own for own in optimizer.param_groups if _alike(own, group)), None)
+        if existing is not None:
+            existing["params"].extend(new)
             continue
         add_group(optimizer, {**group, "params": new}, scheduler)
     return added

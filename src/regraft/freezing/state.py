@@ -1,4 +1,4 @@
-"""Take a model's freeze state, and put it back exactly."""
+"""Save a model's freeze state, and restore it exactly."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from regraft.freezing.hold import PinState
 
 @dataclass(frozen=True, eq=False)
 class FreezeState:
-    """What is frozen, what is pinned, and every layer's mode, at one moment."""
+    """Snapshot of the flags of parameters, the pins and modes of layers."""
 
     flags: tuple[tuple[nn.Parameter, bool], ...]
     layers: tuple[tuple[nn.Module, PinState, bool], ...]
@@ -26,7 +26,7 @@ class FreezeState:
         )
 
     def put_back(self) -> None:
-        """Give the parameters and layers that the model had then the state that they had."""
+        """Restore the state of the parameters and layers that the model had at the time of the snapshot."""
         for parameter, trainable in self.flags:
             parameter.requires_grad = trainable  # also of one that is lazy, on which methods cannot be called
         for layer, pins, training in self.layers:
@@ -36,9 +36,9 @@ class FreezeState:
 
 @contextlib.contextmanager
 def freeze_state(model: nn.Module) -> Iterator[FreezeState]:
-    """Put back on leaving what is frozen, what is pinned, and every layer's mode; also after an exception.
+    """Restore flags, pins and modes of layers when the block ends; also after an exception.
 
-    Layers and parameters that are new inside the block keep what they have; those that are gone are passed over.
+    Layers and parameters that are added inside the block keep their state; those that are removed are ignored.
 
     >>> model = nn.Linear(2, 2)
     >>> with freeze_state(model):

@@ -1,4 +1,4 @@
-"""Change a network's graph."""
+"""Edit networks: replace, remove, insert and append layers, truncate, stitch, graft, write source."""
 
 from regraft.surgery.codegen.source import to_source
 from regraft.surgery.edits import append, insert, truncate

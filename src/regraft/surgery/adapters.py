@@ -1,4 +1,4 @@
-"""The small network between two parts whose shapes differ, made of layers of torch.nn alone."""
+"""Adapters between two parts of a stitched network whose shapes differ, made of layers of torch.nn only."""
 
 import math
 
@@ -18,12 +18,12 @@ def adapter_for(given: Shape, wanted: Shape, *, is_fitted: bool = False) -> nn.S
     through (Glorot).
 
     Args:
-        given: What comes in.
-        wanted: What has to come out.
-        is_fitted: Whether there has to be a layer with weights even where the widths agree, as it will be fitted.
+        given: Shape of the input.
+        wanted: Shape of the output.
+        is_fitted: Whether the adapter will be fitted, and needs a layer with weights even where the widths agree.
 
     Raises:
-        EditError: There is no usual way from the one shape to the other.
+        EditError: No usual conversion leads from one shape to the other.
 
     >>> [type(layer).__name__ for layer in adapter_for((1, 64, 28, 28), (1, 128, 14, 14))]
     ['AdaptiveAvgPool2d', 'Conv2d', 'BatchNorm2d']

@@ -1,8 +1,8 @@
-"""See to it that a layer which is put into a network is called by it, and not only read.
+"""Check that a layer which is put into a network is called by it, and not only read.
 
 Some forwards never call a layer that they hold, and pass its weight on to a kernel instead: `nn.MultiheadAttention`
-does so with its `out_proj`, and `nn.TransformerEncoderLayer`, in evaluation, with all that is in it. A new layer whose
-forward does something else would then be ignored without a word.
+does so with its `out_proj`, and `nn.TransformerEncoderLayer`, in evaluation mode, with all layers in it. A new layer
+with another forward would then be ignored silently.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ def require_calls(
         edited: The network with the new layers.
         put: The new layers by path.
         model: The network before.
-        run: How the edited network runs in evaluation; None: it is not known, and nothing is refused.
+        run: Trace of the edited network in evaluation mode; None: unknown, and nothing is refused.
         inputs: What the forward takes, see `trace`.
 
     Raises:
@@ -103,7 +103,7 @@ def _is_read(model: nn.Module, path: str, run: Trace) -> bool:
 def _names(model: nn.Module, path: str) -> list[str]:
     """List the paths of a layer, which may be held in several places."""
     layer = layer_at(model, path)
-    return [name for name, other in model.named_modules(remove_duplicate=False) if other is layer]
+    return [name for name, module in model.named_modules(remove_duplicate=False) if module is layer]
 
 
 def _around(path: str) -> list[str]:

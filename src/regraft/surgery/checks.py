@@ -1,4 +1,4 @@
-"""What holds before and after every edit: it can be edited, the edited network runs, and its recipe and pins follow."""
+"""Checks before and after every edit: the model is editable, the result runs, its recipe and pins are updated."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from regraft.surgery.layer_text.build import describe
 
 
 def require_editable(model: nn.Module) -> None:
-    """Refuse what has no Python forward any more.
+    """Refuse models without a Python forward.
 
     Raises:
         EditError: The model is scripted or compiled.
@@ -44,7 +44,7 @@ def prove(edited: nn.Module, original: nn.Module, what: str, inputs: Inputs | No
         inputs: What the forward takes, see `trace`.
 
     Returns:
-        The trace, or None where not even the original runs, so that nothing can be said.
+        The trace, or None where the original does not run either, so that nothing is known.
 
     Raises:
         EditError: The edited network does not run; the message names the layer, both shapes and a way out.
@@ -111,7 +111,7 @@ def _way_out(layer: nn.Module, given: Shape) -> str:
 
 
 def finish(edited: nn.Module, operation: Any, *, new_outputs: bool, **arguments: Any) -> nn.Module:
-    """Add a step to the recipe of `edited`, in place, forget what no longer holds of it, and set its pins anew.
+    """Add a step to the recipe of `edited`, in place, drop what is no longer valid on its card, and update its pins.
 
     Args:
         edited: A model that was just edited; it still carries the card of the original.
@@ -123,7 +123,7 @@ def finish(edited: nn.Module, operation: Any, *, new_outputs: bool, **arguments:
     recipe = card.recipe
     if recipe is not None:
         try:
-            plain = {name: _plain(value) for name, value in arguments.items() if value is not None}
+            plain = {name: _as_data(value) for name, value in arguments.items() if value is not None}
             recipe = recipe.then(Step(operation=operation, arguments=plain))
         except EditError:
             recipe = None  # the model works, but its architecture can no longer be written down
@@ -133,9 +133,10 @@ def finish(edited: nn.Module, operation: Any, *, new_outputs: bool, **arguments:
     return attach(edited, recipe=recipe, metrics={}, **forgotten)
 
 
-def _plain(value: Any) -> Any:
+def _as_data(value: Any) -> Any:
+    """Return an argument as JSON data, with layers as text."""
     if isinstance(value, nn.Module):
         return describe(value, tied=True)
     if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {name: _as_data(item) for name, item in value.items()}
+    return [_as_data(item) for item in value] if isinstance(value, (list, tuple)) else value

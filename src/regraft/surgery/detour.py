@@ -1,7 +1,8 @@
-"""Cut and extend networks whose forward cannot be traced: run it as it is, and stop it on the way.
+"""Cut and extend networks whose forward cannot be traced: run the forward as it is, and stop it early by a hook.
 
-A detour is a plain picklable object in the place of the instance's `forward`: the class of the network, its state dict
-and `deepcopy` stay as they are. It is slower to read than a graph, and torch.compile does not follow it.
+A detour is a plain picklable object that replaces the instance's `forward`: the class of the network, its state dict
+and `deepcopy` stay as they are. What comes after the cut is not in the code that runs, so a detour is harder to read
+than a graph, and torch.compile does not follow it.
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from regraft.errors import EditError, ModelError
 
 
 class _ReachedError(Exception):
-    """Carries the value at which a forward ends out of it."""
+    """Stops a forward, and carries the value that becomes its output."""
 
     def __init__(self, value: Any) -> None:
         super().__init__()
@@ -25,13 +26,13 @@ class _ReachedError(Exception):
 
 
 class EarlyExitForward:
-    """Takes the place of a network's `forward`.
+    """Replaces a network's `forward`.
 
     Attributes:
         model: The network.
-        layer: Path of the layer at which its own forward stops; None: it runs to its end.
-        at_input: Whether it stops before that layer, with what the layer was given, or after it.
-        appended: Names of the top-level layers that take over from there.
+        layer: Path of the layer at which the class's forward stops; None: it runs to its end.
+        at_input: Whether it stops before that layer, with the layer's first input, or after it, with its output.
+        appended: Names of the top-level layers that are called on that value, one after the other.
     """
 
     def __init__(self, model: nn.Module, layer: str | None, at_input: bool, appended: tuple[str, ...]) -> None:
@@ -117,14 +118,14 @@ def stop_at(model: nn.Module, *, after: str | None, drop: int | None, inputs: In
 
 
 def _without_the_rest(edited: nn.Module, inputs: Inputs | None) -> nn.Module:
-    """Delete, in place, the layers with tensors that are never called, and of whose tensors none is used.
+    """Delete, in place, the layers with tensors that are never called and whose tensors are never used.
 
-    What holds no tensor stays: a forward may read a dropout's rate without ever calling it.
+    Layers without tensors stay: a forward may read a dropout's rate without calling it.
     """
-    found = trace(edited, inputs=inputs)
-    used = {call.path for call in found.calls} | set(found.first_uses)
+    run = trace(edited, inputs=inputs)
+    used = {call.path for call in run.calls} | set(run.first_uses)
     _delete_unused(edited, "", used)
-    trace(edited, inputs=inputs)
+    trace(edited, inputs=inputs)  # raises where the forward needs a layer that was deleted
     return edited
 
 

@@ -1,7 +1,7 @@
-"""Change the dataflow of a network: cut it, put layers in, put layers on top.
+"""Edit the dataflow of a network: truncate it, insert layers, append layers.
 
 Every edit returns another network that shares the weights of the first, whose own structure stays as it is. Where a
-forward cannot be traced, `truncate` and `append` go on with hooks (see `detour`).
+forward cannot be traced, `truncate` and `append` fall back to hooks (see `detour`).
 """
 
 from collections.abc import Collection
@@ -161,17 +161,17 @@ def insert(
     fitted(model, (new,), inputs)
 
     def change(flow: Flow) -> None:
-        module_calls = visits_within(flow, path)
+        module_calls = calls_within(flow, path)
         if not module_calls and not flow.training:
             raise EditError(f"cannot insert {place}: that layer is never called. Nothing was changed.")
         if not flow.calls_of(path):  # a list of layers, which has one end and one beginning
             module_calls = module_calls[-1:] if after is not None else module_calls[:1]
-        for visit in module_calls:
-            _put_in(flow, name, visit, is_after=after is not None, place=place)
+        for call in module_calls:
+            _insert_call(flow, name, call, is_after=after is not None, place=place)
 
     try:
         arguments = arguments_given(model, inputs)
-        edited = rewire(model, opened_for(model, path), change, {name: new}, closed=path, arguments=arguments)
+        edited = rewire(model, layers_to_trace(model, path), change, {name: new}, closed=path, arguments=arguments)
     except ModelError as error:
         if not _is_called(model, path, inputs):
             raise EditError(f"cannot insert {place}: that layer is never called. Nothing was changed.") from error
@@ -214,37 +214,37 @@ def without_rest(
             if node.op != "output":
                 flow.graph.erase_node(node)
 
-    opened = opened_for(model, after) if after is not None else ()
+    opened = layers_to_trace(model, after) if after is not None else ()
     edited = rewire(model, opened, change, closed=after, arguments=arguments_given(model, inputs))
     prune(edited)
     return edited
 
 
 def arguments_given(model: nn.Module, inputs: Inputs | None) -> Arguments | None:
-    """Return what the forward is called with; None where nothing is given, so that it takes all that it requires."""
+    """Return the arguments for `capture`; None without `inputs`: all parameters without a default become inputs."""
     return None if inputs is None else arguments_for(model, inputs=inputs)
 
 
-def opened_for(model: nn.Module, path: str) -> list[str]:
-    """List what has to be looked into to see the calls of the layer at `path`: the layers around it."""
+def layers_to_trace(model: nn.Module, path: str) -> list[str]:
+    """List the layers to trace so that the graph shows the calls of the layer at `path`: those around it."""
     is_called = type(model.get_submodule(path)).forward is not nn.Module.forward
     return ancestors(path) if is_called else [*ancestors(path), path]
 
 
-def visits_within(flow: Flow, path: str) -> list[ModuleCall]:
+def calls_within(flow: Flow, path: str) -> list[ModuleCall]:
     """List the calls of a layer; of a list of layers, which is not called itself, the calls in it."""
-    return flow.calls_of(path) or [visit for visit in flow.module_calls if is_within(visit.path, path)]
+    return flow.calls_of(path) or [call for call in flow.module_calls if is_within(call.path, path)]
 
 
 def _value_after(flow: Flow, path: str) -> Any:
-    module_calls = visits_within(flow, path)
+    module_calls = calls_within(flow, path)
     if not module_calls:
         raise EditError(f"cannot truncate after '{path}': that layer is never called. Nothing was changed.")
     return module_calls[-1].output
 
 
 def _value_before_the_last(flow: Flow, drop: int, model: nn.Module) -> fx.Node:
-    """Return what the first of the last `drop` top-level layers is given."""
+    """Return the input of the first of the last `drop` top-level layers."""
     first_calls: dict[str, fx.Node] = {}
     for node in flow.graph.nodes:
         if node.op == "call_module":
@@ -256,28 +256,26 @@ def _value_before_the_last(flow: Flow, drop: int, model: nn.Module) -> fx.Node:
             f"{', '.join(names)}. Nothing was changed."
         )
     call = first_calls[names[-drop]]
-    given = nodes_in((call.args, call.kwargs))
-    if len(given) != 1:
+    inputs = nodes_in((call.args, call.kwargs))
+    if len(inputs) != 1:
         raise EditError(
-            f"cannot drop {drop} layers: '{names[-drop]}' takes {len(given)} values, which are no single output. "
+            f"cannot drop {drop} layers: '{names[-drop]}' takes {len(inputs)} values, which are no single output. "
             "Use truncate(model, after=PATH). Nothing was changed."
         )
-    return given[0]
+    return inputs[0]
 
 
 def crossed(
     flow: Flow, after: str | None, cut: Collection[fx.Node], over: Collection[fx.Node], *, has_choice: bool = True
 ) -> str:
-    """Return which values cross a cut, and where clean cuts are; `has_choice`: the connections may be dropped."""
+    """Write the message about values that cross a cut and the nearest clean cuts; `has_choice`: they may be dropped."""
     order = {node: position for position, node in enumerate(flow.graph.nodes)}
     here = max(order[node] for node in cut)
-    makers = {
-        id(visit.output): visit.path for visit in reversed(flow.module_calls) if isinstance(visit.output, fx.Node)
-    }
+    makers = {id(call.output): call.path for call in reversed(flow.module_calls) if isinstance(call.output, fx.Node)}
     clean = []
-    for visit in flow.module_calls:
-        if isinstance(visit.output, fx.Node) and not live_across_cut(flow.graph, [visit.output]):
-            clean.append((order[visit.output], visit.path))
+    for call in flow.module_calls:
+        if isinstance(call.output, fx.Node) and not live_across_cut(flow.graph, [call.output]):
+            clean.append((order[call.output], call.path))
     before = [path for position, path in sorted(clean) if position < here][-1:]
     behind = [path for position, path in sorted(clean) if position > here][:1]
     names = ", ".join(f"'{makers.get(id(node), node.name)}'" for node in over)
@@ -309,28 +307,28 @@ def _main_output(flow: Flow, model: nn.Module) -> fx.Node:
 
 
 def _is_called(model: nn.Module, path: str, inputs: Inputs | None) -> bool:
-    """Return whether the forward calls a layer, or cannot be run, so that nothing is known."""
+    """Return whether the forward calls a layer; also True where the forward cannot be run, so that it is unknown."""
     try:
         return any(is_within(call.path, path) for call in trace(model, inputs=inputs).calls)
     except ModelError:
         return True
 
 
-def _put_in(flow: Flow, name: str, visit: ModuleCall, *, is_after: bool, place: str) -> None:
-    """Call the new layer on what the visited one gave, or was given."""
-    given = visit.output if is_after else next(iter((*visit.args, *visit.kwargs.values())), None)
-    if not isinstance(given, fx.Node):
+def _insert_call(flow: Flow, name: str, call: ModuleCall, *, is_after: bool, place: str) -> None:
+    """Insert a call of the new layer on the output of another call, or on its first input."""
+    value = call.output if is_after else next(iter((*call.args, *call.kwargs.values())), None)
+    if not isinstance(value, fx.Node):
         raise EditError(
-            f"cannot insert {place}: that layer {'gives' if is_after else 'takes'} a {type(given).__name__}, expected "
+            f"cannot insert {place}: that layer {'gives' if is_after else 'takes'} a {type(value).__name__}, expected "
             "one tensor. Nothing was changed."
         )
     if is_after:
-        with flow.graph.inserting_after(given):
-            made = flow.graph.call_module(name, (given,))
-        given.replace_all_uses_with(made, lambda user: user is not made)
+        with flow.graph.inserting_after(value):
+            new = flow.graph.call_module(name, (value,))
+        value.replace_all_uses_with(new, lambda user: user is not new)  # its own input stays
     else:
-        with flow.graph.inserting_before(visit.output):
-            visit.output.replace_input_with(given, flow.graph.call_module(name, (given,)))
+        with flow.graph.inserting_before(call.output):
+            call.output.replace_input_with(value, flow.graph.call_module(name, (value,)))
 
 
 def _require_something_to_train(edited: nn.Module, model: nn.Module, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Make new layers fit the place that they are put in: widths, device, dtype, mode."""
+"""Fit new layers to the network that they are put into: widths, device, dtype, mode."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -28,9 +28,9 @@ def fitted(model: nn.Module, layers: Sequence[nn.Module | int], inputs: Inputs |
         EditError: A layer is neither a module nor a number of classes, or a number comes after other layers.
     """
     reference = next((p for p in model.parameters() if p.is_floating_point()), None)
-    made = []
+    modules = []
     for position, layer in enumerate(layers):
-        if not isinstance(layer, (nn.Module, bool)) and hasattr(layer, "__index__"):  # a number of NumPy's, too
+        if not isinstance(layer, (nn.Module, bool)) and hasattr(layer, "__index__"):  # NumPy's integers, too
             layer = operator.index(layer)
             if position:
                 raise EditError(f"{layer} classes are asked for after other layers. Give a layer, or the number alone.")
@@ -42,11 +42,11 @@ def fitted(model: nn.Module, layers: Sequence[nn.Module | int], inputs: Inputs |
             raise EditError(
                 f"{layer!r} is a {type(layer).__name__}, expected a torch.nn.Module or a number of classes."
             )
-        made.append(layer)
-    for layer in made:
+        modules.append(layer)
+    for layer in modules:
         place(layer, reference)
         layer.train(model.training)
-    return made
+    return modules
 
 
 def place(layer: nn.Module, reference: torch.Tensor | None) -> nn.Module:
@@ -99,8 +99,7 @@ def classifier(shape: Shape, classes: int, *, are_channels_last: bool = False) -
 def _are_channels_last(model: nn.Module, shape: Shape, inputs: Inputs | None) -> bool:
     """Return whether maps are (N, H, W, C).
 
-    By the two sides that are equal, where the maps are square; else by the last layer that has a width and works on
-    such maps, or on the other.
+    Decided by the two equal sides, where maps are square; else by the last layer that works on one of the two layouts.
     """
     if len(shape) != 4:
         return False
@@ -134,8 +133,8 @@ def output_shape(model: nn.Module, inputs: Inputs | None = None) -> Shape:
     return shapes[0]
 
 
-def materialize_lazy(edited: nn.Module, added: Mapping[str, nn.Module], found: Trace | None, what: str) -> None:
-    """Give the lazy layers among the new ones the widths that a run on shapes found, in place.
+def materialize_lazy(edited: nn.Module, added: Mapping[str, nn.Module], run: Trace | None, what: str) -> None:
+    """Give the lazy layers among the new ones the widths that a run on shapes showed, in place.
 
     Raises:
         EditError: There are lazy layers, and the network cannot be run on shapes.
@@ -146,17 +145,17 @@ def materialize_lazy(edited: nn.Module, added: Mapping[str, nn.Module], found: T
         for path, layer in layer.named_modules()
         if isinstance(layer, LazyModuleMixin) and cast(Any, layer).has_uninitialized_params()
     }
-    if lazy and found is None:
+    if lazy and run is None:
         raise EditError(
             f"cannot {what}: the widths of lazy layers are unknown, as the network cannot be run on shapes. "
             "Pass inputs=, or layers with widths. Nothing was changed."
         )
-    calls = {call.path: call for call in reversed(found.calls)} if found else {}
+    calls = {call.path: call for call in reversed(run.calls)} if run else {}
     for path in lazy:
         if path not in calls:
             raise EditError(f"cannot {what}: the lazy layer '{path}' is never called. Nothing was changed.")
     for path, layer in lazy.items():
         device = next(cast(nn.Module, layer).parameters()).device
-        stand_ins = tuple(torch.empty(shape, device="meta") for shape in calls[path].input_shapes)
-        cast(Any, layer)._infer_parameters(layer, stand_ins)
+        inputs = tuple(torch.empty(shape, device="meta") for shape in calls[path].input_shapes)
+        cast(Any, layer)._infer_parameters(layer, inputs)
         cast(nn.Module, layer).to(device)

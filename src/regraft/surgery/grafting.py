@@ -1,4 +1,4 @@
-"""Several networks side by side, or several heads on one."""
+"""Join several backbones side by side, or put several heads on one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ Head = nn.Module | int
 
 
 class Grafted(nn.Module):
-    """Backbones that see the same input, their vectors side by side, and one or several heads on these."""
+    """Backbones on one input, whose features are concatenated, with one or several heads."""
 
     def __init__(self, parts: Mapping[str, nn.Module], heads: nn.Module | Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ def graft(
 ) -> nn.Module:
     """Return a network of one or several backbones with one or several heads; it shares their weights.
 
-    What each backbone gives becomes a vector (maps and tokens are averaged), and these go side by side to the heads.
+    The output of each backbone becomes a vector (maps and tokens are averaged); the heads take these concatenated.
 
     Args:
         parts: A backbone, or several by name. Cut their classifiers off first, as with `truncate(model, drop=1)`.
@@ -69,10 +69,10 @@ def graft(
         raise EditError(f"the backbones are on {', '.join(sorted(devices))}. Move them to one device first.")
     first = next(iter(named.values()))
     width = sum(_vector_width(output_shape(part, inputs)) for part in named.values())
-    made = _made(heads, width, first)
-    for name, head in made.items():
+    modules = _head_modules(heads, width, first)
+    for name, head in modules.items():
         _require_fit(head, name, width)
-    grafted = Grafted(named, made if isinstance(heads, Mapping) else made[""])
+    grafted = Grafted(named, modules if isinstance(heads, Mapping) else modules[""])
     attach(grafted, recipe=_recipe(named, grafted))
     return in_mode(attach(grafted, preprocessing=preprocessing_of(first)), first.training)
 
@@ -102,21 +102,22 @@ def _vector_width(shape: tuple[int, ...]) -> int:
     return as_vectors(torch.empty(shape, device="meta")).shape[1]
 
 
-def _made(heads: Head | Mapping[str, Head], width: int, model: nn.Module) -> dict[str, nn.Module]:
+def _head_modules(heads: Head | Mapping[str, Head], width: int, model: nn.Module) -> dict[str, nn.Module]:
+    """Return the heads as modules by name, under the empty name where there is one without; numbers become layers."""
     named = heads if isinstance(heads, Mapping) else {"": heads}
-    made = {}
+    modules = {}
     for name, head in named.items():
         layer = classifier((1, width), head) if isinstance(head, int) and not isinstance(head, bool) else head
-        (made[name],) = fitted(model, [layer])
-    return made
+        (modules[name],) = fitted(model, [layer])
+    return modules
 
 
 def _require_fit(head: nn.Module, name: str, width: int) -> None:
-    found = getattr(head, "in_features", width)
-    if found not in (0, width):  # 0: a lazy layer
+    taken = getattr(head, "in_features", width)
+    if taken not in (0, width):  # 0: a lazy layer
         place = f" '{name}'" if name else ""
         raise EditError(
-            f"the head{place} ({type(head).__name__}) takes {found} features, the backbones give {width} together. "
+            f"the head{place} ({type(head).__name__}) takes {taken} features, the backbones give {width} together. "
             "Give its number of classes, or a layer of that width. Nothing was changed."
         )
 

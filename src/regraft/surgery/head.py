@@ -1,4 +1,4 @@
-"""Put another classifier in the place of a network's own."""
+"""Replace the classification head of a network."""
 
 import copy
 import operator
@@ -40,22 +40,22 @@ def replace_head(
     """Return `model` with another classifier. The structure of `model` stays as it is; all other weights are shared.
 
     The new layer has the device, the dtype and the mode of the old one, and fresh weights from torch's random state. A
-    weight or spectral norm on the old one is put on it, and a norm that follows it gets its width.
+    weight or spectral norm of the old one is put on it, and a norm layer after it gets the new width.
 
-    Of a network with several heads each that gives scores of classes gets a new one: distilled and auxiliary ones (also
-    those of Inception and GoogLeNet, which run only in training), and a detector's scores, but not its boxes. Where it
-    is unclear which do, nothing is replaced, and the error names all. What the network says about its width follows:
-    `num_classes`, and `num_labels` and the labels of a Hugging Face configuration, so that the network's own loss goes
-    on working.
+    In a network with several heads, each that gives class scores is replaced: distilled and auxiliary ones (also those
+    of Inception and GoogLeNet, which run only in training mode), and a detector's scores, but not its boxes. Where it
+    is unclear which heads these are, nothing is replaced, and the error names all. Attributes that store the width are
+    updated: `num_classes`, and `num_labels` and the labels of a Hugging Face configuration, so that the network's own
+    loss still works.
 
     Args:
         model: Any module.
         new: The number of classes K, for a layer of the same kind as the old one that gives (N, K); or a module; or for
             each path of a head one of these, as in `{"scores": 4, "boxes": 16}`.
         path: Path of the layer to replace, or several; found by `class_heads` where not given.
-        keep: Which old class becomes which new one, as in `{0: 0, 1: 2}`; old ones also by name, where the model's
-            card has names. Their rows of weights and biases are copied bit for bit, so that a class can join without
-            the others being forgotten: their scores stay as they were, up to the rounding of a matrix product of
+        keep: New index of each old class that is kept, as in `{0: 0, 1: 2}`; old classes also by name, where the
+            model's card has names. Their rows of weights and biases are copied bit for bit, so that a class can be
+            added without forgetting the others: their scores stay the same, up to the rounding of a matrix product of
             another width.
         inputs: What the forward takes, to find the head and for the check; guessed where not given, see `summary`.
 
@@ -75,48 +75,48 @@ def replace_head(
     check_arguments(replace_head, locals())
     require_editable(model)
     if not isinstance(new, (nn.Module, Mapping)):
-        new = operator.index(new)  # a number of NumPy's, too
+        new = operator.index(new)  # NumPy's integers, too
     _check_new(new, path)
     if path is None and isinstance(new, int) and not keep and getattr(model, "num_classes", None) == 0:
-        edited = _with_its_own_classifier(model, new, inputs)
+        edited = _with_timm_classifier(model, new, inputs)
         if edited is not None:
             return finish(edited, "replace_head", new_outputs=True, new=new)
     targets = _targets(model, new, path, inputs)
-    pairs = _pairs(model, keep or {})
+    pairs = _kept_classes(model, keep or {})
     layers = {target.path: _new_head(model, target, inputs) for target in targets}
     edited = with_layers(model, layers)
-    is_found = path is None and not isinstance(new, Mapping)
+    is_automatic = path is None and not isinstance(new, Mapping)
     for target in targets:
         if isinstance(target.new, int):
             before = width_of(model.get_submodule(target.path))
             before = before // target.scores_per_class if before is not None else None
-            _tell_width(edited, [target.path], before, target.new, is_sure=is_found)
+            _set_class_count(edited, [target.path], before, target.new, is_sure=is_automatic)
     what = f"replace the head {', '.join(map(repr, layers))}"
-    traced = _prove_with_followers(edited, model, targets, what, inputs)
-    materialize_lazy(edited, layers, traced, what)
-    if is_found and traced is not None:
-        _require_called(edited, targets, traced, what)
+    run = _prove_with_followers(edited, model, targets, what, inputs)
+    materialize_lazy(edited, layers, run, what)
+    if is_automatic and run is not None:
+        _require_called(edited, targets, run, what)
     rows = [row for head, layer in layers.items() for row in _kept_rows(model.get_submodule(head), layer, head, pairs)]
     with torch.no_grad():
-        for ours, theirs in rows:
-            theirs[list(pairs.values())] = ours[list(pairs)].to(theirs.dtype)
-    if isinstance(new, nn.Module) and (classes := _width(traced)) is not None:
+        for old_rows, new_rows in rows:
+            new_rows[list(pairs.values())] = old_rows[list(pairs)].to(new_rows.dtype)
+    if isinstance(new, nn.Module) and (classes := _class_count(run)) is not None:
         before = width_of(model.get_submodule(targets[0].path))
-        _tell_width(edited, list(layers), before, classes, is_sure=is_found)
-    if is_found:
-        path = targets[0].path if len(targets) == 1 else None  # several are found again as they were here
+        _set_class_count(edited, list(layers), before, classes, is_sure=is_automatic)
+    if is_automatic:
+        path = targets[0].path if len(targets) == 1 else None  # a recipe without a path finds several heads again
     return finish(edited, "replace_head", new_outputs=True, path=path, new=new)
 
 
 @dataclass(frozen=True)
 class _Target:
-    """What takes the place of one head.
+    """The replacement of one head.
 
     Attributes:
         path: Path of the head.
         new: Number of classes, or the layer.
         scores_per_class: How many outputs it has for each class.
-        is_idle: Whether an evaluation does not run it.
+        is_idle: Whether it is not called in evaluation mode.
     """
 
     path: str
@@ -126,15 +126,15 @@ class _Target:
 
 
 def _check_new(new: New | Mapping[str, New], path: str | Sequence[str] | None) -> None:
-    """Refuse what contradicts itself."""
+    """Refuse arguments that are empty, negative or contradict each other."""
     if isinstance(new, Mapping):
         if not new or path is not None:
             raise EditError(
                 f"heads by path are a dict such as {{'classifier': 10}}, and exclude path=; not {new!r}"
                 f"{f' with path={path!r}' if path is not None else ''}. Nothing was changed."
             )
-        for one in new.values():
-            _check_new(one, None)
+        for head in new.values():
+            _check_new(head, None)
         return
     if isinstance(new, int) and new < 1:
         raise EditError(f"a head needs at least 1 output, not {new}. Nothing was changed.")
@@ -144,7 +144,7 @@ def _check_new(new: New | Mapping[str, New], path: str | Sequence[str] | None) -
 
 def _targets(model: nn.Module, new: Any, path: str | Sequence[str] | None, inputs: Inputs | None) -> list[_Target]:
     if isinstance(new, Mapping):
-        return [_Target(head, one) for head, one in new.items()]
+        return [_Target(head, replacement) for head, replacement in new.items()]
     if path is not None:
         paths = [path] if isinstance(path, str) else list(dict.fromkeys(path))
         return [_Target(head, _own(new, position)) for position, head in enumerate(paths)]
@@ -157,12 +157,13 @@ def _targets(model: nn.Module, new: Any, path: str | Sequence[str] | None, input
 def _prove_with_followers(
     edited: nn.Module, model: nn.Module, targets: Sequence[_Target], what: str, inputs: Inputs | None
 ) -> Trace | None:
-    """Run the edited network on shapes, as `prove` does; norms that follow a head get its new width, in place."""
+    """Run the edited network on shapes, as `prove` does, and give norms that follow a head its new width, in place."""
     widths = [
         (width_of(model.get_submodule(target.path)), target.new * target.scores_per_class)
         for target in targets
         if isinstance(target.new, int)
     ]
+    # Each turn replaces one norm, at the place where the run fails; the next may fail further on.
     while True:
         try:
             return prove(edited, model, what, inputs)
@@ -182,16 +183,17 @@ def _prove_with_followers(
 
 
 def _sides(failure: ForwardError) -> set[int]:
+    """Return the sizes of all dimensions but the batch of the inputs that a layer failed on."""
     return {side for shape in failure.given for side in shape[1:]}
 
 
-def _require_called(edited: nn.Module, targets: Sequence[_Target], traced: Trace, what: str) -> None:
-    """Refuse a module in a place whose forward is never called, as only its weight is read.
+def _require_called(edited: nn.Module, targets: Sequence[_Target], run: Trace, what: str) -> None:
+    """Refuse a module at a path that the network never calls, as it only reads the layer's weight.
 
     Raises:
-        EditError: There is such a one.
+        EditError: A target is such a module.
     """
-    called = {call.path for call in traced.calls}
+    called = {call.path for call in run.calls}
     for target in targets:
         if isinstance(target.new, nn.Module) and not target.is_idle and target.path not in called:
             raise EditError(
@@ -200,8 +202,8 @@ def _require_called(edited: nn.Module, targets: Sequence[_Target], traced: Trace
             )
 
 
-def _with_its_own_classifier(model: nn.Module, classes: int, inputs: Inputs | None) -> nn.Module | None:
-    """Give a network of timm that came without a classifier the one that its class builds; None for all others."""
+def _with_timm_classifier(model: nn.Module, classes: int, inputs: Inputs | None) -> nn.Module | None:
+    """Return a timm network without a classifier with the one that `reset_classifier` builds; None for all others."""
     if not callable(getattr(model, "reset_classifier", None)):
         return None
     edited = shared_copy(model)
@@ -209,10 +211,10 @@ def _with_its_own_classifier(model: nn.Module, classes: int, inputs: Inputs | No
     flags = {parameter: parameter.requires_grad for parameter in edited.parameters()}
     try:
         cast(Any, edited).reset_classifier(classes)
-    except Exception:  # anybody's code: the head is then found as in other networks
+    except Exception:  # any class may have a method of that name; the head is then found as in other networks
         return None
     finally:
-        for parameter, flag in flags.items():  # which `model` shares
+        for parameter, flag in flags.items():  # `model` shares the parameters
             parameter.requires_grad_(flag)
     if all(parameter in flags for parameter in edited.parameters()):
         return None
@@ -225,33 +227,39 @@ def _with_its_own_classifier(model: nn.Module, classes: int, inputs: Inputs | No
     return edited
 
 
-def _tell_width(model: nn.Module, heads: Sequence[str], before: int | None, classes: int, *, is_sure: bool) -> None:
-    """Set what a network keeps of its width beside the layer, in place.
+def _set_class_count(
+    model: nn.Module, heads: Sequence[str], before: int | None, classes: int, *, is_sure: bool
+) -> None:
+    """Update the attributes and configurations that store the number of classes, in place.
 
-    Where it is not sure that the layer is the main head, only what spoke of a head of that width.
+    Where it is not sure that the layer is the main head, only those that held the width of the old one.
     """
     for owner in ["", *dict.fromkeys(path for head in heads for path in ancestors(head))]:
         attributes = vars(model.get_submodule(owner))
         for name in COUNTS:
-            spoke_of_it = attributes.get(name) in (before, 0) or (before is None and not owner)
-            if isinstance(attributes.get(name), int) and (spoke_of_it or (is_sure and not owner)):
+            held_width = attributes.get(name) in (before, 0) or (before is None and not owner)
+            if isinstance(attributes.get(name), int) and (held_width or (is_sure and not owner)):
                 attributes[name] = classes
-        _tell_labels(getattr(model.get_submodule(owner), "config", None), before, classes, is_sure=is_sure)
+        _set_labels(getattr(model.get_submodule(owner), "config", None), before, classes, is_sure=is_sure)
 
 
-def _tell_labels(config: Any, before: int | None, classes: int, *, is_sure: bool) -> None:
+def _set_labels(config: Any, before: int | None, classes: int, *, is_sure: bool) -> None:
     """Set the labels of a Hugging Face configuration, whose `num_labels` counts these, in place."""
     if not hasattr(config, "id2label") or not hasattr(config, "label2id"):
         return
     if is_sure or before in (None, len(config.id2label)):
         config.id2label = {index: f"LABEL_{index}" for index in range(classes)}
         config.label2id = {label: index for index, label in config.id2label.items()}
-        if 1 in (before, classes) and before != classes:  # between a number and classes; the loss chooses anew
+        if 1 in (before, classes) and before != classes:  # regression to classes or back: the loss is chosen again
             config.problem_type = None
 
 
-def _pairs(model: nn.Module, keep: Mapping[int | str, int]) -> dict[int, int]:
-    """Return which old class becomes which new one, both as numbers."""
+def _kept_classes(model: nn.Module, keep: Mapping[int | str, int]) -> dict[int, int]:
+    """Return the new index of each old class that is kept, by its old index.
+
+    Raises:
+        EditError: An old class is unknown, or a class is named twice.
+    """
     names = card_of(model).classes
     pairs: dict[Any, int] = {}
     for old, new in keep.items():
@@ -270,7 +278,11 @@ def _pairs(model: nn.Module, keep: Mapping[int | str, int]) -> dict[int, int]:
 def _kept_rows(
     old: nn.Module, new: nn.Module, path: str, pairs: Mapping[int, int]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return the tensors of the old and of the new head in which rows stand for classes; none where none are kept."""
+    """Return pairs of tensors of the old and the new head whose rows are classes; none where no class is kept.
+
+    Raises:
+        EditError: No rows can be copied between the two heads, or a class is out of range.
+    """
     if not pairs:
         return []
     tensors = kept_tensors(old, new)
@@ -280,18 +292,18 @@ def _kept_rows(
             f"no classes of '{path}' can be kept: it is a {type(old).__name__}, and another {type(new).__name__} takes "
             "its place. Give a number of classes. Nothing was changed."
         )
-    for known, others, limit in (("old", pairs.keys(), have), ("new", pairs.values(), want)):
-        for index in others:
+    for side, indices, limit in (("old", pairs.keys(), have), ("new", pairs.values(), want)):
+        for index in indices:
             if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < limit:
                 raise EditError(
-                    f"keep names the {known} class {index!r}, expected a number from 0 to {limit - 1} "
+                    f"keep names the {side} class {index!r}, expected a number from 0 to {limit - 1} "
                     f"('{path}' has {have} classes, its successor {want}). Nothing was changed."
                 )
     return tensors
 
 
 def _own(new: int | nn.Module, position: int) -> int | nn.Module:
-    """Give each of several heads a module of its own, so that their weights are not tied."""
+    """Return `new` for the first of several heads and a copy for each other, so that their weights are not tied."""
     return copy.deepcopy(new) if position and isinstance(new, nn.Module) else new
 
 
@@ -316,7 +328,7 @@ def _new_head(model: nn.Module, target: _Target, inputs: Inputs | None) -> nn.Mo
 
 
 def _width_into(model: nn.Module, path: str, inputs: Inputs | None) -> int:
-    """Return the number of features D that the layer at `path` is given as (N, D)."""
+    """Return the number of features D in the input (N, D) of the layer at `path`."""
     shapes: Collection[Any] = next(
         (call.input_shapes for call in trace(model, inputs=inputs).calls if call.path == path), ()
     )
@@ -329,7 +341,7 @@ def _width_into(model: nn.Module, path: str, inputs: Inputs | None) -> int:
     return next(iter(shapes))[1]
 
 
-def _width(found: Trace | None) -> int | None:
-    """Return K where a network gives one tensor of scores (N, K)."""
-    shapes = next((call.output_shapes for call in found.calls if call.path == ""), ()) if found is not None else ()
+def _class_count(run: Trace | None) -> int | None:
+    """Return K where the output of a network is one tensor of scores (N, K); else None."""
+    shapes = next((call.output_shapes for call in run.calls if call.path == ""), ()) if run is not None else ()
     return shapes[0][1] if len(shapes) == 1 and len(shapes[0]) == 2 else None

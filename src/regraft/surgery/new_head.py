@@ -1,4 +1,4 @@
-"""Build the layer that takes the place of a head: of the same kind, for another number of classes."""
+"""Build the layer that replaces a head: of the same kind, for another number of classes."""
 
 import copy
 import warnings
@@ -66,17 +66,18 @@ def kept_tensors(old: nn.Module, new: nn.Module) -> list[tuple[torch.Tensor, tor
     """
     if BASE_LAYER in old._modules or isinstance(old, TRANSPOSED):
         return None
-    ours, theirs = _row_tensors(old), _row_tensors(new)
-    if ours is None or theirs is None or ours.keys() != theirs.keys():
+    old_tensors, new_tensors = _row_tensors(old), _row_tensors(new)
+    if old_tensors is None or new_tensors is None or old_tensors.keys() != new_tensors.keys():
         return None
-    pairs = [(tensor, theirs[name]) for name, tensor in ours.items()]
+    pairs = [(tensor, new_tensors[name]) for name, tensor in old_tensors.items()]
     return None if any(a.shape[1:] != b.shape[1:] for a, b in pairs) else pairs
 
 
 def _row_tensors(layer: Any) -> dict[str, torch.Tensor] | None:
+    """Return the tensors whose rows are classes, by role; None where rows cannot be taken apart."""
     if parametrize.is_parametrized(layer):
         norms = layer.parametrizations
-        if list(norms) != ["weight"] or [type(one).__name__ for one in norms.weight] != ["_WeightNorm"]:
+        if list(norms) != ["weight"] or [type(norm).__name__ for norm in norms.weight] != ["_WeightNorm"]:
             return None
         named = {"g": norms.weight.original0, "v": norms.weight.original1}
     elif any(isinstance(hook, SpectralNorm) for hook in layer._forward_pre_hooks.values()):
@@ -118,9 +119,9 @@ def _has_plain_weight(layer: nn.Module) -> bool:
 
 
 def _resized(old: nn.Linear, classes: int) -> nn.Module | None:
-    """Return a copy of a layer whose class computes something else of its weights, as a cosine classifier's does.
+    """Return a resized copy of a layer whose class has a forward of its own, such as a cosine classifier's.
 
-    None where it has tensors beside weight and bias whose size follows the number of classes.
+    None where it has other tensors than weight and bias whose size follows the number of classes.
     """
     others = [tensor for name, tensor in old.state_dict().items() if name not in ("weight", "bias")]
     if any(old.out_features in tensor.shape for tensor in others) and old.out_features > 1:
@@ -133,7 +134,7 @@ def _resized(old: nn.Linear, classes: int) -> nn.Module | None:
 
 
 def _normalize_alike(layer: nn.Module, old: Any, path: str) -> None:
-    """Put the norms and other parametrizations of `old` on a fresh layer, in place."""
+    """Register the norms and other parametrizations of `old` on a fresh layer, in place."""
     if parametrize.is_parametrized(old):
         for name, steps in old.parametrizations.items():
             for step in steps:

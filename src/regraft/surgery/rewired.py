@@ -1,4 +1,4 @@
-"""A network whose forward was written anew from an edited graph."""
+"""Networks whose forward is generated from an edited graph."""
 
 import importlib
 import re
@@ -22,7 +22,7 @@ class CompiledForward:
 
     Attributes:
         code: A Python function `forward(self, …)`.
-        names: The modules, functions and constants that the code names.
+        names: The modules, functions and constants that the code refers to, by name.
         targets: Paths of the layers and tensors that it uses.
     """
 
@@ -45,9 +45,9 @@ class CompiledForward:
 
 
 class EditedModule(nn.Module):
-    """The base of every network with a forward of its own: the original's layers and state, another dataflow.
+    """Base class of every network with a generated forward: the original's layers and state, another dataflow.
 
-    Layers keep their paths, classes and forwards. Each network has a class of its own, so that its forward has the
+    Layers keep their paths, classes and forwards. Each network has a subclass of its own, so that its forward has the
     signature of its program.
 
     Attributes:
@@ -78,11 +78,11 @@ def rewire(
 
     Args:
         model: Any module.
-        opened: Paths of the layers that `change` looks into, see `capture`.
+        opened: Paths of the layers that have to be traced for `change`, see `capture`.
         change: Edits the graph of one mode in place.
         added: New top-level layers by name, which `change` may call.
-        closed: Path of the layer that is not looked into where all others are: what is looked into first is as little
-            as possible, and as much as possible where that cannot be traced.
+        closed: Path of the layer that stays a leaf in a second attempt: the first traces as few layers as possible, the
+            second, where the first fails, as many as possible.
         respect_pins: See `capture`.
         arguments: See `capture`.
 
@@ -120,16 +120,16 @@ def rewire_flows(
         tidy(flow.graph, layers.get_submodule)
         flow.graph.lint()
     programs = tuple(_program(flow.graph) for flow in flows)
-    if all(program.code == programs[0].code for program in programs):  # the branch lay in what is gone
+    if all(program.code == programs[0].code for program in programs):  # the branch was in the part that is gone
         programs = programs[:1]
     rewired = _empty(getattr(model, "origin", type(model).__name__), programs, flows[0].mode_switch or "")
     own = {name: vars(rewired)[name] for name in EditedModule.__annotations__}
-    unpin(layers)  # whether the whole is frozen is decided anew
+    unpin(layers)  # whether the whole network is frozen is computed again
     rewired.__dict__.update({**vars(layers), **own})
     for flow in flows:
         for name, tensor in flow.constants.items():
             setattr(rewired, name, tensor)
-    if hasattr(model, "preprocessing"):  # of the class, which says what images the network takes
+    if hasattr(model, "preprocessing"):  # a class attribute, which describes the images that the network takes
         rewired.__dict__["preprocessing"] = model.preprocessing
     return rewired
 
@@ -151,12 +151,15 @@ def unused_names(model: nn.Module, stem: str, count: int) -> list[str]:
     return [f"{stem}_{number + position}" for position in range(count)]
 
 
+# Pickled networks refer to `_empty` and `_restored` by name: renaming them breaks files that exist.
+
+
 def _pruned(layer: nn.Module, path: str, used: set[str]) -> list[str]:
     gone = []
     for slots in (layer._parameters, layer._buffers, layer._modules):
         for name in list(slots):
             inner = f"{path}.{name}".lstrip(".")
-            if inner in used or name in layer._non_persistent_buffers_set:  # which a layer's own methods may ask for
+            if inner in used or name in layer._non_persistent_buffers_set:  # which a layer's own methods may read
                 continue
             child = layer._modules.get(name)
             if child is not None and any(is_within(target, inner) for target in used):
@@ -168,7 +171,7 @@ def _pruned(layer: nn.Module, path: str, used: set[str]) -> list[str]:
 
 
 def _empty(origin: str, programs: tuple[CompiledForward, ...], mode_switch: str) -> EditedModule:
-    """Make a network without layers."""
+    """Create a network without layers, whose forward is that of the programs."""
     forwards = [program.compiled() for program in programs]
     forward = forwards[0] if len(forwards) == 1 else _by_mode(*forwards, mode_switch=mode_switch)
     rewired = type(f"Edited{origin}", (EditedModule,), {"forward": forward, "__module__": __name__})()
@@ -198,7 +201,7 @@ def _program(graph: fx.Graph) -> CompiledForward:
 
 
 def _reference(value: Any) -> tuple[str, Any]:
-    """Write down where an object that a program names can be imported from."""
+    """Return where an object that a program refers to can be imported from, or the object itself where nowhere."""
     if isinstance(value, type(re)):
         return "module", value.__name__
     home, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
@@ -213,7 +216,7 @@ def _imported(kind: str, reference: Any) -> Any:
     if kind == "value":
         return reference
     home, _, name = reference.partition(":")
-    found: Any = importlib.import_module(home)
+    value: Any = importlib.import_module(home)
     for part in name.split(".") if name else ():
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value

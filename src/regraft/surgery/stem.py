@@ -1,4 +1,4 @@
-"""Let a network take images with another number of channels."""
+"""Change the number of input channels of a network."""
 
 import copy
 from collections.abc import Collection
@@ -19,9 +19,9 @@ from regraft.surgery.checks import finish, refusal, require_editable
 from regraft.surgery.swap import with_layers
 from regraft.zoo import preprocessing_of
 
-COUNTS = ("in_chans", "in_channels", "num_channels")  # attributes in which networks keep the number of their channels
+COUNTS = ("in_chans", "in_channels", "num_channels")  # attributes in which networks store the number of input channels
 TIMM_CONFIGS = ("pretrained_cfg", "default_cfg")
-CLOSE = 1e-4  # of the largest output, in float64: room for what a layer adds against division by zero
+CLOSE = 1e-4  # relative to the largest output, in float64: above the eps that layers add against division by zero
 
 
 def replace_stem(model: nn.Module, channels: int, *, inputs: Inputs | None = None) -> nn.Module:
@@ -58,12 +58,12 @@ def replace_stem(model: nn.Module, channels: int, *, inputs: Inputs | None = Non
     count = cast(nn.Conv2d, model.get_submodule(first)).in_channels
     edited = with_layers(model, {})
     changed: list[str] = []
-    found: str | None = first
-    while found is not None:  # one more for each convolution that reads the image beside the first
-        _widen(edited.get_submodule(found), found, channels)
-        changed.append(found)
-        _tell_channels(edited, changed, count, channels)
-        found = _still_old(edited, model, channels, count, changed, inputs)
+    path: str | None = first
+    while path is not None:  # one more for each convolution that reads the image beside the first
+        _widen(edited.get_submodule(path), path, channels)
+        changed.append(path)
+        _set_channel_attributes(edited, changed, count, channels)
+        path = _unchanged_convolution(edited, model, channels, count, changed, inputs)
     if isinstance(edited.get_submodule(first), nn.Conv2d):
         attach(edited, preprocessing=_preprocessing(preprocessing_of(model), count, channels))
     return finish(edited, "replace_stem", new_outputs=False, channels=channels)
@@ -85,13 +85,13 @@ def filters_for(weight: torch.Tensor, channels: int) -> torch.Tensor:
     return (weight[:, :channels] * (count / channels)).contiguous()
 
 
-def _still_old(
+def _unchanged_convolution(
     edited: nn.Module, model: nn.Module, channels: int, count: int, changed: Collection[str], inputs: Inputs | None
 ) -> str | None:
-    """Run the edited network on shapes; return a convolution that is fed the new channels, and expects the old ones.
+    """Run the edited network on shapes; return a convolution that gets the new channels but expects the old ones.
 
     Raises:
-        EditError: It does not run for any other reason, although the original does.
+        EditError: It fails for any other reason, although the original runs.
     """
     try:
         trace(edited, inputs=inputs if inputs is not None else _with_channels(model, count, channels))
@@ -105,21 +105,21 @@ def _still_old(
     if inputs is None:
         try:
             trace(model)
-        except ForwardError:  # nothing can be said
+        except ForwardError:  # the original fails as well, so the edit is not the reason
             return None
     raise refusal(edited, f"give {', '.join(map(repr, changed))} {channels} channels", failure) from failure
 
 
 def _with_channels(model: nn.Module, count: int, channels: int) -> Inputs:
-    """Return what the network is guessed to take, without values, with the new number of channels."""
+    """Return the guessed inputs of the network, without values, with the new number of channels."""
 
-    def changed(leaf: Any) -> Any:
+    def with_channels(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or leaf.ndim < 2 or leaf.shape[1] != count:
             return leaf
         return torch.empty(leaf.shape[0], channels, *leaf.shape[2:], dtype=leaf.dtype, device="meta")
 
     guessed = arguments_for(model)
-    args, kwargs = tree_map(changed, (guessed.args, guessed.kwargs))
+    args, kwargs = tree_map(with_channels, (guessed.args, guessed.kwargs))
     return args or kwargs
 
 
@@ -127,7 +127,7 @@ def _widen(layer: nn.Module, path: str, channels: int) -> None:
     """Give a convolution another number of input channels, in place.
 
     Raises:
-        EditError: What it learned cannot be kept.
+        EditError: Its filters cannot be kept.
     """
     assert isinstance(layer, CONVOLUTIONS)
     count = layer.in_channels
@@ -144,16 +144,16 @@ def _widen(layer: nn.Module, path: str, channels: int) -> None:
         raise EditError(f"{computed}which has to be removed before. {advice}")
     old = copy.deepcopy(layer)
     weight = layer.weight.detach()  # (out, in / groups, …)
-    made = filters_for(weight, channels)
+    filters = filters_for(weight, channels)
     layer.in_channels, layer.groups = channels, 1
-    layer.weight = nn.Parameter(made, requires_grad=layer.weight.requires_grad)
+    layer.weight = nn.Parameter(filters, requires_grad=layer.weight.requires_grad)
     if not weight.is_meta and not _agree(old, layer):
         raise EditError(f"{computed}as with weight standardization, so what it gives would change. {advice}")
 
 
 @torch.no_grad()
 def _agree(old: Any, new: Any) -> bool:
-    """Return whether a changed convolution gives what the old one gave, on random numbers."""
+    """Return whether a changed convolution gives the outputs of the old one, on equivalent random inputs."""
     old, new = copy.deepcopy(old).cpu().double(), copy.deepcopy(new).cpu().double()
     sides = [step * (size - 1) + 3 for size, step in zip(old.kernel_size, old.dilation, strict=True)]
     draw = torch.rand(1, new.in_channels, *sides, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -164,12 +164,12 @@ def _agree(old: Any, new: Any) -> bool:
     else:
         missing = draw.new_zeros(1, old.in_channels - new.in_channels, *sides)
         shown = torch.cat([draw * (old.in_channels / new.in_channels), missing], 1)
-    ours, theirs = new(draw), old(shown)
-    return bool((ours - theirs).abs().max() <= CLOSE * theirs.abs().max().clamp(min=1e-12))
+    output, expected = new(draw), old(shown)
+    return bool((output - expected).abs().max() <= CLOSE * expected.abs().max().clamp(min=1e-12))
 
 
-def _tell_channels(model: nn.Module, paths: Collection[str], count: int, channels: int) -> None:
-    """Set what a network keeps of its channels beside the layers, in place."""
+def _set_channel_attributes(model: nn.Module, paths: Collection[str], count: int, channels: int) -> None:
+    """Update the attributes and configurations that store the number of input channels, in place."""
     for owner in ["", *dict.fromkeys(outer for path in paths for outer in ancestors(path))]:
         attributes = vars(model.get_submodule(owner))
         for name in COUNTS:
@@ -187,6 +187,7 @@ def _tell_channels(model: nn.Module, paths: Collection[str], count: int, channel
 
 
 def _preprocessing(known: Any, count: int, channels: int) -> Any:
+    """Return the preprocessing for the new number of channels; None where nothing is known of them."""
     if channels == known.channels:
         return known
     if channels == 1 and known.channels == count:
@@ -196,7 +197,7 @@ def _preprocessing(known: Any, count: int, channels: int) -> Any:
 
 
 def _averaged(values: dict[str, Any], channels: int) -> dict[str, Any]:
-    """Return the normalization for gray images that stands for that of colours."""
+    """Return the averages over the channels of mean and standard deviation, for gray images; empty for others."""
     if channels != 1:
         return {}
     return {name: (sum(values[name]) / len(values[name]),) for name in ("mean", "std") if values.get(name)}

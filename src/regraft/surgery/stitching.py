@@ -22,7 +22,7 @@ from regraft.surgery.tail import tail
 from regraft.zoo import preprocessing_of
 
 Batches = Iterable[torch.Tensor | tuple[Any, ...] | list[Any]]
-RIDGE = 1e-6  # of the mean variance of what is fitted on
+RIDGE = 1e-6  # relative to the mean of the Gram matrix's diagonal
 
 
 class Stitched(nn.Module):
@@ -48,9 +48,9 @@ def stitch(
 ) -> nn.Module:
     """Return a network that begins as `front` and ends as `back`, whose weights it shares.
 
-    The adapter between them is chosen by what `front` gives at its cut and what `back` was given at its own (see
-    `adapter_for`). With `batches` its weights are fitted in closed form: what goes on to the back is, in the least
-    squares sense, what the back used to see for the same images.
+    The adapter between them is chosen by the shapes of `front`'s output and `back`'s input at the cuts (see
+    `adapter_for`). With `batches` its weights are fitted in closed form: its outputs are, in the least squares sense,
+    the inputs that the back had for the same images.
 
     Args:
         front: The network to begin with.
@@ -133,7 +133,7 @@ def fit_adapter(stitched: Stitched, target: nn.Module, batches: Batches) -> None
                     wanted = wanted[:, 1:]
                 rows = _rows(rows, solved)
                 goal = _goal(wanted, rows, solved)
-            except Exception as error:  # of networks of the user's own, on inputs of the user's own
+            except Exception as error:  # the user's networks on the user's inputs
                 reason = str(error).partition("\n")[0]
                 raise EditError(
                     f"cannot fit the adapter on a batch of shape {tuple(x.shape)}: {reason}. Give batches that the "
@@ -181,9 +181,9 @@ def _chosen(name: str, given: Shape, wanted: Shape, *, is_fitted: bool) -> nn.Mo
 
 def _require_alike(front: nn.Module, back: nn.Module) -> None:
     for what, of in (("device", lambda p: p.device), ("dtype", lambda p: p.dtype)):
-        ours, theirs = ({of(p) for p in part.parameters() if p.is_floating_point()} for part in (front, back))
-        if ours and theirs and ours != theirs:
-            names = [", ".join(sorted(map(str, found))) for found in (ours, theirs)]
+        in_front, in_back = ({of(p) for p in part.parameters() if p.is_floating_point()} for part in (front, back))
+        if in_front and in_back and in_front != in_back:
+            names = [", ".join(sorted(map(str, values))) for values in (in_front, in_back)]
             raise EditError(
                 f"cannot stitch networks of different {what}s: the front has {names[0]}, the back {names[1]}. "
                 f"Move one of them first, as in back.to(…). Nothing was changed."
@@ -212,15 +212,15 @@ def _recipe(
     *,
     is_fitted: bool,
 ) -> Recipe | None:
-    ours, theirs = card_of(front).recipe, card_of(back).recipe
-    if ours is None or theirs is None:
+    front_recipe, back_recipe = card_of(front).recipe, card_of(back).recipe
+    if front_recipe is None or back_recipe is None:
         return None
     try:
         text = describe(adapter) if isinstance(adapter, nn.Module) else adapter
     except EditError:
         return None
     arguments = {"cut": list(cut), "adapter": text, "given": given, "wanted": wanted, "is_fitted": is_fitted}
-    return Recipe(source=Source(name="stitch", parts=(ours, theirs), arguments=arguments))
+    return Recipe(source=Source(name="stitch", parts=(front_recipe, back_recipe), arguments=arguments))
 
 
 def _is_linear(layer: nn.Module) -> bool:
@@ -228,21 +228,21 @@ def _is_linear(layer: nn.Module) -> bool:
 
 
 def _seen_by(target: nn.Module, x: torch.Tensor, stitched: Stitched) -> torch.Tensor:
-    """Return the front's inputs as the back's network takes them: its size, its normalization."""
+    """Return the front's inputs in the size and with the normalization that the back's network takes."""
     size = guess_input_size(target)
     if x.ndim != 4 or len(size) != 4:
         return x
-    ours, theirs = preprocessing_of(stitched.front), preprocessing_of(target)
-    if ours.channels == theirs.channels == x.shape[1]:
-        for preprocessing, back in ((ours, True), (theirs, False)):
+    front, back = preprocessing_of(stitched.front), preprocessing_of(target)
+    if front.channels == back.channels == x.shape[1]:
+        for preprocessing, is_undone in ((front, True), (back, False)):
             mean = torch.tensor(preprocessing.mean, device=x.device).view(-1, 1, 1)
             std = torch.tensor(preprocessing.std, device=x.device).view(-1, 1, 1)
-            x = x * std + mean if back else (x - mean) / std
+            x = x * std + mean if is_undone else (x - mean) / std
     return F.interpolate(x, size=size[2:], mode="bilinear", align_corners=False, antialias=True)
 
 
 def _rows(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """List what a layer is given, one row (D,) for each place of each image."""
+    """Return the inputs of a layer as rows (D,), one for each position of each image."""
     x = x.permute(0, 2, 3, 1) if isinstance(layer, nn.Conv2d) else x
     return x.reshape(-1, x.shape[-1])
 
@@ -254,7 +254,7 @@ def _goal(wanted: torch.Tensor, rows: torch.Tensor, layer: nn.Module) -> torch.T
 
 
 def _neutralize(norm: nn.BatchNorm2d, outputs: torch.Tensor) -> None:
-    """Let a batch norm give what it is given, in evaluation, and in training for batches like these."""
+    """Make a batch norm the identity in evaluation mode, and in training mode for batches like these."""
     mean, variance = outputs.mean(0), outputs.var(0, unbiased=False)
     assert norm.running_mean is not None
     assert norm.running_var is not None

@@ -1,4 +1,4 @@
-"""Put another module in the place of a layer, or none. No trace is needed, so this works on every network."""
+"""Replace or remove a layer. No graph is needed, so this works on every network."""
 
 import copy
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from regraft.surgery.fitting import fitted, materialize_lazy
 
 
 class Bypass(nn.Module):
-    """Gives back the first of its inputs, whatever else it is called with."""
+    """Identity that ignores all inputs but the first."""
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         return x
@@ -56,15 +56,18 @@ def replace(
     check_arguments(replace, locals())
     require_editable(model)
     layers = dict(model.named_modules(remove_duplicate=False))
-    found = select(model, path)
-    paths = [one for one in found if not any(other != one and is_within(one, other) for other in found)]
+    selected = select(model, path)
+    paths = [inner for inner in selected if not any(outer != inner and is_within(inner, outer) for outer in selected)]
     if "" in paths:
         raise EditError("the model itself cannot be replaced in itself. Name one of its layers. Nothing was changed.")
-    made: dict[int, nn.Module] = {}
-    for one in paths:
-        if id(layers[one]) not in made:
-            made[id(layers[one])] = _made(model, layers[one], one, new, is_first=not made, keep_weights=keep_weights)
-    put = {one: made[id(layers[one])] for one in paths}
+    # By identity of the old layer: one that stands at several paths gets one replacement, so that it stays shared.
+    replacements: dict[int, nn.Module] = {}
+    for place in paths:
+        old = layers[place]
+        if id(old) not in replacements:
+            is_first = not replacements
+            replacements[id(old)] = _replacement(model, old, place, new, is_first=is_first, keep_weights=keep_weights)
+    put = {place: replacements[id(layers[place])] for place in paths}
     edited = with_layers(model, put)
     what = f"replace {_listed(paths)}"
     run = prove(edited, model, what, inputs)
@@ -79,7 +82,7 @@ def replace(
 
 
 def remove(model: nn.Module, path: str, *, inputs: Inputs | None = None) -> nn.Module:
-    """Return `model` without a layer: what went into it goes on to what came after it. Its weights are gone.
+    """Return `model` without a layer: its input is passed on in the place of its output. Its weights are gone.
 
     An `nn.Identity` keeps the place, so that no other layer changes its name.
 
@@ -128,13 +131,16 @@ def with_layers(model: nn.Module, put: dict[str, nn.Module]) -> nn.Module:
     return edited
 
 
-def _made(model: nn.Module, old: nn.Module, path: str, new: Any, *, is_first: bool, keep_weights: bool) -> nn.Module:
+def _replacement(
+    model: nn.Module, old: nn.Module, path: str, new: Any, *, is_first: bool, keep_weights: bool
+) -> nn.Module:
+    """Return the module for one place: `new`, a copy of it, or what the function `new` returns for the old layer."""
     if isinstance(new, nn.Module):
         (layer,) = fitted(model, [new if is_first else copy.deepcopy(new)])
         return layer
     try:
         layer = new(old)
-    except Exception as error:  # anybody's code
+    except Exception as error:  # the user's function may raise anything
         raise EditError(
             f"cannot replace '{path}' ({type(old).__name__}): the function that makes the new layer raised "
             f"{type(error).__name__}: {error}. Nothing was changed."
@@ -152,11 +158,11 @@ def _made(model: nn.Module, old: nn.Module, path: str, new: Any, *, is_first: bo
 
 @torch.no_grad()
 def _take_over(layer: nn.Module, old: nn.Module) -> None:
-    """Copy the tensors of the same name and shape."""
-    theirs = old.state_dict()
+    """Copy the tensors of the same name and shape, and the flags of the same name."""
+    state = old.state_dict()
     for name, tensor in layer.state_dict().items():
-        if name in theirs and not nn.parameter.is_lazy(tensor) and theirs[name].shape == tensor.shape:
-            tensor.copy_(theirs[name])
+        if name in state and not nn.parameter.is_lazy(tensor) and state[name].shape == tensor.shape:
+            tensor.copy_(state[name])
     flags = {name: parameter.requires_grad for name, parameter in old.named_parameters()}
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(flags.get(name, True))

@@ -1,4 +1,4 @@
-"""The back of a network: what comes after a layer as a network of its own, and a graph that begins in its middle."""
+"""Make the back of a network a network of its own: a graph whose inputs are values from its middle."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -12,35 +12,35 @@ from regraft.anatomy.dataflow.graph import Flow, is_size, live_across_cut, tidy
 from regraft.anatomy.dataflow.values import BATCHES, Sizes, compute_values, sizes_of, value_key
 from regraft.anatomy.inputs import Inputs, arguments_for
 from regraft.errors import EditError, ModelError
-from regraft.surgery.edits import crossed, opened_for, visits_within
+from regraft.surgery.edits import calls_within, crossed, layers_to_trace
 from regraft.surgery.rewired import EditedModule, prune, rewire
 
 
 def tail(model: nn.Module, after: str, *, inputs: Inputs | None = None) -> EditedModule:
-    """Return what comes after a layer as a network whose one input is what that layer gives.
+    """Return the part of `model` after a layer as a network whose one input is that layer's output.
 
-    Sizes that the forward reads before the cut are written in as numbers, so the result holds for that size of images.
+    Sizes that the forward reads before the cut become constants, so the result is valid for that size of images only.
 
     Raises:
         EditError: A skip connection crosses the cut, or the forward cannot be traced. Nothing was changed.
     """
-    found: list[Sizes] = []
+    sizes: list[Sizes] = []
 
     def change(flow: Flow) -> None:
-        module_calls = visits_within(flow, after)
+        module_calls = calls_within(flow, after)
         value = module_calls[-1].output if module_calls else None
         if not isinstance(value, fx.Node):
             raise EditError(f"cannot begin after '{after}': it gives no single tensor. Nothing was changed.")
         over = live_across_cut(flow.graph, [value])
         if over:
             raise EditError(crossed(flow, after, [value], over, has_choice=False))
-        if not found:  # those of evaluation hold for training as well
-            found.append(sizes_of(flow.graph, [compute_values(model, flow, count) for count in BATCHES]))
-        begin_at(flow.graph, [value_key(value)], found[0], model.get_submodule)
+        if not sizes:  # those of evaluation mode hold for training mode as well
+            sizes.append(sizes_of(flow.graph, [compute_values(model, flow, count) for count in BATCHES]))
+        begin_at(flow.graph, [value_key(value)], sizes[0], model.get_submodule)
 
     try:
         back = rewire(
-            model, opened_for(model, after), change, closed=after, arguments=arguments_for(model, inputs=inputs)
+            model, layers_to_trace(model, after), change, closed=after, arguments=arguments_for(model, inputs=inputs)
         )
     except ModelError as error:
         raise EditError(f"cannot begin after '{after}': {str(error).rstrip('.')}. Nothing was changed.") from error
@@ -56,16 +56,16 @@ def begin_at(
     counts: Sequence[int] | None = None,
     rebuild: Callable[[fx.Graph, int, Callable[[], fx.Node]], Any] | None = None,
 ) -> None:
-    """Let a graph take values from its middle as its inputs, and erase what came before, in place.
+    """Make values from the middle of a graph its inputs, and erase the nodes before them, in place.
 
     Args:
         graph: Is changed.
-        keys: Of the values, see `value_key`; one that the graph lacks becomes an input that it does not use.
-        sizes: What the sizes are that the graph reads, see `sizes_of`: those read from what is erased are written in as
-            numbers, but for that of the batch.
+        keys: Keys of the values, see `value_key`. A key that the graph lacks becomes an input that it does not use.
+        sizes: The sizes that the graph reads, see `sizes_of`. Those read from erased values become constants, except
+            the size of the batch.
         layer_of: Returns the layer at a path.
-        counts: How many tensors each value holds, all of which become inputs; None: each is one.
-        rebuild: Makes the value at a position from its tensors, which it takes one by one.
+        counts: Number of tensors in each value, all of which become inputs; None: one each.
+        rebuild: Builds the value at a position from its tensors, which it takes one by one.
 
     Raises:
         ModelError: The rest needs other values as well.
@@ -92,23 +92,23 @@ def begin_at(
 
 
 def _replace(old: fx.Node, new: Any) -> None:
-    """Let all that use a value use another one, which may be a container of values."""
+    """Replace a value in all its users; unlike with `replace_all_uses_with`, `new` may be a container of values."""
     for user in list(old.users):
         user.args = map_arg(user.args, lambda node: new if node is old else node)
         user.kwargs = map_arg(user.kwargs, lambda node: new if node is old else node)
 
 
 def _descendants(nodes: list[fx.Node]) -> set[fx.Node]:
-    found, waiting = set(nodes), list(nodes)
+    descendants, waiting = set(nodes), list(nodes)
     while waiting:
-        fresh = [user for user in waiting.pop().users if user not in found]
-        found.update(fresh)
+        fresh = [user for user in waiting.pop().users if user not in descendants]
+        descendants.update(fresh)
         waiting += fresh
-    return found
+    return descendants
 
 
 def _write_sizes(graph: fx.Graph, sizes: Sizes, batch: fx.Node) -> None:
-    """Write numbers in the place of sizes that were read before the cut; only that of the batch stays open."""
+    """Replace sizes that were read before the cut by constants; that of the batch is read from the new input."""
     for node in list(graph.nodes):
         if not is_size(node) or value_key(node) not in sizes:
             continue
@@ -119,7 +119,7 @@ def _write_sizes(graph: fx.Graph, sizes: Sizes, batch: fx.Node) -> None:
             elif not isinstance(small, (int, torch.Size)):
                 continue
             elif isinstance(small, torch.Size):
-                parts = [_size(graph, one, other, batch) for one, other in zip(small, large, strict=True)]
+                parts = [_size(graph, *pair, batch) for pair in zip(small, large, strict=True)]
                 new = graph.call_function(tuple, (parts,))
             else:
                 part = _size(graph, small, large, batch)
@@ -128,6 +128,11 @@ def _write_sizes(graph: fx.Graph, sizes: Sizes, batch: fx.Node) -> None:
 
 
 def _size(graph: fx.Graph, small: int, large: int, batch: fx.Node) -> Any:
+    """Return a size that was `small` and `large` for `BATCHES`: a number, or a node that follows the batch.
+
+    Raises:
+        ModelError: It is no multiple of the batch.
+    """
     if small == large:
         return small
     if small % BATCHES[0] or large % BATCHES[1] or small // BATCHES[0] != large // BATCHES[1]:

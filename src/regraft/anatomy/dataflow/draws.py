@@ -1,4 +1,4 @@
-"""What draws random numbers, and whether something has drawn."""
+"""Names of the functions that draw random numbers, and the states of the generators that they draw from."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ def random_state() -> State:
 
 
 def generator_states(layers: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
-    """Return by layer the states of the generators that it holds, or that the module of its forward does."""
+    """Return the states of the generators of each layer by name: its own, and those of its Python module's globals."""
     return {path: {name: _state(value) for name, value in _generators(layer)} for path, layer in layers.items()}
 
 

@@ -1,13 +1,13 @@
-"""The tracer behind `capture`: runs a forward on stand-ins, and writes each operation into a torch.fx graph.
+"""The tracer behind `capture`: calls a forward on proxies and records each operation as a node of a torch.fx graph.
 
-Whatever a forward computes without its inputs is not an operation on a stand-in, so torch.fx would run it once, while
-it traces, and keep the result: noise would be the same for ever, and a coin that chooses a branch would have fallen.
-Therefore
+torch.fx records operations on proxies only. What a forward computes without its inputs runs once, while it is traced,
+and its result becomes a constant of the graph: noise would be the same in every call, and so would a branch that is
+chosen at random. Therefore
 
-- functions of torch that draw at random are written into the graph, whatever they are given, so that they draw anew
-  in every call. A branch that depends on what was drawn is then one on a value, and is refused like any other;
-- what draws in another way (Python's and NumPy's generators, generators of the forward's own, a draw into a tensor
-  that exists already) cannot be written into a graph. It is noticed by the state of the generators, and refused.
+- random functions of torch are recorded whatever their arguments are, so that they draw anew in every call. A branch on
+  a drawn value is then control flow that depends on a value, and is refused like any other;
+- other draws (Python's and NumPy's generators, generators that the forward owns, a draw into a tensor that exists
+  already) cannot be recorded. They are detected by a changed state of the generators, and refused.
 """
 
 import contextlib
@@ -53,26 +53,26 @@ class ModuleCall:
 
 
 class Tracer(fx.Tracer):
-    """Looks into the given modules only, and writes down what each layer was given and gave.
+    """torch.fx tracer with a chosen set of traced modules, which records the arguments and output of every module call.
 
     Args:
-        opened: Identities of the modules to look into.
+        traced: Identities (`id`) of the modules to trace; all others are leaves.
         training: The mode that `if self.training` sees.
-        respect_pins: Whether a layer that is pinned sees evaluation mode instead.
-        arguments: What the forward is called with; None: a stand-in for each parameter without a default.
+        respect_pins: Whether a pinned layer sees evaluation mode instead.
+        arguments: What the forward is called with; None: a proxy for each parameter without a default.
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, opened: set[int], *, training: bool, respect_pins: bool, arguments: Arguments | None) -> None:
+    def __init__(self, traced: set[int], *, training: bool, respect_pins: bool, arguments: Arguments | None) -> None:
         super().__init__(autowrap_functions=_untraceable_functions(), param_shapes_constant=True)
         self.module_calls: list[ModuleCall] = []
         self.mode_switch: str | None = None
         self.path = ""
         self.inputs: tuple[Any, ...] = ()
-        self._opened = opened
+        self._traced = traced
         self._training = training
-        self._heed_pins = respect_pins
+        self._respect_pins = respect_pins
         self._arguments = arguments
         self._pinned: set[str] = set()
         self._random_state = random_state()
@@ -86,18 +86,20 @@ class Tracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:  # noqa: D102
         root: Any = self.root
-        args, kwargs = self._stand_ins(root)
+        args, kwargs = self._input_proxies(root)
         for path, layer in root.named_modules():
-            if id(layer) in self._opened:
-                if self._heed_pins and is_pinned(layer):
+            if id(layer) in self._traced:
+                if self._respect_pins and is_pinned(layer):
                     self._pinned.add(path)
                 layer._forward_pre_hooks.clear()  # pins: the mode that they keep is read when the graph runs
                 vars(layer).pop("train", None)
+                # A proxy in the place of the flag records where it is passed on, and `to_bool` sees branches on it.
                 vars(layer)["training"] = self.create_proxy("get_attr", f"{path}.training".lstrip("."), (), {})
+        # torch.fx would make one proxy for each parameter; this closure passes nested and keyword inputs as well.
         return lambda: root.forward(*args, **kwargs), []
 
-    def _stand_ins(self, root: nn.Module) -> tuple[list[Any], dict[str, Any]]:
-        """Return what to call the forward with."""
+    def _input_proxies(self, root: nn.Module) -> tuple[list[Any], dict[str, Any]]:
+        """Return the positional and keyword arguments to call the forward with, tensors replaced by proxies."""
         if self._arguments is None:
             return [self.create_proxy("placeholder", name, (), {}) for name in required_inputs(root)], {}
         parameters = inspect.signature(root.forward).parameters
@@ -109,37 +111,37 @@ class Tracer(fx.Tracer):
             if name not in values:
                 is_gapless = False
             elif parameter.kind is parameter.VAR_POSITIONAL:
-                args += [self._stand_in(f"{name}_{position}", one) for position, one in enumerate(values[name])]
+                args += [self._input_proxy(f"{name}_{position}", item) for position, item in enumerate(values[name])]
             elif parameter.kind is parameter.VAR_KEYWORD:
-                kwargs |= {key: self._stand_in(key, one) for key, one in values[name].items()}
+                kwargs |= {key: self._input_proxy(key, item) for key, item in values[name].items()}
             elif parameter.kind is not parameter.KEYWORD_ONLY and is_gapless:
-                args.append(self._stand_in(name, values[name]))
+                args.append(self._input_proxy(name, values[name]))
             else:
-                kwargs[name] = self._stand_in(name, values[name])
+                kwargs[name] = self._input_proxy(name, values[name])
         return args, kwargs
 
-    def _stand_in(self, name: str, value: Any) -> Any:
-        """Return a stand-in for an input; a list, tuple or dict of such for one that holds tensors."""
+    def _input_proxy(self, name: str, value: Any) -> Any:
+        """Return a proxy for an input, or a list, tuple or dict of proxies; the value itself where it has no tensor."""
         if not _holds_tensor(value):
             return value
         self.inputs += (value,)
-        return _opened(self.create_proxy("placeholder", name, (), {}), value)
+        return _nested_proxies(self.create_proxy("placeholder", name, (), {}), value)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:  # noqa: D102
         try:
             path = self.path_of_module(m)
-        except NameError:  # made in the forward, so it is no layer of the model
+        except NameError:  # created inside the forward, so it is no layer of the model
             return forward(*args, **kwargs)
-        self._require_no_draw()
-        _unproxied((args, kwargs))  # an attribute of a proxy becomes a node when it is used: here, not in the layer
+        self._require_no_draw()  # before the layer as well, so that a draw is blamed on the forward that made it
+        _to_nodes((args, kwargs))  # an attribute of a proxy becomes a node when it is used: here, not in the layer
         before, self.path = self.path, path
-        if id(m) in self._opened:
+        if id(m) in self._traced:
             output = forward(*args, **kwargs)
             self._require_no_draw()
         else:
             output = self.create_proxy("call_module", path, args, kwargs)
         self.path = before
-        self.module_calls.append(ModuleCall(path, *_unproxied((args, kwargs, output))))
+        self.module_calls.append(ModuleCall(path, *_to_nodes((args, kwargs, output))))
         return output
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:  # noqa: D102
@@ -148,32 +150,33 @@ class Tracer(fx.Tracer):
         return proxy
 
     def create_arg(self, a: Any) -> Any:
-        """Write a dataclass that is a dict, as the outputs of transformers are, as one of its kind."""
-        if isinstance(a, dict) and is_dataclass(a):
+        """Record a dataclass that is a dict (`ModelOutput` of transformers) as a call of its class."""
+        if isinstance(a, dict) and is_dataclass(a):  # torch.fx would make a plain dict of it
             kwargs = {str(key): self.create_arg(value) for key, value in a.items()}
             return self.create_node("call_function", type(a), (), kwargs)
         return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: D102
-        return id(m) not in self._opened
+        return id(m) not in self._traced
 
     def to_bool(self, obj: fx.Proxy) -> bool:  # noqa: D102
         target = str(obj.node.target)
         if obj.node.op != "get_attr" or not is_training_flag(target):
             return super().to_bool(obj)
         path = target.rpartition(".")[0]
-        if path in self._pinned:
+        if path in self._pinned:  # the same in both modes, so it is no mode switch
             return False
         self.mode_switch = path if self.mode_switch is None else self.mode_switch
         return self._training
 
     def _require_no_draw(self) -> None:
+        """Raise where a generator moved: a recorded draw does not run, so something drew past the graph."""
         if random_state() != self._random_state:
             raise RuntimeError(DREW)
 
 
 class _RecordedDraws(TorchFunctionMode):
-    """Writes functions that draw at random into the graph."""
+    """Records random functions as nodes, also where no argument is a proxy."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -184,6 +187,7 @@ class _RecordedDraws(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name not in RANDOM and name not in DROPPING:
             return func(*args, **kwargs)
+        # The tensor exists outside of the graph: a recorded write would change it again in every call.
         if name.endswith("_") and not isinstance(args[0], fx.Proxy):
             raise RuntimeError(f"{DREW}: '{name}' writes into a tensor that no input takes part in")
         return self._tracer.create_proxy("call_function", func, args, kwargs)
@@ -191,23 +195,25 @@ class _RecordedDraws(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _recorded_factories(tracer: Tracer) -> Iterator[None]:
-    """Write functions that make a tensor of a traced size into the graph; torch itself takes no proxy as a size."""
+    """Record functions that create a tensor of a traced size, which torch takes no proxy for."""
 
     def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
         def make(*args: Any, **kwargs: Any) -> Any:
-            if _holds_stand_in((args, kwargs)):
+            if _holds_proxy((args, kwargs)):
                 return tracer.create_proxy("call_function", function, args, kwargs)
             return function(*args, **kwargs)
 
         return make
 
-    own = {name: getattr(torch, name) for name in FACTORIES}
+    # The argument parser of some C functions (`torch.randn`) fails on a proxy before `__torch_function__` is asked, so
+    # the names in the module are replaced while the forward is traced.
+    originals = {name: getattr(torch, name) for name in FACTORIES}
     try:
-        for name, function in own.items():
+        for name, function in originals.items():
             setattr(torch, name, recorded(function))
         yield
     finally:
-        for name, function in own.items():
+        for name, function in originals.items():
             setattr(torch, name, function)
 
 
@@ -235,7 +241,7 @@ def bound(model: nn.Module, arguments: Arguments) -> dict[str, Any]:
 
 
 def is_training_flag(target: str) -> bool:
-    """Return whether a graph's attribute is the mode of a layer.
+    """Return whether the target of a `get_attr` node is the mode of a layer.
 
     >>> is_training_flag("layer1.0.training"), is_training_flag("fc.weight")
     (True, False)
@@ -243,13 +249,13 @@ def is_training_flag(target: str) -> bool:
     return target.rpartition(".")[2] == "training"
 
 
-def _opened(stand_in: Any, value: Any) -> Any:
-    """Let a container of inputs be one of stand-ins, so that a forward may iterate over it."""
+def _nested_proxies(proxy: Any, value: Any) -> Any:
+    """Return a container of proxies in the structure of `value`, as a forward cannot iterate over a single proxy."""
     if type(value) in (list, tuple):
-        return type(value)(_opened(stand_in[position], one) for position, one in enumerate(value))
+        return type(value)(_nested_proxies(proxy[position], item) for position, item in enumerate(value))
     if type(value) is dict:
-        return {key: _opened(stand_in[key], one) for key, one in value.items()}
-    return stand_in if _holds_tensor(value) else value
+        return {key: _nested_proxies(proxy[key], item) for key, item in value.items()}
+    return proxy if _holds_tensor(value) else value
 
 
 def _holds_tensor(value: Any) -> bool:
@@ -258,11 +264,12 @@ def _holds_tensor(value: Any) -> bool:
 
 @contextlib.contextmanager
 def _recorded_len(tracer: Tracer, model: nn.Module) -> Iterator[None]:
-    """Let the forwards of `model` ask for the length of a traced value, which Python lets no proxy give."""
+    """Record `len` of a proxy in the forwards of `model`: Python wants a number from `__len__`, which no proxy has."""
 
     def recorded(value: Any) -> Any:
         return tracer.create_proxy("call_function", len, (value,), {}) if isinstance(value, fx.Proxy) else len(value)
 
+    # A module global hides the builtin of the same name. One that defines its own `len` is left alone.
     scopes = [getattr(type(layer).forward, "__globals__", {}) for layer in model.modules()]
     changed = {id(scope): scope for scope in scopes if "len" not in scope}
     try:
@@ -274,18 +281,19 @@ def _recorded_len(tracer: Tracer, model: nn.Module) -> Iterator[None]:
             del scope["len"]
 
 
-def _unproxied(value: Any) -> Any:
+def _to_nodes(value: Any) -> Any:
+    """Replace the proxies in a nested value by their nodes."""
     return map_aggregate(value, lambda leaf: cast(Any, leaf.node if isinstance(leaf, fx.Proxy) else leaf))
 
 
-def _holds_stand_in(value: Any) -> bool:
-    found: list[bool] = []
-    map_aggregate(value, lambda leaf: found.append(isinstance(leaf, fx.Proxy)))
-    return any(found)
+def _holds_proxy(value: Any) -> bool:
+    are_proxies: list[bool] = []
+    map_aggregate(value, lambda leaf: are_proxies.append(isinstance(leaf, fx.Proxy)))
+    return any(are_proxies)
 
 
 def _untraceable_functions() -> tuple[Callable[..., Any], ...]:
-    """List what timm registers as not traceable; nothing where timm was not imported."""
+    """Return the functions that timm registers as not traceable; none where timm was not imported."""
     if "timm" not in sys.modules:
         return ()
     from timm import layers

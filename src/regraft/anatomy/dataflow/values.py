@@ -1,4 +1,4 @@
-"""Compute every value of a graph on shapes alone, and tell values of two graphs of one network apart."""
+"""Compute shapes and costs of all values of a graph without real data, and match values between two graphs."""
 
 import hashlib
 from contextlib import nullcontext
@@ -19,23 +19,25 @@ from regraft.anatomy.tracing import FAKES, unfused_attention
 Values = dict[fx.Node, Any]
 Sizes = dict[str, tuple[Any, Any]]
 
-BATCHES = (2, 3)  # numbers of images that tell what follows the batch from what does not
+BATCHES = (2, 3)  # two batch sizes: a dimension that differs between the runs follows the batch
 
 
 def compute_values(model: nn.Module, flow: Flow, count: int) -> Values:
-    """Compute every value of a graph on shapes alone, for a batch of `count` images shaped as those it was made for."""
+    """Compute every value of a graph on shapes alone, for a batch of `count` images like those of `flow.inputs`."""
     return _run(model, flow, count, counts=False)[0]
 
 
 def compute_costs(model: nn.Module, flow: Flow) -> tuple[list[Values], dict[fx.Node, int]]:
-    """Compute every value for either of `BATCHES`, and the multiply-adds that each takes for one image."""
+    """Compute every value for both of `BATCHES`, and the multiply-adds of each node for one image."""
     few, many = (_run(model, flow, count, counts=True) for count in BATCHES)
-    costs = {node: (2 * few[1][node] - many[1][node]) // 2 for node in few[1]}  # what does not grow with the batch too
+    # FLOPs are linear in the batch: f(1) = 2 f(2) - f(3), which keeps what does not grow with the batch. A multiply-add
+    # is two FLOPs.
+    costs = {node: (2 * few[1][node] - many[1][node]) // 2 for node in few[1]}
     return [few[0], many[0]], costs
 
 
 def _run(model: nn.Module, flow: Flow, count: int, *, counts: bool) -> tuple[Values, dict[fx.Node, int]]:
-    """Return every value of a graph, and the floating-point operations that each takes; 0 where nobody counts them."""
+    """Return every value of a graph, and the FLOPs of each node; 0 for all where not `counts`."""
     problem: Exception | None = None
     unfused = unfused_attention if counts else nullcontext
     for shape_only_copy in SHAPE_ONLY_COPIES:
@@ -60,20 +62,20 @@ def _run(model: nn.Module, flow: Flow, count: int, *, counts: bool) -> tuple[Val
 
 
 def sizes_of(graph: fx.Graph, values: list[Values]) -> Sizes:
-    """Return, for each size that a graph reads, what it is for either of `BATCHES`."""
+    """Return each size that a graph reads as a pair of its values for both of `BATCHES`, by `value_key`."""
     return {value_key(node): (values[0][node], values[1][node]) for node in graph.nodes if is_size(node)}
 
 
 def value_key(node: fx.Node) -> str:
-    """Describe what a value is, in words that are the same in the graphs of both modes."""
+    """Return a digest of the expression that computes a value; equal expressions in both modes' graphs have one key."""
     if "regraft_key" not in node.meta:
-        given = map_arg((node.args, node.kwargs), lambda source: value_key(source))
-        node.meta["regraft_key"] = hashlib.sha256(repr((node.op, str(node.target), given)).encode()).hexdigest()
+        args = map_arg((node.args, node.kwargs), lambda source: value_key(source))
+        node.meta["regraft_key"] = hashlib.sha256(repr((node.op, str(node.target), args)).encode()).hexdigest()
     return node.meta["regraft_key"]
 
 
 class Interpreter(fx.Interpreter):
-    """Gives layers lists that they may change, as their forwards do, and counts the operations of each node."""
+    """Interpreter that passes mutable copies of list and dict arguments to layers, and counts FLOPs per node."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
         super().__init__(module, garbage_collect_values=False, graph=graph)
@@ -92,6 +94,7 @@ class Interpreter(fx.Interpreter):
 
 
 def _mutable(value: Any) -> Any:
+    """Return a plain list or dict in the place of torch.fx's immutable ones, which some forwards append to."""
     if isinstance(value, immutable_list):
         return [_mutable(item) for item in value]
     return {key: _mutable(item) for key, item in value.items()} if isinstance(value, immutable_dict) else value

@@ -1,4 +1,4 @@
-"""Constructor calls that make a layer again, as source code: `nn.Conv2d(3, 64, 7, stride=2, bias=False)`."""
+"""Write the constructor call of a layer as source code: `nn.Conv2d(3, 64, 7, stride=2, bias=False)`."""
 
 import copy
 import sys
@@ -15,6 +15,7 @@ from regraft.surgery.layer_text.parse import Call, parsed
 from regraft.surgery.layer_text.read_back import OWN, parameters_of
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+# What a subclass may define without computing anything else than its base class.
 SAME_BEHAVIOUR = frozenset(
     {"__init__", "__module__", "__doc__", "__annotations__", "__firstlineno__", "__parameters__"}
 )
@@ -98,7 +99,11 @@ def _viewed(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:
 
 
 def _timm_call(layer: nn.Module) -> Call:
-    """Read the call of a layer that is of no public class, where it keeps what differs from the defaults."""
+    """Read the call of a layer of a class that is not public, from attributes of the names of its arguments.
+
+    Raises:
+        EditError: An argument is not stored, or the call builds another layer.
+    """
     kind, positional, keywords = type(layer), [], {}
     for entry in parameters_of(kind):
         value = getattr(layer, entry.name, entry.default)
@@ -109,23 +114,23 @@ def _timm_call(layer: nn.Module) -> Call:
         elif value != entry.default:
             keywords[entry.name] = value
     with torch.device("meta"), preserved_randomness():
-        made = kind(*positional, **keywords)
-    if _settings(made) != _settings(layer):
+        rebuilt = kind(*positional, **keywords)
+    if _settings(rebuilt) != _settings(layer):
         raise EditError("what its constructor was given cannot be read back from it")
     return Call(kind.__name__, tuple(positional), keywords)
 
 
 def _settings(layer: nn.Module) -> dict[str, Any]:
-    """List what makes a layer what it is, but for its weights."""
-    found: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+    """Return everything that determines a layer except the values of its weights: shapes, classes, plain attributes."""
+    settings: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
     for path, part in layer.named_modules():
         plain = {
             name: value
             for name, value in vars(part).items()
             if name != "training" and not name.startswith("_") and isinstance(value, PLAIN)
         }
-        found[f"{path}:"] = (type(part), plain)
-    return found
+        settings[f"{path}:"] = (type(part), plain)
+    return settings
 
 
 def _text(value: Any, dtype: str) -> str:
@@ -140,8 +145,8 @@ def _text(value: Any, dtype: str) -> str:
     name, positional = value.name.rpartition(".")[2], value.positional
     if name == OWN:  # of a module of timm's that is no public one
         name, positional = str(positional[0]).rpartition(":")[2], positional[1:]
-    given = [_text(item, dtype) for item in positional]
-    given += [f"{name}={_text(item, dtype)}" for name, item in value.keywords.items()]
+    arguments = [_text(item, dtype) for item in positional]
+    arguments += [f"{name}={_text(item, dtype)}" for name, item in value.keywords.items()]
     if dtype and not any(isinstance(item, Call) for item in positional):
-        given.append(f"dtype={dtype}")
-    return f"{'nn.' if hasattr(nn, value.name) else ''}{name}({', '.join(given)})"
+        arguments.append(f"dtype={dtype}")
+    return f"{'nn.' if hasattr(nn, value.name) else ''}{name}({', '.join(arguments)})"

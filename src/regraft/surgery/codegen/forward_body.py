@@ -1,7 +1,7 @@
-"""A graph as the lines of a Python function that a person would like to read.
+"""Write a graph as the lines of a readable Python function.
 
-Values are called x, y, z, …; a value that is used no more gives its name to the one that is computed from it. What is
-cheap and used once, such as a size, stands where it is used. A comment names the block whose forward the lines are.
+Values are called x, y, z, …; a value after its last use gives its name to the value that is computed from it. What is
+cheap and used once, such as a size, is inlined where it is used. A comment names the block whose forward the lines are.
 """
 
 from collections import Counter
@@ -18,12 +18,16 @@ from regraft.anatomy.dataflow.graph import LAYER, Flow, ancestors, tidy
 from regraft.errors import EditError
 from regraft.surgery.codegen.literals import ImportTable, quoted
 
-BLOCK = 5  # lines that make a block worth a comment
-LOAD = 4  # operations that stand within one line besides its own
-POOL = [*"xyzuvwpqrst", *"abcdefghij"]
+BLOCK = 5  # lines from which on a block gets a comment
+LOAD = 4  # operations that are inlined into one line at most
+POOL = [
+    *"xyzuvwpqrst",
+    *"abcdefghij",
+]  # names of values, in the order in which they are given
 BINARY = {"add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**"}
 BINARY |= {"matmul": "@", "and_": "&", "or_": "|", "xor": "^", "lshift": "<<", "rshift": ">>"}
 BINARY |= {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+# Precedence of Python's operators, unary ones at 6 and comparisons below all.
 STRENGTH = {"**": 7, "*": 5, "/": 5, "//": 5, "%": 5, "@": 5, "+": 4, "-": 4, "<<": 3, ">>": 3, "&": 2, "^": 1, "|": 0}
 UNARY = {"neg": "-", "invert": "~", "pos": "+"}
 IN_PLACE = {f"i{name.strip('_')}": sign for name, sign in BINARY.items() if name not in ("eq", "ne", "lt", "gt")}
@@ -32,7 +36,7 @@ CHEAP_METHODS = frozenset({"size", "dim", "numel", "ndimension"})
 
 @dataclass(frozen=True)
 class Choice:
-    """A plain value that depends on the mode of a layer."""
+    """A plain value that depends on the mode of a layer: written as `(train if self.training else evaluate)`."""
 
     path: str
     train: Any
@@ -40,7 +44,7 @@ class Choice:
 
 
 def simplify(flow: Flow, model: nn.Module) -> None:
-    """Take out of a graph, in place, what computes nothing: identity layers, checks, values that nobody uses."""
+    """Remove from a graph, in place, what computes nothing: identity layers, checks, values that are not used."""
     for node in list(flow.graph.nodes):
         is_identity = node.op == "call_module" and type(model.get_submodule(str(node.target))) is nn.Identity
         if is_identity and len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node):
@@ -52,28 +56,32 @@ def simplify(flow: Flow, model: nn.Module) -> None:
 
 
 def merged(evaluate: Flow, train: Flow) -> bool:
-    """Let the first of two graphs serve both modes, in place, where they differ in plain values alone; else do nothing.
+    """Merge the graphs of both modes into the first, in place, where they differ in plain values alone.
 
     Returns:
-        Whether it serves both now.
+        Whether they were merged; else both are as before.
     """
-    ours, theirs = list(evaluate.graph.nodes), list(train.graph.nodes)
-    if len(ours) != len(theirs):
+    eval_nodes, train_nodes = list(evaluate.graph.nodes), list(train.graph.nodes)
+    if len(eval_nodes) != len(train_nodes):
         return False
-    same = dict(zip(theirs, ours, strict=True))
+    counterparts = dict(zip(train_nodes, eval_nodes, strict=True))
     arguments = []
-    for own, other in zip(ours, theirs, strict=True):
-        if (own.op, own.target) != (other.op, other.target):
+    for node, train_node in zip(eval_nodes, train_nodes, strict=True):
+        if (node.op, node.target) != (train_node.op, train_node.target):
             return False
-        path = _block(own)
+        path = _block(node)
         try:
             arguments.append(
-                (own, _either(own.args, other.args, same, path), _either(own.kwargs, other.kwargs, same, path))
+                (
+                    node,
+                    _merge_arguments(node.args, train_node.args, counterparts, path),
+                    _merge_arguments(node.kwargs, train_node.kwargs, counterparts, path),
+                )
             )
         except _DifferError:
             return False
-    for own, args, kwargs in arguments:
-        own._update_args_kwargs(args, kwargs)
+    for node, args, kwargs in arguments:  # after the loop, so that graphs that differ further on stay as they are
+        node._update_args_kwargs(args, kwargs)
     return True
 
 
@@ -83,8 +91,8 @@ class ForwardWriter:
     Args:
         flow: The graph, simplified.
         attribute: Returns the expression for a layer or tensor at a path.
-        names: Where functions and classes get their names from.
-        model: The network, whose class names the comments say.
+        names: Gives functions and classes their names, and collects the imports.
+        model: The network, whose class names stand in the comments.
     """
 
     def __init__(self, flow: Flow, attribute: Callable[[str], str], names: ImportTable, model: nn.Module) -> None:
@@ -102,6 +110,7 @@ class ForwardWriter:
             if node.op == "placeholder":
                 self._variables[node] = str(node.target)
                 self._used.add(str(node.target))
+        # Statements are the nodes that get a line of their own; all others are inlined into the line of their user.
         last = self._last_uses()
         statements = [node for node in self._graph.nodes if node.op != "placeholder" and node not in self._inlined]
         headings = self._headings(statements)
@@ -111,11 +120,13 @@ class ForwardWriter:
                 written += ["", headings[node]] if written else [headings[node]]
             dying = [source for source in self._sources(node) if last[source] is node]
             written += self._statement(node, dying)
+        # `x = f(x)` and `return x` become `return f(x)`.
         if len(written) > 1 and written[-2].startswith(f"{written[-1].removeprefix('return ')} = "):
             written[-2:] = ["return " + written[-2].partition(" = ")[2]]
         return written
 
     def _statement(self, node: fx.Node, dying: list[fx.Node]) -> Iterator[str]:
+        """Write the lines of one node; `dying` are the values that it is the last to read."""
         if node.op == "output":
             yield f"return {self._text(node.args[0])}"
             return
@@ -125,26 +136,29 @@ class ForwardWriter:
             self._release(dying, None)
             return
         if node.op == "call_function" and name in IN_PLACE and _is_operator(node):
-            changed, other = self._text(node.args[0]), self._text(node.args[1])
+            changed, operand = self._text(node.args[0]), self._text(node.args[1])
+            # Only the changed value may pass on its name here: the name of the operand is still read in this statement.
             variable = self._release([source for source in dying if source is node.args[0]], node)
             self._release([source for source in dying if source is not node.args[0]], None)
-            if variable != changed:
+            if variable != changed:  # an input keeps its name, and so does a value that is still used
                 yield f"{variable} = {changed}"
-            yield f"{variable} {IN_PLACE[name]}= {other}"
+            yield f"{variable} {IN_PLACE[name]}= {operand}"
             return
-        expression = self._expression(node)
+        expression = self._expression(node)  # before `_release`, which gives the names that it reads away
         variable = self._release(dying, node) if node.users else None
         if variable is None:
             self._release(dying, None)
         yield f"{variable} = {expression}" if variable else expression
 
     def _release(self, dying: list[fx.Node], node: fx.Node | None) -> str:
-        """Free the names of values that are used no more, and name a new one."""
+        """Free the names of values after their last use, and return a name for the value of `node`; None: for none."""
         freed = [self._variables[source] for source in dying]
+        # Names from outside of the pool are the user's, of inputs: no other value gets them.
         freed = sorted((name for name in freed if name in POOL), key=POOL.index)
         self._free.update(freed)
         if node is None:
             return ""
+        # A name that was just freed comes first: `x = self.conv(x)` reads as a chain.
         order = [*freed, *sorted(self._free, key=POOL.index), *POOL, *(f"value{n}" for n in range(len(self._order)))]
         variable = next(name for name in order if name in self._free or name not in self._used)
         self._free.discard(variable)
@@ -160,6 +174,7 @@ class ForwardWriter:
             return f"{self._attribute(str(node.target))}({self._arguments(args, kwargs)})"
         if node.op == "call_method":
             return f"{self._operand(args[0])}.{node.target}({self._arguments(args[1:], kwargs)})"
+        # `getattr(x, "shape")` is how a graph writes `x.shape`.
         if node.target is getattr and isinstance(args[1], str) and args[1].isidentifier():
             return f"{self._operand(args[0])}.{args[1]}"
         name = getattr(node.target, "__name__", "")
@@ -178,18 +193,22 @@ class ForwardWriter:
         return ", ".join([*(self._text(value) for value in args), *named])
 
     def _operand(self, value: Any, around: str = "", *, is_second: bool = False) -> str:
-        """Write a value that something is done with, in brackets where these are needed, or help the reader."""
+        """Write an operand of the operator `around`, in parentheses where these are needed or help the reader."""
         text = self._text(value)
         if isinstance(value, fx.Node) and value in self._inlined and _is_operator(value):
             name = getattr(value.target, "__name__", "")
+            # Of equal strength, a first operand needs none (`a - b - c`) and a second one does (`a - (b - c)`). Mixed
+            # products get them too: `(a / b) * c` is easier to read than `a / b * c`.
             own, outer = 6 if name in UNARY else STRENGTH.get(BINARY.get(name, ""), -1), STRENGTH.get(around, 9)
             is_loose = own < outer or (own == outer and (is_second or (own == 5 and BINARY[name] != around)))
             return text if name == "getitem" or not is_loose else f"({text})"
+        # `-1 ** x` is -(1 ** x), and `-1.abs()` does not parse.
         is_negative = isinstance(value, (int, float)) and text.startswith("-") and around in ("", "**")
         return f"({text})" if is_negative or isinstance(value, complex) else text
 
     def _index(self, value: Any) -> str:
         parts = value if isinstance(value, tuple) and value else (value,)
+        # Without the parentheses of a tuple, as slices are written with colons only directly inside of the brackets.
         texts = [self._slice(part) if isinstance(part, slice) else self._text(part) for part in parts]
         return ", ".join(texts) + ("," if isinstance(value, tuple) and len(value) == 1 else "")
 
@@ -213,11 +232,17 @@ class ForwardWriter:
             return "{" + ", ".join(f"{self._text(key)}: {self._text(inner)}" for key, inner in value.items()) + "}"
         if isinstance(value, slice):
             return f"slice({self._text(value.start)}, {self._text(value.stop)}, {self._text(value.step)})"
-        return self._plain(value)
+        return self._literal(value)
 
-    def _plain(self, value: Any) -> str:
+    def _literal(self, value: Any) -> str:
+        """Write a value that is no container.
+
+        Raises:
+            EditError: No expression makes such a value again.
+        """
         if isinstance(value, np.generic):
             value = value.item()
+        # The repr of these is a bare name, `inf` or `nan`.
         if isinstance(value, float) and (value != value or value in (float("inf"), -float("inf"))):
             return f'float("{value}")'
         if value is ...:
@@ -233,34 +258,39 @@ class ForwardWriter:
         raise EditError(f"its forward holds a {type(value).__module__}.{type(value).__name__}, no plain value")
 
     def _choose_inlined(self) -> set[fx.Node]:
-        """Choose the nodes that stand where they are used: tensors of the network, and what is cheap and used once."""
+        """Choose the nodes that are inlined: tensors of the network, and what is cheap and used once."""
         inlined = {node for node in self._graph.nodes if node.op == "get_attr"}
         loads: Counter[fx.Node] = Counter()
+        # From the end, so that it is known into which statement the user of a node goes.
         for node in reversed(list(self._graph.nodes)):
             if node in inlined or not _is_cheap(node) or len(node.users) != 1:
                 continue
             (user,) = node.users
             uses = [source for source in _occurrences(user) if source is node]
             end = self._statement_of(user, inlined)
-            between = [other for other in self._order if self._order[node] < self._order[other] < self._order[end]]
-            if len(uses) == 1 and loads[end] < LOAD and all(other in inlined for other in between):
+            # Inlining moves the evaluation of a node to `end`; a statement in between might write to what it reads.
+            start, stop = self._order[node], self._order[end]
+            between = [step for step in self._order if start < self._order[step] < stop]
+            if len(uses) == 1 and loads[end] < LOAD and all(step in inlined for step in between):
                 inlined.add(node)
                 loads[end] += 1
         return inlined
 
     def _statement_of(self, node: fx.Node, inlined: set[fx.Node]) -> fx.Node:
+        """Return the node whose line an inlined node ends up in."""
         while node in inlined:
             (node,) = node.users
         return node
 
     def _sources(self, node: fx.Node) -> list[fx.Node]:
         """List the values with names of their own that a statement reads."""
-        found: dict[fx.Node, None] = {}
+        sources: dict[fx.Node, None] = {}  # an ordered set: the order decides which name is used again
         for source in node.all_input_nodes:
-            found.update(dict.fromkeys(self._sources(source) if source in self._inlined else [source]))
-        return list(found)
+            sources.update(dict.fromkeys(self._sources(source) if source in self._inlined else [source]))
+        return list(sources)
 
     def _last_uses(self) -> dict[fx.Node, fx.Node]:
+        """Return for each value the last statement that reads it."""
         last: dict[fx.Node, fx.Node] = {}
         for node in self._graph.nodes:
             if node not in self._inlined:
@@ -269,7 +299,7 @@ class ForwardWriter:
         return last
 
     def _headings(self, statements: list[fx.Node]) -> dict[fx.Node, str]:
-        """Choose the lines above which a comment says in which block they are."""
+        """Return the comments that name a block, by the statement above which they stand."""
         sizes: Counter[str] = Counter()
         for node in statements:
             path = _block(node)
@@ -279,6 +309,7 @@ class ForwardWriter:
         for node in statements:
             path = _block(node) if node.op != "output" else ""
             around = reversed([*ancestors(path), path])
+            # The innermost block that is large enough; a Sequential says nothing about what its lines do.
             block = next((part for part in around if sizes[part] >= BLOCK and not self._is_chain(part)), "")
             if block != current:
                 kind = type(self._model.get_submodule(block)).__name__
@@ -294,29 +325,43 @@ class _DifferError(Exception):
     """Two graphs differ in more than plain values."""
 
 
-def _either(own: Any, other: Any, same: dict[fx.Node, fx.Node], path: str) -> Any:
-    """Join two arguments, with a choice where they are different plain values."""
-    if isinstance(own, fx.Node) or isinstance(other, fx.Node):
-        if same.get(other) is not own:
+def _merge_arguments(evaluate: Any, train: Any, counterparts: dict[fx.Node, fx.Node], path: str) -> Any:
+    """Merge the arguments of one node in both modes, with a `Choice` where they are different plain values.
+
+    Args:
+        evaluate: The argument in evaluation mode.
+        train: The argument in training mode.
+        counterparts: The node of the evaluation graph for each node of the training graph.
+        path: The layer whose mode decides.
+
+    Raises:
+        _DifferError: They differ in more than plain values.
+    """
+    if isinstance(evaluate, fx.Node) or isinstance(train, fx.Node):
+        if counterparts.get(train) is not evaluate:
             raise _DifferError
-        return own
-    if isinstance(own, (tuple, list)) and type(own) is type(other) and len(own) == len(other):
-        parts = [_either(*pair, same, path) for pair in zip(own, other, strict=True)]
-        return type(own)(*parts) if hasattr(own, "_fields") else type(own)(parts)
-    if isinstance(own, dict) and isinstance(other, dict) and own.keys() == other.keys():
-        return {name: _either(own[name], other[name], same, path) for name in own}
-    if isinstance(own, slice) and isinstance(other, slice):
+        return evaluate
+    if isinstance(evaluate, (tuple, list)) and type(evaluate) is type(train) and len(evaluate) == len(train):
+        parts = [_merge_arguments(*pair, counterparts, path) for pair in zip(evaluate, train, strict=True)]
+        return type(evaluate)(*parts) if hasattr(evaluate, "_fields") else type(evaluate)(parts)
+    if isinstance(evaluate, dict) and isinstance(train, dict) and evaluate.keys() == train.keys():
+        return {name: _merge_arguments(evaluate[name], train[name], counterparts, path) for name in evaluate}
+    if isinstance(evaluate, slice) and isinstance(train, slice):
         ends = ("start", "stop", "step")
-        return slice(*(_either(getattr(own, end), getattr(other, end), same, path) for end in ends))
-    if type(own) is type(other) and own == other:
-        return own
-    if any(isinstance(value, (tuple, list, dict, slice)) for value in (own, other)):
+        return slice(
+            *(_merge_arguments(getattr(evaluate, end), getattr(train, end), counterparts, path) for end in ends)
+        )
+    # The type counts as well: `1 == True == 1.0`, which are not the same argument.
+    if type(evaluate) is type(train) and evaluate == train:
+        return evaluate
+    if any(isinstance(value, (tuple, list, dict, slice)) for value in (evaluate, train)):
         raise _DifferError
-    return Choice(path, other, own)
+    return Choice(path, train, evaluate)
 
 
 def _block(node: fx.Node) -> str:
-    """Return the path of the opened layer whose forward holds a node."""
+    """Return the path of the traced layer whose forward holds a node."""
+    # A leaf layer's own call is recorded under the leaf's path, but the line stands in the forward around it.
     path = str(node.meta.get(LAYER, ""))
     is_leaf = node.op == "call_module" and path == node.target
     return path.rpartition(".")[0] if is_leaf else path
@@ -327,6 +372,7 @@ def _is_operator(node: fx.Node) -> bool:
 
 
 def _is_cheap(node: fx.Node) -> bool:
+    """Return whether a node is short to write: a size, an attribute, an index, an operator."""
     if node.op == "call_method":
         return node.target in CHEAP_METHODS
     name = getattr(node.target, "__name__", "")
@@ -336,6 +382,7 @@ def _is_cheap(node: fx.Node) -> bool:
 
 
 def _occurrences(node: fx.Node) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    map_arg((node.args, node.kwargs), lambda source: found.append(source) or source)
-    return found
+    """List the nodes in a node's arguments, each as often as it occurs; `all_input_nodes` lists each once."""
+    sources: list[fx.Node] = []
+    map_arg((node.args, node.kwargs), lambda source: sources.append(source) or source)
+    return sources

@@ -1,4 +1,4 @@
-"""The layers of a network as the `__init__` of a class: the same dotted paths, written as constructor calls."""
+"""Write the layers of a network as the `__init__` of a class: constructor calls under the same dotted paths."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -16,6 +16,7 @@ from regraft.freezing.hold import PIN_HOOKS
 from regraft.surgery.codegen.constructors import as_builtin, constructor, holder_of, is_timm_leaf
 from regraft.surgery.codegen.literals import Constants, ImportTable
 
+# Functions that a written file may contain. They are output: their names and texts stand in users' files.
 HELPERS = {
     "block": '''
 def block(**parts: nn.Module | torch.Tensor) -> nn.Module:
@@ -33,41 +34,45 @@ def joined(holder: nn.Module, **parts: nn.Module | torch.Tensor) -> nn.Module:
 
 
 class Layers:
-    """Which layers of a network are written as one constructor call, and which are looked into.
+    """Splits the layers of a network into leaves, written as one constructor call each, and traced layers.
 
     Attributes:
-        closed: Constructor calls by path; an empty text for a Sequential made of nothing but such layers.
-        opened: Paths of the others, the network itself left out.
-        reasons: Why a layer is not written as one call although its class might be, by path.
+        leaves: Constructor calls by path; an empty text for a Sequential that contains only leaves.
+        traced: Paths of the others, without the network itself.
+        reasons: Why a layer of a class that could be written as one call is not, by path.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.closed: dict[str, str] = {}
-        self.opened: list[str] = []
+        self.leaves: dict[str, str] = {}
+        self.traced: list[str] = []
         self.reasons: dict[str, str] = {}
         for name, child in model.named_children():
-            self._look(child, name)
+            self._classify(child, name)
 
-    def is_closed(self, path: str) -> bool:
-        """Return whether a layer is written as one call, or lies within one that is."""
-        return any(part in self.closed for part in [*ancestors(path), path])
+    def is_in_leaf(self, path: str) -> bool:
+        """Return whether a layer is a leaf, or lies within one."""
+        return any(part in self.leaves for part in [*ancestors(path), path])
 
-    def _look(self, layer: nn.Module, path: str) -> None:
+    def _classify(self, layer: nn.Module, path: str) -> None:
         text = self._call(layer, path)
         if text is not None:
-            self.closed[path] = text
+            self.leaves[path] = text
             return
-        self.opened.append(path)
+        self.traced.append(path)
         for name, child in layer.named_children():
-            self._look(child, f"{path}.{name}")
+            self._classify(child, f"{path}.{name}")
+        # A plain chain of leaves becomes one node of the graph, so that the forward calls it in one line. Its children
+        # are decided before, as they have to be leaves themselves.
         inner = [f"{path}.{name}" for name in layer._modules]
         is_chain = isinstance(layer, nn.Sequential) and type(layer).forward is nn.Sequential.forward
-        if is_chain and inner and _own_state(layer) == [] and all(part in self.closed for part in inner):
-            self.closed[path] = ""
-            self.opened.remove(path)
+        if is_chain and inner and _own_state(layer) == [] and all(part in self.leaves for part in inner):
+            self.leaves[path] = ""
+            self.traced.remove(path)
 
     def _call(self, layer: nn.Module, path: str) -> str | None:
+        """Write the constructor call of a leaf; None where the layer has to be traced."""
         builtin = as_builtin(layer)
+        # A `forward` on the instance replaces the one of the class, which a constructor call would bring back.
         if "forward" in vars(layer) or (builtin is None and not is_timm_leaf(layer)):
             return None
         try:
@@ -78,14 +83,14 @@ class Layers:
 
 
 class InitWriter:
-    """Writes the `__init__`, and the expressions for what it makes.
+    """Writes the `__init__`, and the expressions for the layers and tensors that it creates.
 
     Args:
         model: The network.
-        layers: Which of its layers are written how.
+        layers: Its leaves and traced layers.
         targets: Paths of the layers and tensors that its forward uses.
-        constants: Tensors that the forward makes out of nothing, by the name under which it reads them.
-        names: Where classes get their names from.
+        constants: Tensors that the forward creates without inputs, by the name under which it reads them.
+        names: Gives classes their names, and collects the imports.
     """
 
     def __init__(
@@ -97,11 +102,13 @@ class InitWriter:
         names: ImportTable,
     ) -> None:
         self._model, self._layers, self._targets, self._names = model, layers, set(targets), names
-        self._made_here = constants
+        self._graph_constants = constants
         self._kept = self._choose_kept()
+        # Count the places of each layer, by identity: one that stands in several is made once, ahead of the others.
         slots = [*model._modules.items()]
         for path, layer in model.named_modules():
             slots += [(f"{path}.{name}", child) for name, child in layer._modules.items() if path]
+        # `named_modules` visits a shared parent once, so a layer that is shared only through it does not count twice.
         places = Counter(id(child) for path, child in slots if path in self._kept)
         self._shared = {key for key, count in places.items() if count > 1}
         self._variables: dict[int, str] = {}
@@ -112,22 +119,24 @@ class InitWriter:
 
     def lines(self) -> list[str]:
         """Write the body of the `__init__`."""
-        made = []
+        statements = []
         for name, child in self._model._modules.items():
             if child is not None and name in self._kept:
                 text = self._part(child, name)
-                made.append(f"self.{name} = {text}" if _is_name(name) else f'self.add_module("{name}", {text})')
-        return [*self._ahead, *made, *self._tensors(), *self._ties()]
+                statements.append(f"self.{name} = {text}" if _is_name(name) else f'self.add_module("{name}", {text})')
+        # Shared layers first, as the others use their variables; tensors and ties last, as they need all layers.
+        return [*self._ahead, *statements, *self._tensors(), *self._ties()]
 
     def attribute(self, path: str) -> str:
         """Return the expression for a layer or a tensor at a path."""
-        if path in self._made_here:
+        if path in self._graph_constants:
             return f"self.{_constant_name(path)}"
         text, owner = "self", self._model
         parts = path.split(".")
         for position, part in enumerate(parts):
             is_layer = part in owner._modules
             before = ".".join(parts[:position])
+            # Names that are no identifiers ("0", "class") need another form of access, by what holds them in the file.
             if _is_name(part):
                 text += f".{part}"
             elif is_layer and self._is_list(owner, before):
@@ -142,23 +151,26 @@ class InitWriter:
         return text
 
     def _choose_kept(self) -> set[str]:
-        """Choose the layers that hold something that the forward or the state dict needs."""
+        """Return the paths of the layers that the forward or the state dict needs, with all layers around them."""
         kept: set[str] = set()
         for path, layer in self._model.named_modules(remove_duplicate=False):
             is_needed = any(tensor is not None for tensor in layer._parameters.values()) or bool(_persistent(layer))
             if path and (is_needed or path in self._targets):
+                # A leaf is made whole by its constructor, so all layers in it exist as well.
                 inside = [f"{path}.{name}" for name, _ in layer.named_modules(remove_duplicate=False) if name]
-                kept |= {*ancestors(path), path, *(inside if self._layers.is_closed(path) else ())}
+                kept |= {*ancestors(path), path, *(inside if self._layers.is_in_leaf(path) else ())}
         for target in self._targets:
             owner = parent_and_name(target)[0]
             kept |= {*ancestors(owner), owner} if owner else set()
         return kept
 
     def _part(self, layer: nn.Module, path: str) -> str:
+        """Write the expression for a layer: its constructor call, or its variable where it is shared."""
         if id(layer) in self._variables:
             return self._variables[id(layer)]
         text = self._call(layer, path)
         if id(layer) in self._shared:
+            # Numbered after the call is written, as writing it may name shared layers inside of this one.
             number = len(self._variables) + 1
             self._variables[id(layer)] = name = f"shared{number}"
             self._ahead.append(f"{name} = {text}")
@@ -166,13 +178,15 @@ class InitWriter:
         return text
 
     def _call(self, layer: nn.Module, path: str) -> str:
-        first = next((name for name, other in self._model.named_modules() if other is layer), path)
-        call = self._layers.closed.get(first)
+        """Write the call that makes a layer with everything in it."""
+        # By the first path of a layer: `Layers` lists it under no second name in the same parent.
+        first = next((name for name, module in self._model.named_modules() if module is layer), path)
+        call = self._layers.leaves.get(first)
         if call:
-            if not call.startswith("nn."):
+            if not call.startswith("nn."):  # a class of timm's, which needs an import
                 self._names.of(type(layer))
             return call
-        if path not in self._kept:
+        if path not in self._kept:  # a filler, so that the numbers of the layers after it in a list stay
             return "nn.Identity()"
         parts = {name: child for name, child in layer._modules.items() if child is not None}
         if self._is_list(layer, path):
@@ -181,6 +195,7 @@ class InitWriter:
         texts = {name: self._part(child, f"{path}.{name}") for name, child in kept.items()}
         if self._is_dict(layer, path):
             return "nn.ModuleDict({" + ", ".join(f'"{name}": {text}' for name, text in texts.items()) + "})"
+        # A Sequential whose layers have names of their own, which calls all of them: also those that hold no tensor.
         if call == "":
             texts = {name: self._part(child, f"{path}.{name}") for name, child in parts.items()}
             pairs = ", ".join(f'("{name}", {text})' for name, text in texts.items())
@@ -188,6 +203,7 @@ class InitWriter:
             return f"nn.Sequential(OrderedDict([{pairs}]))"
         holder = self._holder(layer)
         tensors = self._tensors_of(layer, path, held=bool(holder))
+        # Names of tensors become keywords of the call; where one cannot, `_tensors` writes statements instead.
         if all(map(_is_name, tensors)):
             texts = tensors | texts
             self._written.add(id(layer))
@@ -199,12 +215,15 @@ class InitWriter:
         return f"joined({holder}, {inner})" if inner else holder
 
     def _list(self, layer: nn.Module, path: str, parts: dict[str, nn.Module], *, is_chain: bool) -> str:
+        """Write a Sequential (`is_chain`) or ModuleList, with equal calls in a row as a loop."""
+        # The end of a list may be cut off where nothing needs it; of a chain each layer is called.
         last = max((int(name) for name in parts if is_chain or f"{path}.{name}" in self._kept), default=-1)
         texts = [self._part(child, f"{path}.{name}") for name, child in parts.items() if int(name) <= last]
         runs: list[str] = []
         for text, same in groupby(texts):
             count = len(list(same))
             is_run = count > 2 or (count == 2 and len(text) > 80)
+
             can_repeat = is_run and not any(name in text for name in self._variables.values())
             runs += [f"*({text} for _ in range({count}))"] if can_repeat else [text] * count
         if is_chain:
@@ -214,7 +233,7 @@ class InitWriter:
         return f"nn.ModuleList([{', '.join(runs)}])"
 
     def _holder(self, layer: nn.Module) -> str:
-        """Write a layer of `torch.nn` whose parameters are those of a class derived from it; empty where none fits."""
+        """Write the call of a traced layer's base class in `torch.nn`, which makes its parameters; empty: none fits."""
         view = holder_of(layer)
         if view is None:
             return ""
@@ -224,36 +243,38 @@ class InitWriter:
             return ""
 
     def _tensors(self) -> Iterator[str]:
-        """Write the tensors of the layers that are no plain blocks: the network itself, lists."""
+        """Write the tensors of the layers whose call does not make them: those of the network itself and of lists."""
         for path, layer in self._model.named_modules():
-            if self._layers.is_closed(path) or (path and path not in self._kept) or id(layer) in self._written:
+            if self._layers.is_in_leaf(path) or (path and path not in self._kept) or id(layer) in self._written:
                 continue
             owner = self.attribute(path) if path else "self"
             for name, text in self._tensors_of(layer, path, held=bool(path and self._holder(layer))).items():
                 yield f"{owner}.{name} = {text}" if _is_name(name) else f'{owner}.register_parameter("{name}", {text})'
-        for name, tensor in self._made_here.items():
+        for name, tensor in self._graph_constants.items():
             yield f"self.{_constant_name(name)} = {self._constant(tensor, 'constant')}"
 
     def _tensors_of(self, layer: nn.Module, path: str, *, held: bool) -> dict[str, str]:
-        """Write the tensors of a layer that is looked into, without those that its holder makes if it is `held`."""
-        found: dict[str, str] = {}
+        """Write the tensors of a traced layer by name; if it is `held`, without those that its holder makes."""
+        texts: dict[str, str] = {}
         for name, tensor in {} if held else layer._parameters.items():
             if tensor is not None:
-                found[name] = _fresh_parameter(tensor)
+                texts[name] = _fresh_parameter(tensor)
         for name, tensor in {} if held else _persistent(layer).items():
-            found[name] = f"nn.Buffer(torch.zeros({_shape(tensor)}{_dtype(tensor)}))"
-        others = {name: layer._buffers.get(name) for name in layer._non_persistent_buffers_set}
-        for name, tensor in [*others.items(), *vars(layer).items()]:
+            texts[name] = f"nn.Buffer(torch.zeros({_shape(tensor)}{_dtype(tensor)}))"
+        # No state dict holds these, so their values stand in the file, if the forward reads them.
+        unsaved = {name: layer._buffers.get(name) for name in layer._non_persistent_buffers_set}
+        for name, tensor in [*unsaved.items(), *vars(layer).items()]:
             full = f"{path}.{name}".lstrip(".")
             if isinstance(tensor, torch.Tensor) and full in self._targets:
-                found[name] = self._constant(tensor, full)
-        return found
+                texts[name] = self._constant(tensor, full)
+        return texts
 
     def _constant(self, tensor: torch.Tensor, hint: str) -> str:
         return f"nn.Buffer({self.constants.of(tensor, hint)}, persistent=False)"
 
     def _ties(self) -> Iterator[str]:
-        """Write which parameters and buffers are the same in several layers."""
+        """Write assignments for the parameters and buffers that several layers share."""
+        # `named_modules` gives a layer at several paths once: its tensors are shared without an assignment.
         first: dict[int, tuple[nn.Module, str]] = {}
         for path, layer in self._model.named_modules():
             if path and path not in self._kept:
@@ -264,10 +285,12 @@ class InitWriter:
                 full = f"{path}.{name}".lstrip(".")
                 if id(tensor) not in first:
                     first[id(tensor)] = (layer, full)
+
                 elif first[id(tensor)][0] is not layer or first[id(tensor)][1] != full:
                     yield f"{self.attribute(full)} = {self.attribute(first[id(tensor)][1])}"
 
     def _is_list(self, layer: nn.Module, path: str) -> bool:
+        """Return whether a layer is written as a ModuleList or Sequential: its children are numbered from 0."""
         names = [name for name, child in layer._modules.items() if child is not None]
         return (
             bool(path)
@@ -277,15 +300,16 @@ class InitWriter:
         )
 
     def _is_dict(self, layer: nn.Module, path: str) -> bool:
-        own = isinstance(layer, nn.ModuleDict) or not all(map(_is_name, layer._modules))
-        return bool(path) and own and self._layers.closed.get(path) is None and not self._holder(layer)
+        """Return whether a layer is written as a ModuleDict, as the names of its children are no keywords of a call."""
+        is_needed = isinstance(layer, nn.ModuleDict) or not all(map(_is_name, layer._modules))
+        return bool(path) and is_needed and self._layers.leaves.get(path) is None and not self._holder(layer)
 
 
 def require_no_hooks(model: nn.Module) -> None:
     """Refuse a network in which hooks take part in the forward.
 
     Raises:
-        EditError: A layer has one; the message names it. Those by which frozen layers stay in evaluation do not count.
+        EditError: A layer has one; the message names it. The hooks of pins are ignored.
     """
     for path, layer in model.named_modules():
         hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
@@ -309,12 +333,13 @@ def _persistent(layer: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _fresh_parameter(tensor: torch.Tensor) -> str:
+    # torch refuses gradients of whole numbers, and a parameter asks for one unless told otherwise.
     flag = "" if tensor.is_floating_point() or tensor.is_complex() else ", requires_grad=False"
     return f"nn.Parameter(torch.empty({_shape(tensor)}{_dtype(tensor)}){flag})"
 
 
 def _shape(tensor: torch.Tensor) -> str:
-    return ", ".join(map(str, tensor.shape)) or "()"
+    return ", ".join(map(str, tensor.shape)) or "()"  # a scalar: `torch.empty()` without a shape is an error
 
 
 def _dtype(tensor: torch.Tensor) -> str:
@@ -322,7 +347,7 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 
 def _constant_name(path: str) -> str:
-    return path.removeprefix("_tensor_")
+    return path.removeprefix("_tensor_")  # `_tensor_constant0`, as torch.fx names it
 
 
 def _is_name(text: str) -> bool:

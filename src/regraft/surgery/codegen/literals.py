@@ -1,4 +1,4 @@
-"""Python text for values: tensors, imported names, long expressions broken into lines."""
+"""Write values as Python text: tensors, imported names, long expressions broken into lines."""
 
 import base64
 import builtins
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from regraft.errors import EditError
 
 WIDTH = 120
-FEW = 16  # elements of a tensor that is written out
+FEW = 16  # elements of a tensor that is written as a list at most
 LIBRARIES = frozenset({"torch", "torchvision", "timm", "transformers", "math", "operator", "builtins", "collections"})
 UNPACK = '''
 def unpack(text: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -40,16 +40,17 @@ class ImportTable:
         self._taken = {"F", "nn", "torch", *reserved}
 
     def of(self, value: Any) -> str:
-        """Return the expression for a function or class, and see to its import.
+        """Return the expression for a function or class, and add its import.
 
         Raises:
             EditError: It belongs to none of the libraries that a source file may import.
         """
         if id(value) not in self._known:
-            self._known[id(value)] = self._found(value)
+            self._known[id(value)] = self._import(value)
         return self._known[id(value)]
 
-    def _found(self, value: Any) -> str:
+    def _import(self, value: Any) -> str:
+        """Add the import of a function or class, and return the expression for it."""
         name = getattr(value, "__name__", "")
         for module, prefix in ((F, "F."), (torch, "torch."), (torch.Tensor, "torch.Tensor."), (builtins, "")):
             if name and getattr(module, name, None) is value:
@@ -87,7 +88,7 @@ class ImportTable:
 
 
 class Constants:
-    """Tensors that stand in a source file, each once.
+    """Tensors that are written into a source file, each once.
 
     Attributes:
         lines: Their definitions, for the end of the file.
@@ -197,18 +198,19 @@ def _short(tensor: torch.Tensor) -> str:
 
 
 def _longest_bracket(line: str) -> tuple[int, int] | None:
-    """Find the longest of the outermost pairs of brackets."""
-    found, stack = [], []
+    """Return the positions of the longest of the outermost pairs of brackets; None where there is none."""
+    pairs, stack = [], []
     for position, sign in _signs(line):
         if sign in "([{":
             stack.append(position)
         elif sign in ")]}" and stack:
             start = stack.pop()
-            found += [] if stack or position - start == 1 else [(start, position)]
-    return max(found, key=lambda pair: pair[1] - pair[0], default=None)
+            pairs += [] if stack or position - start == 1 else [(start, position)]
+    return max(pairs, key=lambda pair: pair[1] - pair[0], default=None)
 
 
 def _split(text: str) -> Iterator[str]:
+    """Split a text at its outermost commas."""
     depth, start = 0, 0
     for position, sign in _signs(text):
         depth += (sign in "([{") - (sign in ")]}")
@@ -220,7 +222,7 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _loop(text: str) -> int | None:
-    """Find where the `for` of a comprehension stands."""
+    """Return the position of the `for` of a comprehension."""
     depth = 0
     for position, sign in _signs(text):
         depth += (sign in "([{") - (sign in ")]}")
@@ -230,7 +232,7 @@ def _loop(text: str) -> int | None:
 
 
 def _signs(text: str) -> Iterator[tuple[int, str]]:
-    """List the characters outside of strings."""
+    """Yield the characters outside of strings, with their positions."""
     quote, escaped = "", False
     for position, sign in enumerate(text):
         if quote:

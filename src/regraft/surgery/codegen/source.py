@@ -1,4 +1,21 @@
-"""Write a network out as plain PyTorch source code, which runs without regraft."""
+"""Write a network as plain PyTorch source code, which runs without regraft.
+
+    model ──► Layers        which layers are leaves (one constructor call each), which are traced
+          ──► capture       one graph, or one for each mode
+          ──► InitWriter    self.fc = nn.Linear(4, 2)            the layers, under the same paths
+          ──► ForwardWriter return self.fc(x.flatten(1))         the graph, as statements
+          ──► _file         header, imports, helpers, class
+          ──► _verify       makes the class and compares it with the model
+
+The text is written from the layers and the traced graph, not copied from the files of the model's classes: those import
+their own packages and branch on options, and know nothing of an edit. `GraphModule.to_folder` of torch.fx
+pickles the modules that it cannot print, and writes one line for each operation. `torch.export` saves ATen operators,
+which nobody edits by hand.
+
+The price is that constructor arguments have to be read back from attributes, and a forward from one trace. Either can
+be wrong where a class does something unusual. So the text is run before it is returned: the state dicts have to be of
+the same names, shapes and dtypes, and the outputs equal bit by bit. What cannot be written is an error, never a guess.
+"""
 
 import textwrap
 from collections.abc import Iterator
@@ -24,26 +41,27 @@ from regraft.surgery.codegen.literals import UNPACK, WIDTH, ImportTable, wrapped
 from regraft.surgery.detour import is_detoured
 from regraft.version import __version__
 
+# Modules of the standard library that a written file may import; a file's imports begin with them.
 STANDARD = frozenset({"base64", "collections", "math", "operator", "zlib"})
 
 
 def to_source(model: nn.Module, *, class_name: str | None = None, inputs: Inputs | None = None) -> str:
-    """Write `model` as a Python file with one class, which needs torch alone, and torchvision or timm where it does.
+    """Write `model` as a Python file with one class, which imports only torch, and torchvision or timm where needed.
 
     The class has the state dict of `model`: the same names, shapes and dtypes, shared tensors shared. With the same
-    weights it gives the same outputs, bit for bit, in evaluation and (from the same seed) in training. Before the text
-    is returned, the class was made, given the weights, and run on `inputs` beside `model`, in evaluation. Tensors that
-    no state dict holds stand in the file.
+    weights it gives the same outputs, bit for bit, in evaluation mode and (from the same seed) in training mode. Before
+    the text is returned, the class is created, loaded with the weights, and run on `inputs` beside `model`, in
+    evaluation mode. Tensors that no state dict holds stand in the file.
 
     What cannot be written: a forward that branches on values or shapes; forward hooks, such as those of weight norm;
-    what is not traced and comes from other libraries than torch, torchvision, timm and transformers. What is not
-    written: weights, `requires_grad` flags and what keeps frozen layers in evaluation, checks (`torch._assert`), class
-    names of blocks (but in comments), arguments of the forward that have defaults, backward hooks, the device.
+    leaf layers and functions from other libraries than torch, torchvision, timm and transformers. What is not written:
+    weights, `requires_grad` flags and pins of frozen layers, checks (`torch._assert`), class names of blocks (except in
+    comments), arguments of the forward that have defaults, backward hooks, the device.
 
     Args:
         model: A module that can be traced, edited or not.
-        class_name: Name of the class in the file; that of the class of `model` where not given.
-        inputs: What the forward takes, for the check; random and of a guessed shape where not given, see `summary`.
+        class_name: Name of the class in the file. Default: the name of `model`'s class.
+        inputs: What the forward takes, for the check. Default: random values of a guessed shape, see `summary`.
 
     Returns:
         The text of the file. The same model gives the same text.
@@ -77,14 +95,15 @@ def to_source(model: nn.Module, *, class_name: str | None = None, inputs: Inputs
         raise EditError("a lazy layer has no shapes yet. Run the model once on an input first. Nothing was written.")
     require_no_hooks(model)
     try:
-        text = _written(model, name)
+        text = _source_text(model, name)
     except EditError as error:
         raise EditError(f"{type(model).__name__} cannot be written as source: {error}. Nothing was written.") from error
-    _prove(text, name, model, inputs)
+    _verify(text, name, model, inputs)
     return text
 
 
-def _written(model: nn.Module, class_name: str) -> str:
+def _source_text(model: nn.Module, class_name: str) -> str:
+    """Write the file, unchecked."""
     prepared = _with_plain_norms(model)
     layers = Layers(prepared)
     flows = _flows(prepared, layers)
@@ -92,16 +111,17 @@ def _written(model: nn.Module, class_name: str) -> str:
     targets = {str(node.target) for node in nodes if node.op in ("call_module", "get_attr")}
     targets |= {f"{path}.training".lstrip(".") for path in _modes(flows)}
     inputs = [str(node.target) for node in flows[0].graph.nodes if node.op == "placeholder"]
+    # Imports must not take the names of inputs and variables, or a function would be hidden by a value.
     names = ImportTable((class_name, *POOL, *inputs))
     constants = {name: tensor for flow in flows for name, tensor in flow.constants.items()}
-    blueprint = InitWriter(prepared, layers, targets, constants, names)
-    forwards = [ForwardWriter(flow, blueprint.attribute, names, model).lines() for flow in flows]
-    made = blueprint.lines()
+    init = InitWriter(prepared, layers, targets, constants, names)
+    forwards = [ForwardWriter(flow, init.attribute, names, model).lines() for flow in flows]
+    statements = init.lines()
     body = [f"class {class_name}(nn.Module):", "    def __init__(self):", "        super().__init__()"]
-    body += [line for statement in made for line in wrapped(statement, 8)]
+    body += [line for statement in statements for line in wrapped(statement, 8)]
     signature = ", ".join(["self", *inputs])
     if len(forwards) == 2:
-        mode = blueprint.attribute(f"{flows[0].mode_switch}.training".lstrip("."))
+        mode = init.attribute(f"{flows[0].mode_switch}.training".lstrip("."))
         call = f"({', '.join(inputs)})"
         body += ["", f"    def forward({signature}):"]
         body += [f"        return self._forward_train{call} if {mode} else self._forward_eval{call}"]
@@ -109,19 +129,21 @@ def _written(model: nn.Module, class_name: str) -> str:
     for title, lines in zip(titles, forwards, strict=True):
         body += ["", f"    def {title}({signature}):"]
         body += [part for line in lines for part in (wrapped(line, 8) if line else [""])]
-    return _file(model, class_name, body, names, blueprint)
+    return _file(model, class_name, body, names, init)
 
 
-def _file(model: nn.Module, class_name: str, body: list[str], names: ImportTable, blueprint: InitWriter) -> str:
-    tensors = blueprint.constants.lines
-    blocks = [HELPERS[name].strip() for name in sorted(blueprint.helpers)]
+def _file(model: nn.Module, class_name: str, body: list[str], names: ImportTable, init: InitWriter) -> str:
+    """Put the parts of the file together: header, imports, helpers, the class, tensors."""
+    tensors = init.constants.lines
+    blocks = [HELPERS[name].strip() for name in sorted(init.helpers)]
     blocks += [UNPACK.strip()] if tensors else []
     blocks.append("\n".join(body))
+    # Below the class, which reads them only when it is instantiated: a reader meets the class first.
     blocks += ["\n".join(["# Tensors that no state dict holds.", *tensors])] if tensors else []
     imports = {*names.imports, "from torch import nn"}
     imports |= {"import torch"} if any("torch." in block for block in blocks) else set()
     imports |= {"import base64", "import zlib"} if tensors else set()
-    top = ["\n".join(_header(model, class_name)), "\n".join(_sorted(imports))]
+    top = ["\n".join(_header(model, class_name)), "\n".join(_sorted_imports(imports))]
     top += ["\n".join(names.definitions)] if names.definitions else []
     return "\n\n\n".join(["\n\n".join(top), *blocks]) + "\n"
 
@@ -129,9 +151,9 @@ def _file(model: nn.Module, class_name: str, body: list[str], names: ImportTable
 def _header(model: nn.Module, class_name: str) -> list[str]:
     recipe = card_of(model).recipe
     origin = recipe.source.name if recipe else type(model).__name__
-    made = [f"{class_name}: written by regraft {__version__} from {origin}, with torch {torch.__version__}."]
-    made += [f"Edit: {step}" for step in (recipe.steps if recipe else ())]
-    lines = [f"# {line}" for text in made for line in textwrap.wrap(text, WIDTH - 2, subsequent_indent="    ")]
+    notes = [f"{class_name}: written by regraft {__version__} from {origin}, with torch {torch.__version__}."]
+    notes += [f"Edit: {step}" for step in (recipe.steps if recipe else ())]
+    lines = [f"# {line}" for text in notes for line in textwrap.wrap(text, WIDTH - 2, subsequent_indent="    ")]
     return [
         *lines,
         "#",
@@ -143,67 +165,74 @@ def _header(model: nn.Module, class_name: str) -> list[str]:
     ]
 
 
-def _sorted(imports: set[str]) -> Iterator[str]:
+def _sorted_imports(imports: set[str]) -> Iterator[str]:
     """Sort imports as linters want them: the standard library first, and one line for each module."""
+    # By module, names of `from` imports; a plain import is kept under "import MODULE", with an empty name.
     lines: dict[str, list[str]] = {}
     for line in imports:
         module, _, name = line.removeprefix("from ").removeprefix("import ").partition(" import ")
         lines.setdefault(module if name else f"import {module}", []).append(name)
-    order = sorted(lines, key=lambda head: (not head.startswith("import "), head))
+    order = sorted(lines, key=lambda module: (not module.startswith("import "), module))
     for is_standard in (True, False):
-        chosen = [head for head in order if (_root(head) in STANDARD) == is_standard]
-        for head in chosen:
-            names = sorted(lines[head], key=lambda name: (name.islower(), name))
-            line = head if head.startswith("import ") else f"from {head} import {', '.join(names)}"
+        modules = [module for module in order if (_root(module) in STANDARD) == is_standard]
+        for module in modules:
+            names = sorted(lines[module], key=lambda name: (name.islower(), name))
+            line = module if module.startswith("import ") else f"from {module} import {', '.join(names)}"
             if len(line) > WIDTH:
-                line = "\n".join([f"from {head} import (", *(f"    {name}," for name in names), ")"])
+                line = "\n".join([f"from {module} import (", *(f"    {name}," for name in names), ")"])
             yield line
-        if is_standard and chosen:
+        if is_standard and modules:
             yield ""
 
 
-def _root(head: str) -> str:
-    return head.removeprefix("import ").partition(".")[0]
+def _root(module: str) -> str:
+    return module.removeprefix("import ").partition(".")[0]
 
 
 def _flows(model: nn.Module, layers: Layers) -> list[Flow]:
     """Trace a network: one graph, or two where evaluation and training differ in more than plain values."""
     try:
-        flows = [capture(model, layers.opened)]
+        flows = [capture(model, layers.traced)]
         if flows[0].mode_switch is not None:
-            flows.append(capture(model, layers.opened, training=True))
+            flows.append(capture(model, layers.traced, training=True))
     except ModelError as error:
-        met = (why for path, why in layers.reasons.items() if f"layer '{path}' " in str(error))
-        raise EditError(f"{error}{''.join(f'; nor can it be imported: {why}' for why in met)}") from error
+        # A layer is traced only where it could not be one constructor call, so both reasons are told.
+        reasons = (why for path, why in layers.reasons.items() if f"layer '{path}' " in str(error))
+        raise EditError(f"{error}{''.join(f'; nor can it be imported: {why}' for why in reasons)}") from error
     for flow in flows:
         simplify(flow, model)
     return flows[:1] if len(flows) == 2 and merged(*flows) else flows
 
 
 def _modes(flows: list[Flow]) -> set[str]:
-    """List the layers whose mode the source asks for."""
+    """Return the paths of the layers whose `.training` the source reads."""
     if len(flows) == 2:
         return {flows[0].mode_switch or ""}
     return {choice.path for node in flows[0].graph.nodes for choice in _choices((node.args, node.kwargs))}
 
 
 def _choices(value: Any) -> Iterator[Any]:
+    """Yield every `Choice` in a nested value."""
     if isinstance(value, Choice):
         yield value
     elif isinstance(value, dict):
-        yield from (found for inner in value.values() for found in _choices(inner))
+        yield from (choice for inner in value.values() for choice in _choices(inner))
     elif isinstance(value, (tuple, list)):
-        yield from (found for inner in value for found in _choices(inner))
+        yield from (choice for inner in value for choice in _choices(inner))
 
 
 def _with_plain_norms(model: nn.Module) -> nn.Module:
-    """Return `model`, with its structure left alone, so that timm's norms with an activation show both of them."""
+    """Return a copy of `model` whose fused norms of timm's are two operations in a trace: the norm and its activation.
+
+    `model` itself where it has none.
+    """
     paths = [path for path, layer in model.named_modules() if path and _is_norm_with_activation(layer)]
     if not paths:
         return model
     prepared = shared_copy(model)
     for path in paths:
         layer = prepared.get_submodule(path)
+        # On the instance: the class is timm's, and other networks use it.
         vars(layer)["forward"] = partial(_norm_then_activation, path, layer)
     return prepared
 
@@ -214,12 +243,13 @@ def _is_norm_with_activation(layer: nn.Module) -> bool:
 
 
 def _norm_then_activation(path: str, layer: Any, x: fx.Proxy) -> Any:
+    # timm's class derives from nn.BatchNorm2d, so the node of the norm stands for a call of that, under the same path.
     normalized = x.tracer.create_proxy("call_module", path, (x,), {})
     return layer.act(layer.drop(normalized))
 
 
-def _prove(text: str, class_name: str, model: nn.Module, inputs: Inputs | None) -> None:
-    """Make the class, hold its state dict against that of `model`, and run both on shapes.
+def _verify(text: str, class_name: str, model: nn.Module, inputs: Inputs | None) -> None:
+    """Create the class and compare it with `model`: state dicts, output shapes, and values where `model` has any.
 
     Raises:
         EditError: They differ.
@@ -227,44 +257,45 @@ def _prove(text: str, class_name: str, model: nn.Module, inputs: Inputs | None) 
     scope: dict[str, Any] = {"__name__": "<source>"}
     kind = type(model).__name__
     try:
-        exec(compile(text, "<source>", "exec"), scope)  # made from the graph and the layers above
+        exec(compile(text, "<source>", "exec"), scope)  # text of our own, from the graph and the layers above
         with torch.device("meta"), preserved_randomness():
-            made = scope[class_name]()
+            written = scope[class_name]()
     except Exception as error:
         raise EditError(
             f"{kind} cannot be written as source: the class that came out cannot be made: {error}. Nothing was written."
         ) from error
-    ours, theirs = made.state_dict(), model.state_dict()
-    for name in [*theirs, *ours]:
-        if name not in ours or name not in theirs or _form(ours[name]) != _form(theirs[name]):
+    state, expected_state = written.state_dict(), model.state_dict()
+    for name in [*expected_state, *state]:
+        if name not in state or name not in expected_state or _form(state[name]) != _form(expected_state[name]):
             raise EditError(
-                f"{kind} cannot be written as source: '{name}' would be {_form(ours.get(name))}, and is "
-                f"{_form(theirs.get(name))}. Nothing was written."
+                f"{kind} cannot be written as source: '{name}' would be {_form(state.get(name))}, and is "
+                f"{_form(expected_state.get(name))}. Nothing was written."
             )
-    given = arguments_for(model, inputs=inputs)  # guessed from the original, as the copy says less about itself
+    arguments = arguments_for(model, inputs=inputs)  # guessed from the original, which has a card and a configuration
     try:
         expected = trace(model, inputs=inputs)
-    except ForwardError:
+    except ForwardError:  # the model fails on these inputs as well, so its outputs cannot be compared
         return
     try:
-        found = trace(made, inputs=given.kwargs or given.args)
+        actual = trace(written, inputs=arguments.kwargs or arguments.args)
     except ForwardError as error:
         raise EditError(
             f"{kind} cannot be written as source: what came out does not run: {error} Nothing was written."
         ) from error
-    shapes = [next(call.output_shapes for call in one.calls if call.path == "") for one in (expected, found)]
+    shapes = [next(call.output_shapes for call in run.calls if call.path == "") for run in (expected, actual)]
     if shapes[0] != shapes[1]:
         raise EditError(f"{kind} cannot be written as source: it would give {shapes[1]}, not {shapes[0]}.")
-    has_values = not any(tensor.is_meta for tensor in theirs.values())
-    if has_values and not _gives_the_same(scope[class_name], model, given):
+    # Shapes first: they cost nothing, and say more about what is wrong than values that differ.
+    has_values = not any(tensor.is_meta for tensor in expected_state.values())
+    if has_values and not _outputs_agree(scope[class_name], model, arguments):
         raise EditError(
             f"{kind} cannot be written as source: what came out gives other values, probably as its forward changes in "
             "place (x += …) what has a second name. Nothing was written."
         )
 
 
-def _gives_the_same(maker: Any, model: nn.Module, given: Arguments) -> bool:
-    """Run the class and a twin of `model` on the same inputs, in evaluation, and compare bit by bit."""
+def _outputs_agree(maker: Any, model: nn.Module, arguments: Arguments) -> bool:
+    """Run the class and a copy of `model` on the same inputs in evaluation mode, and compare them bit by bit."""
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
     def run(network: nn.Module) -> list[Any]:
@@ -273,28 +304,29 @@ def _gives_the_same(maker: Any, model: nn.Module, given: Arguments) -> bool:
             return tree_leaves(network(*fed.args, **fed.kwargs))
 
     with preserved_randomness(0):
-        made = maker()
-        made.load_state_dict(model.state_dict())
-        values = given.with_values(device)
+        written = maker()
+        written.load_state_dict(model.state_dict())
+        values = arguments.with_values(device)
         fed = values.with_values(device)  # copies, as a forward may write to its input
         try:
             expected = run(aliased_copy(model))
-        except Exception as error:  # a network of the user's own, on inputs of the user's own
+        except Exception as error:  # the user's network on the user's inputs
             raise EditError(
                 f"{type(model).__name__} fails on these inputs: {error}. Pass others. Nothing was written."
             ) from error
         fed = values.with_values(device)
-        if _equal(run(in_mode(made.to(device), False)), expected):
+        if _equal(run(in_mode(written.to(device), False)), expected):
             return True
         fed = values.with_values(device)
         return not _equal(run(aliased_copy(model)), expected)  # a network that differs from itself proves nothing
 
 
-def _equal(ours: list[Any], theirs: list[Any]) -> bool:
-    pairs = zip(ours, theirs, strict=True)
+def _equal(outputs: list[Any], expected: list[Any]) -> bool:
+    pairs = zip(outputs, expected, strict=True)
     tensors = [(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)]
     return all(a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in tensors)
 
 
 def _form(tensor: torch.Tensor | None) -> str:
+    """Write the shape and dtype of a tensor, for comparison and for messages."""
     return "missing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"

@@ -1,10 +1,10 @@
-"""Layers described as text, and built again from it.
+"""Write layers as text, and build layers from text.
 
 A layer expression reads like the call that builds the layer: `Linear(512, 400)`, `Sequential(first=Linear(3, 4),
 second=Tanh())`, `ModuleDict({'a': ReLU()})`. It is the one form of layers on the command line, in plans and in the
 recipe of a checkpoint. It may call any layer of `torch.nn` by its bare name, `torchvision.ops.X` and `timm.layers.X`;
 a class of the user's own is `py('path/file.py:Class', width=4)` or `py('package.module:Class', 4)`, and is imported
-only where that was allowed. Text is parsed and never evaluated.
+only with `trust_code`. Text is parsed and never evaluated.
 """
 
 import contextlib
@@ -47,14 +47,14 @@ PLAIN = (bool, int, float, str, type(None), tuple, list, types.FunctionType, typ
 def describe(layer: nn.Module, *, tied: bool = False) -> str:
     """Write the text that builds a layer like `layer`, with fresh weights.
 
-    Defaults are left out, and the same layer always gives the same text. The text is proved by building it, without
-    memory: it gives the same layers, names and shapes of tensors, and settings.
+    Defaults are left out, and the same layer always gives the same text. The text is checked by building it on the meta
+    device: it gives the same layers, names and shapes of tensors, and settings.
 
     Args:
-        layer: A layer of torch.nn, torchvision.ops or timm.layers, or one of a class that keeps what its constructor
-            was given in attributes of the same names; also containers of such layers.
-        tied: Whether weights that several layers share may be written as weights of their own, as whoever builds the
-            text ties them again.
+        layer: A layer of torch.nn, torchvision.ops or timm.layers, or one of a class that keeps the arguments of its
+            constructor in attributes of the same names; also containers of such layers.
+        tied: Whether weights that several layers share may be written as separate weights, as the caller ties them
+            again after building.
 
     Raises:
         EditError: No text builds such a layer; the message says why.
@@ -64,10 +64,10 @@ def describe(layer: nn.Module, *, tied: bool = False) -> str:
     """
     text = written(read_call(layer))
     try:
-        made = _dry_run(parsed(text), trust_code=True)  # the code of `layer` has run already
+        rebuilt = _dry_run(parsed(text), trust_code=True)  # the code of `layer` has run already
     except InputError as error:
         raise undescribable(layer, "", f"the text '{shortened(text)}' builds no such layer ({error})") from error
-    _prove(layer, made, shortened(text), tied=tied)
+    _require_same(layer, rebuilt, shortened(text), tied=tied)
     return text
 
 
@@ -123,7 +123,7 @@ _most_elements: ContextVar[int] = ContextVar("most_elements", default=MAX_ELEMEN
 
 @contextlib.contextmanager
 def at_most(elements: int) -> Iterator[None]:
-    """Let no text ask for more than that many elements of all its tensors together, inside of the block."""
+    """Limit the number of elements of all tensors of one text together, inside of the block."""
     token = _most_elements.set(min(elements, MAX_ELEMENTS))
     try:
         yield
@@ -132,7 +132,7 @@ def at_most(elements: int) -> Iterator[None]:
 
 
 class _Counted(TorchFunctionMode):
-    """Ends constructors that never would: some do something for each of a number that they are given."""
+    """Limits the operations of a constructor: some run a loop over an argument, which may be any number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,13 +146,13 @@ class _Counted(TorchFunctionMode):
 
 
 def _dry_run(value: Any, *, trust_code: bool) -> Any:
-    """Build everything without memory, and refuse what would ask for too much of it."""
+    """Build everything on the meta device, and refuse what would need too much memory."""
     makers = _makers(value, trust_code=trust_code)
     with warnings.catch_warnings(), preserved_randomness():
-        warnings.simplefilter("ignore")  # the true run gives them
+        warnings.simplefilter("ignore")  # the real run gives them
         with _Counted():
-            made = _built(value, makers, dry=True)
-    layers = made if isinstance(made, tuple) else (made,)
+            built = _built(value, makers, dry=True)
+    layers = built if isinstance(built, tuple) else (built,)
     text = ", ".join(map(str, value if isinstance(value, tuple) else (value,)))
     elements = sum(math.prod(tensor.shape) for layer in layers for tensor in _tensors(layer).values())
     if elements > (most := _most_elements.get()):
@@ -160,11 +160,11 @@ def _dry_run(value: Any, *, trust_code: bool) -> Any:
             f"'{shortened(text)}' asks for {elements:,} weights, and no more than "
             f"{most:,} are built from {'a text' if most == MAX_ELEMENTS else 'this file'}. Nothing was allocated."
         )
-    return made
+    return built
 
 
 def _makers(value: Any, *, trust_code: bool) -> dict[str, type[nn.Module]]:
-    """Find the class of each call by its label; those of libraries first, so that code is imported last."""
+    """Return the class of each call by its label; those of libraries first, so that user code is imported last."""
     calls = sorted(calls_in(value), key=lambda call: call.name == OWN)
     return {_label(call): _own_class(call, trust_code) if call.name == OWN else _library_class(call) for call in calls}
 
@@ -182,9 +182,9 @@ def _library_class(call: Call) -> type[nn.Module]:
             f"'{call.name}' is no layer: '{library}' may not be called. Expected a layer of torch.nn by its bare name, "
             f"{' or '.join(f'{known}.NAME' for known in LIBRARIES)}. {_OWN_HINT}"
         )
-    found = vars(home).get(name)
-    if not name.startswith("_") and isinstance(found, type) and issubclass(found, nn.Module):
-        return found
+    kind = vars(home).get(name)
+    if not name.startswith("_") and isinstance(kind, type) and issubclass(kind, nn.Module):
+        return kind
     known = [key for key, kind in vars(home).items() if isinstance(kind, type) and issubclass(kind, nn.Module)]
     same = [key for key in known if key.lower() == name.lower()]
     hint = f"Nearest: {same[0]!r}." if same else nearest(name, known)
@@ -198,10 +198,10 @@ def _own_class(call: Call, trust_code: bool) -> type[nn.Module]:
     reference = call.positional[0] if call.positional else None
     if not isinstance(reference, str):
         raise EditError(f"'{shortened(str(call))}' does not name a class. {_OWN_HINT}")
-    found = import_object(PYTHON + reference, trust_code=trust_code)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise EditError(f"'{reference}' is a {type(found).__name__}, expected a class of layers (torch.nn.Module).")
-    return found
+    kind = import_object(PYTHON + reference, trust_code=trust_code)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise EditError(f"'{reference}' is a {type(kind).__name__}, expected a class of layers (torch.nn.Module).")
+    return kind
 
 
 def _built(value: Any, makers: dict[str, type[nn.Module]], *, dry: bool = False) -> Any:
@@ -219,11 +219,12 @@ def _built(value: Any, makers: dict[str, type[nn.Module]], *, dry: bool = False)
     if maker is nn.Sequential and len(positional) == 1 and isinstance(positional[0], dict):
         positional = (OrderedDict(positional[0]),)
     _check_arguments(value, maker, positional, keywords)
+    # A user's class may need values in its constructor: where the meta device fails, `suppress` goes on to the CPU.
     if not dry:
         return _called(value, maker, positional, keywords)
     with torch.device("meta"), contextlib.suppress(EditError) if value.name == OWN else contextlib.nullcontext():
         return _called(value, maker, positional, keywords)
-    with torch.device("cpu"):  # code that looks at the values of its tensors cannot be built without memory
+    with torch.device("cpu"):  # code that reads the values of its tensors cannot be built without memory
         return _called(value, maker, positional, keywords)
 
 
@@ -231,29 +232,30 @@ def _called(call: Call, maker: type[nn.Module], positional: tuple[Any, ...], key
     try:
         return maker(*positional, **keywords)
     except Exception as error:
-        said = error.args[0] if isinstance(error, KeyError) and error.args else error
-        reason = str(said).partition("\n")[0].rstrip(".") or type(error).__name__
+        cause = error.args[0] if isinstance(error, KeyError) and error.args else error
+        reason = str(cause).partition("\n")[0].rstrip(".") or type(error).__name__
         raise EditError(
             f"'{shortened(str(call))}' cannot be built: {reason}. Expected {_signature(call, maker)}."
         ) from error
 
 
 def _check_arguments(call: Call, maker: type[nn.Module], positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    """Refuse arguments that a constructor does not take, that say where a layer lives, or that never end."""
-    taken = list(inspect.signature(maker.__init__).parameters.values())[1:]
-    names = [entry.name for entry in taken if entry.kind not in (entry.VAR_POSITIONAL, entry.VAR_KEYWORD)]
+    """Refuse arguments that a constructor does not take, a device or dtype, and too large numbers of layers."""
+    entries = list(inspect.signature(maker.__init__).parameters.values())[1:]
+    names = [entry.name for entry in entries if entry.kind not in (entry.VAR_POSITIONAL, entry.VAR_KEYWORD)]
     names = names or [entry.name for entry in parameters_of(maker)]
-    given = {**dict(zip(names, positional, strict=False)), **keywords}
-    if call.name != OWN and (given.get("device") is not None or given.get("dtype") is not None):
+    arguments = {**dict(zip(names, positional, strict=False)), **keywords}
+    if call.name != OWN and (arguments.get("device") is not None or arguments.get("dtype") is not None):
         raise EditError(
             f"'{shortened(str(call))}' says where its weights live or of which dtype they are. Leave that out, and "
             "move the layer afterwards, as in layer.to('cuda')."
         )
-    inner = sum(1 for value in given.values() if isinstance(value, nn.Module) for _ in value.modules())
+    inner = sum(1 for value in arguments.values() if isinstance(value, nn.Module) for _ in value.modules())
     for name in REPEATS:
-        if isinstance(given.get(name), int) and (given[name] > MAX_REPEATS or given[name] * inner > MAX_LAYERS):
-            asked, most = (given[name], MAX_REPEATS) if given[name] > MAX_REPEATS else (given[name] * inner, MAX_LAYERS)
-            raise EditError(f"'{shortened(str(call))}' asks for {asked:,} layers, and {most:,} are the most.")
+        count = arguments.get(name)
+        if isinstance(count, int) and (count > MAX_REPEATS or count * inner > MAX_LAYERS):
+            layers, most = (count, MAX_REPEATS) if count > MAX_REPEATS else (count * inner, MAX_LAYERS)
+            raise EditError(f"'{shortened(str(call))}' asks for {layers:,} layers, and {most:,} are the most.")
     try:
         inspect.signature(maker.__init__).bind(None, *positional, **keywords)
     except TypeError as error:
@@ -273,37 +275,43 @@ def _signature(call: Call, maker: type[nn.Module]) -> str:
 
 def _tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
     """Return the parameters and buffers with values, by name, each once."""
-    found = [*layer.named_parameters(), *layer.named_buffers()]
-    return {name: tensor for name, tensor in found if not is_lazy(tensor)}
+    named = [*layer.named_parameters(), *layer.named_buffers()]
+    return {name: tensor for name, tensor in named if not is_lazy(tensor)}
 
 
-def _prove(layer: nn.Module, made: nn.Module, text: str, *, tied: bool) -> None:
-    """Compare what a text builds with the layer that it was read from."""
-    theirs, ours = (dict(part.named_modules(remove_duplicate=False)) for part in (layer, made))
+def _require_same(layer: nn.Module, rebuilt: nn.Module, text: str, *, tied: bool) -> None:
+    """Compare what a text builds with the layer that it was read from.
+
+    Raises:
+        EditError: They differ in layers, tensors, ties or settings.
+    """
+    originals, copies = (dict(part.named_modules(remove_duplicate=False)) for part in (layer, rebuilt))
     unlike = f"are not those of '{text}', which is all that can be read back from it"
-    if {path: type(part) for path, part in theirs.items()} != {path: type(part) for path, part in ours.items()}:
+    if {path: type(part) for path, part in originals.items()} != {path: type(part) for path, part in copies.items()}:
         raise undescribable(layer, "", f"the layers in it {unlike}")
-    if _shapes(layer) != _shapes(made):
+    if _shapes(layer) != _shapes(rebuilt):
         raise undescribable(layer, "", f"its tensors {unlike}")
-    if not tied and _ties(layer) != _ties(made):
-        group = min(_ties(layer) ^ _ties(made), key=sorted)
+    if not tied and _ties(layer) != _ties(rebuilt):
+        group = min(_ties(layer) ^ _ties(rebuilt), key=sorted)
         reason = f"{' and '.join(map(repr, sorted(group)))} are one tensor, and text would untie them"
         advice = "Give each layer weights of its own, or tie them in the constructor of a class of your own."
         raise undescribable(layer, "", reason, advice)
-    for path, part in ours.items():
-        if "forward" in vars(theirs[path]):
-            raise undescribable(theirs[path], path, "its forward was replaced")
+    for path, part in copies.items():
+        if "forward" in vars(originals[path]):
+            raise undescribable(originals[path], path, "its forward was replaced")
         kept = vars(part) if library_name(type(part)) else {entry.name for entry in parameters_of(type(part))}
         for name in kept:
-            value, own = vars(part).get(name), vars(theirs[path]).get(name)
+            value, own = vars(part).get(name), vars(originals[path]).get(name)
             if name == "training" or name.startswith("_") or not isinstance(value, PLAIN) or value == own:
                 continue
-            if value == value or own == own:  # nan is like nan
-                raise undescribable(theirs[path], path, f"its '{name}' is {own!r}, and that of '{text}' is {value!r}")
+            if value == value or own == own:  # two NaN count as equal
+                raise undescribable(
+                    originals[path], path, f"its '{name}' is {own!r}, and that of '{text}' is {value!r}"
+                )
 
 
 def _shapes(layer: nn.Module) -> dict[str, Any]:
-    state = layer.state_dict(keep_vars=True)  # in which layers may also keep what is no tensor
+    state = layer.state_dict(keep_vars=True)  # which may also hold values that are no tensors (extra state)
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     return {name: None if is_lazy(tensor) else tuple(tensor.shape) for name, tensor in tensors.items()}
 

@@ -1,7 +1,7 @@
-"""Layer expressions: text that reads like constructor calls, and the plain value that it stands for.
+"""Parse layer expressions: text that reads like constructor calls, into plain values, and back.
 
-Text is parsed, never evaluated. What is not a call of a named class with literals or further calls as arguments is
-refused, and so is text that is longer or deeper than any network needs.
+Text is parsed with `ast` and never evaluated. Anything but calls of named classes with literals or further calls as
+arguments is refused, and so is text that is longer or deeper than any network needs.
 """
 
 import ast
@@ -45,7 +45,7 @@ class Call:
 
 
 def calls_in(value: Any) -> Iterator[Call]:
-    """List the calls in a value, from the outside inwards and from left to right."""
+    """Yield the calls in a value, from the outside inwards and from left to right."""
     if isinstance(value, Call):
         yield value
         value = [*value.positional, *value.keywords.values()]
@@ -60,7 +60,7 @@ def written(value: Any) -> str:
     """Write a value as text, which `parsed` reads as the same value.
 
     Raises:
-        EditError: It is, or holds, something else than literals and calls.
+        EditError: It is or holds something other than literals and calls.
 
     >>> written(Call("Linear", (8, 4), {"bias": False}))
     'Linear(8, 4, bias=False)'
@@ -84,7 +84,7 @@ def written(value: Any) -> str:
 
 
 def parsed(text: str) -> Any:
-    """Read text into a value: a call, or a tuple of what stands between commas.
+    """Parse text into a value: a call, or a tuple of the values between commas.
 
     Raises:
         EditError: The text is malformed, holds anything but calls and literals, or is too long or too deep.
@@ -115,6 +115,8 @@ def shortened(text: str, limit: int = 80) -> str:
 
 
 class _Reader:
+    """Turns the nodes of a syntax tree into values, and refuses all that a layer expression may not hold."""
+
     def __init__(self, text: str) -> None:
         self._text = text
         self._nodes = 0
@@ -145,14 +147,14 @@ class _Reader:
         raise self._refused(node, _KINDS.get(type(node), type(node).__name__))
 
     def _dict(self, node: ast.Dict, depth: int) -> dict[Any, Any]:
-        found = {}
+        entries = {}
         for key, item in zip(node.keys, node.values, strict=True):
             if not (isinstance(key, ast.Constant) and isinstance(key.value, (str, int, float))):
                 raise self._refused(node, "a dict whose keys are no plain literals")
-            if key.value in found:
+            if key.value in entries:
                 raise self._refused(node, f"a dict with the key {key.value!r} twice")
-            found[key.value] = self.value(item, depth + 1)
-        return found
+            entries[key.value] = self.value(item, depth + 1)
+        return entries
 
     def _call(self, node: ast.Call, depth: int) -> Call:
         name = _dotted(node.func)
@@ -168,6 +170,7 @@ class _Reader:
         return Call(name, tuple(self.value(item, depth + 1) for item in node.args), keywords)
 
     def _refused(self, node: ast.expr, kind: str, hint: str = "") -> EditError:
+        """Build the error for a part of the text."""
         part = shortened(ast.get_source_segment(self._text, node) or self._text)
         where = "" if part == shortened(self._text) else f" of '{shortened(self._text)}'"
         return EditError(f"'{part}'{where} is {kind}, which a layer expression may not hold. {hint}{EXPECTED}")

@@ -1,7 +1,7 @@
-"""The constructor call that a layer was built with, read back from its attributes.
+"""Read the constructor call of a layer back from its attributes.
 
-Attributes may say something else than the constructor was given, so the caller has to prove what is read here by
-building it.
+Attributes may differ from the arguments that the constructor was given, so the caller has to check the call by building
+it.
 """
 
 import inspect
@@ -19,12 +19,12 @@ from regraft.errors import EditError
 from regraft.surgery.layer_text.parse import Call, shortened, written
 
 LIBRARIES = ("torchvision.ops", "timm.layers")  # beside torch.nn; their classes are written with these names before
-OWN = "py"  # the name of a call of a class of the user's own
-FILE_MODULE = "regraft_user_"  # what zoo.import_object calls the modules that it makes of files
-TAKE_ANYTHING = (nn.Module, nn.Identity)  # whose constructors take any arguments, and keep none
+OWN = "py"  # the name under which text calls a class of the user's own
+FILE_MODULE = "regraft_user_"  # prefix of the modules that zoo.import_object makes of files
+TAKE_ANYTHING = (nn.Module, nn.Identity)  # their constructors accept any arguments and store none
 
 _RECURRENT_DEFAULTS = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
-_HIDDEN_SIGNATURES: dict[type[nn.Module], dict[str, Any]] = {  # constructors that say `*args, **kwargs`
+_HIDDEN_SIGNATURES: dict[type[nn.Module], dict[str, Any]] = {  # constructors with the signature `*args, **kwargs`
     nn.RNN: {**_RECURRENT_DEFAULTS, "nonlinearity": "tanh"},
     nn.LSTM: {**_RECURRENT_DEFAULTS, "proj_size": 0},
     nn.GRU: _RECURRENT_DEFAULTS,
@@ -40,7 +40,7 @@ _ELSEWHERE: dict[str, tuple[str, ...]] = {  # attributes in which libraries keep
 _CONV_NORM = {
     name: f"0.{name}" for name in ("in_channels", "out_channels", "kernel_size", "stride", "groups", "dilation")
 }
-_INSIDE: dict[str, dict[str, str]] = {  # arguments that one of the layers inside knows
+_INSIDE: dict[str, dict[str, str]] = {  # arguments that are stored on an inner layer
     "torchvision.ops.Conv2dNormActivation": _CONV_NORM,
     "torchvision.ops.Conv3dNormActivation": _CONV_NORM,
     "torchvision.ops.FrozenBatchNorm2d": {"num_features": "weight"},
@@ -68,8 +68,8 @@ def library_name(kind: type[nn.Module]) -> str | None:
 
 
 def parameters_of(kind: type[nn.Module]) -> list[inspect.Parameter]:
-    """Return the parameters of a constructor, without those that say where a layer lives (device, dtype)."""
-    # By who defines the constructor, as some libraries wrap that of nn.Module while they run.
+    """Return the parameters of a constructor, without `device` and `dtype`."""
+    # By the class that defines the constructor, as some libraries wrap that of nn.Module while they run.
     if next(base for base in kind.__mro__ if "__init__" in vars(base)) in TAKE_ANYTHING:
         return []
     if kind in _HIDDEN_SIGNATURES:
@@ -77,10 +77,10 @@ def parameters_of(kind: type[nn.Module]) -> list[inspect.Parameter]:
         required = [inspect.Parameter(name, either) for name in ("input_size", "hidden_size")]
         optional = [inspect.Parameter(n, either, default=d) for n, d in _HIDDEN_SIGNATURES[kind].items()]
         return [*required, *optional]
-    found = list(inspect.signature(kind.__init__).parameters.values())[1:]
+    entries = list(inspect.signature(kind.__init__).parameters.values())[1:]
     return [
         entry
-        for entry in found
+        for entry in entries
         if entry.default is entry.empty or not (entry.name in ("device", "dtype") or entry.name.startswith("_"))
     ]
 
@@ -96,7 +96,7 @@ def read_call(layer: nn.Module, path: str = "") -> Call:
         return _sequential(layer, path)
     if kind is nn.ModuleList:
         return Call(
-            "ModuleList", ([_plain(layer, path, "modules", child) for child in layer.children()],) * bool(layer)
+            "ModuleList", ([_as_literal(layer, path, "modules", child) for child in layer.children()],) * bool(layer)
         )
     if kind is nn.ModuleDict:
         entries = {name: read_call(child, _join(path, name)) for name, child in layer.named_children()}
@@ -140,8 +140,8 @@ def _reference(layer: nn.Module, path: str) -> str:
         raise undescribable(layer, path, "its class is defined in the script that runs (__main__)", advice)
     module = sys.modules.get(kind.__module__)
     if getattr(module, kind.__name__, None) is not kind:
-        made = f"its class was made at run time, and {kind.__module__} has no such name"
-        raise undescribable(layer, path, made)
+        reason = f"its class was made at run time, and {kind.__module__} has no such name"
+        raise undescribable(layer, path, reason)
     if not kind.__module__.startswith(FILE_MODULE):
         return f"{kind.__module__}:{kind.__name__}"
     specification = getattr(module, "__spec__", None)
@@ -158,12 +158,12 @@ def _arguments(layer: nn.Module, path: str, library: str | None) -> tuple[list[A
             if library is None or entry.kind is entry.VAR_POSITIONAL:
                 raise undescribable(layer, path, f"*{entry.name} does not say which arguments it was built with")
             continue
-        found = special[entry.name] if entry.name in special else _found(layer, path, entry, library)
-        if entry.default is not entry.empty and _is_default(layer, entry, found):
-            if entry.kind is entry.POSITIONAL_ONLY:
-                positional.append(_plain(layer, path, entry.name, entry.default))
+        stored = special[entry.name] if entry.name in special else _stored_argument(layer, path, entry, library)
+        if entry.default is not entry.empty and _is_default(layer, entry, stored):
+            if entry.kind is entry.POSITIONAL_ONLY:  # the arguments after it need it in its place
+                positional.append(_as_literal(layer, path, entry.name, entry.default))
             continue
-        value = _plain(layer, path, entry.name, found)
+        value = _as_literal(layer, path, entry.name, stored)
         is_leading = entry.default is entry.empty or entry.kind is entry.POSITIONAL_ONLY
         if is_leading and entry.kind is not entry.KEYWORD_ONLY:
             positional.append(value)
@@ -172,8 +172,8 @@ def _arguments(layer: nn.Module, path: str, library: str | None) -> tuple[list[A
     return positional, keywords
 
 
-def _found(layer: nn.Module, path: str, entry: inspect.Parameter, library: str | None) -> Any:
-    """Return the attribute that holds an argument; what a library's class does not keep counts as the default."""
+def _stored_argument(layer: nn.Module, path: str, entry: inspect.Parameter, library: str | None) -> Any:
+    """Return the attribute that stores an argument; the default where a library's class does not store it."""
     places = (entry.name,)
     if library is not None:
         inside = _INSIDE.get(library, {}).get(entry.name)
@@ -183,6 +183,7 @@ def _found(layer: nn.Module, path: str, entry: inspect.Parameter, library: str |
             value = operator.attrgetter(place)(layer)
         except AttributeError:
             continue
+        # The flag `bias` is stored as the tensor that it asked for.
         if entry.name == "bias" and (value is None or isinstance(value, torch.Tensor)):
             return value is not None or _has_no_weight_either(layer)
         if library is None:
@@ -198,12 +199,12 @@ def _found(layer: nn.Module, path: str, entry: inspect.Parameter, library: str |
 
 
 def _has_no_weight_either(layer: nn.Module) -> bool:
-    """Return whether a norm was asked for neither weight nor bias, so that its `bias` argument is ignored."""
+    """Return whether a norm was built without affine parameters, so that its `bias` argument is ignored."""
     return False in (getattr(layer, "affine", None), getattr(layer, "elementwise_affine", None))
 
 
 def _collapsed(layer: nn.Module, entry: inspect.Parameter, value: Any, *, is_own: bool) -> Any:
-    """Return the number that a constructor repeats for each dimension, where it does."""
+    """Return one number in the place of a tuple that the constructor made of it, as `kernel_size=3` gives `(3, 3)`."""
     if not isinstance(value, tuple) or not value or value != (value[0],) * len(value):
         return value
     repeats = isinstance(layer, nn.modules.conv._ConvNd) or type(layer).__module__ == "torch.nn.modules.padding"
@@ -218,7 +219,7 @@ def _is_default(layer: nn.Module, entry: inspect.Parameter, value: Any) -> bool:
     if value is default:
         return True
     if isinstance(default, type) and type(value) is default:
-        return True  # the class of a layer was asked for, and the layer itself is kept
+        return True  # the argument was the class of a layer, and the attribute is the layer made from it
     if isinstance(value, (torch.Tensor, nn.Module)):
         return False
     if entry.name == "stride" and default is None and type(layer).__module__ == "torch.nn.modules.pooling":
@@ -226,19 +227,23 @@ def _is_default(layer: nn.Module, entry: inspect.Parameter, value: Any) -> bool:
     return isinstance(value, (type(default), numbers.Real)) and value == default
 
 
-def _plain(layer: nn.Module, path: str, name: str, value: Any) -> Any:
-    """Return a value that text can hold, layers in it as calls."""
+def _as_literal(layer: nn.Module, path: str, name: str, value: Any) -> Any:
+    """Return a value that text can hold, with layers in it as calls.
+
+    Raises:
+        EditError: No text stands for it.
+    """
     if isinstance(value, nn.Module):
         return read_call(value, _join(path, next((n for n, child in _occupied(layer) if child is value), name)))
     for known in ("relu", "gelu"):  # activations of transformers, which are functions
         if value is getattr(nn.functional, known):
             return known
     if isinstance(value, tuple):
-        return tuple(_plain(layer, path, name, item) for item in value)
+        return tuple(_as_literal(layer, path, name, item) for item in value)
     if isinstance(value, list):
-        return [_plain(layer, path, name, item) for item in value]
+        return [_as_literal(layer, path, name, item) for item in value]
     if isinstance(value, Mapping):
-        return {key: _plain(layer, path, name, item) for key, item in value.items()}
+        return {key: _as_literal(layer, path, name, item) for key, item in value.items()}
     try:
         written(value)
     except EditError as error:
@@ -290,6 +295,7 @@ def _transformer(layer: Any) -> dict[str, Any]:
     return {**inner, **{name: len(getattr(stack, "layers", ())) for name, stack in depths.items()}}
 
 
+# Classes whose attributes differ from their arguments in more than the name: functions from a layer to its arguments.
 _SPECIAL: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
     nn.AdaptiveLogSoftmaxWithLoss: lambda layer: {"cutoffs": list(layer.cutoffs[:-1])},
     nn.MultiheadAttention: _attention,
