@@ -43,7 +43,7 @@ check: install
 	$(BIN)/python -m pytest -p no:xdist -o addopts= -q tests/test_layering.py
 
 families: install
-	REGRAFT_WRITE_FAMILIES=1 $(BIN)/python -m pytest -o addopts= -q tests/freezing/test_families.py tests/surgery/test_surgery_families.py tests/surgery/test_ends_of_families.py
+	REGRAFT_WRITE_FAMILIES=1 $(BIN)/python -m pytest -o addopts= -q tests/freezing/test_families.py tests/surgery/test_surgery_families.py tests/surgery/test_ends_of_families.py tests/checkpoint/test_round_trip_families.py
 
 bench: .venv-bench/.installed
 	cd benchmarks && for part in speed live_part memory views compiled page; do ../.venv-bench/bin/python $$part.py || exit 1; done
