@@ -115,6 +115,15 @@ def test_no_function_hides_the_module_of_its_name(file: Path) -> None:
     assert names & inside == set()
 
 
+def test_no_two_public_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for file in FILES:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(module_name(file))
+    assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}
+
+
 def calls(file: Path, name: str) -> list[int]:
     nodes = ast.walk(ast.parse(file.read_text()))
     return [n.lineno for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == name]

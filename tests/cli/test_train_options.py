@@ -13,12 +13,12 @@ from regraft.training.config import TrainConfig
 PAGE = (Path(__file__).parents[2] / "docs/training.md").read_text()
 OF_THE_COMMAND = {"overwrite", "resume", "trust_code", "config", "as_json"}
 IN_WORDS = {  # defaults that depend on something else
-    "lr": "by what is trained",
+    "lr": "depends on the trained layers",
     "backbone_lr": "as --lr; a twentieth with --unfreeze",
-    "loss": "by data",
+    "loss": "by task",
     "views": "a new one each epoch",
-    "workers": "as useful",
-    "image_size": "its own",
+    "workers": "automatic",
+    "image_size": "the model's",
     "out": "runs/DATA-1, -2, …",
     "cache": "on",
     "fast": "fast",

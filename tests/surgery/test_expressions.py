@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from regraft.errors import EditError
 from regraft.surgery.layer_text.build import construct, construct_all
-from regraft.surgery.layer_text.parse import MAX_DEPTH, MAX_LENGTH, MAX_NODES, Call, parsed, written
+from regraft.surgery.layer_text.parse import MAX_DEPTH, MAX_LENGTH, MAX_NODES, LayerCall, parsed, written
 
 REFUSED = {
     "leave_mark('x').again('y')": "a call of an attribute access|is no layer",
@@ -113,7 +113,7 @@ def test_the_limits_are_named() -> None:
 
 
 def test_odd_text_gives_no_warning() -> None:
-    assert parsed(r"f('\d')") == Call("f", (r"\d",))
+    assert parsed(r"f('\d')") == LayerCall("f", (r"\d",))
 
 
 names = st.from_regex(r"[a-z_]{1,8}", fullmatch=True).map(lambda name: f"{name}_")
@@ -130,14 +130,14 @@ values = st.recursive(
         st.lists(inner, max_size=3)
         | st.lists(inner, max_size=3).map(tuple)
         | st.dictionaries(st.text(max_size=3), inner, max_size=3)
-        | st.builds(Call, names, st.lists(inner, max_size=3).map(tuple), st.dictionaries(names, inner, max_size=3))
+        | st.builds(LayerCall, names, st.lists(inner, max_size=3).map(tuple), st.dictionaries(names, inner, max_size=3))
     ),
     max_leaves=8,
 )
 
 
-@given(st.builds(Call, names, st.lists(values, max_size=3).map(tuple), st.dictionaries(names, values, max_size=3)))
-def test_what_is_written_is_read_back(call: Call) -> None:
+@given(st.builds(LayerCall, names, st.lists(values, max_size=3).map(tuple), st.dictionaries(names, values, max_size=3)))
+def test_what_is_written_is_read_back(call: LayerCall) -> None:
     assert parsed(written(call)) == call
     assert written(parsed(written(call))) == written(call)  # which tells True from 1, and -0.0 from 0
 

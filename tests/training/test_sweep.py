@@ -21,7 +21,7 @@ from regraft.errors import ConfigError
 from regraft.training.features.batches import FeatureBatches, Features
 from regraft.training.heads import sweep
 from regraft.training.heads.ridge import PENALTIES, ridge
-from regraft.training.heads.sweep import Choice, ridge_start, sweep_heads
+from regraft.training.heads.sweep import HeadChoice, ridge_start, sweep_heads
 from training.factories import Lines, half_frozen, run, write_photos
 
 COUNT, WIDTH = 60, 6
@@ -151,7 +151,7 @@ def _without(features: np.ndarray, targets: np.ndarray, block: slice, alpha: flo
 
 
 def test_of_choices_that_do_as_well_the_one_nearest_to_ridge_is_taken() -> None:
-    tried = tuple(Choice(lr, 0.05, ridge) for ridge in (False, True) for lr in (1e-5, 1e-3, 1e-1))
+    tried = tuple(HeadChoice(lr, 0.05, ridge) for ridge in (False, True) for lr in (1e-5, 1e-3, 1e-1))
     losses = torch.tensor([[9.0, 0.40, 9.0, 9.0, 0.43, 0.42], [9.0, 0.50, 9.0, 9.0, 0.51, 0.52]])
     assert sweep._simplest(tried, losses) == 4  # 0.47 is within 0.45 ± 0.05, and nearer than 0.47 with a larger rate
     assert sweep._simplest(tried[:3], losses[:, :3]) == 1

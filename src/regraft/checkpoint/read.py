@@ -13,7 +13,7 @@ from regraft.arguments import check_arguments, usable_device
 from regraft.card import ATTRIBUTE, Recipe
 from regraft.checkpoint.delta import resolve
 from regraft.checkpoint.file.format import Header, is_index
-from regraft.checkpoint.file.layout import Entry
+from regraft.checkpoint.file.layout import TensorEntry
 from regraft.checkpoint.file.opening import OpenCheckpoint
 from regraft.checkpoint.file.shards import shard_of
 from regraft.checkpoint.foreign.state_dicts import is_extra_state
@@ -144,7 +144,7 @@ def _tie(source: Path, model: nn.Module, shared: dict[str, str]) -> None:
             setattr(model.get_submodule(parent), attribute, slots[name])
 
 
-Shaped = Mapping[str, torch.Tensor] | Mapping[str, Entry]
+Shaped = Mapping[str, torch.Tensor] | Mapping[str, TensorEntry]
 
 
 def _check_fit(source: Path, name: str, tensors: Shaped, slots: Mapping[str, torch.Tensor]) -> None:

@@ -6,16 +6,16 @@
 from regraft.training.config import TrainConfig
 from regraft.training.inference import Prediction, evaluate, predict
 from regraft.training.metrics import ClassMetrics, Metrics
-from regraft.training.result import EpochRecord, FitResult, Plan
+from regraft.training.result import EpochRecord, FitResult, TrainPlan
 
 __all__ = [
     "ClassMetrics",
     "EpochRecord",
     "FitResult",
     "Metrics",
-    "Plan",
     "Prediction",
     "TrainConfig",
+    "TrainPlan",
     "evaluate",
     "predict",
 ]

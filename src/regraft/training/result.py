@@ -61,7 +61,7 @@ class ComputedOnce:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainPlan:
     """Summary of a run, shown before it starts.
 
     Attributes:
@@ -143,7 +143,7 @@ class FitResult:
     """
 
     model: nn.Module
-    plan: Plan
+    plan: TrainPlan
     config: TrainConfig
     history: tuple[EpochRecord, ...]
     best_epoch: int

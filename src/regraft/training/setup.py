@@ -32,7 +32,7 @@ from regraft.training.features.extract import Extractor
 from regraft.training.heads.sweep import DECAYS, Sweep, ridge_obstacle, ridge_start, sweep_heads
 from regraft.training.loop import ComputeContext, choose_compute
 from regraft.training.losses import Loss, build_loss
-from regraft.training.result import Plan
+from regraft.training.result import TrainPlan
 from regraft.training.train_data import TrainData, with_task
 from regraft.zoo import preprocessing_of
 
@@ -61,7 +61,7 @@ class TrainSetup:
     schedule: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
     compute: ComputeContext
-    plan: Plan
+    plan: TrainPlan
     rates: dict[str, Any]
     unfreezing: Schedule | None
     sweep: Sweep | None
@@ -336,14 +336,14 @@ def _schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, (lambda step: 1.0) if constant else cosine)
 
 
-def _plan(model: nn.Module, name: str | None, train_data: TrainData, lr: float, compute: ComputeContext) -> Plan:
+def _plan(model: nn.Module, name: str | None, train_data: TrainData, lr: float, compute: ComputeContext) -> TrainPlan:
     recipe = card_of(model).recipe
     listing = train_data.listing
     parameters = list(model.parameters())
     precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[compute.autocast_dtype]
     if compute.input_dtype not in (None, torch.float32):
         precision = f"in {type_names(parameters)}, as its weights are"
-    return Plan(
+    return TrainPlan(
         model=name or (recipe.source.name if recipe else type(model).__name__),
         weights=recipe.source.weights if recipe else "as given",
         task=train_data.task,

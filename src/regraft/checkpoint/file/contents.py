@@ -9,7 +9,7 @@ import torch
 
 from regraft.checkpoint.file.digest import balanced, bytes_of, side_by_side, started_digest
 from regraft.checkpoint.file.format import digest_of
-from regraft.checkpoint.file.layout import Entry
+from regraft.checkpoint.file.layout import TensorEntry
 from regraft.checkpoint.file.opening import OpenCheckpoint
 from regraft.errors import CheckpointError
 
@@ -51,7 +51,7 @@ class _Piece:
 
     name: str
     file: Path
-    entry: Entry
+    entry: TensorEntry
     target: torch.Tensor
 
 

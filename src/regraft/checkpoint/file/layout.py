@@ -51,7 +51,7 @@ PACKED = {"F4": 2}  # numbers in one element of torch; the last dimension is tha
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """The position and type of one tensor in a file.
 
     Attributes:
@@ -76,7 +76,7 @@ class Layout:
         metadata: The text under `__metadata__`.
     """
 
-    entries: dict[str, Entry]
+    entries: dict[str, TensorEntry]
     metadata: dict[str, str]
 
 
@@ -179,7 +179,7 @@ def layout_of(path: Path, file: FileIO, content: dict[str, Any], start: int) -> 
     return Layout(entries, metadata)
 
 
-def _parse_entry(path: Path, name: str, fields: Any, start: int) -> Entry:
+def _parse_entry(path: Path, name: str, fields: Any, start: int) -> TensorEntry:
     """Parse the JSON entry of one tensor; `start` is the offset of the tensors' bytes.
 
     Raises:
@@ -200,7 +200,7 @@ def _parse_entry(path: Path, name: str, fields: Any, start: int) -> Entry:
         elif packed > 1:
             is_sound = False
         if is_sound and last - first == math.prod(shape) * dtype.itemsize:
-            return Entry(dtype, tuple(shape), start + first, last - first)
+            return TensorEntry(dtype, tuple(shape), start + first, last - first)
     except (KeyError, TypeError, ValueError):
         pass
     raise _damaged_error(path, f"dtype, shape and offsets of '{name[:200]}' do not agree, or are not known")

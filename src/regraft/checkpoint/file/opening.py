@@ -11,11 +11,11 @@ from types import TracebackType
 from typing import Any
 
 from regraft.checkpoint.file.format import KEY, Header, header_in, is_index, locate, read_index
-from regraft.checkpoint.file.layout import Entry, layout_of, open_file, read_start
+from regraft.checkpoint.file.layout import TensorEntry, layout_of, open_file, read_start
 from regraft.checkpoint.file.shards import weight_map_in
 from regraft.errors import CheckpointError
 
-Entries = dict[str, tuple[Path, Entry]]
+Entries = dict[str, tuple[Path, TensorEntry]]
 
 
 class OpenCheckpoint:
@@ -72,7 +72,7 @@ class OpenCheckpoint:
                 raise CheckpointError(f"'{self.path}' is damaged: '{name}' is not where it says. Get or make it again.")
         return {name: (file, layouts[file][name]) for name, file in weight_map.items()}
 
-    def _layouts(self) -> tuple[dict[str, Path], dict[Path, dict[str, Entry]]]:
+    def _layouts(self) -> tuple[dict[str, Path], dict[Path, dict[str, TensorEntry]]]:
         """Read which file holds each tensor, and what each file holds."""
         weight_map = weight_map_in(self.path, self._content)
         while True:
@@ -84,7 +84,7 @@ class OpenCheckpoint:
                 if weight_map == before:
                     raise  # a changed index means that another checkpoint was saved meanwhile: read that one
 
-    def _layout(self, shard: Path) -> dict[str, Entry]:
+    def _layout(self, shard: Path) -> dict[str, TensorEntry]:
         file = self.file(shard)
         return layout_of(shard, file, *read_start(shard, file)).entries
 

@@ -82,7 +82,7 @@ Rows = torch.Tensor | DiskTensor
 
 
 @dataclass(frozen=True)
-class Entry:
+class CacheEntry:
     """Complete tensors on disk.
 
     Attributes:
@@ -131,7 +131,7 @@ class Store:
         self.folder = folder or default_folder()
         self.limit_bytes = limit_bytes
 
-    def find(self, key: str) -> Entry | None:
+    def find(self, key: str) -> CacheEntry | None:
         """Return the entry of a key after checking all of its checksums; a damaged one is deleted."""
         folder = self.folder / _checked_key(key)
         try:
@@ -139,7 +139,7 @@ class Store:
             shapes = tuple(tuple(shape) for shape in text["shapes"])
             dtypes = tuple(getattr(torch, name) for name in text["dtypes"])
             _require_agreement(shapes, dtypes, text)
-            entry = Entry(folder, shapes, dtypes, text["note"])
+            entry = CacheEntry(folder, shapes, dtypes, text["note"])
             for position, expected in enumerate(text["checksums"]):
                 if _checksums(folder / f"{position}.bin", text["stretches"][position]) != expected:
                     raise ValueError("damaged")
@@ -244,7 +244,7 @@ class EntryWriter:
                 self._checksums[position].append(zlib.crc32(data))
                 self._chunks[position].append(len(data))
 
-    def finish(self, note: dict[str, Any]) -> Entry:
+    def finish(self, note: dict[str, Any]) -> CacheEntry:
         """Complete the entry, with JSON data beside it; one that another process wrote meanwhile is kept instead.
 
         Raises:
@@ -268,7 +268,7 @@ class EntryWriter:
                 raise
             self.abandon()
         shapes = tuple(tuple(shape) for shape in self._shapes)
-        return Entry(target, shapes, tuple(getattr(torch, name) for name in self._dtypes), entry["note"])
+        return CacheEntry(target, shapes, tuple(getattr(torch, name) for name in self._dtypes), entry["note"])
 
     def abandon(self) -> None:
         """Delete what was written."""

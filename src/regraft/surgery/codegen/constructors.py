@@ -11,7 +11,7 @@ from regraft.anatomy.modes import preserved_randomness
 from regraft.errors import EditError
 from regraft.surgery.codegen.literals import quoted
 from regraft.surgery.layer_text.build import describe
-from regraft.surgery.layer_text.parse import Call, parsed
+from regraft.surgery.layer_text.parse import LayerCall, parsed
 from regraft.surgery.layer_text.read_back import OWN, parameters_of
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -98,7 +98,7 @@ def _viewed(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:
     return view
 
 
-def _timm_call(layer: nn.Module) -> Call:
+def _timm_call(layer: nn.Module) -> LayerCall:
     """Read the call of a layer of a class that is not public, from attributes of the names of its arguments.
 
     Raises:
@@ -117,7 +117,7 @@ def _timm_call(layer: nn.Module) -> Call:
         rebuilt = kind(*positional, **keywords)
     if _settings(rebuilt) != _settings(layer):
         raise EditError("what its constructor was given cannot be read back from it")
-    return Call(kind.__name__, tuple(positional), keywords)
+    return LayerCall(kind.__name__, tuple(positional), keywords)
 
 
 def _settings(layer: nn.Module) -> dict[str, Any]:
@@ -140,13 +140,13 @@ def _text(value: Any, dtype: str) -> str:
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{quoted(key)}: {_text(item, dtype)}" for key, item in value.items()) + "}"
-    if not isinstance(value, Call):
+    if not isinstance(value, LayerCall):
         return quoted(value)
     name, positional = value.name.rpartition(".")[2], value.positional
     if name == OWN:  # of a module of timm's that is no public one
         name, positional = str(positional[0]).rpartition(":")[2], positional[1:]
     arguments = [_text(item, dtype) for item in positional]
     arguments += [f"{name}={_text(item, dtype)}" for name, item in value.keywords.items()]
-    if dtype and not any(isinstance(item, Call) for item in positional):
+    if dtype and not any(isinstance(item, LayerCall) for item in positional):
         arguments.append(f"dtype={dtype}")
     return f"{'nn.' if hasattr(nn, value.name) else ''}{name}({', '.join(arguments)})"

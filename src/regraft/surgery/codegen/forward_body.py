@@ -35,7 +35,7 @@ CHEAP_METHODS = frozenset({"size", "dim", "numel", "ndimension"})
 
 
 @dataclass(frozen=True)
-class Choice:
+class BranchChoice:
     """A plain value that depends on the mode of a layer: written as `(train if self.training else evaluate)`."""
 
     path: str
@@ -219,7 +219,7 @@ class ForwardWriter:
     def _text(self, value: Any) -> str:
         if isinstance(value, fx.Node):
             return self._expression(value) if value in self._inlined else self._variables[value]
-        if isinstance(value, Choice):
+        if isinstance(value, BranchChoice):
             training = self._attribute(f"{value.path}.training".lstrip("."))
             return f"({self._text(value.train)} if {training} else {self._text(value.evaluate)})"
         if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -326,7 +326,7 @@ class _DifferError(Exception):
 
 
 def _merge_arguments(evaluate: Any, train: Any, counterparts: dict[fx.Node, fx.Node], path: str) -> Any:
-    """Merge the arguments of one node in both modes, with a `Choice` where they are different plain values.
+    """Merge the arguments of one node in both modes, with a `BranchChoice` where they are different plain values.
 
     Args:
         evaluate: The argument in evaluation mode.
@@ -356,7 +356,7 @@ def _merge_arguments(evaluate: Any, train: Any, counterparts: dict[fx.Node, fx.N
         return evaluate
     if any(isinstance(value, (tuple, list, dict, slice)) for value in (evaluate, train)):
         raise _DifferError
-    return Choice(path, train, evaluate)
+    return BranchChoice(path, train, evaluate)
 
 
 def _block(node: fx.Node) -> str:

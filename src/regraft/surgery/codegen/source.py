@@ -35,7 +35,7 @@ from regraft.arguments import check_arguments
 from regraft.card import card_of
 from regraft.errors import EditError, ForwardError, ModelError
 from regraft.surgery.checks import require_editable
-from regraft.surgery.codegen.forward_body import POOL, Choice, ForwardWriter, merged, simplify
+from regraft.surgery.codegen.forward_body import POOL, BranchChoice, ForwardWriter, merged, simplify
 from regraft.surgery.codegen.init_body import HELPERS, InitWriter, Layers, require_no_hooks
 from regraft.surgery.codegen.literals import UNPACK, WIDTH, ImportTable, wrapped
 from regraft.surgery.detour import is_detoured
@@ -212,8 +212,8 @@ def _modes(flows: list[Flow]) -> set[str]:
 
 
 def _choices(value: Any) -> Iterator[Any]:
-    """Yield every `Choice` in a nested value."""
-    if isinstance(value, Choice):
+    """Yield every `BranchChoice` in a nested value."""
+    if isinstance(value, BranchChoice):
         yield value
     elif isinstance(value, dict):
         yield from (choice for inner in value.values() for choice in _choices(inner))

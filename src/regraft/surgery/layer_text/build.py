@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from regraft.anatomy.modes import preserved_randomness
 from regraft.errors import EditError, InputError, nearest
-from regraft.surgery.layer_text.parse import EXPECTED, Call, calls_in, parsed, shortened, written
+from regraft.surgery.layer_text.parse import EXPECTED, LayerCall, calls_in, parsed, shortened, written
 from regraft.surgery.layer_text.read_back import LIBRARIES, OWN, library_name, parameters_of, read_call, undescribable
 from regraft.zoo import PYTHON, import_object
 
@@ -106,7 +106,7 @@ def construct_all(text: str, *, trust_code: bool = False) -> list[nn.Module]:
     """
     value = parsed(text)
     calls = value if isinstance(value, tuple) else (value,)
-    wrong = next((call for call in calls if not isinstance(call, Call)), None if calls else ())
+    wrong = next((call for call in calls if not isinstance(call, LayerCall)), None if calls else ())
     if wrong is not None:
         raise EditError(f"'{shortened(text)}' holds {shortened(repr(wrong), 40)}, which is no layer. {EXPECTED}")
     _dry_run(calls, trust_code=trust_code)
@@ -169,11 +169,11 @@ def _makers(value: Any, *, trust_code: bool) -> dict[str, type[nn.Module]]:
     return {_label(call): _own_class(call, trust_code) if call.name == OWN else _library_class(call) for call in calls}
 
 
-def _label(call: Call) -> str:
+def _label(call: LayerCall) -> str:
     return f"{OWN}:{call.positional[0]}" if call.name == OWN and call.positional else call.name
 
 
-def _library_class(call: Call) -> type[nn.Module]:
+def _library_class(call: LayerCall) -> type[nn.Module]:
     prefix = next((prefix for prefix in sorted(OF_TORCH, key=len, reverse=True) if call.name.startswith(prefix)), "")
     library, _, name = call.name.removeprefix(prefix).rpartition(".")
     home = nn if not library else importlib.import_module(library) if library in LIBRARIES and not prefix else None
@@ -194,7 +194,7 @@ def _library_class(call: Call) -> type[nn.Module]:
 _OWN_HINT = "A class of your own is py('FILE.py:Class', …)."
 
 
-def _own_class(call: Call, trust_code: bool) -> type[nn.Module]:
+def _own_class(call: LayerCall, trust_code: bool) -> type[nn.Module]:
     reference = call.positional[0] if call.positional else None
     if not isinstance(reference, str):
         raise EditError(f"'{shortened(str(call))}' does not name a class. {_OWN_HINT}")
@@ -209,7 +209,7 @@ def _built(value: Any, makers: dict[str, type[nn.Module]], *, dry: bool = False)
         return type(value)(_built(item, makers, dry=dry) for item in value)
     if isinstance(value, dict):
         return {key: _built(item, makers, dry=dry) for key, item in value.items()}
-    if not isinstance(value, Call):
+    if not isinstance(value, LayerCall):
         return value
     maker = makers[_label(value)]
     positional = _built(value.positional[1:] if value.name == OWN else value.positional, makers, dry=dry)
@@ -228,7 +228,9 @@ def _built(value: Any, makers: dict[str, type[nn.Module]], *, dry: bool = False)
         return _called(value, maker, positional, keywords)
 
 
-def _called(call: Call, maker: type[nn.Module], positional: tuple[Any, ...], keywords: dict[str, Any]) -> nn.Module:
+def _called(
+    call: LayerCall, maker: type[nn.Module], positional: tuple[Any, ...], keywords: dict[str, Any]
+) -> nn.Module:
     try:
         return maker(*positional, **keywords)
     except Exception as error:
@@ -239,7 +241,9 @@ def _called(call: Call, maker: type[nn.Module], positional: tuple[Any, ...], key
         ) from error
 
 
-def _check_arguments(call: Call, maker: type[nn.Module], positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+def _check_arguments(
+    call: LayerCall, maker: type[nn.Module], positional: tuple[Any, ...], keywords: dict[str, Any]
+) -> None:
     """Refuse arguments that a constructor does not take, a device or dtype, and too large numbers of layers."""
     entries = list(inspect.signature(maker.__init__).parameters.values())[1:]
     names = [entry.name for entry in entries if entry.kind not in (entry.VAR_POSITIONAL, entry.VAR_KEYWORD)]
@@ -264,7 +268,7 @@ def _check_arguments(call: Call, maker: type[nn.Module], positional: tuple[Any, 
         ) from error
 
 
-def _signature(call: Call, maker: type[nn.Module]) -> str:
+def _signature(call: LayerCall, maker: type[nn.Module]) -> str:
     entries = []
     for entry in parameters_of(maker):
         stars = {entry.VAR_POSITIONAL: "*", entry.VAR_KEYWORD: "**"}.get(entry.kind, "")

@@ -25,7 +25,7 @@ EXPECTED = (
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerCall:
     """A constructor call; its arguments are literals, further calls, and tuples, lists and dicts of them.
 
     Attributes:
@@ -44,9 +44,9 @@ class Call:
         return f"{self.name}({', '.join([*map(written, self.positional), *named])})"
 
 
-def calls_in(value: Any) -> Iterator[Call]:
+def calls_in(value: Any) -> Iterator[LayerCall]:
     """Yield the calls in a value, from the outside inwards and from left to right."""
-    if isinstance(value, Call):
+    if isinstance(value, LayerCall):
         yield value
         value = [*value.positional, *value.keywords.values()]
     if isinstance(value, dict):
@@ -65,7 +65,7 @@ def written(value: Any) -> str:
     >>> written(Call("Linear", (8, 4), {"bias": False}))
     'Linear(8, 4, bias=False)'
     """
-    if value is None or isinstance(value, (bool, Call)):
+    if value is None or isinstance(value, (bool, LayerCall)):
         return str(value)
     if isinstance(value, str):
         return repr(str.__str__(value))
@@ -156,7 +156,7 @@ class _Reader:
             entries[key.value] = self.value(item, depth + 1)
         return entries
 
-    def _call(self, node: ast.Call, depth: int) -> Call:
+    def _call(self, node: ast.Call, depth: int) -> LayerCall:
         name = _dotted(node.func)
         if name is None:
             raise self._refused(node.func, f"a call of {_KINDS.get(type(node.func), type(node.func).__name__)}")
@@ -167,7 +167,7 @@ class _Reader:
             if keyword.arg in keywords:
                 raise self._refused(node, f"the argument '{keyword.arg}' twice")
             keywords[keyword.arg] = self.value(keyword.value, depth + 1)
-        return Call(name, tuple(self.value(item, depth + 1) for item in node.args), keywords)
+        return LayerCall(name, tuple(self.value(item, depth + 1) for item in node.args), keywords)
 
     def _refused(self, node: ast.expr, kind: str, hint: str = "") -> EditError:
         """Build the error for a part of the text."""

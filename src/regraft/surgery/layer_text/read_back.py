@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from regraft.errors import EditError
-from regraft.surgery.layer_text.parse import Call, shortened, written
+from regraft.surgery.layer_text.parse import LayerCall, shortened, written
 
 LIBRARIES = ("torchvision.ops", "timm.layers")  # beside torch.nn; their classes are written with these names before
 OWN = "py"  # the name under which text calls a class of the user's own
@@ -85,7 +85,7 @@ def parameters_of(kind: type[nn.Module]) -> list[inspect.Parameter]:
     ]
 
 
-def read_call(layer: nn.Module, path: str = "") -> Call:
+def read_call(layer: nn.Module, path: str = "") -> LayerCall:
     """Read the call that built `layer`, the layers inside of it included.
 
     Raises:
@@ -95,16 +95,16 @@ def read_call(layer: nn.Module, path: str = "") -> Call:
     if kind is nn.Sequential:
         return _sequential(layer, path)
     if kind is nn.ModuleList:
-        return Call(
+        return LayerCall(
             "ModuleList", ([_as_literal(layer, path, "modules", child) for child in layer.children()],) * bool(layer)
         )
     if kind is nn.ModuleDict:
         entries = {name: read_call(child, _join(path, name)) for name, child in layer.named_children()}
-        return Call("ModuleDict", (entries,) if entries else ())
+        return LayerCall("ModuleDict", (entries,) if entries else ())
     name = library_name(kind)
     reference = () if name is not None else (_reference(layer, path),)
     positional, keywords = _arguments(layer, path, name)
-    return Call(name or OWN, (*reference, *positional), keywords)
+    return LayerCall(name or OWN, (*reference, *positional), keywords)
 
 
 def undescribable(layer: nn.Module, path: str, reason: str, advice: str = "") -> EditError:
@@ -116,13 +116,13 @@ def undescribable(layer: nn.Module, path: str, reason: str, advice: str = "") ->
     return EditError(f"a layer of type {name}{where} cannot be written as text: {reason}. {advice}")
 
 
-def _sequential(layer: nn.Module, path: str) -> Call:
+def _sequential(layer: nn.Module, path: str) -> LayerCall:
     children = {name: read_call(child, _join(path, name)) for name, child in _occupied(layer)}
     if list(children) == [str(number) for number in range(len(children))]:
-        return Call("Sequential", tuple(children.values()))
+        return LayerCall("Sequential", tuple(children.values()))
     if all(name.isidentifier() and name.isascii() and not iskeyword(name) for name in children):
-        return Call("Sequential", (), cast("dict[str, Any]", children))
-    return Call("Sequential", (children,))
+        return LayerCall("Sequential", (), cast("dict[str, Any]", children))
+    return LayerCall("Sequential", (children,))
 
 
 def _occupied(layer: nn.Module) -> list[tuple[str, nn.Module]]:

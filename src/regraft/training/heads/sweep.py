@@ -38,7 +38,7 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's, https://arxiv.org/abs/1711.05101
 
 
 @dataclass(frozen=True)
-class Choice:
+class HeadChoice:
     """Options of a head: learning rate, weight decay, and whether it starts from `ridge`."""
 
     lr: float
@@ -57,9 +57,9 @@ class Sweep:
         folds: Number of heads that were trained for each choice.
     """
 
-    tried: tuple[Choice, ...]
+    tried: tuple[HeadChoice, ...]
     losses: tuple[float, ...]
-    best: Choice
+    best: HeadChoice
     folds: int = FOLDS
 
     def __str__(self) -> str:
@@ -145,7 +145,7 @@ def sweep_heads(
     return Sweep(tried, tuple(fold_losses.mean(0).nan_to_num(math.inf).tolist()), tried[_simplest(tried, fold_losses)])
 
 
-def _simplest(tried: tuple[Choice, ...], losses: torch.Tensor) -> int:
+def _simplest(tried: tuple[HeadChoice, ...], losses: torch.Tensor) -> int:
     """Return the index of the best choice, or of one hardly worse that stays nearer to ridge regression.
 
     Hardly worse: within one standard error of the lowest mean loss (the one-standard-error rule), as differences below
@@ -169,7 +169,7 @@ def _initial_heads(
     decays: tuple[float, ...],
     *,
     may_start_from_ridge: bool,
-) -> tuple[tuple[Choice, ...], dict[str, torch.Tensor]]:
+) -> tuple[tuple[HeadChoice, ...], dict[str, torch.Tensor]]:
     """Return the choices, and the initial parameters (F, P, …) of the heads for F folds and P choices."""
     drawn = [_initial_weights(live, fold) for fold in range(FOLDS)]
     solved = [ridge_start(live, batches, rows) for rows in train_rows] if may_start_from_ridge else [None]
@@ -177,7 +177,7 @@ def _initial_heads(
     if None not in solved:
         by_fold = [[weights, start] for weights, start in zip(drawn, solved, strict=True)]
     pairs = [(rate, decay) for decay in decays for rate in RATES]
-    tried = tuple(Choice(*pair, bool(start)) for start in range(len(by_fold[0])) for pair in pairs)
+    tried = tuple(HeadChoice(*pair, bool(start)) for start in range(len(by_fold[0])) for pair in pairs)
     heads = {
         name: torch.stack([torch.stack([start[name] for start in starts for _ in pairs]) for starts in by_fold])
         for name in drawn[0]
@@ -234,7 +234,7 @@ def _initial_weights(live: nn.Module, number: int) -> dict[str, torch.Tensor]:
 class _AdamW:
     """AdamW for parameters (F, P, …) of many heads, with a learning rate and weight decay for each head."""
 
-    def __init__(self, heads: dict[str, torch.Tensor], tried: Sequence[Choice], undecayed: set[str]) -> None:
+    def __init__(self, heads: dict[str, torch.Tensor], tried: Sequence[HeadChoice], undecayed: set[str]) -> None:
         self._heads, self._count = heads, 0
         self._rates = torch.tensor([choice.lr for choice in tried]).expand(FOLDS, -1)
         decays = torch.tensor([choice.weight_decay for choice in tried]).expand(FOLDS, -1)
