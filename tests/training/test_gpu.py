@@ -142,7 +142,10 @@ def test_the_main_job_with_real_weights(device: str, shared: Path) -> None:
     accuracies = []
     for where, precision in ((device, on(device)), ("cpu", "fp32")):
         torch.manual_seed(0)
-        result = regraft.fit(lite0(shared), shared / "data" / "hymenoptera", device=where, precision=precision)
+        options = {"augment": "none"} if device == "cpu" else {}  # half the photos of minutes of bfloat16 there
+        result = regraft.fit(
+            lite0(shared), shared / "data" / "hymenoptera", device=where, precision=precision, **options
+        )
         assert result.validation.accuracy is not None
         accuracies.append(result.validation.accuracy)
     assert min(accuracies) > 0.9  # .948 by logistic regression on the same features

@@ -78,6 +78,19 @@ def test_fit_on_cached_features_is_the_loop_by_hand(name: str, precision: str, d
         )
 
 
+SMALLEST_NORMAL = torch.finfo(torch.float16).smallest_normal  # 6e-5, below which float16 has fewer and fewer bits
+
+
+def largest_feature(model: nn.Module, photos: Path) -> float:
+    """Return the largest number that the last linear layer is given; untrained networks may give next to nothing."""
+    inputs: list[torch.Tensor] = []
+    head = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1]
+    head.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    with torch.no_grad():
+        model.eval()(read_photos(photos, "train")[0])
+    return float(inputs[0].abs().max())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("pattern", ["head", "half"])
@@ -113,7 +126,7 @@ def test_fit_on_cached_features_of_an_architecture_is_the_loop_by_hand(
         result = regraft.fit(model(), photos, progress=lines, **options)
         has_room = "fp16 has no room for" not in lines
         assert ("computed once" in lines) == has_room
-        assert has_room or (name, kept) == ("mnasnet0_5", "fp16")  # whose untrained features are of 1e-6
+        assert has_room or (kept == "fp16" and largest_feature(model(), photos) < SMALLEST_NORMAL)
         assert_near(result, expected[: options["epochs"]], growth * (PRECISIONS[precision] + rounding))
 
 
