@@ -78,15 +78,20 @@ def in_mode(model: Network, training: bool) -> Network:
 
 
 @contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put `model` into evaluation mode, and restore every module's own `.training` on exit."""
+def temporary_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put `model` into a mode, and restore every module's own `.training` on exit."""
     before = [(module, module.training) for module in model.modules()]
-    model.eval()
+    in_mode(model, training)
     try:
         yield
     finally:
-        for module, training in before:
-            module.training = training
+        for module, mode in before:
+            module.training = mode
+
+
+def evaluation_mode(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Put `model` into evaluation mode, and restore every module's own `.training` on exit."""
+    return temporary_mode(model, False)
 
 
 @contextlib.contextmanager

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from regraft.checkpoint.delta import MissingBaseError, merge_advice, resolve
-from regraft.checkpoint.file.format import read_header
+from regraft.checkpoint.file.opening import OpenCheckpoint
 from regraft.checkpoint.foreign.reading import (
     kind_of,
     only_state_dict,
     read_foreign,
-    read_index,
+    read_weight_map,
     unwrapping,
     weights_file,
 )
@@ -39,22 +39,19 @@ def read_state_dicts(path: Path, *, tensors_only: bool = False) -> StateDicts:
         CheckpointError: The file does not exist, is damaged, or cannot be read without running code.
     """
     path = weights_file(path)
-    return _read_own(path) if _is_own(path) else read_foreign(path, tensors_only=tensors_only)
-
-
-def _is_own(path: Path) -> bool:
-    """Return whether regraft wrote a file."""
     kind = kind_of(path)
-    if kind == "index":
-        return read_index(path)[1]
-    return kind == "safetensors" and read_header(path) is not None
+    if kind == "safetensors" or (kind == "index" and read_weight_map(path)[1]):
+        with OpenCheckpoint(path) as checkpoint:
+            if checkpoint.header is not None:
+                return _read_own(checkpoint)
+    return read_foreign(path, tensors_only=tensors_only)
 
 
-def _read_own(path: Path) -> StateDicts:
+def _read_own(checkpoint: OpenCheckpoint) -> StateDicts:
     """Read a checkpoint of regraft with all of its bases."""
     try:
-        whole = resolve(path).expanded()
+        whole = resolve(checkpoint).expanded()
     except MissingBaseError as error:
-        raise CheckpointError(f"{error.problem} {merge_advice(path)}") from error
+        raise CheckpointError(f"{error.problem} {merge_advice(checkpoint.path)}") from error
     tensors, extra = split_extra(whole)
-    return StateDicts(path, (StateDict((), tensors, is_ordered=False, extra=extra),))
+    return StateDicts(checkpoint.path, (StateDict((), tensors, is_ordered=False, extra=extra),))

@@ -5,7 +5,7 @@ A base may itself be a delta. The chain is first followed by headers alone, then
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,18 +111,14 @@ def resolve(source: Path | OpenCheckpoint, base: PathLike | None = None) -> Cont
     Raises:
         CheckpointError: A file is damaged, or a base is missing or has another digest. Nothing was changed.
     """
-    with open_chain(source, base) as chain:
+    # The first of a chain has to be a checkpoint. Only a base may also be registered weights or a file of other tools.
+    opened = nullcontext(source) if isinstance(source, OpenCheckpoint) else OpenCheckpoint(source)
+    with opened as checkpoint, open_chain(checkpoint, base) as chain:
         return _read_chain(chain)
 
 
 def _read_chain(chain: Sequence[Link]) -> Contents:
-    last = chain[-1]
-    if len(chain) == 1 and isinstance(last.place, Path):
-        # A chain of one is read as a checkpoint. Only a base may also be registered weights or a file of other tools,
-        # which `read_base` reads.
-        contents = read_contents(last.checkpoint or OpenCheckpoint(last.place))
-    else:
-        contents = read_base(last)
+    contents = read_base(chain[-1])
     for link in reversed(chain[:-1]):
         contents = _merge_delta(link, contents)
     return contents
@@ -239,7 +235,7 @@ def pin_base(place: Place) -> tuple[Base, Contents]:
                         f"'{place}' is a delta over {DEPTH_LIMIT} others already, no more are read. Make a full file "
                         "of it first: regraft merge."
                     )
-                contents = read_base(chain[0]) if len(chain) == 1 else _read_chain(chain)
+                contents = _read_chain(chain)
         except MissingBaseError as error:
             raise CheckpointError(f"{error.problem} {merge_advice(place)}") from error
         return Base(kind="file", name=place.name, digest=contents.digest()), contents

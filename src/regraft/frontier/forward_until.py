@@ -4,14 +4,14 @@ A forward pre-hook raises `StoppedError`, which carries the arguments out throug
 nothing after the layer runs, however deep in the network it lies. The forward must not catch every exception itself.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from regraft.anatomy.inputs import Arguments
+from regraft.anatomy.modes import temporary_mode
 from regraft.errors import ModelError
 
 
@@ -41,7 +41,7 @@ def run_until_stopped(model: nn.Module, inputs: Arguments, handles: list[Any]) -
         ModelError: The forward fails.
     """
     try:
-        with in_training_mode(model, True), torch.enable_grad():
+        with temporary_mode(model, True), torch.enable_grad():
             model(*inputs.args, **inputs.kwargs)
     except StoppedError as stopped:
         return stopped
@@ -51,18 +51,6 @@ def run_until_stopped(model: nn.Module, inputs: Arguments, handles: list[Any]) -
         for handle in handles:
             handle.remove()
     return None
-
-
-@contextlib.contextmanager
-def in_training_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Call `model.train(training)` for the block, and restore the mode of every module afterwards."""
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
 
 
 def first_line(error: Exception) -> str:

@@ -32,10 +32,10 @@ from torch.utils._pytree import tree_leaves
 from regraft.anatomy.dataflow.graph import ancestors
 from regraft.anatomy.dataflow.values import BATCHES
 from regraft.anatomy.inputs import Arguments
-from regraft.anatomy.modes import preserved_randomness
+from regraft.anatomy.modes import preserved_randomness, temporary_mode
 from regraft.anatomy.tracing import trace
 from regraft.errors import ForwardError, ModelError
-from regraft.frontier.forward_until import StoppedError, first_line, in_training_mode, run_until_stopped, stop_at
+from regraft.frontier.forward_until import StoppedError, first_line, run_until_stopped, stop_at
 from regraft.frontier.independence import difference, with_image_of
 from regraft.frontier.liveness import is_live_layer
 from regraft.frontier.stubs import Form, Stubs, flatten_call, placeholder, stub, stubbed, unflatten_call
@@ -175,7 +175,7 @@ def _split_at(
             with torch.no_grad():
                 _require_constant(recording, drawn)
                 for training in (False, True):
-                    with in_training_mode(model, training):
+                    with temporary_mode(model, training):
                         _require_equal(model, recording, replay, drawn[2], training)
         except ModelError as error:
             problem = problem or error
@@ -286,7 +286,7 @@ def _run_up_to(model: nn.Module, layer: str, inputs: Arguments, parts: list[Part
 def _record(model: nn.Module, boundary: Boundary, args: Any, kwargs: Any) -> tuple[torch.Tensor, ...]:
     handle = model.get_submodule(boundary.layer).register_forward_pre_hook(stop_at(boundary.layer), with_kwargs=True)
     try:
-        with in_training_mode(model, True):  # the mode in which it will train; frozen layers are pinned to evaluation
+        with temporary_mode(model, True):  # the mode in which it will train; frozen layers are pinned to evaluation
             model(*args, **kwargs)
     except StoppedError as stopped:
         tensors, form = flatten_call(stopped.call)

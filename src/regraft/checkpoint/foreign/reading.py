@@ -186,7 +186,7 @@ def _read_shards(path: Path) -> StateDicts:
     Raises:
         CheckpointError: The index is malformed, names other than files beside it, or does not match their tensors.
     """
-    weight_map, _ = read_index(path)
+    weight_map, _ = read_weight_map(path)
     tensors: Tensors = {}
     for shard in dict.fromkeys(weight_map.values()):
         file = path.parent / shard
@@ -208,7 +208,7 @@ def _read_shards(path: Path) -> StateDicts:
     )
 
 
-def read_index(path: Path) -> tuple[dict[str, str], bool]:
+def read_weight_map(path: Path) -> tuple[dict[str, str], bool]:
     """Return name of a tensor → name of its file, and whether regraft wrote the index."""
     expected = 'Expected {"weight_map": {NAME: FILE}} with files beside it.'
     if path.stat().st_size > INDEX_LIMIT_BYTES:
