@@ -22,7 +22,7 @@ from regraft.report.html import render, write_page
 from regraft.report.run_page import wilson_interval
 from regraft.training.config import TrainConfig
 from regraft.training.metrics import measure
-from regraft.training.result import ComputedOnce, EpochRecord, FitResult, Plan
+from regraft.training.result import ComputedOnce, EpochRecord, FitResult, TrainPlan
 
 HOSTILE = "<mark>'1'</mark>\" title=\"x\n&amp; ${x} {{ x }} $a^"
 
@@ -67,7 +67,7 @@ def tiny_model(outputs: int) -> nn.Module:
     return model.eval()
 
 
-def plan(model: nn.Module, classes: tuple[str, ...] | None, count: int, **changes: object) -> Plan:
+def plan(model: nn.Module, classes: tuple[str, ...] | None, count: int, **changes: object) -> TrainPlan:
     values = {
         "model": "tiny",
         "weights": "none",
@@ -84,7 +84,7 @@ def plan(model: nn.Module, classes: tuple[str, ...] | None, count: int, **change
         "lr": 0.003,
         "device": "cpu fp32",
     }
-    return Plan(**{**values, **changes})  # type: ignore[arg-type]
+    return TrainPlan(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def classified(classes: tuple[str, ...] | None, count: int = 60, size: int = 0, **changes: object) -> FitResult:
