@@ -247,7 +247,7 @@ def test_find_heads_of_what_has_no_layers(make: Callable[[], nn.Module]) -> None
         find_heads(make())
 
 
-def test_old_weight_norm_is_a_head_of_its_own_layer() -> None:
+def test_find_heads_takes_old_weight_norm_as_a_head_of_its_own_layer() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         model = nn.Sequential(nn.Linear(4, 8), nn.utils.weight_norm(nn.Linear(8, 3, bias=False)))

@@ -163,7 +163,9 @@ class Optional(AnyInputs):
 
 @pytest.mark.parametrize("kind", [AnyInputs, Optional])
 @pytest.mark.parametrize("inputs", [None, torch.zeros(3, 4)])
-def test_edits_of_a_forward_without_required_inputs(kind: type[AnyInputs], inputs: torch.Tensor | None) -> None:
+def test_truncate_insert_and_append_take_a_forward_without_required_inputs(
+    kind: type[AnyInputs], inputs: torch.Tensor | None
+) -> None:
     model, x = kind(), torch.randn(3, 4)
     hidden = model.net[1](model.net[0](x))
     assert identical(regraft.truncate(model, after="net.1", inputs=inputs)(x), hidden)

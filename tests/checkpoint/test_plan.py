@@ -46,7 +46,7 @@ def by_hand() -> nn.Module:
     return model
 
 
-def test_a_plan_builds_what_the_functions_build(plan: Path) -> None:
+def test_build_plan_builds_what_the_functions_build(plan: Path) -> None:
     torch.manual_seed(0)
     expected = by_hand()
     torch.manual_seed(0)
@@ -59,7 +59,7 @@ def test_a_plan_builds_what_the_functions_build(plan: Path) -> None:
     assert card_of(built).recipe == card_of(expected).recipe
 
 
-def test_what_is_written_back_builds_the_same(plan: Path, tmp_path: Path) -> None:
+def test_plan_that_is_written_back_builds_the_same(plan: Path, tmp_path: Path) -> None:
     model = regraft.build_plan(regraft.read_plan(plan))
     saved = regraft.save(model, tmp_path / "edited.safetensors")
     printed = CliRunner().invoke(app, ["inspect", str(saved), "--plan"])
@@ -73,7 +73,7 @@ def test_what_is_written_back_builds_the_same(plan: Path, tmp_path: Path) -> Non
     assert {name for name, parameter in rebuilt.named_parameters() if not parameter.requires_grad} == flags
 
 
-def test_the_command_writes_what_the_plan_says(plan: Path, tmp_path: Path) -> None:
+def test_cli_surgery_writes_what_the_plan_says(plan: Path, tmp_path: Path) -> None:
     ran = CliRunner().invoke(app, ["surgery", "--plan", str(plan), "--out", str(tmp_path / "out.safetensors")])
     assert ran.exit_code == 0, ran.output
     model = regraft.load(tmp_path / "out.safetensors")
@@ -81,7 +81,7 @@ def test_the_command_writes_what_the_plan_says(plan: Path, tmp_path: Path) -> No
     assert not model.get_parameter("layer3.0.conv1.weight").requires_grad
 
 
-def test_options_say_the_same_as_a_plan(tmp_path: Path) -> None:
+def test_cli_surgery_options_say_the_same_as_a_plan(tmp_path: Path) -> None:
     options = ["--weights", "none", "--truncate-drop", "1", "--append", "Linear(512,40)", "ReLU()", "Linear(40,3)"]
     out = tmp_path / "out.safetensors"
     ran = CliRunner().invoke(app, ["surgery", "resnet18", *options, "--freeze-until", "layer3.0", "--out", str(out)])
@@ -89,7 +89,7 @@ def test_options_say_the_same_as_a_plan(tmp_path: Path) -> None:
     assert regraft.plan_of(regraft.load(out)).edits == regraft.plan_of(by_hand()).edits
 
 
-def test_every_edit_has_an_option(tmp_path: Path) -> None:
+def test_cli_surgery_has_an_option_for_every_edit(tmp_path: Path) -> None:
     options = ["--replace-stem", "1", "--remove", "layer3.1", "--replace", "type:ReLU=GELU()"]
     options += ["--insert-after", "layer2=Conv2d(128, 128, 1)", "--insert-before", "layer4=Dropout(0.1)"]
     options += ["--replace-head", "7", "--freeze", "layer1", "--freeze", "conv1"]
@@ -103,7 +103,9 @@ def test_every_edit_has_an_option(tmp_path: Path) -> None:
     assert "layer1" in regraft.plan_of(model).freeze.layers
 
 
-def test_a_dry_run_shows_both_trees_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cli_surgery_dry_run_shows_both_trees_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     ran = CliRunner().invoke(app, ["surgery", "resnet18", "--truncate-after", "layer3", "--append", "5", "--dry-run"])
     assert ran.exit_code == 0, ran.output
@@ -125,25 +127,25 @@ def test_a_dry_run_shows_both_trees_and_writes_nothing(tmp_path: Path, monkeypat
         ("source = 'resnet18'\nedits = 3", "expected a list of edits"),
     ],
 )
-def test_a_wrong_plan_says_where(text: str, message: str, tmp_path: Path) -> None:
+def test_read_plan_says_where_a_plan_is_wrong(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.toml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         regraft.read_plan(path)
 
 
-def test_a_plan_that_is_not_there_says_so(tmp_path: Path) -> None:
+def test_read_plan_says_that_a_plan_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no plan 'nowhere\.toml'"):
         regraft.read_plan("nowhere.toml")
 
 
-def test_an_edit_that_does_not_fit_is_counted() -> None:
+def test_build_plan_counts_an_edit_that_does_not_fit() -> None:
     plan = planned(edits=[{"truncate": {"drop": 1}}, {"append": {"layers": ["Linear(7, 2)"]}}])
     with pytest.raises(EditError, match=r"edit 2 of 2: cannot append .*\(1, 8\), and expects \(…, 7\)"):
         regraft.build_plan(plan)
 
 
-def test_arguments_that_an_edit_does_not_take_are_named() -> None:
+def test_build_plan_names_arguments_that_an_edit_does_not_take() -> None:
     plan = planned(edits=[{"truncate": {"last": 1}}])
     with pytest.raises(EditError, match=r"truncate\(last=1\) cannot be carried out: .*'last'"):
         regraft.build_plan(plan)
@@ -161,7 +163,7 @@ def test_arguments_that_an_edit_does_not_take_are_named() -> None:
         (["resnet18", "--truncate-after", "layer9", "--dry-run"], "no layer 'layer9' in ResNet. Nearest: 'layer"),
     ],
 )
-def test_wrong_options_exit_with_two_and_write_nothing(
+def test_cli_surgery_exits_with_2_for_wrong_options_and_writes_nothing(
     options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -171,7 +173,7 @@ def test_wrong_options_exit_with_two_and_write_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_layer_that_is_frozen_by_name_is_an_error_where_there_is_none() -> None:
+def test_build_plan_refuses_to_freeze_a_layer_where_there_is_none() -> None:
     plan = planned(freeze={"layers": ["fc"]})
     with pytest.raises(SelectionError, match="no layer 'fc'"):
         regraft.build_plan(plan)

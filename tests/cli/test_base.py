@@ -15,7 +15,7 @@ from regraft.checkpoint import read_header
 from regraft.cli.app import app
 
 
-def test_the_command_merges(tmp_path: Path) -> None:
+def test_cli_merge_writes_one_full_file(tmp_path: Path) -> None:
     path, model = chain(tmp_path, 2)
     out = tmp_path / "full.safetensors"
     ran = CliRunner().invoke(app, ["merge", str(path), "--out", str(out), "--json"])
@@ -37,7 +37,7 @@ def test_the_command_merges(tmp_path: Path) -> None:
     assert f"{out}: 10 tensors, digest" in ran.output
 
 
-def test_the_commands_that_ask_a_model_take_the_base_of_a_delta(tmp_path: Path) -> None:
+def test_cli_predict_and_evaluate_take_the_base_of_a_delta(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
     attach(model, classes=("a", "b"), task="classification", preprocessing=Preprocessing(size=8, resize=8))
     base = save(model, tmp_path / "base.safetensors")

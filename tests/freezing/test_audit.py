@@ -163,7 +163,7 @@ BY_NAME = pytest.mark.parametrize("name", PROVOKED)
 
 
 @BY_NAME
-def test_each_fault_is_found_and_nothing_else(name: str) -> None:
+def test_audit_finds_each_fault_and_nothing_else(name: str) -> None:
     provoke, kind, path, words = PROVOKED[name]
     (finding,) = audit(*provoke())
     assert (finding.kind, finding.path) == (kind, path)
@@ -172,7 +172,7 @@ def test_each_fault_is_found_and_nothing_else(name: str) -> None:
 
 
 @BY_NAME
-def test_the_stated_fix_removes_the_finding_and_thaws_or_freezes_nothing_else(name: str) -> None:
+def test_audit_states_a_fix_that_removes_the_finding_and_thaws_or_freezes_nothing_else(name: str) -> None:
     provoke, kind, _, _ = PROVOKED[name]
     model, optimizer = provoke()
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -199,7 +199,7 @@ def carried_out(finding: Finding, model: nn.Module, optimizer: torch.optim.Optim
 
 @pytest.mark.parametrize("name", tiny.ALL)
 @pytest.mark.parametrize("patterns", [None, (), ("children[:1]",), ("children[:2]",)], ids=["no", "all", "1", "2"])
-def test_a_model_that_freeze_froze_has_no_findings(name: str, patterns: tuple[str, ...] | None) -> None:
+def test_audit_finds_nothing_in_a_model_that_freeze_froze(name: str, patterns: tuple[str, ...] | None) -> None:
     model = tiny.build(name).train()
     model(tiny.batch(name))
     if patterns == ("children[:1]",) and next(next(model.children()).parameters(), None) is None:
@@ -211,7 +211,7 @@ def test_a_model_that_freeze_froze_has_no_findings(name: str, patterns: tuple[st
 
 
 @BY_NAME
-def test_an_audit_changes_nothing(name: str) -> None:
+def test_audit_changes_nothing(name: str) -> None:
     model, optimizer = PROVOKED[name][0]()
     before = snapshot(model)
     groups = None if optimizer is None else [list(map(id, group["params"])) for group in optimizer.param_groups]
@@ -220,7 +220,7 @@ def test_an_audit_changes_nothing(name: str) -> None:
     assert groups is None or [list(map(id, group["params"])) for group in optimizer.param_groups] == groups
 
 
-def test_parameters_are_told_apart_by_identity_not_by_value() -> None:
+def test_audit_tells_parameters_apart_by_identity_and_not_by_value() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     for layer in model:
         nn.init.zeros_(layer.weight)
@@ -232,7 +232,7 @@ def test_parameters_are_told_apart_by_identity_not_by_value() -> None:
 
 
 @pytest.mark.parametrize(("value", "found"), [("-inf", []), ("nan", ["broken-statistics"])])
-def test_an_infinite_mask_is_sound_and_nan_is_not(value: str, found: list[str]) -> None:
+def test_audit_takes_an_infinite_mask_as_sound_and_nan_not(value: str, found: list[str]) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[0].register_buffer("mask", torch.full((3, 3), float(value)).triu(1))
     freeze(model, "0")
@@ -240,24 +240,24 @@ def test_an_infinite_mask_is_sound_and_nan_is_not(value: str, found: list[str]) 
 
 
 @pytest.mark.parametrize("value", ["inf", "nan"])
-def test_statistics_that_are_not_finite_are_broken(value: str) -> None:
+def test_audit_finds_statistics_that_are_not_finite(value: str) -> None:
     model = half_frozen()
     model.bn1.running_mean[0] = float(value)
     assert [finding.path for finding in audit(model)] == ["bn1.running_mean"]
 
 
-def test_a_shared_weight_is_one_parameter() -> None:
+def test_audit_takes_a_shared_weight_as_one_parameter() -> None:
     model = tiny.build("tied")
     assert audit(model, sgd(model)) == []
 
 
-def test_the_optimizer_of_a_copy_is_one_of_another_model() -> None:
+def test_audit_takes_the_optimizer_of_a_copy_as_one_of_another_model() -> None:
     model = tiny.build("plain")
     kinds = {finding.kind for finding in audit(copy.deepcopy(model), sgd(model))}
     assert kinds == {"not-of-this-model", "missing-from-optimizer"}
 
 
-def test_a_frozen_parameter_with_momentum_is_said_to_move() -> None:
+def test_audit_says_that_a_frozen_parameter_with_momentum_moves() -> None:
     model = tiny.build("plain")
     optimizer = sgd(model)
     model.train()(tiny.batch("plain")).sum().backward()
@@ -278,7 +278,7 @@ def test_a_frozen_parameter_with_momentum_is_said_to_move() -> None:
     ],
     ids=lambda layer: type(layer).__name__,
 )
-def test_frozen_layers_that_neither_move_nor_draw_need_no_pin(layer: nn.Module) -> None:
+def test_audit_asks_no_pin_of_frozen_layers_that_neither_move_nor_draw(layer: nn.Module) -> None:
     model, _ = unpinned(layer)()
     assert audit(model) == []
 
@@ -286,11 +286,11 @@ def test_frozen_layers_that_neither_move_nor_draw_need_no_pin(layer: nn.Module) 
 @pytest.mark.parametrize(
     ("make", "classes"), [(lambda: tiny.build("plain"), tiny.CLASSES), (lambda: tiny.build("residual"), tiny.CLASSES)]
 )
-def test_a_head_that_fits_its_classes_is_no_finding(make: Callable[[], nn.Module], classes: int) -> None:
+def test_audit_finds_nothing_in_a_head_that_fits_its_classes(make: Callable[[], nn.Module], classes: int) -> None:
     assert audit(attach(make(), classes=tuple(map(str, range(classes))))) == []
 
 
-def test_the_head_is_the_layer_that_runs_last_not_the_one_that_is_registered_last() -> None:
+def test_audit_takes_the_layer_that_runs_last_as_the_head_and_not_the_last_registered() -> None:
     model = attach(tiny.build("residual"), classes=("cat", "dog"))
     (finding,) = audit(model)
     assert finding.path == "head"
@@ -315,7 +315,7 @@ def thaw_by_children(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("thaw", [thaw_all, thaw_one_by_one, thaw_by_children])
 @pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy], ids=["same", "copy"])
-def test_layers_follow_flags_that_are_set_by_hand(
+def test_freeze_pins_follow_flags_that_are_set_by_hand(
     thaw: Callable[[nn.Module], None], copied: Callable[[nn.Module], nn.Module]
 ) -> None:
     model = nn.Sequential(
@@ -334,7 +334,7 @@ def test_layers_follow_flags_that_are_set_by_hand(
     assert not torch.equal(before[1], model[3].running_mean)
 
 
-def test_layers_that_are_frozen_by_hand_after_freeze_are_pinned_at_the_next_change_of_mode() -> None:
+def test_freeze_pins_layers_frozen_by_hand_at_the_next_change_of_mode() -> None:
     model = tiny.build("plain")
     freeze(model, "conv1", "bn1")
     model.conv2.requires_grad_(False)

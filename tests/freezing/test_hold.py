@@ -210,7 +210,7 @@ def train(model: nn.Module, name: str, seed: int, steps: int = 3) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_frozen_layers_are_bit_identical_and_give_the_same(name: str) -> None:
+def test_freeze_keeps_layers_bit_identical_and_their_outputs_the_same(name: str) -> None:
     model, inputs = build(name), LAYERS[name][1]()
     freeze(model, "0")
     before, expected = tensors(model[0]), model.train()[0](inputs).detach()
@@ -225,7 +225,7 @@ def test_frozen_layers_are_bit_identical_and_give_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_after_unfreeze_training_is_that_of_a_network_that_was_never_frozen(name: str) -> None:
+def test_unfreeze_lets_training_be_that_of_a_network_that_was_never_frozen(name: str) -> None:
     model, untouched = build(name), build(name)
     freeze(model, "0")
     train(model, name, seed=1)
@@ -249,13 +249,13 @@ def test_after_unfreeze_training_is_that_of_a_network_that_was_never_frozen(name
 
 
 @pytest.mark.parametrize("name", ["Embedding, max_norm", "Embedding, max_norm and padding", "EmbeddingBag, max_norm"])
-def test_a_frozen_embedding_gives_what_max_norm_gives(name: str) -> None:
+def test_freeze_keeps_what_max_norm_of_an_embedding_gives(name: str) -> None:
     model, reference, inputs = build(name), build(name), indices()
     freeze(model, "0")
     assert identical(model[0](inputs), reference[0](inputs))
 
 
-def test_a_frozen_embedding_with_max_norm_can_be_tied_to_a_projection() -> None:
+def test_freeze_takes_an_embedding_with_max_norm_that_is_tied_to_a_projection() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -298,7 +298,7 @@ def saved_and_loaded(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("make", [Around, lambda: NetWith("in training"), lambda: NetWith("always")])
 @pytest.mark.parametrize("patterns", [("front", "book"), ("book",), ("re:front|book",), ("type:Codebook",)])
 @pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy, saved_and_loaded], ids=["", "copy", "file"])
-def test_layers_with_buffers_alone_are_frozen_by_path(
+def test_freeze_by_path_takes_layers_with_buffers_alone(
     make: Callable[[], nn.Module], patterns: tuple[str, ...], copied: Callable[[nn.Module], nn.Module]
 ) -> None:
     model = make()
@@ -322,7 +322,7 @@ class NetWith(nn.Module):
         return self.out(self.book(self.front(x)).mean((2, 3)))
 
 
-def test_freezing_until_a_layer_with_buffers_alone_holds_it_and_thawing_since_lets_it_go() -> None:
+def test_freeze_until_holds_layers_with_buffers_alone_and_unfreeze_since_lets_go() -> None:
     model = NetWith("in training")
     freeze(model, until="book", inputs=image())
     before = model.book.codes.clone()
@@ -333,7 +333,7 @@ def test_freezing_until_a_layer_with_buffers_alone_holds_it_and_thawing_since_le
     assert not identical(before, model.book.codes)
 
 
-def test_what_was_frozen_as_a_whole_stays_when_the_head_is_thawed() -> None:
+def test_unfreeze_of_the_head_leaves_what_was_frozen_as_a_whole() -> None:
     model = NetWith("in training")
     freeze(model)
     unfreeze(model, "out")
@@ -342,7 +342,7 @@ def test_what_was_frozen_as_a_whole_stays_when_the_head_is_thawed() -> None:
     assert identical(before, model.book.codes)
 
 
-def test_values_that_are_loaded_into_a_frozen_layer_stay() -> None:
+def test_freeze_leaves_values_that_are_loaded_into_a_frozen_layer() -> None:
     model, other = NetWith("always"), NetWith("always")
     freeze(model, "front", "book")
     model.train()(image())
@@ -352,7 +352,7 @@ def test_values_that_are_loaded_into_a_frozen_layer_stay() -> None:
     assert identical(model.front.weight, other.front.weight)
 
 
-def test_state_is_put_back_after_a_forward_that_fails() -> None:
+def test_freeze_puts_state_back_after_a_forward_that_fails() -> None:
     model = NetWith("always")
     freeze(model, "front", "book")
     before = model.book.codes.clone()
@@ -381,7 +381,7 @@ AVERAGES = {"mean": {}, "mean of buffers": {"use_buffers": True}, "ema": {"multi
 
 
 @pytest.mark.parametrize("options", AVERAGES.values(), ids=list(AVERAGES))
-def test_update_bn_leaves_frozen_statistics_and_computes_the_others(options: dict[str, object]) -> None:
+def test_freeze_keeps_statistics_from_update_bn_which_computes_the_others(options: dict[str, object]) -> None:
     model = with_norms()
     before = tensors(model[:2])
     average = AveragedModel(model, **options)
@@ -405,7 +405,7 @@ def train_step(model: nn.Module, seed: int) -> None:
     optimizer.step()
 
 
-def test_an_average_by_timm_keeps_what_is_frozen() -> None:
+def test_freeze_keeps_what_is_frozen_in_an_average_by_timm() -> None:
     model = with_norms()
     before, average = tensors(model[:2]), ModelEmaV3(model, decay=0.9)
     for step in range(5):
@@ -415,7 +415,7 @@ def test_an_average_by_timm_keeps_what_is_frozen() -> None:
     assert [key for key in before if not identical(before[key], after[key])] == []
 
 
-def test_reset_running_stats_works_again_after_unfreeze() -> None:
+def test_unfreeze_lets_reset_running_stats_work_again() -> None:
     model = with_norms()
     before = model[1].running_mean.clone()
     model[1].reset_running_stats()
@@ -434,7 +434,7 @@ def test_audit_finds_norms_that_a_conversion_put_in_and_train_pins_them() -> Non
     assert model[3].training
 
 
-def test_a_fused_copy_of_frozen_layers_has_no_pin() -> None:
+def test_freeze_leaves_no_pin_in_a_fused_copy() -> None:
     model, inputs = with_norms().eval(), image()
     fused = nn.utils.fusion.fuse_conv_bn_eval(model[0], model[1])
     assert torch.allclose(fused(inputs), model[:2](inputs), atol=1e-5)
@@ -465,7 +465,7 @@ SCRIPTED: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...], Callable[[],
 
 
 @pytest.mark.parametrize("name", SCRIPTED)
-def test_script_after_freeze_gives_the_same_and_leaves_the_pins(name: str) -> None:
+def test_freeze_then_script_gives_the_same_and_leaves_the_pins(name: str) -> None:
     make, patterns, draw = SCRIPTED[name]
     model, inputs = make().eval(), draw()
     with torch.no_grad():
@@ -479,7 +479,7 @@ def test_script_after_freeze_gives_the_same_and_leaves_the_pins(name: str) -> No
     assert [(id(layer), PinState.of(layer)) for layer in model.modules()] == before
 
 
-def test_script_of_a_module_around_a_frozen_network_keeps_it_pinned() -> None:
+def test_freeze_stays_pinned_in_a_script_of_a_module_around() -> None:
     around = nn.Sequential(with_norms(), nn.Linear(2, 2)).eval()
     inputs = image()
     expected = around(inputs)
@@ -489,7 +489,7 @@ def test_script_of_a_module_around_a_frozen_network_keeps_it_pinned() -> None:
     assert identical(before, around[0][1].running_mean)
 
 
-def test_torchscript_that_looks_at_its_mode_is_refused_before_anything_changes() -> None:
+def test_freeze_refuses_torchscript_that_looks_at_its_mode_before_anything_changes() -> None:
     part = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
     model = nn.Sequential(nn.Conv2d(3, 3, 1), part, nn.Flatten(), nn.Linear(108, 2))
     with pytest.raises(ModelError, match=r"cannot freeze '1': TorchScript.*Freeze the Python layers before"):
@@ -500,7 +500,7 @@ def test_torchscript_that_looks_at_its_mode_is_refused_before_anything_changes()
     assert part.training
 
 
-def test_torchscript_without_a_mode_is_frozen() -> None:
+def test_freeze_takes_torchscript_without_a_mode() -> None:
     model = nn.Sequential(torch.jit.script(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(108, 2))
     freeze(model, "0", "1")
     before = tensors(model[:2])
@@ -508,7 +508,7 @@ def test_torchscript_without_a_mode_is_frozen() -> None:
     assert [key for key, value in tensors(model[:2]).items() if not identical(before[key], value)] == []
 
 
-def test_compile_takes_a_frozen_network_whole() -> None:
+def test_freeze_lets_compile_take_the_network_whole() -> None:
     model, inputs = with_norms().eval(), image()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(inputs), model(inputs), atol=1e-6)
@@ -555,7 +555,7 @@ class EvalDoesNothing(Own):
 
 
 @pytest.mark.parametrize("kind", [MoreArguments, ReturnsNothing, AlwaysTrains, TakesNothing, EvalDoesNothing])
-def test_pins_hold_where_train_is_overridden(kind: type[Own]) -> None:
+def test_freeze_pins_hold_where_train_is_overridden(kind: type[Own]) -> None:
     layer = kind()
     freeze(layer)
     before = layer.bn.running_mean.clone()
@@ -568,7 +568,7 @@ def test_pins_hold_where_train_is_overridden(kind: type[Own]) -> None:
     assert not identical(before, layer.bn.running_mean)
 
 
-def test_pins_pass_arguments_and_results_of_train_on() -> None:
+def test_freeze_pins_pass_arguments_and_results_of_train_on() -> None:
     model = nn.Sequential(MoreArguments(), nn.Conv2d(3, 2, 1))
     freeze(model, "0")
     assert model[0].train(True, option=5) == "trained"
@@ -576,7 +576,7 @@ def test_pins_pass_arguments_and_results_of_train_on() -> None:
     assert model[0].seen == [(False, 5), (False, 6)]
 
 
-def test_a_train_that_was_put_on_one_layer_is_called_and_given_back() -> None:
+def test_freeze_calls_a_train_that_was_put_on_one_layer_and_unfreeze_gives_it_back() -> None:
     model, seen = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1)), []
 
     def own(mode: bool = True, **options: int) -> nn.Module:
@@ -595,7 +595,7 @@ def test_a_train_that_was_put_on_one_layer_is_called_and_given_back() -> None:
 
 
 @pytest.mark.parametrize("shared", [lambda: nn.Dropout(0.5), lambda: nn.BatchNorm1d(8, affine=False), nn.RReLU])
-def test_a_layer_that_stands_in_a_frozen_and_a_trainable_part_is_pinned(shared: Callable[[], nn.Module]) -> None:
+def test_freeze_pins_a_layer_that_stands_in_a_frozen_and_a_trainable_part(shared: Callable[[], nn.Module]) -> None:
     layer = shared()
     model = nn.Sequential(nn.Linear(8, 8), layer, nn.Linear(8, 8), nn.Linear(8, 8), layer, nn.Linear(8, 2))
     report = freeze(model, "0", "2")

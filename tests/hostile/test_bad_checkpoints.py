@@ -68,7 +68,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], object], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("command", ["evaluate", "predict", "inspect"])
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_checkpoint_is_refused(case: str, command: str, saved: Path, photos: Path, cli: Cli) -> None:
+def test_cli_and_load_refuse_a_bad_checkpoint(case: str, command: str, saved: Path, photos: Path, cli: Cli) -> None:
     make, parts = BAD[case]
     make(saved, Path("bad.safetensors"))
     words = ("--verify",) if command == "inspect" else (photos,)  # without it, the header alone is read
@@ -146,7 +146,7 @@ RECIPES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", RECIPES)
-def test_a_hostile_recipe_is_refused(case: str, workplace: Path) -> None:
+def test_load_refuses_a_hostile_recipe(case: str, workplace: Path) -> None:
     recipe, message = RECIPES[case]
     path = small(workplace, card={"recipe": recipe})
     started = time.monotonic()
@@ -165,12 +165,12 @@ def test_a_hostile_recipe_is_refused(case: str, workplace: Path) -> None:
         ({"metadata": json.loads("[" * 90 + "]" * 90)}, "does not fit the format 1.0"),
     ],
 )
-def test_a_document_that_lies_is_refused(fields: dict[str, Any], message: str, workplace: Path) -> None:
+def test_load_refuses_a_document_that_lies(fields: dict[str, Any], message: str, workplace: Path) -> None:
     with pytest.raises(CheckpointError, match=re.escape(message)):
         regraft.load(small(workplace, **fields))
 
 
-def test_weights_of_another_kind_of_number_are_refused(workplace: Path) -> None:
+def test_load_refuses_weights_of_another_kind_of_number(workplace: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 3))
     regraft.save(model, "small.safetensors")
     state = {name: tensor.detach().to(torch.int32) for name, tensor in model.state_dict().items()}
@@ -181,7 +181,7 @@ def test_weights_of_another_kind_of_number_are_refused(workplace: Path) -> None:
         regraft.load("cast.safetensors")
 
 
-def test_what_was_cut_off_a_large_network_is_loaded_in_little_memory(workplace: Path) -> None:
+def test_load_takes_little_memory_for_what_was_cut_off_a_large_network(workplace: Path) -> None:
     wide = rebuild(
         Recipe(source=Source(layers="Sequential(Linear(8, 4), Linear(4, 13000000))", name="torch.nn"))
     )  # 260 MB
@@ -196,14 +196,14 @@ def test_what_was_cut_off_a_large_network_is_loaded_in_little_memory(workplace: 
     assert not any(parameter.is_meta for parameter in loaded.parameters())
 
 
-def test_a_newer_minor_format_is_read(saved: Path) -> None:
+def test_load_reads_a_newer_minor_format(saved: Path) -> None:
     write_with(saved, Path("newer.safetensors"), document(format="1.9", something_new={"a": 1}))
     known, newer = (regraft.load(path, trust_code=True).state_dict() for path in (saved, "newer.safetensors"))
     assert all(torch.equal(tensor, newer[name]) for name, tensor in known.items())
 
 
 @pytest.mark.parametrize("command", ["evaluate", "predict"])
-def test_code_of_a_checkpoint_is_not_imported_without_leave(
+def test_cli_and_load_import_no_code_of_a_checkpoint_without_leave(
     command: str, saved: Path, photos: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("regraft.zoo._import_file", lambda *_: pytest.fail("imported"))
@@ -213,7 +213,7 @@ def test_code_of_a_checkpoint_is_not_imported_without_leave(
         regraft.load(saved)
 
 
-def test_inspecting_shows_all_but_the_layers_without_leave(saved: Path, cli: Cli) -> None:
+def test_cli_inspect_shows_all_but_the_layers_without_leave(saved: Path, cli: Cli) -> None:
     shown = only_json(cli("inspect", saved, "--json").stdout)
     assert shown["layers"] == []
     assert "--trust-code" in shown["problem"]
@@ -221,7 +221,7 @@ def test_inspecting_shows_all_but_the_layers_without_leave(saved: Path, cli: Cli
     assert "layers     not shown: " in cli("inspect", saved).stdout
 
 
-def test_a_class_that_changed_since_is_noticed(saved: Path, net_file: Path, workplace: Path) -> None:
+def test_load_notices_a_class_that_changed_since(saved: Path, net_file: Path, workplace: Path) -> None:
     other = workplace / "tiny_net.py"
     other.write_text(net_file.read_text().replace("nn.Conv2d(3, 8,", "nn.Conv2d(3, 9,").replace("(8", "(9"))
     shutil.copy(saved, "moved.safetensors")
@@ -245,12 +245,12 @@ def test_a_class_that_changed_since_is_noticed(saved: Path, net_file: Path, work
     ],
     ids=["none", "a number", "one tensor", "missing"],
 )
-def test_predicting_what_is_no_image_is_refused(images: Any, message: str, saved: Path) -> None:
+def test_predict_refuses_what_is_no_image(images: Any, message: str, saved: Path) -> None:
     with pytest.raises(DataError, match=message):
         regraft.predict(regraft.load(saved, trust_code=True), images)
 
 
-def test_open_images_and_paths_are_predicted_in_order(saved: Path, photos: Path, workplace: Path) -> None:
+def test_predict_takes_open_images_and_paths_in_order(saved: Path, photos: Path, workplace: Path) -> None:
     model = regraft.load(saved, trust_code=True)
     paths = [photos / "cats" / "1.png", photos / "dogs" / "1.png", photos / "cats" / "2.png"]
     (workplace / "bad.jpg").write_text("no photo")
@@ -262,7 +262,7 @@ def test_open_images_and_paths_are_predicted_in_order(saved: Path, photos: Path,
     assert [one.probability for one in found] == pytest.approx([one.probability for one in expected], abs=1e-6)
 
 
-def test_an_open_image_that_is_cut_off_is_named_by_its_place(saved: Path, photos: Path, workplace: Path) -> None:
+def test_predict_names_an_open_image_that_is_cut_off_by_its_place(saved: Path, photos: Path, workplace: Path) -> None:
     model = regraft.load(saved, trust_code=True)
     whole = (photos / "cats" / "1.png").read_bytes()
     (workplace / "half.png").write_bytes(whole[: len(whole) // 2])
@@ -273,7 +273,7 @@ def test_an_open_image_that_is_cut_off_is_named_by_its_place(saved: Path, photos
         regraft.predict(model, [Image.open(photos / "cats" / "1.png"), image])
 
 
-def test_a_model_that_was_never_trained_knows_no_classes(tiny_net: str, photos: Path) -> None:
+def test_predict_and_evaluate_refuse_a_model_that_was_never_trained(tiny_net: str, photos: Path) -> None:
     model = regraft.create_model(tiny_net, weights="none", trust_code=True)
     for ask in (regraft.predict, regraft.evaluate):
         with pytest.raises(

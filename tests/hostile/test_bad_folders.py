@@ -85,14 +85,14 @@ CASES = {
 
 
 @pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
-def test_training_on_a_bad_folder_is_refused(make: Callable[[Path], None], workplace: Path, cli: Cli) -> None:
+def test_cli_train_refuses_a_bad_folder(make: Callable[[Path], None], workplace: Path, cli: Cli) -> None:
     make(workplace / "bad")
     with nothing_written():
         assert_refused(cli("train", workplace / "bad", "--model", "no-such-model"), *CASES[make])
 
 
 @pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
-def test_the_api_raises_the_same(make: Callable[[Path], None], workplace: Path, fit: Fit) -> None:
+def test_fit_refuses_a_bad_folder(make: Callable[[Path], None], workplace: Path, fit: Fit) -> None:
     make(workplace / "bad")
     with nothing_written(), pytest.raises(DataError) as caught:
         fit(workplace / "bad", out="run")
@@ -118,7 +118,7 @@ def test_the_api_raises_the_same(make: Callable[[Path], None], workplace: Path, 
     ],
     ids=["missing", "empty", "a file", "unknown classes", "an empty class", "nothing readable"],
 )
-def test_measuring_on_a_bad_folder_is_refused(
+def test_cli_evaluate_refuses_a_bad_folder(
     make: Callable[[Path], object], parts: tuple[str, ...], workplace: Path, cli: Cli, saved: Path
 ) -> None:
     make(workplace / "bad")
@@ -126,7 +126,7 @@ def test_measuring_on_a_bad_folder_is_refused(
         assert_refused(cli("evaluate", saved, workplace / "bad", "--trust-code"), *parts)
 
 
-def test_some_of_the_classes_are_enough_to_measure_on(workplace: Path, saved: Path) -> None:
+def test_evaluate_takes_some_of_the_classes(workplace: Path, saved: Path) -> None:
     model = regraft.load(saved, trust_code=True)
     metrics = regraft.evaluate(model, write_folder(workplace / "some", ("dogs",)))
     assert [(found.name, found.count) for found in metrics.per_class] == [("cats", 0), ("dogs", 6)]
@@ -141,7 +141,7 @@ def test_some_of_the_classes_are_enough_to_measure_on(workplace: Path, saved: Pa
     ],
     ids=["missing", "empty", "no photo"],
 )
-def test_predicting_nothing_is_refused(
+def test_cli_predict_refuses_a_folder_with_nothing_to_predict(
     make: Callable[[Path], None], parts: tuple[str, ...], workplace: Path, cli: Cli, saved: Path
 ) -> None:
     make(workplace / "bad")
@@ -149,7 +149,7 @@ def test_predicting_nothing_is_refused(
         assert_refused(cli("predict", saved, workplace / "bad", "--trust-code"), *parts)
 
 
-def test_a_tenth_of_unreadable_files_is_skipped_and_told(fit: Fit, photos: Path) -> None:
+def test_fit_skips_a_tenth_of_unreadable_files_and_tells(fit: Fit, photos: Path) -> None:
     write_folder(photos, count=9)
     bad = [photos / "cats" / "zero.png", photos / "dogs" / "text.jpg"]
     bad[0].write_bytes(b"")
@@ -164,7 +164,7 @@ def test_a_tenth_of_unreadable_files_is_skipped_and_told(fit: Fit, photos: Path)
     assert (result.plan.train_count or 0) + (result.plan.validation_count or 0) == 18
 
 
-def test_more_than_a_tenth_stops_unless_more_is_allowed(fit: Fit, photos: Path) -> None:
+def test_fit_stops_at_more_than_a_tenth_of_unreadable_files_unless_more_is_allowed(fit: Fit, photos: Path) -> None:
     for name in "abc":
         (photos / "cats" / f"{name}.jpg").write_text("no photo")
     with nothing_written(), pytest.raises(DataError, match=r"3 of 15 files cannot be read \('.*a\.jpg': not an image"):
@@ -174,14 +174,14 @@ def test_more_than_a_tenth_stops_unless_more_is_allowed(fit: Fit, photos: Path) 
     assert len(fit(max_unreadable=0.2).plan.unreadable) == 3
 
 
-def test_a_class_without_a_readable_photo_stops_whatever_is_allowed(fit: Fit, photos: Path) -> None:
+def test_fit_stops_at_a_class_without_a_readable_photo_whatever_is_allowed(fit: Fit, photos: Path) -> None:
     for photo in (photos / "cats").iterdir():
         photo.write_text("no photo")
     with nothing_written(), pytest.raises(DataError, match=r"none of the photos of 'cats' can be read\. Add some"):
         fit(max_unreadable=1.0, out="run")
 
 
-def test_no_readable_photo_at_all_stops(fit: Fit, photos: Path) -> None:
+def test_fit_stops_where_no_photo_is_readable(fit: Fit, photos: Path) -> None:
     for photo in photos.rglob("*.png"):
         photo.write_text("no photo")
     with nothing_written(), pytest.raises(DataError, match=r"none of 10 files can be read as a photo: '.*', for inst"):
@@ -191,7 +191,7 @@ def test_no_readable_photo_at_all_stops(fit: Fit, photos: Path) -> None:
 NAMES = [b"a b.png", b'it\'s "q".png', "é 猫.png".encode(), b"two\nlines.png", b"\xff.png", b"-h.png", b"[red]x[b].png"]
 
 
-def test_odd_file_and_class_names_go_all_the_way(
+def test_cli_train_evaluate_and_predict_take_odd_file_and_class_names(
     workplace: Path, train_words: list[object], cli: Cli, tiny_net: str
 ) -> None:
     classes = ("it's <b>é\n", '[bold]-x "y"')
@@ -216,7 +216,7 @@ def test_odd_file_and_class_names_go_all_the_way(
 
 
 @pytest.mark.parametrize("option", ["data", "out"])
-def test_a_path_that_the_options_file_cannot_hold_is_refused(
+def test_fit_refuses_a_path_that_the_options_file_cannot_hold(
     option: str, fit: Fit, photos: Path, workplace: Path
 ) -> None:
     odd = os.fsdecode(b"odd\xff")
@@ -230,21 +230,21 @@ def test_a_path_that_the_options_file_cannot_hold_is_refused(
         fit(paths["data"], out=paths["out"])
 
 
-def test_pipes_and_folders_named_like_photos_are_not_opened(fit: Fit, photos: Path) -> None:
+def test_fit_does_not_open_pipes_and_folders_named_like_photos(fit: Fit, photos: Path) -> None:
     os.mkfifo(photos / "cats" / "pipe.png")
     (photos / "dogs" / "folder.png").mkdir()
     unreadable = fit().plan.unreadable
     assert [(found.path.name, found.reason) for found in unreadable] == [("pipe.png", "not a file")]
 
 
-def test_links_that_lead_nowhere_or_in_circles_do_no_harm(fit: Fit, photos: Path) -> None:
+def test_fit_takes_no_harm_from_links_that_lead_nowhere_or_in_circles(fit: Fit, photos: Path) -> None:
     (photos / "cats" / "dangling.png").symlink_to("nowhere.png")
     (photos / "cats" / "circle").symlink_to("..")
     unreadable = fit().plan.unreadable
     assert [(found.path.name, found.reason) for found in unreadable] == [("dangling.png", "no such file")]
 
 
-def test_unreadable_files_among_good_ones_are_skipped_when_predicting(
+def test_cli_predict_skips_unreadable_files_among_good_ones(
     cli: Cli, saved: Path, photos: Path, workplace: Path
 ) -> None:
     (workplace / "bad.jpg").write_text("no photo")

@@ -74,7 +74,7 @@ VALUES: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("options", "kind", "message"), VALUES, ids=lambda value: str(value)[:40])
-def test_a_value_that_cannot_work_is_refused(
+def test_fit_refuses_a_value_that_cannot_work(
     options: dict[str, Any], kind: type[Exception], message: str, fit: Fit
 ) -> None:
     with nothing_written(), pytest.raises(kind, match=message) as caught:
@@ -92,7 +92,7 @@ def test_a_value_that_cannot_work_is_refused(
     ],
     ids=str,
 )
-def test_a_module_is_as_before_when_fit_refuses(options: dict[str, Any], fit: Fit, tiny_net: str) -> None:
+def test_fit_leaves_a_module_as_before_where_it_refuses(options: dict[str, Any], fit: Fit, tiny_net: str) -> None:
     model = regraft.create_model(tiny_net, weights="none", num_classes=2, trust_code=True)
     regraft.freeze(model, "norm")
     for parameter in model.parameters():
@@ -119,7 +119,7 @@ def test_a_module_is_as_before_when_fit_refuses(options: dict[str, Any], fit: Fi
     ],
     ids=str,
 )
-def test_data_of_the_wrong_kind_is_refused(data: Any, message: str, fit: Fit, tiny_net: str) -> None:
+def test_fit_refuses_data_of_the_wrong_kind(data: Any, message: str, fit: Fit, tiny_net: str) -> None:
     model = regraft.create_model(tiny_net, weights="none", trust_code=True)
     with nothing_written(), pytest.raises(DataError, match=message):
         fit(data, model=model, out="run")
@@ -136,7 +136,7 @@ def test_data_of_the_wrong_kind_is_refused(data: Any, message: str, fit: Fit, ti
         ),
     ],
 )
-def test_a_loss_that_is_no_finite_number_stops_the_run(
+def test_fit_and_cli_train_stop_at_a_loss_that_is_no_finite_number(
     loss: str, message: str, net_file: Path, cli: Cli, fit: Fit, train_words: list[object]
 ) -> None:
     with nothing_written(), pytest.raises(LossError, match=message):
@@ -145,7 +145,7 @@ def test_a_loss_that_is_no_finite_number_stops_the_run(
         assert cli(*train_words, "--loss", f"py:{net_file}:{loss}", "--out", "run").exit_code == 2
 
 
-def test_a_learning_rate_that_explodes_says_when_and_what_to_try(cli: Cli, train_words: list[object]) -> None:
+def test_cli_train_says_when_a_learning_rate_explodes_and_what_to_try(cli: Cli, train_words: list[object]) -> None:
     with nothing_written():
         result = cli(*train_words, "--lr", 1e30, "--out", "run")
         assert_refused(
@@ -156,7 +156,7 @@ def test_a_learning_rate_that_explodes_says_when_and_what_to_try(cli: Cli, train
         )
 
 
-def test_weights_that_explode_in_the_last_step_of_an_epoch_are_not_kept(fit: Fit) -> None:
+def test_fit_does_not_keep_weights_that_explode_in_the_last_step_of_an_epoch(fit: Fit) -> None:
     with (
         nothing_written(),
         pytest.raises(LossError, match=r"epoch 1: the validation loss is nan \(learning rate 1e\+30\)"),
@@ -164,7 +164,7 @@ def test_weights_that_explode_in_the_last_step_of_an_epoch_are_not_kept(fit: Fit
         fit(lr=1e30, batch_size=32, out="run")
 
 
-def test_a_loss_that_turns_nan_leaves_the_best_epoch(fit: Fit) -> None:
+def test_fit_keeps_the_best_epoch_where_a_loss_turns_nan(fit: Fit) -> None:
     steps = 0
 
     def explode(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -188,7 +188,7 @@ def test_a_loss_that_turns_nan_leaves_the_best_epoch(fit: Fit) -> None:
     )
 
 
-def test_a_used_output_folder_is_left_alone(fit: Fit, cli: Cli, train_words: list[object]) -> None:
+def test_fit_and_cli_train_leave_a_used_output_folder_alone(fit: Fit, cli: Cli, train_words: list[object]) -> None:
     Path("run").mkdir()
     Path("run/thesis.txt").write_text("mine")
     with nothing_written():
@@ -198,7 +198,7 @@ def test_a_used_output_folder_is_left_alone(fit: Fit, cli: Cli, train_words: lis
 
 
 @pytest.mark.parametrize("out", ["taken", "taken/run", "taken/run/1"])
-def test_an_output_folder_inside_a_file_is_refused_before_training(out: str, fit: Fit) -> None:
+def test_fit_refuses_an_output_folder_inside_a_file_before_training(out: str, fit: Fit) -> None:
     Path("taken").write_text("mine")
     told = Recorder()
     with nothing_written(), pytest.raises(ConfigError, match=r"'taken' is a file, expected a folder .*--out"):
@@ -206,7 +206,7 @@ def test_an_output_folder_inside_a_file_is_refused_before_training(out: str, fit
     assert told.lines == []
 
 
-def test_a_name_too_long_for_a_folder_is_refused_before_training(fit: Fit, cli: Cli) -> None:
+def test_fit_and_cli_refuse_a_name_too_long_for_a_folder_before_training(fit: Fit, cli: Cli) -> None:
     Path("taken").write_text("mine")
     with nothing_written(), pytest.raises(ConfigError, match=r"cannot be a folder for the results: .*Choose another"):
         fit(out="x" * 5000)
@@ -217,14 +217,14 @@ def test_a_name_too_long_for_a_folder_is_refused_before_training(fit: Fit, cli: 
         assert_refused(cli("inspect", "x" * 5000), "cannot be used as a path: File name too long")
 
 
-def test_old_results_stay_until_the_first_new_checkpoint(fit: Fit, cli: Cli, train_words: list[object]) -> None:
+def test_fit_leaves_old_results_until_the_first_new_checkpoint(fit: Fit, cli: Cli, train_words: list[object]) -> None:
     assert cli(*train_words, "--out", "run").exit_code == 0
     for options in ({"lr": 1e30}, {"freeze": ("*",)}, {"loss": "no-such-loss"}):
         with nothing_written(), pytest.raises(regraft.RegraftError):
             fit(out="run", overwrite=True, **options)
 
 
-def test_new_results_never_stand_beside_an_old_report(fit: Fit, cli: Cli, train_words: list[object]) -> None:
+def test_fit_leaves_no_old_report_beside_new_results(fit: Fit, cli: Cli, train_words: list[object]) -> None:
     assert cli(*train_words, "--out", "run").exit_code == 0
     Path("run/thesis.txt").write_text("mine")
     old = listing(Path("run"))
@@ -235,7 +235,7 @@ def test_new_results_never_stand_beside_an_old_report(fit: Fit, cli: Cli, train_
     assert all(new[name] != old[name] for name in new if name != "thesis.txt")
 
 
-def test_the_written_options_reproduce_the_run_bit_for_bit(cli: Cli, train_words: list[object]) -> None:
+def test_cli_train_reproduces_a_run_bit_for_bit_from_the_written_options(cli: Cli, train_words: list[object]) -> None:
     words = ("--epochs", 2, "--augment", "standard", "--seed", 3, "--freeze", "conv", "--lr", 0.01)
     assert cli(*train_words, *words, "--out", "first").exit_code == 0
     again = cli("train", "--config", "first/config.toml", "--trust-code", "--out", "second")
@@ -248,7 +248,7 @@ def test_the_written_options_reproduce_the_run_bit_for_bit(cli: Cli, train_words
     assert Path("first/config.toml").read_text().replace("first", "second") == Path("second/config.toml").read_text()
 
 
-def test_flags_win_over_the_configuration(cli: Cli, train_words: list[object]) -> None:
+def test_cli_train_flags_win_over_the_configuration(cli: Cli, train_words: list[object]) -> None:
     Path("options.toml").write_text('epochs = 7\nseed = 5\nfreeze = ["conv"]\naugment = "none"\n')
     result = only_json(cli(*train_words, "--config", "options.toml", "--seed", 6, "--out", "run", "--json").stdout)
     assert len(result["epochs"]) == 1
@@ -272,7 +272,7 @@ def test_flags_win_over_the_configuration(cli: Cli, train_words: list[object]) -
     ],
     ids=lambda value: value.decode("latin-1") if isinstance(value, bytes) else "",
 )
-def test_a_bad_configuration_is_refused(
+def test_cli_train_refuses_a_bad_configuration(
     content: bytes, parts: tuple[str, ...], cli: Cli, train_words: list[object]
 ) -> None:
     Path("options.toml").write_bytes(content)
@@ -280,7 +280,7 @@ def test_a_bad_configuration_is_refused(
         assert_refused(cli(*train_words, "--config", "options.toml"), "'options.toml'", *parts)
 
 
-def test_a_missing_configuration_or_no_data_is_refused(cli: Cli, train_words: list[object]) -> None:
+def test_cli_train_refuses_a_missing_configuration_or_no_data(cli: Cli, train_words: list[object]) -> None:
     with nothing_written():
         assert_refused(
             cli(*train_words, "--config", "no.toml"), "no configuration file 'no.toml' (looked from ", "Give the path"
@@ -289,7 +289,7 @@ def test_a_missing_configuration_or_no_data_is_refused(cli: Cli, train_words: li
 
 
 @pytest.mark.parametrize("words", [("train", "--epochs", "x"), ("predict",), ("no-such-command",), ("train", "--nope")])
-def test_bad_usage_exits_with_2(words: tuple[str, ...], cli: Cli) -> None:
+def test_cli_exits_with_2_on_bad_usage(words: tuple[str, ...], cli: Cli) -> None:
     with nothing_written():
         result = cli(*words)
     assert (result.exit_code, result.stdout) == (2, "")
@@ -320,7 +320,7 @@ class CutOff:
 
 
 @pytest.mark.parametrize(("answer", "reason"), [(no_network, "no route to host"), (CutOff, "invalid hash value")])
-def test_weights_that_cannot_be_downloaded_say_how_to_go_on(
+def test_cli_train_says_how_to_go_on_where_weights_cannot_be_downloaded(
     answer: Any, reason: str, cli: Cli, photos: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(workplace / "cache"))
@@ -337,7 +337,7 @@ def test_weights_that_cannot_be_downloaded_say_how_to_go_on(
     assert [path for path in (workplace / "cache").rglob("*") if path.is_file()] == []
 
 
-def test_weights_of_timm_without_a_network_say_how_to_go_on(
+def test_cli_train_says_how_to_go_on_without_a_network_for_weights_of_timm(
     cli: Cli, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -354,7 +354,7 @@ def test_weights_of_timm_without_a_network_say_how_to_go_on(
         )
 
 
-def test_real_weights_of_another_architecture_are_refused(
+def test_cli_train_refuses_real_weights_of_another_architecture(
     shared: Path, cli: Cli, photos: Path, workplace: Path
 ) -> None:
     example = Path(__file__).parents[2] / "examples" / "mobilenet_v1.py"
@@ -387,7 +387,7 @@ def test_real_weights_of_another_architecture_are_refused(
     ],
     ids=["other names", "a layer less", "another width", "a tensor more", "no tensors"],
 )
-def test_weights_of_another_architecture_are_refused(
+def test_fit_and_create_model_refuse_weights_of_another_architecture(
     change: Callable[[dict[str, torch.Tensor]], Any], parts: tuple[str, ...], fit: Fit, tiny_net: str
 ) -> None:
     state = regraft.create_model(tiny_net, weights="none", trust_code=True).state_dict()

@@ -44,13 +44,13 @@ def interrupting(step: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tens
     return loss
 
 
-def test_nothing_is_written_before_training_begins(fit: Fit) -> None:
+def test_cli_train_interrupted_before_training_writes_nothing(fit: Fit) -> None:
     with nothing_written(), pytest.raises(KeyboardInterrupt):
         fit(loss=interrupting(0), epochs=3, out="run")
 
 
 @pytest.mark.parametrize("step", [1, 2, STEPS])
-def test_before_the_first_epoch_is_complete_its_beginning_is_kept(step: int, fit: Fit) -> None:
+def test_fit_interrupted_before_the_first_epoch_is_complete_keeps_its_beginning(step: int, fit: Fit) -> None:
     with pytest.raises(Interrupted) as caught:
         fit(loss=interrupting(step), epochs=3, out="run")
     assert str(caught.value) == (
@@ -61,7 +61,7 @@ def test_before_the_first_epoch_is_complete_its_beginning_is_kept(step: int, fit
 
 
 @pytest.mark.parametrize("step", [STEPS + 1, 2 * STEPS])
-def test_the_best_epoch_so_far_is_kept(step: int, fit: Fit) -> None:
+def test_fit_interrupted_keeps_the_best_epoch_so_far(step: int, fit: Fit) -> None:
     options = {"seed": 4, "schedule": "constant"}  # whose first epoch does not depend on how many there are
     message = (
         r"^stopped by Ctrl-C\. The best so far \(epoch 1, accuracy .*\) is kept in 'run/model\.safetensors'\. To c"
@@ -75,7 +75,7 @@ def test_the_best_epoch_so_far_is_kept(step: int, fit: Fit) -> None:
         assert torch.equal(tensor, one_epoch[name]), name
 
 
-def test_the_best_epoch_is_kept_in_the_module_where_nothing_is_written(fit: Fit, tiny_net: str) -> None:
+def test_fit_interrupted_keeps_the_best_epoch_in_the_module_where_nothing_is_written(fit: Fit, tiny_net: str) -> None:
     model = regraft.create_model(tiny_net, weights="none", num_classes=2, trust_code=True)
     with (
         nothing_written(),
@@ -87,7 +87,7 @@ def test_the_best_epoch_is_kept_in_the_module_where_nothing_is_written(fit: Fit,
 @pytest.mark.parametrize(
     "moment", ["regraft.training.resume.run_folder.save", "regraft.training.resume.run_folder.write_config"]
 )
-def test_an_interruption_while_saving_still_keeps_the_epoch(
+def test_fit_interrupted_while_saving_still_keeps_the_epoch(
     moment: str, fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from regraft.training.resume import run_folder
@@ -108,7 +108,7 @@ def test_an_interruption_while_saving_still_keeps_the_epoch(
     assert regraft.evaluate(regraft.load("run/model.safetensors", trust_code=True), "photos").count == 12
 
 
-def test_old_results_survive_an_interruption_of_the_first_epoch(cli: Cli, fit: Fit, train_words: list[object]) -> None:
+def test_fit_interrupted_in_the_first_epoch_leaves_old_results(cli: Cli, fit: Fit, train_words: list[object]) -> None:
     assert cli(*train_words, "--out", "run").exit_code == 0
     before = listing(Path("run"))
     with pytest.raises(Interrupted):
@@ -117,7 +117,7 @@ def test_old_results_survive_an_interruption_of_the_first_epoch(cli: Cli, fit: F
 
 
 @pytest.mark.parametrize("phase", ["regraft.data.photos.decode_all", "regraft.training.setup.create_model"])
-def test_an_interruption_before_training_writes_nothing(
+def test_cli_train_interrupted_before_training_begins_writes_nothing(
     phase: str, cli: Cli, train_words: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object, **__: object) -> None:
@@ -130,7 +130,7 @@ def test_an_interruption_before_training_writes_nothing(
     assert result.stderr.splitlines()[-1] == "stopped by Ctrl-C. Nothing was written."
 
 
-def test_an_interruption_of_the_report_says_where_the_model_is(
+def test_cli_train_interrupted_in_the_report_says_where_the_model_is(
     cli: Cli, train_words: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object) -> None:
@@ -153,7 +153,9 @@ def slow(outputs, targets):
 """
 
 
-def test_a_real_signal_keeps_everything_and_the_command_it_prints_goes_on(cli: Cli, train_words: list[object]) -> None:
+def test_cli_train_keeps_everything_at_a_real_signal_and_the_printed_command_goes_on(
+    cli: Cli, train_words: list[object]
+) -> None:
     Path("slow.py").write_text(SLOW_LOSS)
     words = [*train_words, "--epochs", 40, "--loss", "py:slow.py:slow", "--out", "my run"]
     process = subprocess.Popen(
@@ -199,7 +201,7 @@ def loss(outputs, targets):
 """
 
 
-def test_sigterm_does_the_same_and_exits_with_143(cli: Cli, train_words: list[object]) -> None:
+def test_cli_train_exits_with_143_at_sigterm_and_keeps_everything(cli: Cli, train_words: list[object]) -> None:
     Path("term.py").write_text(TERMINATED)
     result = cli(*train_words, "--epochs", 3, "--loss", "py:term.py:loss", "--out", "run")
     assert (result.exit_code, result.stdout) == (143, "")
@@ -212,7 +214,7 @@ def test_sigterm_does_the_same_and_exits_with_143(cli: Cli, train_words: list[ob
     assert {*listing(Path("run"))} == {"model.safetensors", "metrics.csv", "config.toml", "report.html"}
 
 
-def test_sigterm_before_training_leaves_nothing(
+def test_cli_train_leaves_nothing_at_sigterm_before_training(
     cli: Cli, train_words: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object, **__: object) -> None:
@@ -224,7 +226,7 @@ def test_sigterm_before_training_leaves_nothing(
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (143, "stopped by SIGTERM. Nothing was written.")
 
 
-def test_what_cannot_be_continued_is_said(cli: Cli, fit: Fit, train_words: list[object]) -> None:
+def test_fit_and_cli_train_say_what_cannot_be_continued(cli: Cli, fit: Fit, train_words: list[object]) -> None:
     with nothing_written():
         assert_refused(cli("train", "--resume", "nowhere"), "nothing to continue: there is no folder 'nowhere'")
         assert_refused(cli("train", "--resume", "photos"), "nothing to continue: no run has begun in 'photos'")
@@ -247,7 +249,7 @@ def test_what_cannot_be_continued_is_said(cli: Cli, fit: Fit, train_words: list[
         )
 
 
-def test_two_runs_in_one_folder_are_one_too_many(cli: Cli, fit: Fit, train_words: list[object]) -> None:
+def test_cli_train_refuses_two_runs_in_one_folder(cli: Cli, fit: Fit, train_words: list[object]) -> None:
     refused: list[typer.testing.Result] = []
 
     def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -260,13 +262,13 @@ def test_two_runs_in_one_folder_are_one_too_many(cli: Cli, fit: Fit, train_words
     assert {*listing(Path("run"))} == {"model.safetensors", "metrics.csv", "config.toml"}
 
 
-def test_the_lock_of_a_process_that_was_killed_is_no_obstacle(fit: Fit) -> None:
+def test_cli_train_takes_the_lock_of_a_process_that_was_killed_for_no_obstacle(fit: Fit) -> None:
     Path("run").mkdir()
     Path("run/run.lock").write_text("999999")
     fit(out="run")
     assert {*listing(Path("run"))} == {"model.safetensors", "metrics.csv", "config.toml"}
 
 
-def test_folders_that_were_made_for_nothing_go_again(fit: Fit) -> None:
+def test_fit_removes_folders_that_were_made_for_nothing(fit: Fit) -> None:
     with nothing_written(), pytest.raises(LossError):
         fit(loss=lambda outputs, targets: outputs.sum() * float("nan"), out="some/where/else")

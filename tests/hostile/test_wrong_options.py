@@ -143,12 +143,12 @@ def tries(lines: list[CommandLine], files: list[str]) -> list[tuple[list[str], s
     return listed
 
 
-def test_every_command_is_tried(scene: Scene, classifier: Path) -> None:
+def test_cli_commands_are_all_tried(scene: Scene, classifier: Path) -> None:
     assert {line.command for line in command_lines(scene, classifier)} == set(commands())
 
 
 @pytest.mark.slow
-def test_the_command_lines_work(scene: Scene, classifier: Path, cli: Callable[..., typer.testing.Result]) -> None:
+def test_cli_command_lines_work(scene: Scene, classifier: Path, cli: Callable[..., typer.testing.Result]) -> None:
     for line in command_lines(scene, classifier):
         result = cli(*line.words({}))
         assert result.exit_code == (1 if line.command == "demo" else 0), (line.words({}), result.stderr)
@@ -156,7 +156,7 @@ def test_the_command_lines_work(scene: Scene, classifier: Path, cli: Callable[..
             remove(path)
 
 
-def test_no_wrong_option_ends_in_a_bare_error(
+def test_cli_ends_no_wrong_option_in_a_bare_error(
     scene: Scene, classifier: Path, workplace: Path, cli: Callable[..., typer.testing.Result]
 ) -> None:
     listed = tries(command_lines(scene, classifier), own_files(workplace))
@@ -166,7 +166,7 @@ def test_no_wrong_option_ends_in_a_bare_error(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(SLOW_PARTS))
-def test_no_wrong_option_of_any_command_ends_in_a_bare_error(
+def test_cli_ends_no_wrong_option_of_any_command_in_a_bare_error(
     part: int, scene: Scene, classifier: Path, workplace: Path, cli: Callable[..., typer.testing.Result]
 ) -> None:
     sweep(tries(command_lines(scene, classifier), own_files(workplace))[part::PARTS], cli)

@@ -158,7 +158,7 @@ def assert_complete_in_itself(page: Page) -> None:
         assert target.strip("'\"").startswith("#")
 
 
-def test_page_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
+def test_write_report_page_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
     names = [f"{index}.png" for index in range(60)]
     page = written(classified(("ant", "bee", "wasp"), paths=photos(tmp_path / "photos", names)), tmp_path)
     assert_complete_in_itself(page)
@@ -170,7 +170,7 @@ def test_page_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
     assert {target[1:] for target in anchors | references} <= ids
 
 
-def test_figures_in_the_text_are_those_of_the_result(tmp_path: Path) -> None:
+def test_write_report_states_the_figures_of_the_result(tmp_path: Path) -> None:
     result = classified(("ant", "bee", "wasp"), checkpoint=tmp_path / "my run" / "model.safetensors")
     metrics = result.validation
     assert metrics.accuracy is not None
@@ -192,18 +192,18 @@ def test_figures_in_the_text_are_those_of_the_result(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("correct", "count"), [(0, 7), (7, 7), (132, 153), (1, 1)])
-def test_interval_agrees_with_scipy(correct: int, count: int) -> None:
+def test_wilson_interval_agrees_with_scipy(correct: int, count: int) -> None:
     assert wilson_interval(correct, count) == pytest.approx(
         tuple(binomtest(correct, count).proportion_ci(method="wilson")), abs=1e-6
     )
 
 
-def test_few_photos_are_called_few(tmp_path: Path) -> None:
+def test_write_report_calls_few_photos_few(tmp_path: Path) -> None:
     assert "interval is wide" in written(classified(("a", "b"), count=99), tmp_path).text
     assert "interval is wide" not in written(classified(("a", "b"), count=100), tmp_path).text
 
 
-def test_most_confident_mistakes_come_first_and_upright(tmp_path: Path) -> None:
+def test_write_report_shows_the_most_confident_mistakes_first_and_upright(tmp_path: Path) -> None:
     paths = photos(tmp_path / "photos", [f"{index:02}.png" for index in range(60)])
     result = classified(("ant", "bee", "wasp"), paths=paths)
     probabilities = result.outputs.softmax(1)
@@ -225,7 +225,7 @@ def test_most_confident_mistakes_come_first_and_upright(tmp_path: Path) -> None:
     assert set(sizes[1:]) == {(160, 107)}
 
 
-def test_vanished_and_broken_photos_are_tolerated(tmp_path: Path) -> None:
+def test_write_report_tolerates_vanished_and_broken_photos(tmp_path: Path) -> None:
     paths = photos(tmp_path / "photos", [f"{index:02}.png" for index in range(60)])
     result = classified(("ant", "bee", "wasp"), paths=paths)
     count = len(written(result, tmp_path).all("img"))
@@ -239,7 +239,7 @@ def test_vanished_and_broken_photos_are_tolerated(tmp_path: Path) -> None:
     assert not none.all("img")
 
 
-def test_hostile_names_are_inert(tmp_path: Path) -> None:
+def test_write_report_makes_hostile_names_inert(tmp_path: Path) -> None:
     hostile_file = os.fsdecode(b"<u title=x>'\"\n\xff.png")
     names = [hostile_file if index == 0 else f"{index}{hostile_file}" for index in range(40)]
     classes = (HOSTILE, "\udcff\x00 \N{RIGHT-TO-LEFT OVERRIDE}", "日本 ü", "$\\frac{")
@@ -260,7 +260,7 @@ def test_hostile_names_are_inert(tmp_path: Path) -> None:
     assert all(attributes["src"].startswith("data:image/jpeg;base64,") for attributes in page.all("img"))
 
 
-def test_datasets_that_are_no_files_have_no_pictures(tmp_path: Path) -> None:
+def test_write_report_has_no_pictures_of_datasets_that_are_no_files(tmp_path: Path) -> None:
     result = classified(None, size=5)
     unknown = replace(result.plan, counts=(), train_count=None)
     page = written(replace(result, plan=unknown), tmp_path)
@@ -273,7 +273,7 @@ def test_datasets_that_are_no_files_have_no_pictures(tmp_path: Path) -> None:
     assert "The model was not saved" in page.text
 
 
-def test_no_mistakes_are_no_error(tmp_path: Path) -> None:
+def test_write_report_without_mistakes(tmp_path: Path) -> None:
     targets = torch.arange(6) % 2
     outputs = 9 * nn.functional.one_hot(targets, 2).float()
     found = measure(outputs, targets, ("a", "b"))
@@ -291,7 +291,7 @@ def test_no_mistakes_are_no_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "numbered"), [(2, True), (25, True), (40, False)])
-def test_confusion_has_numbers_up_to_25_classes(size: int, numbered: bool) -> None:
+def test_plots_confusion_has_numbers_up_to_25_classes(size: int, numbered: bool) -> None:
     counts = [[777 if row == column else 0 for column in range(size)] for row in range(size)]
     names = [f"class {index}" for index in range(size)]
     drawn = Page(plots.confusion(counts, names) or "")
@@ -299,7 +299,7 @@ def test_confusion_has_numbers_up_to_25_classes(size: int, numbered: bool) -> No
     assert all(drawn.text.count(name) >= 2 for name in names)
 
 
-def test_many_classes(tmp_path: Path) -> None:
+def test_write_report_of_many_classes(tmp_path: Path) -> None:
     classes = tuple(f"a rather long name of class {index}" for index in range(40))
     page = written(classified(classes, count=200), tmp_path)
     assert "numbers are left out" in page.text
@@ -308,7 +308,7 @@ def test_many_classes(tmp_path: Path) -> None:
     assert "too large to be drawn" in written(classified(None, size=121, count=121), tmp_path).text
 
 
-def test_regression_page(tmp_path: Path) -> None:
+def test_write_report_of_a_regression(tmp_path: Path) -> None:
     paths = photos(tmp_path / "photos", [f"{index:02}.png" for index in range(50)])
     result = regressed(paths=paths)
     metrics = result.validation
@@ -324,7 +324,7 @@ def test_regression_page(tmp_path: Path) -> None:
     assert "alibration" not in page.text
 
 
-def test_regression_with_equal_targets(tmp_path: Path) -> None:
+def test_write_report_of_a_regression_with_equal_targets(tmp_path: Path) -> None:
     outputs, targets = torch.ones(3, 1), torch.ones(3)
     found = measure(outputs, targets, None)
     result = regressed(3, outputs=outputs, targets=targets, validation=found)
@@ -332,7 +332,7 @@ def test_regression_with_equal_targets(tmp_path: Path) -> None:
     assert "all targets are equal" in written(result, tmp_path).text
 
 
-def test_layers_say_what_was_frozen_and_options_what_was_chosen(tmp_path: Path) -> None:
+def test_write_report_says_what_was_frozen_and_which_options_were_chosen(tmp_path: Path) -> None:
     page = written(classified(("a", "b")), tmp_path)
     assert "0 Conv2d 1×4×222×222 112 5,322,672 frozen" in page.text
     assert "4 Linear 1×2 10 8 trainable" in page.text
@@ -341,7 +341,7 @@ def test_layers_say_what_was_frozen_and_options_what_was_chosen(tmp_path: Path) 
     assert all(f" {name} " in page.text for name in TrainConfig.model_fields)
 
 
-def test_every_table_head_has_a_scope_and_every_figure_a_label(tmp_path: Path) -> None:
+def test_write_report_gives_every_table_head_a_scope_and_every_figure_a_label(tmp_path: Path) -> None:
     page = written(classified(("a", "b")), tmp_path)
     assert all(attributes.get("scope") in ("col", "row") for attributes in page.all("th"))
     figures = [attributes for attributes in page.all("div") if attributes.get("role") == "img"]
@@ -349,7 +349,7 @@ def test_every_table_head_has_a_scope_and_every_figure_a_label(tmp_path: Path) -
     assert all(attributes["aria-label"] for attributes in figures)
 
 
-def test_failed_write_leaves_the_previous_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_page_that_fails_leaves_the_previous_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "report.html"
     write_page(path, "before")
 
@@ -365,18 +365,18 @@ def test_failed_write_leaves_the_previous_report(tmp_path: Path, monkeypatch: py
     assert [found.name for found in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_missing_folder_is_an_error_that_says_so(tmp_path: Path) -> None:
+def test_write_report_says_that_a_folder_is_missing(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="Check that its folder exists"):
         write_report(classified(("a", "b")), tmp_path / "missing" / "report.html")
     assert not list(tmp_path.iterdir())
 
 
-def test_page_needs_every_variable() -> None:
+def test_render_needs_every_variable() -> None:
     with pytest.raises(UndefinedError):
         render("run.html", result=None)
 
 
-def test_sweep_draws_each_method_and_tick() -> None:
+def test_plots_sweep_draws_each_method_and_tick() -> None:
     series = {
         "linear probe": [(1.0, 0.5, 0.05), (10.0, 0.8, 0.02)],
         "<from> scratch": [(1.0, 0.2, 0.1), (10.0, 0.4, 0.1), (50.0, 0.6, 0.0)],
@@ -388,7 +388,7 @@ def test_sweep_draws_each_method_and_tick() -> None:
     assert Page(plots.sweep(series, "x", "y", log_x=False)).all("svg")
 
 
-def test_drawing_is_repeatable_and_leaves_the_settings_alone() -> None:
+def test_plots_are_repeatable_and_leave_the_settings_alone() -> None:
     series = {"validation": [0.5, 0.7, 0.6]}
     matplotlib.rcParams["font.size"] = 23.0
     try:
@@ -401,7 +401,7 @@ def test_drawing_is_repeatable_and_leaves_the_settings_alone() -> None:
     assert plots.learning_curves(series, 2, "accuracy") == first
 
 
-def test_what_was_computed_once_is_said_with_what_it_saved(tmp_path: Path) -> None:
+def test_write_report_says_what_was_computed_once_and_what_it_saved(tmp_path: Path) -> None:
     once = ComputedOnce(
         frontier=(("'layer3.0'", (256, 14, 14)), ("'layer3.1'", (9,))),
         share=0.625,

@@ -135,25 +135,25 @@ def images(model: nn.Module, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", [*SPREAD.split(), *FEW_OF_TIMM.split()])
-def test_networks_of_every_family(name: str, check: Check) -> None:
+def test_to_source_of_every_family(name: str, check: Check) -> None:
     model = create_model(name, weights="none")
     check(model, images(model, name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE.split())
-def test_more_networks(name: str, check: Check) -> None:
+def test_to_source_of_more_networks(name: str, check: Check) -> None:
     model = create_model(name, weights="none")
     check(model, images(model, name))
 
 
 @pytest.mark.parametrize("name", sorted({*tiny.ALL} - {"root-token"}))
-def test_tiny_networks(name: str, check: Check) -> None:
+def test_to_source_of_tiny_networks(name: str, check: Check) -> None:
     text = check(tiny.build(name), tiny.batch(name))
     assert text == to_source(tiny.build(name, seed=2)), "weights have no part in it"
 
 
-def test_resnet18_reads_like_torchvision() -> None:
+def test_to_source_of_resnet18_reads_like_torchvision() -> None:
     text = to_source(create_model("resnet18", weights="none"))
     assert "        y = self.layer2[0].bn2(y)\n        x = self.layer2[0].downsample(x)\n" in text
     assert "        x = self.layer2[0].relu(y + x)\n\n        # layer2.1: BasicBlock\n" in text
@@ -162,7 +162,7 @@ def test_resnet18_reads_like_torchvision() -> None:
     assert "= None" not in text
 
 
-def test_edited_networks(check: Check) -> None:
+def test_to_source_of_edited_networks(check: Check) -> None:
     original = create_model("resnet18", weights="none")
     body = append(truncate(original, drop=1), nn.Linear(512, 40), nn.ReLU(), nn.Linear(40, 3))
     edited = insert(body, nn.Dropout(0.4), after="layer2.0.conv1")
@@ -178,11 +178,11 @@ def test_edited_networks(check: Check) -> None:
     ("name", "after", "side"),
     [("vgg11", "features.6", 64), ("vit_b_32", "encoder.layers.encoder_layer_1", 224), ("densenet121", "features", 64)],
 )
-def test_truncated_networks(name: str, after: str, side: int, check: Check) -> None:
+def test_to_source_of_truncated_networks(name: str, after: str, side: int, check: Check) -> None:
     check(truncate(create_model(name, weights="none"), after=after), torch.randn(2, 3, side, side))
 
 
-def test_a_frozen_network_is_written_without_its_pins(check: Check) -> None:
+def test_to_source_of_a_frozen_network_has_no_pins(check: Check) -> None:
     model = tiny.build("plain")
     plain = to_source(model)
     freeze(model, "bn1")
@@ -224,7 +224,7 @@ class Assorted(nn.Module):
         return {"mean": x.mean(1), "pair": Pair(x[:, 0, ::2], [x[..., None], float("inf")])}
 
 
-def test_layers_with_state_of_their_own(check: Check) -> None:
+def test_to_source_of_layers_with_state_of_their_own(check: Check) -> None:
     text = check(Assorted(), torch.randn(4, 12), torch.randn(4, 1, 12))
     assert "nn.LSTM(12, 6, num_layers=2, batch_first=True, dropout=0.5, bidirectional=True)" in text
     assert "self.tied.weight = self.block[0].weight" in text
@@ -232,7 +232,7 @@ def test_layers_with_state_of_their_own(check: Check) -> None:
     assert "training=self.training" in text
 
 
-def test_tied_and_shared_parts_stay_shared() -> None:
+def test_to_source_leaves_tied_and_shared_parts_shared() -> None:
     text = to_source(Assorted(), inputs=(torch.randn(4, 12), torch.randn(4, 1, 12)))
     scope: dict[str, Any] = {"__name__": "written"}
     exec(text, scope)
@@ -243,7 +243,7 @@ def test_tied_and_shared_parts_stay_shared() -> None:
     assert {name for name, _ in made.named_buffers()} - {*made.state_dict()} == {"mask", "table", "constant0"}
 
 
-def test_a_file_has_no_unused_imports_and_the_name_asked_for() -> None:
+def test_to_source_has_no_unused_imports_and_the_name_asked_for() -> None:
     text = to_source(tiny.build("plain"), class_name="Digits")
     tree = ast.parse(text)
     imported = {
@@ -292,17 +292,17 @@ def hooked() -> nn.Module:
         (lambda: append(Untraceable(), nn.ReLU()), "it was cut or extended by hooks"),
     ],
 )
-def test_what_cannot_be_written_is_refused_with_the_reason(make: Callable[[], nn.Module], message: str) -> None:
+def test_to_source_refuses_what_it_cannot_write_with_the_reason(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(EditError, match=message):
         to_source(make(), inputs=torch.randn(2, 4))
 
 
-def test_a_layer_that_timm_does_not_trace_is_named() -> None:
+def test_to_source_names_a_layer_that_timm_does_not_trace() -> None:
     with pytest.raises(EditError, match=r"layer 'stages.2.1' \(MobileVitBlock\) depends on .* cannot be read back"):
         to_source(create_model("timm/mobilevit_xxs", weights="none"))
 
 
-def test_a_bad_class_name_is_refused() -> None:
+def test_to_source_refuses_a_bad_class_name() -> None:
     with pytest.raises(EditError, match=r"'my net' is no name for a class\. Pass class_name="):
         to_source(tiny.build("plain"), class_name="my net")
 
@@ -338,14 +338,14 @@ def constants_helper() -> list[str]:
     return UNPACK.splitlines()
 
 
-def test_long_lines_are_broken_without_a_change_of_meaning() -> None:
+def test_wrapped_breaks_long_lines_without_a_change_of_meaning() -> None:
     line = f"x = call([{', '.join(f'{number} + 1' for number in range(60))}], 'a, (b', key=(1, 2))"
     lines = wrapped(line, 8)
     assert max(map(len, lines)) <= 120
     assert ast.dump(ast.parse("if 1:\n" + "\n".join(lines))) == ast.dump(ast.parse(f"if 1:\n {line}"))
 
 
-def test_the_command_prints_the_source(tmp_path: Path) -> None:
+def test_cli_inspect_prints_the_source(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
     from regraft import save

@@ -135,7 +135,7 @@ def test_fit_on_cached_features_of_an_architecture_is_the_loop_by_hand(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["cnn, head", "vit, head"])
-def test_the_main_job_does_as_well_as_logistic_regression(
+def test_fit_in_each_precision_does_as_well_as_logistic_regression(
     name: str, precision: str, device: str, separable: Path
 ) -> None:
     model, lines = built(name), Lines()
@@ -214,7 +214,7 @@ def test_fit_keeps_numbers_that_16_bits_would_round(precision: str, tmp_path: Pa
     assert result.validation.rmse < 0.2  # bfloat16 has 996, 1000, 1004
 
 
-def test_a_gpu_takes_by_itself_what_a_cpu_takes_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_compute_takes_on_a_gpu_what_a_cpu_takes_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     for has_bf16, precision in ((True, "bf16"), (False, "fp32")):
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: True)
@@ -274,7 +274,7 @@ def test_fit_of_weights_in_another_type_on_datasets(data: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", OWN, ids=str)
-def test_the_main_job_of_weights_in_another_type(dtype: torch.dtype, many: Path) -> None:
+def test_fit_of_weights_in_another_type_trains_a_head(dtype: torch.dtype, many: Path) -> None:
     lines = Lines()
     result = regraft.fit(built("cnn, head", dtype), many, device="cpu", progress=lines, epochs=3)
     assert "chosen     learning rate" in lines
@@ -284,7 +284,7 @@ def test_the_main_job_of_weights_in_another_type(dtype: torch.dtype, many: Path)
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
 
 
-def test_inputs_in_float64_meet_weights_in_float32() -> None:
+def test_fit_takes_inputs_in_float64_for_weights_in_float32() -> None:
     pair = TensorDataset(torch.randn(20, 3, tiny.SIDE, tiny.SIDE, dtype=torch.float64), torch.arange(20) % 2)
     result = regraft.fit(cnn(), (pair, pair), device="cpu", **STEPS)
     assert regraft.evaluate(result.model, pair, device="cpu").accuracy == result.history[-1].validation.accuracy
@@ -358,7 +358,7 @@ def test_fit_refuses_to_mix_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["KeyError", "a wrong width", "a wrong type"])
-def test_a_loss_that_fails_is_said_in_words(kind: str, few: Path, tmp_path: Path) -> None:
+def test_fit_says_in_words_that_a_loss_fails(kind: str, few: Path, tmp_path: Path) -> None:
     losses: dict[str, Callable[..., torch.Tensor]] = {
         "KeyError": lambda outputs, targets: {}["nothing"],
         "a wrong width": lambda outputs, targets: F.mse_loss(outputs, targets.float().reshape(outputs.shape)),
@@ -399,7 +399,7 @@ NO_ROOM = "what is constant holds values that fp16 has no room for, too large or
     ],
     ids=str,
 )
-def test_features_that_float16_has_no_room_for_are_not_kept(
+def test_fit_does_not_keep_features_that_float16_has_no_room_for(
     factor: float, options: dict[str, Any], reason: str, few: Path
 ) -> None:
     model, lines = Scaled(factor), Lines()
@@ -412,7 +412,7 @@ def test_features_that_float16_has_no_room_for_are_not_kept(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_ridge_is_scikit_learns_in_each_type_of_weights(dtype: torch.dtype, many: Path) -> None:
+def test_fit_starts_from_scikit_learns_ridge_in_each_type_of_weights(dtype: torch.dtype, many: Path) -> None:
     options = {"head_start": "ridge", "lr": 1e-12, "weight_decay": 0.0, "epochs": 1, "augment": "none"}
     result = regraft.fit(built("cnn, head", dtype), many, device="cpu", **options)
     model, features = built("cnn, head", torch.float64), []

@@ -129,9 +129,7 @@ CASES = [(name, stops) for name in RUNS for stops in STOPS if name not in OPTIMI
 
 
 @pytest.mark.parametrize(("name", "stops"), CASES, ids=str)
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
-    name: str, stops: list[Stop], make: Any, tmp_path: Path
-) -> None:
+def test_fit_resume_goes_on_as_if_nothing_had_happened(name: str, stops: list[Stop], make: Any, tmp_path: Path) -> None:
     undisturbed = train(make(name), tmp_path / "whole")
     out = tmp_path / "stopped"
     for number, (epoch, step) in enumerate(stops):
@@ -150,7 +148,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     assert ours == [line.rsplit(",", 1)[0] for line in (tmp_path / "whole/metrics.csv").read_text().splitlines()]
 
 
-def test_with_two_workers(tmp_path: Path) -> None:
+def test_fit_resume_with_two_workers(tmp_path: Path) -> None:
     def made() -> tuple[nn.Module, Any, dict[str, Any]]:
         loaders = DataLoader(Noisy(22), 6, shuffle=True, num_workers=2), DataLoader(dataset(9, 1), 9)
         return net(3), loaders, SMALL | {"epochs": 2}
@@ -161,7 +159,7 @@ def test_with_two_workers(tmp_path: Path) -> None:
     assert_same(train(made(), tmp_path / "stopped", resume=True), undisturbed)
 
 
-def test_a_signal_while_it_is_measured_does_not_wait_for_the_end(make: Any, tmp_path: Path) -> None:
+def test_fit_stops_at_a_signal_while_it_is_measured_without_waiting_for_the_end(make: Any, tmp_path: Path) -> None:
     name = "loaders that draw from the global generator"
     undisturbed = train(make(name), tmp_path / "whole")
     model, data, options = make(name)
@@ -181,7 +179,7 @@ def test_a_signal_while_it_is_measured_does_not_wait_for_the_end(make: Any, tmp_
     assert_same(train(make(name), tmp_path / "stopped", resume=True), undisturbed)
 
 
-def test_the_state_after_the_last_epoch_is_enough_to_end(make: Any, tmp_path: Path) -> None:
+def test_fit_resume_ends_with_the_state_after_the_last_epoch(make: Any, tmp_path: Path) -> None:
     undisturbed = train(make("datasets"), tmp_path / "whole")
 
     class StopsAtTheEnd(Progress):
@@ -194,7 +192,7 @@ def test_the_state_after_the_last_epoch_is_enough_to_end(make: Any, tmp_path: Pa
     assert_same(train(make("datasets"), tmp_path / "stopped", resume=True), undisturbed)
 
 
-def test_a_second_signal_stops_at_once_and_the_state_before_it_is_kept(make: Any, tmp_path: Path) -> None:
+def test_fit_stops_at_once_at_a_second_signal_and_keeps_the_state_before_it(make: Any, tmp_path: Path) -> None:
     model, data, options = make("datasets")
 
     def twice(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -216,7 +214,7 @@ def test_a_second_signal_stops_at_once_and_the_state_before_it_is_kept(make: Any
     ]
 
 
-def test_an_ignored_signal_stays_ignored(make: Any, tmp_path: Path) -> None:
+def test_fit_leaves_an_ignored_signal_ignored(make: Any, tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         assert len(train(make("datasets"), tmp_path / "run", StopsAt(1, 2)).history) == 3
@@ -224,7 +222,7 @@ def test_an_ignored_signal_stays_ignored(make: Any, tmp_path: Path) -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_without_a_folder_the_best_is_kept_in_the_module(make: Any) -> None:
+def test_fit_without_a_folder_keeps_the_best_in_the_module(make: Any) -> None:
     model, data, options = make("datasets")
     with pytest.raises(
         Interrupted, match=r"^stopped by SIGTERM\. The best so far \(epoch 1, .* is kept in the model\.$"
@@ -234,7 +232,7 @@ def test_without_a_folder_the_best_is_kept_in_the_module(make: Any) -> None:
         regraft.fit(net(3), data, progress=StopsAt(1, 1), **options)
 
 
-def test_states_are_written_as_often_as_asked_and_the_last_few_are_kept(make: Any, tmp_path: Path) -> None:
+def test_fit_writes_states_as_often_as_asked_and_keeps_the_last_few(make: Any, tmp_path: Path) -> None:
     names: set[str] = set()
 
     class Looks(Progress):
@@ -249,7 +247,7 @@ def test_states_are_written_as_often_as_asked_and_the_last_few_are_kept(make: An
     assert not (tmp_path / "run/last").exists()
 
 
-def test_nothing_has_to_be_there_to_begin_with(make: Any, tmp_path: Path) -> None:
+def test_fit_resume_needs_nothing_to_begin_with(make: Any, tmp_path: Path) -> None:
     assert_same(train(make("datasets"), tmp_path / "a", resume=True), train(make("datasets"), tmp_path / "b"))
     with pytest.raises(ConfigError, match=r"resume needs the folder of the run\. Pass out="):
         regraft.fit(net(3), (dataset(20), dataset(9)), resume=True)
@@ -260,7 +258,7 @@ def stopped(make: Any, out: Path, name: str = "datasets", **more: Any) -> None:
         train(make(name), out, StopsAt(2, 2), **more)
 
 
-def test_a_damaged_state_is_passed_over(make: Any, tmp_path: Path) -> None:
+def test_fit_resume_passes_over_a_damaged_state(make: Any, tmp_path: Path) -> None:
     undisturbed, out = train(make("datasets"), tmp_path / "whole"), tmp_path / "run"
     stopped(make, out, checkpoint_minutes=0)
     older, newest = sorted((out / "last").iterdir())
@@ -271,7 +269,7 @@ def test_a_damaged_state_is_passed_over(make: Any, tmp_path: Path) -> None:
     assert any(line == f"continued  after step 1 of epoch 2, from '{older}'" for line in progress.lines)
 
 
-def test_states_that_are_all_damaged_are_an_error(make: Any, tmp_path: Path) -> None:
+def test_fit_resume_refuses_states_that_are_all_damaged(make: Any, tmp_path: Path) -> None:
     stopped(make, tmp_path / "run")
     for file in (tmp_path / "run/last").iterdir():
         file.write_bytes(b"")
@@ -286,7 +284,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_other_options_are_refused(case: str, make: Any, tmp_path: Path) -> None:
+def test_fit_resume_refuses_other_options(case: str, make: Any, tmp_path: Path) -> None:
     options, message = OTHERS[case]
     stopped(make, tmp_path / "run")
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
@@ -295,7 +293,7 @@ def test_other_options_are_refused(case: str, make: Any, tmp_path: Path) -> None
     assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
 
 
-def test_another_network_or_other_frozen_weights_are_refused(make: Any, tmp_path: Path) -> None:
+def test_fit_resume_refuses_another_network_or_other_frozen_weights(make: Any, tmp_path: Path) -> None:
     out = tmp_path / "run"
     stopped(make, out, "cached features")
     _, data, options = make("cached features")
@@ -312,7 +310,7 @@ def test_another_network_or_other_frozen_weights_are_refused(make: Any, tmp_path
         train((net(), data, options), out, resume=True)
 
 
-def test_changed_photos_are_refused(make: Any, tmp_path: Path) -> None:
+def test_fit_resume_refuses_changed_photos(make: Any, tmp_path: Path) -> None:
     out, root = tmp_path / "run", write_photos(tmp_path / "own", 12)
     model, _, options = make("photos, each time anew")
     with pytest.raises(Interrupted):
@@ -325,7 +323,7 @@ def test_changed_photos_are_refused(make: Any, tmp_path: Path) -> None:
     assert len(train((net(), moved, options), out, resume=True).history) == 3
 
 
-def test_a_run_that_fails_at_once_leaves_nothing_and_one_that_fails_later_its_state(make: Any, tmp_path: Path) -> None:
+def test_fit_that_fails_at_once_leaves_nothing_and_one_that_fails_later_its_state(make: Any, tmp_path: Path) -> None:
     calls: list[int] = []
 
     def failing(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -348,7 +346,7 @@ def test_a_run_that_fails_at_once_leaves_nothing_and_one_that_fails_later_its_st
         assert out.exists() == (at == 7)
 
 
-def test_a_full_disk_stops_no_training(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_is_not_stopped_by_a_full_disk(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from regraft.training.resume import state_writer
 
     undisturbed, progress, original = train(make("datasets"), tmp_path / "a"), StopsAt(0, 0), state_writer.write_tree
@@ -370,7 +368,7 @@ def test_a_full_disk_stops_no_training(make: Any, tmp_path: Path, monkeypatch: p
     assert_same(train(make("datasets"), tmp_path / "c", resume=True), undisturbed)
 
 
-def test_results_of_an_older_run_are_replaced_as_in_one_go(make: Any, tmp_path: Path) -> None:
+def test_fit_resume_replaces_results_of_an_older_run_as_in_one_go(make: Any, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(make("datasets"), out)
     (out / "report.html").write_text("old")
@@ -382,7 +380,7 @@ def test_results_of_an_older_run_are_replaced_as_in_one_go(make: Any, tmp_path: 
     assert not (out / "report.html").exists()
 
 
-def test_another_run_that_begins_in_the_folder_drops_the_states_of_the_first(make: Any, tmp_path: Path) -> None:
+def test_fit_that_begins_in_the_folder_of_another_run_drops_its_states(make: Any, tmp_path: Path) -> None:
     out = tmp_path / "run"
     stopped(make, out)
     with pytest.raises(ConfigError, match=r"is not empty.*or go on with what stopped there: regraft train --resume"):
@@ -392,7 +390,7 @@ def test_another_run_that_begins_in_the_folder_drops_the_states_of_the_first(mak
     assert_same(train(make("mixup"), out, resume=True), train(make("mixup"), tmp_path / "whole"))
 
 
-def test_data_of_the_same_kind_in_tensors(tmp_path: Path) -> None:
+def test_fit_resume_takes_data_of_the_same_kind_in_tensors(tmp_path: Path) -> None:
     inputs = torch.randn(30, 12, generator=generator())
     data = TensorDataset(inputs, inputs.sum(1))
 
