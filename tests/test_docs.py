@@ -48,6 +48,15 @@ def test_docs_architecture_names_files_and_rooms_that_exist() -> None:
         assert any(place.exists() for place in places) or name in ("photos/train/", "cat/", "photos/"), name
 
 
+def test_docs_security_page_names_tests_that_exist() -> None:
+    page = (ROOT / "SECURITY.md").read_text()
+    named = re.findall(r"`(tests/[\w/.]+\.py)(?:::(\w+))?`", page)
+    assert len(named) > 10
+    for file, test in named:
+        assert (ROOT / file).is_file(), file
+        assert f"def {test}(" in (ROOT / file).read_text() if test else True, f"{file}::{test}"
+
+
 def write_photos(folder: Path, classes: tuple[str, ...], count: int) -> None:
     rng = np.random.default_rng(0)
     for index, name in enumerate(classes):

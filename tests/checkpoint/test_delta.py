@@ -10,7 +10,6 @@ import safetensors.torch
 import torch
 from torch import nn
 from torchvision import models
-from typer.testing import CliRunner
 
 import tiny
 from checkpoint.altered import assert_equal, chain, changed, flipped, rewritten, shake
@@ -18,7 +17,6 @@ from oracles import identical
 from regraft import create_model, diff, freeze, load, merge, replace_head, save, truncate, unfreeze
 from regraft.card import attach
 from regraft.checkpoint import read_header
-from regraft.cli.app import app
 from regraft.errors import CheckpointError
 
 BASE = "resnet18@IMAGENET1K_V1"
@@ -337,14 +335,3 @@ def test_merge_keeps_fields_that_it_does_not_know(tmp_path: Path) -> None:
     path, _ = chain(tmp_path, 1)
     rewritten(path, lambda document: document.update(novelty={"a": 1}))
     assert read_header(merge(path, tmp_path / "full.safetensors")).model_extra == {"novelty": {"a": 1}}
-
-
-def test_cli_inspect_reads_the_header_alone_of_a_delta(tmp_path: Path) -> None:
-    path, _ = chain(tmp_path, 1)
-    (tmp_path / "0.safetensors").unlink()
-    shown = CliRunner().invoke(app, ["inspect", str(path)])
-    assert shown.exit_code == 0, shown.output
-    assert "base       file 0.safetensors (digest " in shown.output
-    assert "; 1 tensors differ" in shown.output
-    refused = CliRunner().invoke(app, ["inspect", str(path), "--verify"])
-    assert refused.exit_code == 2

@@ -15,19 +15,17 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
 import tiny
-from checkpoint.altered import rewritten, shake
+from checkpoint.altered import rewritten
 from oracles import identical
-from regraft import create_model, freeze, load, save
+from regraft import create_model, load, save
 from regraft.card import Card, Preprocessing, Recipe, Source, Step, attach
 from regraft.checkpoint import Header, load_outline, read_header
 from regraft.checkpoint.file.contents import read_contents
 from regraft.checkpoint.file.digest import tensor_digest
 from regraft.checkpoint.file.layout import DTYPES, read_layout, read_start
 from regraft.checkpoint.file.opening import OpenCheckpoint
-from regraft.cli.app import app
 from regraft.errors import CheckpointError, RegraftError
 
 PAGE = (Path(__file__).parents[2] / "docs/format.md").read_text()
@@ -295,46 +293,3 @@ def test_read_layout_refuses_a_layout_that_is_not_sound(case: str, tmp_path: Pat
         read_layout(path)
     with pytest.raises(RegraftError):
         load(path)
-
-
-def test_cli_inspect_reads_a_header_alone_where_nothing_else_is_asked(tmp_path: Path) -> None:
-    model = create_model("resnet18", weights="none", num_classes=3)
-    freeze(model, until="layer2")
-    path = save(model.half(), tmp_path / "model.safetensors")
-    size = path.stat().st_size
-    (length,) = struct.unpack("<Q", path.read_bytes()[:8])
-    os.truncate(path, 8 + length)
-    os.truncate(path, size)  # all tensors are a hole in the file
-    before = bytes_read()
-    header = read_header(path)
-    assert header is not None
-    assert len(header.digests) == 122
-    if before is not None:
-        assert bytes_read() - before < 2 * length + 10_000 < size / 100
-    shown = CliRunner().invoke(app, ["inspect", str(path), "--json"])
-    assert shown.exit_code == 0
-    found = json.loads(shown.output)
-    assert next(layer for layer in found["layers"] if layer["path"] == "layer1")["state"] == "frozen"
-    assert found["checkpoint"]["digests"] == header.digests
-    refused = CliRunner().invoke(app, ["inspect", str(path), "--verify"])
-    assert refused.exit_code == 2
-    assert "is not what was saved" in refused.output
-
-
-def bytes_read() -> int | None:
-    """Return how many bytes this process has asked files for; None where the system does not say."""
-    counters = Path("/proc/self/io")
-    if not counters.exists():
-        return None
-    text = counters.read_text()
-    return int(re.search(r"rchar: (\d+)", text)[1]) - len(text)
-
-
-def test_cli_inspect_with_verify_says_so(tmp_path: Path) -> None:
-    path = save(shake(tiny.build("sequential")), tmp_path / "model.safetensors")
-    shown = CliRunner().invoke(app, ["inspect", str(path), "--verify"])
-    assert shown.exit_code == 0, shown.output
-    assert "verified   every tensor is what was saved" in shown.output
-    nothing = CliRunner().invoke(app, ["inspect", "resnet18", "--verify"])
-    assert nothing.exit_code == 2
-    assert "'resnet18' is no checkpoint, so there is nothing to verify" in nothing.output

@@ -11,7 +11,6 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
 import tiny
 from checkpoint.altered import assert_equal, shake
@@ -19,7 +18,6 @@ from oracles import identical
 from regraft import create_model, diff, load, save
 from regraft.checkpoint import read_header
 from regraft.checkpoint.file import opening, shards
-from regraft.cli.app import app
 from regraft.errors import CheckpointError, RunError
 
 INDEX = "model.safetensors.index.json"
@@ -277,11 +275,3 @@ def test_load_that_meets_a_save_finds_the_new_one(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(opening, "read_index", read_and_lose)
     with opening.OpenCheckpoint(index) as checkpoint:
         assert {file.name for file, _ in checkpoint.entries.values()} == names_in(index)
-
-
-def test_cli_inspect_reads_no_tensor_of_an_index(tmp_path: Path) -> None:
-    index = save(network(), tmp_path / "model.safetensors", shard_bytes=LIMIT)
-    shown = CliRunner().invoke(app, ["inspect", str(index), "--json"])
-    assert shown.exit_code == 0, shown.output
-    assert json.loads(shown.output)["checkpoint"]["digests"] == read_header(index).digests
-    assert CliRunner().invoke(app, ["inspect", str(tmp_path), "--depth", "1"]).exit_code == 0

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from scene import nothing_written
 from torch import nn
 
 import regraft
 from regraft.errors import CheckpointError
+from scene import nothing_written
 
 
 def with_pickle(change: Callable[[bytes], bytes]) -> bytes:

@@ -2,26 +2,22 @@
 
 import contextlib
 import json
-import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import typer.testing
 from safetensors.torch import save_file
-from scene import assert_refused, listing, nothing_written, only_json
 from torch import nn
 
 import regraft
 from hostile.crafted import document, write_with
-from regraft.checkpoint import Plan, build_plan, read_header, read_plan
+from regraft.checkpoint import Plan, build_plan, read_plan
 from regraft.errors import ConfigError, InputError, TrustError
 from regraft.frontier.cache.store import Store
-
-Cli = Callable[..., typer.testing.Result]
+from scene import nothing_written
 
 SECRET = "secret"  # stands in the name of every file that nothing may open
 _opened: list[str] = []
@@ -153,36 +149,6 @@ def test_load_takes_from_no_file_the_leave_to_import(where: str, saved: Path, mo
         regraft.load("trusting.safetensors")
 
 
-def test_cli_train_keeps_the_leave_to_import_nowhere(train_words: list[object], cli: Cli) -> None:
-    result = cli(*train_words, "--out", "run")
-    assert result.exit_code == 0, result.stderr
-    for name, content in listing(Path("run")).items():
-        assert content is None or b"trust" not in content, name
-    assert "trust" not in read_header(Path("run/model.safetensors")).model_dump_json()
-    with pytest.raises(TrustError):
-        regraft.load("run/model.safetensors")
-
-
-@pytest.mark.parametrize("option", ["trust_code = true", "trust-code = true", "overwrite = true"])
-def test_cli_train_takes_no_leave_from_a_configuration(option: str, train_words: list[object], cli: Cli) -> None:
-    Path("config.toml").write_text(option)
-    with nothing_written():
-        assert_refused(cli(*train_words[:2], "--config", "config.toml"), "no option '")
-
-
-def test_cli_train_does_not_write_into_what_is_there_by_a_configuration(
-    train_words: list[object], cli: Cli, workplace: Path
-) -> None:
-    full = workplace / "full"
-    full.mkdir()
-    (full / "letter.txt").write_text("mine")
-    (workplace / "link").symlink_to(full)
-    for out in ("full", "link", "photos/../full", str(full)):
-        Path("config.toml").write_text(f"out = {json.dumps(out)}")
-        with nothing_written(full):
-            assert_refused(cli(*train_words, "--config", "config.toml"), "exists and is not empty", "--overwrite")
-
-
 @pytest.mark.parametrize("line", ["trust_code = true", "[freeze]\ntrust_code = true"])
 def test_read_plan_and_build_plan_take_no_leave_from_a_plan(
     line: str, tiny_net: str, monkeypatch: pytest.MonkeyPatch
@@ -244,36 +210,3 @@ def test_store_clear_follows_no_link(workplace: Path) -> None:
     store.clear()
     assert (victim / "entry.json").exists()
     assert not (workplace / "cache" / "key").exists()
-
-
-def test_cli_predict_and_inspect_show_class_names_as_text_and_never_as_paths(
-    saved: Path, photos: Path, cli: Cli
-) -> None:
-    hostile = ["../outside", "\x1b[1mbold\x1b[0m <mark>1</mark>"]
-
-    def change(known: dict[str, Any]) -> dict[str, str]:
-        known["card"]["classes"] = hostile
-        return {"regraft": json.dumps(known)}
-
-    write_with(saved, Path("named.safetensors"), change)
-    with nothing_written():
-        words = ("named.safetensors", photos / "cats", "--trust-code")
-        found = only_json(cli("predict", *words, "--json").stdout)
-        assert {one["label"] for one in found} <= set(hostile)
-        shown = cli("predict", *words)
-        described = cli("inspect", "named.safetensors", "--trust-code")
-        for result in (shown, described):
-            assert result.exit_code == 0, result.stderr
-            assert "\x1b" not in result.stdout
-
-
-ROOT = Path(__file__).parents[2]
-
-
-def test_paths_in_files_and_all_else_on_the_security_page_name_tests_that_exist() -> None:
-    page = (ROOT / "SECURITY.md").read_text()
-    named = re.findall(r"`(tests/[\w/.]+\.py)(?:::(\w+))?`", page)
-    assert len(named) > 10
-    for file, test in named:
-        assert (ROOT / file).is_file(), file
-        assert f"def {test}(" in (ROOT / file).read_text() if test else True, f"{file}::{test}"

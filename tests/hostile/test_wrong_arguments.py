@@ -21,7 +21,6 @@ from typing import Any
 import pytest
 import torch
 from public_calls import Call, Scene, calls
-from scene import listing
 from torch import nn
 from torch.nn.parameter import is_lazy
 from wrong_values import all_values
@@ -29,6 +28,7 @@ from wrong_values import all_values
 import oracles
 import regraft
 from regraft.errors import ArgumentError, ConfigError, RegraftError
+from scene import listing
 
 TRIES, SLOW_TRIES = 300, 5_000
 RESULTS = {

@@ -15,13 +15,13 @@ import pytest
 import typer
 import typer.testing
 from public_calls import Scene
-from scene import listing
 from wrong_values import write_files
 
 import regraft
 from regraft.cli.app import app
 from regraft.cli.output import printable
 from regraft.errors import RunError
+from scene import listing
 
 TRIES = 40
 NUMBERS = ("0", "-1", "7", "1.5", "1e-3", "nan", "inf", "1e400", "9" * 30, "0x10", "1,2", "True", "¼")

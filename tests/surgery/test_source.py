@@ -343,16 +343,3 @@ def test_wrapped_breaks_long_lines_without_a_change_of_meaning() -> None:
     lines = wrapped(line, 8)
     assert max(map(len, lines)) <= 120
     assert ast.dump(ast.parse("if 1:\n" + "\n".join(lines))) == ast.dump(ast.parse(f"if 1:\n {line}"))
-
-
-def test_cli_inspect_prints_the_source(tmp_path: Path) -> None:
-    from typer.testing import CliRunner
-
-    from regraft import save
-    from regraft.cli.app import app
-
-    model = truncate(create_model("squeezenet1_1", weights="none"), after="features.7")
-    path = save(model, tmp_path / "small.safetensors")
-    shown = CliRunner().invoke(app, ["inspect", str(path), "--source"])
-    assert shown.exit_code == 0
-    assert shown.stdout == to_source(model)

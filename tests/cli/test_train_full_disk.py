@@ -1,18 +1,13 @@
 """A disk that fills up while results are written: an error that says so, and no half of a file."""
 
 import errno
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer.testing
-from scene import assert_refused, listing, nothing_written
 
 import regraft
 from regraft.errors import RunError
-
-Cli = Callable[..., typer.testing.Result]
-Fit = Callable[..., regraft.FitResult]
+from scene import Cli, Fit, assert_refused, listing, nothing_written
 
 
 def full(*_: object, **__: object) -> None:

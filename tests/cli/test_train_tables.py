@@ -1,13 +1,10 @@
 """Tables of numbers that are not what they should be."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer.testing
-from scene import assert_refused, nothing_written, only_json
 
-Cli = Callable[..., typer.testing.Result]
+from scene import Cli, assert_refused, nothing_written, only_json
 
 HEAD = "path,target\n"
 ROWS = "".join(f"photos/cats/{number}.png,{number}.5\n" for number in range(6))

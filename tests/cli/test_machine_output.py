@@ -4,14 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer.testing
-from scene import only_json
 
-Cli = Callable[..., typer.testing.Result]
+from scene import Cli, only_json
 
 TALKATIVE = """
 print("imported")
