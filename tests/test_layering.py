@@ -1,12 +1,15 @@
-"""Imports point down, one file prints, and what is cheap stays cheap."""
+"""Imports point down, one file prints, what is cheap stays cheap, and tests are found by the name of what they hold."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import regraft
 
 SOURCE = Path(__file__).parents[1] / "src" / "regraft"
 LEVELS = (
@@ -28,6 +31,7 @@ LEVELS = (
 MAX_FILES = 16  # in a folder, so that it can be taken in at a glance
 MAX_LINES = 400
 FILES = sorted(SOURCE.rglob("*.py"))
+TESTS = [file for file in sorted(Path(__file__).parent.rglob("*.py")) if "earlier/v0_1" not in str(file)]
 ROOMS = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 
@@ -162,3 +166,34 @@ def test_layering_keeps_importing_cheap(module: str) -> None:
     code = f"import {module}, sys; print(' '.join({{'torch', 'timm', 'sklearn', 'matplotlib'}} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.split() == []
+
+
+def snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+@pytest.mark.parametrize(
+    "file",
+    [file for file in TESTS if file.name.startswith("test_")],
+    ids=lambda file: f"{file.parent.name}/{file.stem}",
+)
+def test_layering_names_tests_after_what_they_hold(file: Path) -> None:
+    """A name begins with something public or imported of regraft, with `cli`, or with the subject of its file."""
+    tree = ast.parse(file.read_text())
+    subjects = {"cli", file.stem.removeprefix("test_"), *regraft.__all__}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("regraft"):
+            subjects |= {alias.name for alias in node.names}
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "regraft":
+            subjects.add(node.attr)
+    begins = re.compile(f"test_({'|'.join(snake_case(subject) for subject in subjects)})(_|$)")
+    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    assert [name for name in names if not begins.match(name) or len(name) > 90] == []
+    assert len(names) == len(set(names))  # of two tests of one name, only the second would run
+
+
+def test_layering_lets_no_test_file_import_another_and_none_be_long() -> None:
+    for file in TESTS:
+        text = file.read_text()
+        assert len(text.splitlines()) <= MAX_LINES, file
+        assert not re.search(r"^\s*(from|import) (\w+\.)*test_", text, re.MULTILINE), file
