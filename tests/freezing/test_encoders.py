@@ -99,10 +99,15 @@ def test_freeze_gives_zero_for_padding_in_evaluation_as_the_nested_path_does() -
 
 
 def test_freeze_lets_evaluation_with_gradients_work_where_torch_alone_fails() -> None:
-    model = encoder()
+    model, inputs = encoder(), torch.randn(N, T, D)
+    reference = by_hand(model, (0,)).train()  # the way that torch takes in training, without dropout
+    without_dropout(reference)
     freeze(model, "layers.0")
-    model.eval()(torch.randn(N, T, D), src_key_padding_mask=PADDING).sum().backward()
-    assert model.layers[1].linear1.weight.grad is not None
+    for network in (model.eval(), reference):
+        network(inputs, src_key_padding_mask=PADDING)[~PADDING].square().sum().backward()
+    for ours, theirs in zip(model.layers[1:].parameters(), reference.layers[1:].parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+    assert all(parameter.grad is None for parameter in model.layers[0].parameters())
 
 
 @pytest.mark.parametrize("frozen", ["layers.0", "layers"])
@@ -150,11 +155,14 @@ def test_freeze_puts_modes_back_that_were_assigned_by_hand_in_an_encoder(act: Ca
 
 def test_freeze_of_one_layer_works_in_its_encoder() -> None:
     model = encoder()
+    reference = copy.deepcopy(model).train()
+    without_dropout(reference)
     freeze(model.layers[0])
     inputs = torch.randn(N, T, D)
     model.train()(inputs, src_key_padding_mask=PADDING).sum().backward()
     with torch.no_grad():
-        assert model.eval()(inputs, src_key_padding_mask=PADDING).shape == (N, T, D)
+        output = model.eval()(inputs, src_key_padding_mask=PADDING)
+        assert torch.allclose(output[~PADDING], reference(inputs, src_key_padding_mask=PADDING)[~PADDING], atol=1e-5)
 
 
 @pytest.mark.parametrize("frozen", [("encoder",), ("encoder.layers.0", "decoder.layers.0"), ("decoder",)])

@@ -116,9 +116,14 @@ def test_truncate_append_insert_and_replace_head_edit_edited_networks() -> None:
     assert regraft.replace_head(regraft.append(features, 5), 7)(inputs).shape == (2, 7)
 
 
-@pytest.mark.parametrize(("drop", "shape"), [(1, (2, 512)), (2, (2, 512, 2, 2)), (3, (2, 256, 4, 4))])
-def test_truncate_leaves_functional_steps_with_the_layer_that_they_follow(drop: int, shape: tuple[int, ...]) -> None:
-    assert regraft.truncate(models.resnet18(), drop=drop)(torch.zeros(2, 3, 64, 64)).shape == shape
+@pytest.mark.parametrize(
+    ("drop", "last", "shape"), [(1, "avgpool", (2, 512)), (2, "layer4", (2, 512, 2, 2)), (3, "layer3", (2, 256, 4, 4))]
+)
+def test_truncate_leaves_functional_steps_with_the_layer_that_they_follow(
+    drop: int, last: str, shape: tuple[int, ...]
+) -> None:
+    model, inputs = models.resnet18().eval(), torch.randn(2, 3, 64, 64)
+    assert identical(run(regraft.truncate(model, drop=drop), inputs), tapped(model, last, inputs).reshape(shape))
 
 
 def test_insert_after_a_layer_that_is_called_twice_follows_it_twice() -> None:

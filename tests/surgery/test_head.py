@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torchvision import models
 
@@ -124,7 +125,8 @@ def test_replace_head_gives_a_network_that_came_without_a_head_one() -> None:
     assert identical(edited(inputs), edited.head(features))
     assert edited(inputs).shape == (2, NEW)
     assert edited.num_classes == NEW
-    assert isinstance(model.head, nn.Identity)
+    assert identical(model(inputs), features)
+    assert features.shape == (2, model.num_features)
 
 
 def test_replace_head_takes_a_path_of_the_layer_to_replace() -> None:
@@ -135,8 +137,13 @@ def test_replace_head_takes_a_path_of_the_layer_to_replace() -> None:
 
 
 def test_replace_head_puts_a_module_in_the_place_of_a_layer_without_parameters() -> None:
-    model = tiny.build("plain")
-    assert isinstance(replace_head(model, nn.Identity(), path="dropout").dropout, nn.Identity)
+    model, inputs = tiny.build("plain").eval(), tiny.batch("plain")
+    bounds = nn.Hardtanh(-0.1, 0.1)
+    edited = replace_head(model, bounds, path="dropout")
+    handle = model.dropout.register_forward_hook(lambda _, args, __: bounds(args[0]))
+    assert identical(edited(inputs), model(inputs))
+    handle.remove()
+    assert not identical(edited(inputs), model(inputs))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +226,7 @@ def test_replace_head_shares_the_body_that_trains_with_the_original() -> None:
     assert identical(model.fc.weight, head.weight)
 
 
-def test_replace_head_goes_by_registration_where_a_network_cannot_run_on_shapes(tmp_path: object) -> None:
+def test_replace_head_goes_by_registration_where_a_network_cannot_run_on_shapes() -> None:
     class Branches(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -231,8 +238,10 @@ def test_replace_head_goes_by_registration_where_a_network_cannot_run_on_shapes(
                 x = self.body(x)
             return self.head(x)
 
-    edited = replace_head(Branches(), NEW)
-    assert edited(torch.randn(3, 4)).shape == (3, NEW)
+    model, inputs = Branches(), torch.ones(3, 4)
+    edited = replace_head(model, NEW)
+    assert edited.head.weight.shape == (NEW, 4)
+    assert identical(edited(inputs), edited.head(model.body(inputs)))
 
 
 def test_create_model_refuses_names_that_do_not_exist_before_anything_is_built() -> None:
@@ -240,8 +249,12 @@ def test_create_model_refuses_names_that_do_not_exist_before_anything_is_built()
         create_model("resnet81", weights="none", num_classes=NEW)
 
 
-def test_save_follows_replace_head(tmp_path: object) -> None:
-    assert save(replace_head(tiny.sequential(), NEW), tmp_path / "edited.safetensors").exists()
+def test_save_follows_replace_head(tmp_path: Path) -> None:
+    edited = replace_head(tiny.sequential(), NEW)
+    tensors = load_file(save(edited, tmp_path / "edited.safetensors"))
+    assert tensors.keys() == edited.state_dict().keys()
+    assert all(identical(tensors[name], tensor) for name, tensor in edited.state_dict().items())
+    assert len(list(tensors.values())[-1]) == NEW
 
 
 KEPT = {0: 2, 3: 0, 4: 6}

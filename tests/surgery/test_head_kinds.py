@@ -222,7 +222,11 @@ def test_replace_head_of_a_transposed_convolution(dimensions: int) -> None:
     convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
     model = nn.Sequential(convolution(3, 4, 3), kind(4, 2, 2, stride=2, output_padding=1))
     inputs = torch.randn(2, 3, *[8] * dimensions)
-    assert replace_head(model, 3, inputs=inputs)(inputs).shape == (2, 3, *model(inputs).shape[2:])
+    edited = replace_head(model, 3, inputs=inputs)
+    apply = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dimensions - 1]
+    expected = apply(model[0](inputs), edited[1].weight, edited[1].bias, stride=2, output_padding=1)
+    assert identical(edited(inputs), expected)
+    assert expected.shape == (2, 3, *model(inputs).shape[2:])
 
 
 def test_replace_head_of_bilinear_and_lazy_layers() -> None:
@@ -234,7 +238,11 @@ def test_replace_head_of_bilinear_and_lazy_layers() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.both(self.body(x), self.body(x))
 
-    assert replace_head(Pair(), 3)(torch.randn(5, 4)).shape == (5, 3)
+    model, inputs = Pair(), torch.randn(5, 4)
+    edited = replace_head(model, 3)
+    features = model.body(inputs)
+    assert edited(inputs).shape == (5, 3)
+    assert identical(edited(inputs), F.bilinear(features, features, edited.both.weight, edited.both.bias))
     lazy = nn.Sequential(nn.Linear(4, 6), nn.LazyLinear(2))
     assert replace_head(lazy, 3)(torch.randn(5, 4)).shape == (5, 3)
 

@@ -124,7 +124,10 @@ def test_insert_into_bert_with_its_inputs_is_a_hook_that_does_the_same() -> None
 
 
 def test_replace_and_replace_head_take_layers_of_what_cannot_be_traced() -> None:
-    model = Branching()
-    edited = regraft.replace(model, "middle", nn.Linear(6, 6, bias=False))
-    assert edited(torch.ones(1, 4)).shape == (1, 3)
-    assert regraft.replace_head(model, 5)(torch.ones(1, 4)).shape == (1, 5)
+    model, inputs = Branching(), torch.ones(1, 4)
+    middle = nn.Linear(6, 6, bias=False)
+    edited = regraft.replace(model, "middle", middle)
+    assert identical(edited(inputs), model.head(middle(model.body(inputs)).relu()))
+    wider = regraft.replace_head(model, 5)
+    assert wider(inputs).shape == (1, 5)
+    assert identical(wider(inputs), wider.head(model.middle(model.body(inputs)).relu()))
