@@ -27,7 +27,7 @@ def small_vit() -> nn.Module:
 
 NETS: dict[str, tuple[Callable[[], nn.Module], int, tuple[str, ...]]] = {
     "resnet18": (models.resnet18, 64, ("fc",)),
-    "vgg11": (lambda: without_init(models.vgg11), 32, ("classifier.6",)),
+    "alexnet": (lambda: without_init(models.alexnet), 64, ("classifier.6",)),
     "squeezenet1_1": (models.squeezenet1_1, 64, ("classifier.1",)),
     "mobilenet_v3_small": (models.mobilenet_v3_small, 64, ("classifier.3",)),
     "densenet121": (lambda: without_init(models.densenet121), 64, ("classifier",)),

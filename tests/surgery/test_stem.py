@@ -16,11 +16,12 @@ from oracles import identical, same, snapshot
 from regraft.card import Preprocessing, attach, card_of
 from regraft.errors import EditError
 from regraft.zoo import preprocessing_of
+from surgery.models import without_init
 
 NETS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": models.resnet18,
     "mobilenet_v3_small": models.mobilenet_v3_small,
-    "vit_b_32": models.vit_b_32,
+    "vit_b_32": lambda: without_init(models.vit_b_32),
     "convnext_atto": lambda: timm.create_model("convnext_atto"),
     "levit_128s": lambda: timm.create_model("levit_128s"),
     "crossvit_tiny_240": lambda: timm.create_model("crossvit_tiny_240"),  # two stems
