@@ -268,5 +268,5 @@ def test_create_model_refuses_arguments_that_it_does_not_have(options: dict[str,
 
 
 @pytest.mark.parametrize("weights", [None, "none"])
-def test_fit_takes_none_for_no_weights(weights: object) -> None:
+def test_train_config_takes_none_for_no_weights(weights: object) -> None:
     assert TrainConfig(weights=weights).weights == "none"  # type: ignore[arg-type]
