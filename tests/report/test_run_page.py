@@ -20,7 +20,7 @@ from regraft.report.run_page import wilson_interval
 from regraft.training.config import TrainConfig
 from regraft.training.metrics import measure
 from regraft.training.result import ComputedOnce, EpochRecord
-from report.results import assert_complete_in_itself, classified, photos, regressed, written
+from report.results import Page, assert_complete_in_itself, classified, photos, regressed, written
 
 HOSTILE = "<mark>'1'</mark>\" title=\"x\n&amp; ${x} {{ x }} $a^"
 
@@ -190,20 +190,24 @@ def test_write_report_of_a_regression_with_equal_targets(tmp_path: Path) -> None
     assert "all targets are equal" in written(result, tmp_path).text
 
 
-def test_write_report_says_what_was_frozen_and_which_options_were_chosen(tmp_path: Path) -> None:
-    page = written(classified(("a", "b")), tmp_path)
-    assert "0 Conv2d 1×4×222×222 112 5,322,672 frozen" in page.text
-    assert "4 Linear 1×2 10 8 trainable" in page.text
-    assert {"frozen", "trainable", "partly frozen"} <= set(page.pieces)
-    assert "All 9 layers" in page.text
-    assert all(f" {name} " in page.text for name in TrainConfig.model_fields)
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """Return the page of a run with two classes and nothing else to say; tests only read it."""
+    return written(classified(("a", "b")), tmp_path_factory.mktemp("plain"))
 
 
-def test_write_report_gives_every_table_head_a_scope_and_every_figure_a_label(tmp_path: Path) -> None:
-    page = written(classified(("a", "b")), tmp_path)
-    assert all(attributes.get("scope") in ("col", "row") for attributes in page.all("th"))
-    figures = [attributes for attributes in page.all("div") if attributes.get("role") == "img"]
-    assert len(figures) == len(page.all("figure")) == 4
+def test_write_report_says_what_was_frozen_and_which_options_were_chosen(plain: Page) -> None:
+    assert "0 Conv2d 1×4×222×222 112 5,322,672 frozen" in plain.text
+    assert "4 Linear 1×2 10 8 trainable" in plain.text
+    assert {"frozen", "trainable", "partly frozen"} <= set(plain.pieces)
+    assert "All 9 layers" in plain.text
+    assert all(f" {name} " in plain.text for name in TrainConfig.model_fields)
+
+
+def test_write_report_gives_every_table_head_a_scope_and_every_figure_a_label(plain: Page) -> None:
+    assert all(attributes.get("scope") in ("col", "row") for attributes in plain.all("th"))
+    figures = [attributes for attributes in plain.all("div") if attributes.get("role") == "img"]
+    assert len(figures) == len(plain.all("figure")) == 4
     assert all(attributes["aria-label"] for attributes in figures)
 
 
@@ -213,7 +217,7 @@ def test_write_report_says_that_a_folder_is_missing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_write_report_says_what_was_computed_once_and_what_it_saved(tmp_path: Path) -> None:
+def test_write_report_says_what_was_computed_once_and_what_it_saved(tmp_path: Path, plain: Page) -> None:
     once = ComputedOnce(
         frontier=(("'layer3.0'", (256, 14, 14)), ("'layer3.1'", (9,))),
         share=0.625,
@@ -232,4 +236,4 @@ def test_write_report_says_what_was_computed_once_and_what_it_saved(tmp_path: Pa
     assert "cut earlier" in text
     text = written(classified(("ant", "bee"), not_once_because="nothing of it is constant"), tmp_path).text
     assert "Nothing: every epoch ran the whole network, as nothing of it is constant." in text
-    assert "computed once" not in written(classified(("ant", "bee")), tmp_path).text
+    assert "computed once" not in plain.text
