@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from regraft.anatomy.heads import CONVOLUTIONS, find_auxiliary_heads, find_heads, first_convolution
+from regraft.anatomy.heads import CONVOLUTIONS
+from regraft.anatomy.model_facts import ModelFacts
 from regraft.anatomy.paths import is_within
 from regraft.checkpoint.foreign.state_dicts import Tensors
 from regraft.checkpoint.matching.load_report import Adaptation
@@ -34,6 +35,7 @@ class Fitter:
 
     def __init__(self, model: nn.Module, slots: Tensors, held: Tensors, kinds: Collection[Adaptable]) -> None:
         self._model, self._slots, self._held, self._kinds = model, slots, held, kinds
+        self._facts = ModelFacts(model)
         self._heads: list[str] | None = None
         self._stem: str | None = None
 
@@ -81,7 +83,8 @@ class Fitter:
         """Return whether `name` belongs to a classifier of the model."""
         if self._heads is None:
             try:
-                self._heads = [*find_heads(self._model), *find_auxiliary_heads(self._model)]
+                heads = [head.path for head in self._facts.heads]
+                self._heads = [*heads, *self._facts.auxiliary_heads(heads)]
             except RegraftError:
                 self._heads = []
         return any(is_within(name, head) for head in self._heads)
@@ -93,7 +96,7 @@ class Fitter:
             return False
         if self._stem is None:
             try:
-                self._stem = first_convolution(self._model)
+                self._stem = self._facts.first_convolution
             except RegraftError:
                 self._stem = ""
         if not self._stem or name != f"{self._stem}.weight":
