@@ -7,8 +7,8 @@ from torch import nn
 from torchvision import models
 
 import regraft
-from regraft.anatomy.model_facts import ModelFacts
 from regraft.anatomy.heads import find_heads
+from regraft.anatomy.model_facts import ModelFacts
 
 
 def middle(model: nn.Module) -> str:

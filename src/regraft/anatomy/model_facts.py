@@ -16,7 +16,7 @@ from regraft.card import Preprocessing
 from regraft.zoo import preprocessing_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelFacts:
     """Facts of one network, each worked out when it is first asked for, and kept; one run on shapes serves all.
 
