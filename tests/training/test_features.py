@@ -35,7 +35,7 @@ def own_photos(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in ("resnet18", "googlenet") else pytest.mark.slow) for n in NETS]
+    "name", [pytest.param(n, marks=[] if n in ("resnet18", "shufflenet_v2_x0_5") else pytest.mark.slow) for n in NETS]
 )
 @pytest.mark.filterwarnings("ignore")  # of constructors
 def test_fit_on_cached_features_equals_fit_without(name: str, pattern: str, noise: Path) -> None:

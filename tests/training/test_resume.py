@@ -38,6 +38,12 @@ def table(photos: Path) -> Path:
     return photos / "table.csv"
 
 
+@pytest.fixture(scope="module")
+def whole() -> dict[str, tuple[Any, Path]]:
+    """Keep the results and folders of runs that were never stopped, by name: one for all ways to stop it."""
+    return {}
+
+
 @pytest.fixture
 def make(request: pytest.FixtureRequest) -> Callable[[str], tuple[nn.Module, Any, dict[str, Any]]]:
     def build(name: str) -> tuple[nn.Module, Any, dict[str, Any]]:
@@ -57,8 +63,12 @@ CASES = [(name, stops) for name in RUNS for stops in STOPS if name not in OPTIMI
 
 
 @pytest.mark.parametrize(("name", "stops"), CASES, ids=str)
-def test_fit_resume_goes_on_as_if_nothing_had_happened(name: str, stops: list[Stop], make: Any, tmp_path: Path) -> None:
-    undisturbed = train(make(name), tmp_path / "whole")
+def test_fit_resume_goes_on_as_if_nothing_had_happened(
+    name: str, stops: list[Stop], make: Any, whole: dict[str, tuple[Any, Path]], tmp_path: Path
+) -> None:
+    if name not in whole:
+        whole[name] = train(make(name), tmp_path / "whole"), tmp_path / "whole"
+    undisturbed, folder = whole[name]
     out = tmp_path / "stopped"
     for number, (epoch, step) in enumerate(stops):
         begun = step - sum(s for e, s in stops[:number] if e == epoch)  # of the steps that are left of that epoch
@@ -69,11 +79,11 @@ def test_fit_resume_goes_on_as_if_nothing_had_happened(name: str, stops: list[St
     assert_same(found, undisturbed)
     left = {"model.safetensors", "metrics.csv", "config.toml"}
     assert {child.name for child in out.iterdir()} == left
-    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
-    options = [read_config(folder / "config.toml") | {"out": ""} for folder in (out, tmp_path / "whole")]
+    assert (out / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    options = [read_config(path / "config.toml") | {"out": ""} for path in (out, folder)]
     assert options[0] == options[1]
     ours = [line.rsplit(",", 1)[0] for line in (out / "metrics.csv").read_text().splitlines()]
-    assert ours == [line.rsplit(",", 1)[0] for line in (tmp_path / "whole/metrics.csv").read_text().splitlines()]
+    assert ours == [line.rsplit(",", 1)[0] for line in (folder / "metrics.csv").read_text().splitlines()]
 
 
 def test_fit_resume_with_two_workers(tmp_path: Path) -> None:
