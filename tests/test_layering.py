@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "regraft"
 LEVELS = (
     {"errors", "progress", "version"},
-    {"arguments", "fields"},
+    {"arguments", "fields", "train_options"},
     {"card"},
     {"preprocessing"},
     {"zoo"},

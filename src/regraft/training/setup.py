@@ -24,9 +24,10 @@ from regraft.freezing.schedule import Schedule
 from regraft.freezing.state import FreezeState
 from regraft.frontier.cache.store import Store
 from regraft.progress import Progress
+from regraft.train_options import HeadStart
 from regraft.training.checks.trial import try_one_batch
 from regraft.training.checks.weight_types import type_names
-from regraft.training.config import FINE_TUNE_LR, HEAD_LR, SCRATCH_LR, HeadStart, TrainConfig
+from regraft.training.config import FINE_TUNE_LR, HEAD_LR, SCRATCH_LR, TrainConfig
 from regraft.training.features.batches import FeatureBatches
 from regraft.training.features.extract import Extractor
 from regraft.training.heads.sweep import DECAYS, Sweep, ridge_obstacle, ridge_start, sweep_heads
