@@ -15,6 +15,7 @@ from torchvision import models
 
 from oracles import identical, same, snapshot
 from regraft import load_weights
+from regraft.checkpoint.matching.load_report import CONFIDENCE_LEVELS, Match
 from regraft.checkpoint.matching.mapping import propose
 from regraft.checkpoint.matching.naming import without_wrappers
 from regraft.errors import CheckpointError
@@ -40,7 +41,7 @@ def test_any_stack_of_prefixes_in_any_order_is_certain(prefixes: list[str], orde
     ours = {f"trunk.{name}": shape for name, shape in NET.items()} if both else NET
     found = propose(theirs, ours)
     assert {m.name: m.source for m in found.matches} == {("trunk." if both else "") + n: prefix + n for n in NET}
-    assert {match.sure for match in found.matches} == {"certain"}
+    assert {match.confidence for match in found.matches} == {"certain"}
 
 
 @settings(max_examples=60, deadline=None)
@@ -52,7 +53,7 @@ def test_equal_blocks_under_new_numbers_are_never_certain(order: list[int], how:
     letters = "pqrs" if how == "shuffled" else ["5", "6", "7", "8"]
     theirs = {f"blocks.{letters[k]}.{name}": shape for k in order for name, shape in block.items()}
     found = propose(theirs, ours)
-    assert not any(match.sure == "certain" for match in found.matches)
+    assert not any(match.confidence == "certain" for match in found.matches)
 
 
 @settings(max_examples=100, deadline=None)
@@ -65,7 +66,7 @@ def test_no_loss_of_names_makes_a_wrong_pair_certain(lost: set[str], order: rand
     keys = list(theirs)
     order.shuffle(keys)
     found = propose({name: theirs[name] for name in keys}, NET)
-    certain = {match.name: match.source for match in found.matches if match.sure == "certain"}
+    certain = {match.name: match.source for match in found.matches if match.confidence == "certain"}
     assert all(name == source for name, source in certain.items())
 
 
@@ -74,11 +75,11 @@ def test_rows_that_begin_with_other_numbers_are_doubted_where_a_shift_fits() -> 
     theirs = {f"blocks.{k}.weight": (4, 4) for k in range(1, 6)}
     ours = {f"blocks.{k}.weight": (4, 4) for k in range(4)}
     found = {match.name: match for match in propose(theirs, ours).matches}
-    assert {match.sure for match in found.values()} == {"guess"}
+    assert {match.confidence for match in found.values()} == {"ambiguous"}
     assert "numbers begin at 1 in the file and at 0 in the model" in found["blocks.1.weight"].reason
     theirs |= {"blocks.1.weight": (4, 3)}  # now a shift does not fit, and equal names are what they seem
     found = {match.name: match for match in propose(theirs, ours).matches}
-    assert found["blocks.2.weight"].sure == "certain"
+    assert found["blocks.2.weight"].confidence == "certain"
 
 
 def test_one_tensor_is_never_given_twice() -> None:
@@ -135,7 +136,7 @@ def test_shapes_and_order_alone_fill_a_network(tmp_path: Path) -> None:
     report = load_weights(model, tmp_path / "w.pth", match="shapes")
     for name, tensor in state.items():
         assert identical(model.state_dict()[name], tensor) or name.endswith("num_batches_tracked"), name
-    assert {match.sure for match in report.matches} == {"likely"}
+    assert {match.confidence for match in report.matches} == {"likely"}
     assert "in the file  in the model" in str(report)
 
 
@@ -171,8 +172,10 @@ def test_a_report_is_json_and_a_table(tmp_path: Path) -> None:
     assert same(before, snapshot(model))
     found = json.loads(json.dumps(report.to_dict()))
     assert found["counts"] == {
-        "loaded": 63, "missing": 0, "unexpected": 0, "mismatched": 0, "certain": 63, "likely": 0, "guess": 0,
+        "loaded": 63, "missing": 0, "unexpected": 0, "mismatched": 0, "certain": 63, "likely": 0,
+        "ambiguous": 0, "guess": 0,
     }  # fmt: skip
+    assert all(match["confidence"] == match["sure"] == "certain" for match in found["matches"])
     assert found["left_out"] == ["epoch", "optimizer"]
     assert found["dry_run"] is True
     assert found["share"] == 1.0
@@ -182,3 +185,15 @@ def test_a_report_is_json_and_a_table(tmp_path: Path) -> None:
     row = next(line for line in lines if line.startswith("module.stage1.0.conv1.weight"))
     assert row.split()[1:4] == ["layer1.0.conv1.weight", "4×4×3×3", "certain"]
     assert "'stage' is 'layer', and numbers, order and shapes agree" in row
+
+
+def test_old_names_of_confidence_work_with_a_warning(tmp_path: Path) -> None:
+    torch.save({f"part.{name}": t for name, t in seeded(SmallResNet, 3).state_dict().items()}, tmp_path / "w.pth")
+    with pytest.warns(DeprecationWarning, match=r'"guess" is deprecated. Use "ambiguous"'):
+        report = load_weights(SmallResNet(), tmp_path / "w.pth", accept="guess", dry_run=True)  # type: ignore[arg-type]
+    assert report.matches == load_weights(SmallResNet(), tmp_path / "w.pth", accept="ambiguous", dry_run=True).matches
+    for confidence, old in zip(CONFIDENCE_LEVELS, ("certain", "likely", "guess"), strict=True):
+        match = Match("a", "b", confidence, "")
+        with pytest.warns(DeprecationWarning, match="Match.sure is deprecated. Use Match.confidence"):
+            assert match.sure == old
+        assert match.to_dict() | {"confidence": confidence, "sure": old} == match.to_dict()

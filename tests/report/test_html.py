@@ -401,6 +401,16 @@ def test_drawing_is_repeatable_and_leaves_the_settings_alone() -> None:
     assert plots.learning_curves(series, 2, "accuracy") == first
 
 
+def test_the_old_name_of_the_reason_is_readable_with_a_warning() -> None:
+    result = classified(("ant", "bee"), cache_disabled_reason="nothing of it is constant")
+    with pytest.warns(
+        DeprecationWarning, match=r"FitResult\.not_once_because is deprecated\. Use cache_disabled_reason"
+    ):
+        assert result.not_once_because == "nothing of it is constant"
+    data = result.to_dict()
+    assert data["cache_disabled_reason"] == data["not_once_because"] == "nothing of it is constant"
+
+
 def test_what_was_computed_once_is_said_with_what_it_saved(tmp_path: Path) -> None:
     once = ComputedOnce(
         frontier=(("'layer3.0'", (256, 14, 14)), ("'layer3.1'", (9,))),
@@ -418,6 +428,6 @@ def test_what_was_computed_once_is_said_with_what_it_saved(tmp_path: Path) -> No
         assert part in text, part
     assert "'layer3.0' (256 × 14 × 14), 'layer3.1' (9)" in text
     assert "cut earlier" in text
-    text = written(classified(("ant", "bee"), not_once_because="nothing of it is constant"), tmp_path).text
+    text = written(classified(("ant", "bee"), cache_disabled_reason="nothing of it is constant"), tmp_path).text
     assert "Nothing: every epoch ran the whole network, as nothing of it is constant." in text
     assert "computed once" not in written(classified(("ant", "bee")), tmp_path).text

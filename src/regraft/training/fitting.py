@@ -166,7 +166,7 @@ def _read(
     if extractor is not None or reason is None:
         return train_data
     progress.say(f"frontier   every epoch runs the whole network: {reason}")
-    return replace(train_data, not_once_because=reason)
+    return replace(train_data, cache_disabled_reason=reason)
 
 
 def _lines(setup: TrainSetup, config: TrainConfig) -> Iterator[str]:

@@ -281,7 +281,7 @@ def _require_ridge_start(live: nn.Module, train_data: TrainData) -> dict[str, to
             return start
         reason = reason or "not all of the features are finite"
     else:
-        reason = train_data.not_once_because or "nothing is computed once"
+        reason = train_data.cache_disabled_reason or "nothing is computed once"
     raise ConfigError(
         f"--head-start ridge needs a linear head on features that are computed once, and few enough of them: {reason}. "
         "Freeze everything but the last layer, or leave the option out."
