@@ -145,16 +145,16 @@ def test_an_edit_that_does_not_fit_is_counted() -> None:
 
 def test_arguments_that_an_edit_does_not_take_are_named() -> None:
     plan = planned(edits=[{"truncate": {"last": 1}}])
-    with pytest.raises(EditError, match=r"truncate\(last=1\) cannot be carried out: .*'last'"):
+    with pytest.raises(EditError, match=r"truncate\(last=1\) cannot be applied: .*'last'"):
         regraft.build_plan(plan)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--append", "5"], "no network given"),
-        (["resnet18", "Linear(3,3)", "--dry-run"], "follows no --append"),
-        (["resnet18", "--append", "5"], "nowhere to write to"),
+        (["--append", "5"], "no model given"),
+        (["resnet18", "Linear(3,3)", "--dry-run"], "needs --append before it"),
+        (["resnet18", "--append", "5"], "no output file given"),
         (["resnet18", "--append", "5", "--out", "out.pt"], "does not end in .safetensors"),
         (["resnet18", "--append", "5", "--out", "no/out.safetensors"], "no folder 'no'"),
         (["resnet18", "--insert-after", "layer2", "--dry-run"], "is not of the form LAYER=NEW"),

@@ -429,5 +429,5 @@ def test_what_was_computed_once_is_said_with_what_it_saved(tmp_path: Path) -> No
     assert "'layer3.0' (256 × 14 × 14), 'layer3.1' (9)" in text
     assert "cut earlier" in text
     text = written(classified(("ant", "bee"), cache_disabled_reason="nothing of it is constant"), tmp_path).text
-    assert "Nothing: every epoch ran the whole network, as nothing of it is constant." in text
+    assert "Nothing; every epoch ran the full network: nothing of it is constant." in text
     assert "computed once" not in written(classified(("ant", "bee")), tmp_path).text

@@ -183,7 +183,7 @@ def test_a_full_disk_with_too_little_memory_falls_back_to_plain_training(
     monkeypatch.setattr(extract, "MEMORY_BYTES", 0)
     monkeypatch.setattr(EntryWriter, "append", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
     result, lines = run(noise)
-    assert "every epoch runs the whole network" in lines
+    assert "every epoch runs the full network" in lines
     assert "No space left" in lines
     assert len(result.history) == 2
     assert not list(Store().folder.iterdir())
@@ -217,7 +217,7 @@ def test_a_part_that_gives_other_values_each_time_is_not_kept(noise: Path, kind:
         model[0].register_forward_hook(lambda *given: given[2] * torch.rand(1))
     regraft.freeze(model, "0", "1")
     result, lines = run(noise, model)
-    assert "every epoch runs the whole network: the network does not give the same values" in lines
+    assert "every epoch runs the full network: the network does not give the same values" in lines
     assert len(result.history) == 2
 
 

@@ -324,7 +324,7 @@ def test_fit_of_types_that_meet_under_autocast_alone(few: Path, tmp_path: Path) 
         regraft.fit(model, few, device="cpu", precision="fp32", out=str(tmp_path / "run"), **STEPS)
     assert not (tmp_path / "run").exists()
     result = regraft.fit(model, few, device="cpu", precision="bf16", progress=lines, **STEPS)
-    assert "every epoch runs the whole network: it, outside of autocast, fails" in lines
+    assert "every epoch runs the full network: it, outside of autocast, fails" in lines
     with pytest.raises(ModelError, match=r"InParts \(weights in bfloat16 and float32\) fails on these inputs"):
         regraft.evaluate(result.model, few / "val", device="cpu")
 
@@ -408,7 +408,7 @@ def test_features_that_float16_has_no_room_for_are_not_kept(
     fails = pytest.raises(LossError, match="--precision fp32") if is_too_large else nullcontext()
     with fails:
         regraft.fit(model, few, device="cpu", progress=lines, **{**STEPS, "lr": 1e-14, **options})
-    assert f"every epoch runs the whole network: {reason}" in lines or is_too_large
+    assert f"every epoch runs the full network: {reason}" in lines or is_too_large
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
