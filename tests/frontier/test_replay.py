@@ -89,7 +89,7 @@ def test_the_frozen_layers_are_not_run_again() -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (WithSkip, "takes more from before 'drop'"),
+        (WithSkip, "uses more from before 'drop'"),
         (WithNoise, "draws at random or counts its calls before 'head'"),
         (WithToken, "not one row for each image"),
     ],

@@ -47,7 +47,7 @@ def convert(
         require(model is not None or value == known[0], f"--{name} {value} needs a network to fit: --model NAME.")
     require(out.suffix == ".safetensors", f"'{out}' does not end in .safetensors, the format that is written.")
     require(dry_run or overwrite or not out.exists(), f"'{out}' exists. Choose another name, or pass --overwrite.")
-    require(out.parent.is_dir(), f"no folder '{out.parent}' to write '{out.name}' into. Make it first.")
+    require(out.parent.is_dir(), f"no folder '{out.parent}' to write '{out.name}' into. Create it first.")
     from regraft.checkpoint import convert as write
 
     options: dict[str, Any] = {"match": match, "accept": accept, "entry": entry, "tensors_only": tensors_only}
