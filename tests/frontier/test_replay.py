@@ -91,7 +91,7 @@ def test_the_frozen_layers_are_not_run_again() -> None:
     [
         (WithSkip, "uses more from before 'drop'"),
         (WithNoise, "draws at random or counts its calls before 'head'"),
-        (WithToken, "not one row for each image"),
+        (WithToken, "do not have one row for each image"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Converting a tensor")
