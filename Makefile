@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test slow gpu fuzz families check bench docs clean
+.PHONY: install demo test slow gpu fuzz families options check bench docs clean
 .DEFAULT_GOAL := install
 
 install: $(INSTALLED)
@@ -44,6 +44,9 @@ check: install
 
 families: install
 	REGRAFT_WRITE_FAMILIES=1 $(BIN)/python -m pytest -o addopts= -q tests/freezing/test_families.py tests/surgery/test_surgery_families.py tests/surgery/test_ends_of_families.py tests/checkpoint/test_round_trip_families.py
+
+options: install
+	REGRAFT_WRITE_OPTIONS=1 $(BIN)/python -m pytest -o addopts= -q tests/cli/test_train_options.py
 
 bench: .venv-bench/.installed
 	cd benchmarks && for part in speed live_part memory views compiled page; do ../.venv-bench/bin/python $$part.py || exit 1; done

@@ -14,7 +14,7 @@ import regraft
 SOURCE = Path(__file__).parents[1] / "src" / "regraft"
 LEVELS = (
     {"errors", "progress", "version"},
-    {"arguments", "fields"},
+    {"arguments", "fields", "train_options"},
     {"card"},
     {"preprocessing"},
     {"zoo"},

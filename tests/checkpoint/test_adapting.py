@@ -216,7 +216,7 @@ def test_load_weights_needs_one_of_tied_tensors_and_refuses_two_values(tmp_path:
     ("options", "message"),
     [
         ({"match": "order"}, "match is 'order', expected 'names' or 'shapes'"),
-        ({"accept": "all"}, "accept is 'all', expected one of certain, likely, guess"),
+        ({"accept": "all"}, "accept is 'all', expected one of certain, likely, ambiguous"),
         ({"adapt": "stem"}, "adapt is 'stem', expected a list"),
         ({"min_share": 50}, "min_share is 50, expected a number from 0 to 1"),
         ({"rename": {"(": ""}}, "is no regular expression with its replacement"),

@@ -48,7 +48,7 @@ def assert_loads(state: Any, make: Callable[[], nn.Module], expected: State, fol
     torch.save(state, folder / "w.pth")
     model = make()
     report = load_weights(model, folder / "w.pth", strict=True)
-    assert {match.sure for match in report.matches} == {"certain"}
+    assert {match.confidence for match in report.matches} == {"certain"}
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in expected.items())
 

@@ -141,7 +141,7 @@ def test_load_weights_reports_what_was_taken_off_and_left_out_of_a_real_file(nam
     report = load_weights(make(), shared / "weights" / file)
     assert LEFT_OUT[name] <= set(report.left_out)
     assert not {"state_dict"} & set(report.left_out)
-    assert {match.sure for match in report.matches} == {"certain"}
+    assert {match.confidence for match in report.matches} == {"certain"}
     assert report.share == 1.0
     shown = str(report)
     assert all(note in shown for note in notes)

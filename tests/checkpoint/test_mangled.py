@@ -35,7 +35,7 @@ def is_right(case: Mangled) -> bool:
     """Return whether the mapping is the true one, or the file is refused where it must be."""
     report = look(case)
     if case.refused:
-        return report is None or not any(match.sure == "certain" for match in report.matches)
+        return report is None or not any(match.confidence == "certain" for match in report.matches)
     return report is not None and {match.name: match.source for match in report.matches} == case.truth
 
 
@@ -50,7 +50,7 @@ def test_load_weights_maps_nearly_all_mangled_files_rightly(made: dict[str, Mang
 @pytest.mark.parametrize("name", CASES)
 def test_load_weights_calls_certain_only_what_is_true(name: str, made: dict[str, Mangled]) -> None:
     report = look(made[name])
-    certain = {match.name: match.source for match in report.matches if match.sure == "certain"} if report else {}
+    certain = {match.name: match.source for match in report.matches if match.confidence == "certain"} if report else {}
     assert certain.items() <= made[name].truth.items()
 
 
@@ -98,7 +98,7 @@ def test_load_weights_loads_by_default_what_is_certain_and_nothing_else(tmp_path
     assert "take it with accept='likely' (--accept likely)" in str(caught.value)
     assert same(before, snapshot(case.model))
     report = load_weights(case.model, case.path, min_share=0.05)
-    certain = {match.name for match in report.matches if match.sure == "certain"}
+    certain = {match.name for match in report.matches if match.confidence == "certain"}
     assert set(report.loaded) == certain == {name for name in case.truth if not name.startswith("layer")}
     assert len(report.proposed) == 55
 

@@ -15,6 +15,7 @@ from torchvision import models
 
 from oracles import identical, same, snapshot
 from regraft import load_weights
+from regraft.checkpoint.matching.load_report import CONFIDENCE_LEVELS, Match
 from regraft.checkpoint.matching.mapping import propose
 from regraft.checkpoint.matching.naming import without_wrappers
 from regraft.errors import CheckpointError
@@ -42,7 +43,7 @@ def test_propose_is_certain_of_any_stack_of_prefixes_in_any_order(
     ours = {f"trunk.{name}": shape for name, shape in NET.items()} if both else NET
     found = propose(theirs, ours)
     assert {m.name: m.source for m in found.matches} == {("trunk." if both else "") + n: prefix + n for n in NET}
-    assert {match.sure for match in found.matches} == {"certain"}
+    assert {match.confidence for match in found.matches} == {"certain"}
 
 
 @settings(max_examples=60, deadline=None)
@@ -54,7 +55,7 @@ def test_propose_is_never_certain_of_equal_blocks_under_new_numbers(order: list[
     letters = "pqrs" if how == "shuffled" else ["5", "6", "7", "8"]
     theirs = {f"blocks.{letters[k]}.{name}": shape for k in order for name, shape in block.items()}
     found = propose(theirs, ours)
-    assert not any(match.sure == "certain" for match in found.matches)
+    assert not any(match.confidence == "certain" for match in found.matches)
 
 
 @settings(max_examples=100, deadline=None)
@@ -67,7 +68,7 @@ def test_propose_is_certain_of_no_wrong_pair_whatever_names_are_lost(lost: set[s
     keys = list(theirs)
     order.shuffle(keys)
     found = propose({name: theirs[name] for name in keys}, NET)
-    certain = {match.name: match.source for match in found.matches if match.sure == "certain"}
+    certain = {match.name: match.source for match in found.matches if match.confidence == "certain"}
     assert all(name == source for name, source in certain.items())
 
 
@@ -76,11 +77,11 @@ def test_propose_doubts_rows_that_begin_with_other_numbers_where_a_shift_fits() 
     theirs = {f"blocks.{k}.weight": (4, 4) for k in range(1, 6)}
     ours = {f"blocks.{k}.weight": (4, 4) for k in range(4)}
     found = {match.name: match for match in propose(theirs, ours).matches}
-    assert {match.sure for match in found.values()} == {"guess"}
+    assert {match.confidence for match in found.values()} == {"ambiguous"}
     assert "numbers begin at 1 in the file and at 0 in the model" in found["blocks.1.weight"].reason
     theirs |= {"blocks.1.weight": (4, 3)}  # now a shift does not fit, and equal names are what they seem
     found = {match.name: match for match in propose(theirs, ours).matches}
-    assert found["blocks.2.weight"].sure == "certain"
+    assert found["blocks.2.weight"].confidence == "certain"
 
 
 def test_propose_gives_no_tensor_twice() -> None:
@@ -137,7 +138,7 @@ def test_load_weights_fills_a_network_by_shapes_and_order_alone(tmp_path: Path) 
     report = load_weights(model, tmp_path / "w.pth", match="shapes")
     for name, tensor in state.items():
         assert identical(model.state_dict()[name], tensor) or name.endswith("num_batches_tracked"), name
-    assert {match.sure for match in report.matches} == {"likely"}
+    assert {match.confidence for match in report.matches} == {"likely"}
     assert "in the file  in the model" in str(report)
 
 
@@ -173,8 +174,10 @@ def test_load_weights_report_is_json_and_a_table(tmp_path: Path) -> None:
     assert same(before, snapshot(model))
     found = json.loads(json.dumps(report.to_dict()))
     assert found["counts"] == {
-        "loaded": 63, "missing": 0, "unexpected": 0, "mismatched": 0, "certain": 63, "likely": 0, "guess": 0,
+        "loaded": 63, "missing": 0, "unexpected": 0, "mismatched": 0, "certain": 63, "likely": 0,
+        "ambiguous": 0, "guess": 0,
     }  # fmt: skip
+    assert all(match["confidence"] == match["sure"] == "certain" for match in found["matches"])
     assert found["left_out"] == ["epoch", "optimizer"]
     assert found["dry_run"] is True
     assert found["share"] == 1.0
@@ -184,3 +187,15 @@ def test_load_weights_report_is_json_and_a_table(tmp_path: Path) -> None:
     row = next(line for line in lines if line.startswith("module.stage1.0.conv1.weight"))
     assert row.split()[1:4] == ["layer1.0.conv1.weight", "4×4×3×3", "certain"]
     assert "'stage' is 'layer', and numbers, order and shapes agree" in row
+
+
+def test_load_weights_takes_the_old_name_of_a_confidence_with_a_warning(tmp_path: Path) -> None:
+    torch.save({f"part.{name}": t for name, t in seeded(SmallResNet, 3).state_dict().items()}, tmp_path / "w.pth")
+    with pytest.warns(DeprecationWarning, match=r'"guess" is deprecated. Use "ambiguous"'):
+        report = load_weights(SmallResNet(), tmp_path / "w.pth", accept="guess", dry_run=True)  # type: ignore[arg-type]
+    assert report.matches == load_weights(SmallResNet(), tmp_path / "w.pth", accept="ambiguous", dry_run=True).matches
+    for confidence, old in zip(CONFIDENCE_LEVELS, ("certain", "likely", "guess"), strict=True):
+        match = Match("a", "b", confidence, "")
+        with pytest.warns(DeprecationWarning, match="Match.sure is deprecated. Use Match.confidence"):
+            assert match.sure == old
+        assert match.to_dict() | {"confidence": confidence, "sure": old} == match.to_dict()

@@ -65,7 +65,7 @@ def test_build_plan_counts_an_edit_that_does_not_fit() -> None:
 
 def test_build_plan_names_arguments_that_an_edit_does_not_take() -> None:
     plan = planned(edits=[{"truncate": {"last": 1}}])
-    with pytest.raises(EditError, match=r"truncate\(last=1\) cannot be carried out: .*'last'"):
+    with pytest.raises(EditError, match=r"truncate\(last=1\) cannot be applied: .*'last'"):
         regraft.build_plan(plan)
 
 

@@ -98,7 +98,14 @@ def test_cli_convert_dry_run_shows_and_writes_nothing(cli: Cli) -> None:
     assert failed.exit_code == 2
     assert "does not fill py:" in failed.stderr
     assert "--accept" in failed.stderr
-    assert cli("w.pth", "w.safetensors", "--model", NET, "--trust-code", "--accept", "guess").exit_code == 0
+    assert cli("w.pth", "w.safetensors", "--model", NET, "--trust-code", "--accept", "ambiguous").exit_code == 0
+
+
+def test_cli_convert_takes_the_old_name_of_a_confidence_with_a_note(cli: Cli) -> None:
+    torch.save(wrapped(), "w.pth")
+    result = cli("w.pth", "w.safetensors", "--model", NET, "--trust-code", "--accept", "guess")
+    assert result.exit_code == 0, result.output
+    assert "--accept guess is deprecated. Use --accept ambiguous." in result.stderr
 
 
 def test_cli_convert_takes_a_whole_module_without_its_class(cli: Cli) -> None:

@@ -29,7 +29,7 @@ from scene import Cli, assert_refused, nothing_written, write_folder, write_phot
         (a_file, ("bad' is a file", "expected a folder")),
         (
             lambda root: write_folder(root, ("cats", "emus", "yaks")),
-            ("bad' has folders that are none of the model's classes: 'emus', 'yaks'", "The model knows 'cats', 'dogs'"),
+            ("bad' has folders that are not classes of the model: 'emus', 'yaks'", "The model has 'cats', 'dogs'"),
         ),
         (lambda root: (root / "cats").mkdir(parents=True), ("no photos in '", "bad'")),
         (

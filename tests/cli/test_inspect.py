@@ -74,10 +74,10 @@ def test_cli_inspect_with_verify_says_so(tmp_path: Path) -> None:
     path = save(shake(tiny.build("sequential")), tmp_path / "model.safetensors")
     shown = CliRunner().invoke(app, ["inspect", str(path), "--verify"])
     assert shown.exit_code == 0, shown.output
-    assert "verified   every tensor is what was saved" in shown.output
+    assert "verified   all tensors match their digests" in shown.output
     nothing = CliRunner().invoke(app, ["inspect", "resnet18", "--verify"])
     assert nothing.exit_code == 2
-    assert "'resnet18' is no checkpoint, so there is nothing to verify" in nothing.output
+    assert "'resnet18' is not a checkpoint, so there are no digests to verify" in nothing.output
 
 
 def test_cli_inspect_reads_no_tensor_of_an_index(tmp_path: Path) -> None:

@@ -62,9 +62,9 @@ def test_cli_surgery_dry_run_shows_both_trees_and_writes_nothing(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--append", "5"], "no network given"),
-        (["resnet18", "Linear(3,3)", "--dry-run"], "follows no --append"),
-        (["resnet18", "--append", "5"], "nowhere to write to"),
+        (["--append", "5"], "no model given"),
+        (["resnet18", "Linear(3,3)", "--dry-run"], "needs --append before it"),
+        (["resnet18", "--append", "5"], "no output file given"),
         (["resnet18", "--append", "5", "--out", "out.pt"], "does not end in .safetensors"),
         (["resnet18", "--append", "5", "--out", "no/out.safetensors"], "no folder 'no'"),
         (["resnet18", "--insert-after", "layer2", "--dry-run"], "is not of the form LAYER=NEW"),

@@ -25,7 +25,7 @@ BAD = {
     ),
     "nothing to learn from": (
         "path,target,split\nphotos/cats/1.png,1,val\nphotos/cats/2.png,1,val\n",
-        ("bad.csv' has 0 rows to learn from and 2 for validation",),
+        ("bad.csv' has 0 rows for training and 2 for validation",),
     ),
     "missing photos": (
         HEAD + ROWS + "no.png,1\nnor.png,1\n",

@@ -125,7 +125,7 @@ def test_list_data_takes_what_systems_leave_behind_for_no_photo_and_no_class(nam
     assert found.classes == ("a", "b")
     assert {sample.path.name for sample in found.train + found.validation} == {"000.png", "001.png"}
     touch(tmp_path, f"c/{name}")
-    with pytest.raises(DataError, match=r"no photos for 'c' in .*, hidden files and those of the system left aside"):
+    with pytest.raises(DataError, match=r"no photos for 'c' in .*, not counting hidden and system files"):
         list_data(tmp_path)
 
 

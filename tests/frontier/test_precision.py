@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regraft.frontier.cache.precision import Precision, packed, packed_bytes, unpacked
+from regraft.frontier.cache.precision import packed, packed_bytes, unpacked
+from regraft.train_options import CachePrecision
 
 BOUNDS = {"full": 0.0, "bf16": 2**-8, "fp16": 2**-11, "int8": 1 / 254 + 1e-6}  # of the largest value of a row
 
@@ -13,7 +14,7 @@ BOUNDS = {"full": 0.0, "bf16": 2**-8, "fp16": 2**-11, "int8": 1 / 254 + 1e-6}  #
 @pytest.mark.parametrize("precision", BOUNDS)
 @given(seed=st.integers(0, 1000), scale=st.floats(1e-3, 1e3), rows=st.integers(1, 5))
 def test_packed_and_unpacked_differ_by_less_than_the_bound(
-    precision: Precision, seed: int, scale: float, rows: int
+    precision: CachePrecision, seed: int, scale: float, rows: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     tensors = [

@@ -89,9 +89,9 @@ def test_partition_by_recording_does_not_run_the_frozen_layers_again() -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (WithSkip, "takes more from before 'drop'"),
+        (WithSkip, "uses more from before 'drop'"),
         (WithNoise, "draws at random or counts its calls before 'head'"),
-        (WithToken, "not one row for each image"),
+        (WithToken, "do not have one row for each image"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Converting a tensor")

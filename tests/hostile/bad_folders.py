@@ -62,7 +62,7 @@ CASES = {
     one_class: ("bad' has one class only ('cats')", "two or more folders"),
     an_empty_class: ("no photos for 'emus' in '", "bad'", "Add some, or remove the folder"),
     only_hidden_photos: ("no photos for 'emus' in '", "bad'"),
-    one_photo: ("only one photo for 'emus' in '", "bad'", "cannot be both learned from and measured on", "Add photos"),
+    one_photo: ("only one photo for 'emus' in '", "bad'", "training and validation need one each", "Add photos"),
     other_names_in_val: (
         "the classes differ: only in '",
         "train': 'dogs'; only in '",

@@ -74,7 +74,7 @@ RECIPES: dict[str, tuple[dict[str, Any], str]] = {
     "many steps": (of(LINEAR, steps=[step("append", layers=["ReLU()"])] * 65), "has more than 64 steps or 32 parts"),
     "many parts": (of(name="graft", parts=[of(LINEAR)] * 40), "has more than 64 steps or 32 parts"),
     "a wide head": (of(LINEAR, steps=[step("replace_head", new=2 * 10**7)]), "does not match its own recipe"),
-    "an endless head": (of(LINEAR, steps=[step("replace_head", new=10**30)]), "cannot be carried out: "),
+    "an endless head": (of(LINEAR, steps=[step("replace_head", new=10**30)]), "cannot be applied: "),
     "repeats in repeats": (
         of(f"Sequential({'TransformerEncoder(' * 2}ReLU(){', 150)' * 2})"),
         "layers, and 20,000 are the most",
@@ -84,7 +84,7 @@ RECIPES: dict[str, tuple[dict[str, Any], str]] = {
         "asks for 1,001 layers, and 1,000 are the most",
     ),
     "a pattern": (of(LINEAR, steps=[step("replace", path="re:0", new="ReLU()")]), "by a regular expression"),
-    "a path that is none": (of(LINEAR, steps=[step("remove", path=5)]), "cannot be carried out: "),
+    "a path that is none": (of(LINEAR, steps=[step("remove", path=5)]), "cannot be applied: "),
     "a graft without heads": (
         of(name="graft", parts=[of(LINEAR)]),
         "cannot put its 1 networks together by graft: KeyEr",

@@ -234,6 +234,16 @@ def test_write_report_says_what_was_computed_once_and_what_it_saved(tmp_path: Pa
         assert part in text, part
     assert "'layer3.0' (256 × 14 × 14), 'layer3.1' (9)" in text
     assert "cut earlier" in text
-    text = written(classified(("ant", "bee"), not_once_because="nothing of it is constant"), tmp_path).text
-    assert "Nothing: every epoch ran the whole network, as nothing of it is constant." in text
+    text = written(classified(("ant", "bee"), cache_disabled_reason="nothing of it is constant"), tmp_path).text
+    assert "Nothing; every epoch ran the full network: nothing of it is constant." in text
     assert "computed once" not in plain.text
+
+
+def test_fit_result_keeps_the_old_name_of_the_reason_with_a_warning() -> None:
+    result = classified(("ant", "bee"), cache_disabled_reason="nothing of it is constant")
+    with pytest.warns(
+        DeprecationWarning, match=r"FitResult\.not_once_because is deprecated\. Use cache_disabled_reason"
+    ):
+        assert result.not_once_because == "nothing of it is constant"
+    data = result.to_dict()
+    assert data["cache_disabled_reason"] == data["not_once_because"] == "nothing of it is constant"

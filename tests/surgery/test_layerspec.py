@@ -260,7 +260,7 @@ def test_describe_names_the_module_of_a_class_in_a_module() -> None:
 def test_describe_proves_what_a_class_of_ones_own_keeps(own: Path) -> None:
     with pytest.raises(EditError, match=r"its 'width' is 4, and that of .* is 8"):
         describe(import_object(f"py:{own}:Doubled", trust_code=True)())
-    with pytest.raises(EditError, match=r"\*sizes does not say which arguments it was built with"):
+    with pytest.raises(EditError, match=r"\*sizes does not record the arguments it was built with"):
         describe(import_object(f"py:{own}:Any", trust_code=True)(1))
     with pytest.raises(EditError, match="is a int, expected a class of layers"):
         construct(f"py('{own}:number')", trust_code=True)

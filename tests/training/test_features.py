@@ -183,7 +183,7 @@ def test_fit_falls_back_to_plain_training_with_a_full_disk_and_too_little_memory
     monkeypatch.setattr(extract, "MEMORY_BYTES", 0)
     monkeypatch.setattr(EntryWriter, "append", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
     result, lines = run(noise)
-    assert "every epoch runs the whole network" in lines
+    assert "every epoch runs the full network" in lines
     assert "No space left" in lines
     assert len(result.history) == 2
     assert not list(Store().folder.iterdir())
@@ -219,7 +219,7 @@ def test_fit_does_not_keep_a_part_that_gives_other_values_each_time(noise: Path,
         model[0].register_forward_hook(lambda *given: given[2] * torch.rand(1))
     regraft.freeze(model, "0", "1")
     result, lines = run(noise, model)
-    assert "every epoch runs the whole network: the network does not give the same values" in lines
+    assert "every epoch runs the full network: the network does not give the same values" in lines
     assert len(result.history) == 2
 
 

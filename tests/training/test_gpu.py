@@ -118,7 +118,7 @@ def test_fit_on_a_gpu_trains_the_head_of_an_architecture(name: str, shared: Path
 
 def lite0(shared: Path) -> nn.Module:
     model = regraft.create_model("timm/tf_efficientnet_lite0", weights="none")
-    regraft.load_weights(model, shared / "weights" / "efficientnet-lite0-57934424.pth", accept="guess")
+    regraft.load_weights(model, shared / "weights" / "efficientnet-lite0-57934424.pth", accept="ambiguous")
     model = regraft.replace_head(model, 2)
     regraft.freeze(model)
     regraft.unfreeze(model, *find_heads(model))

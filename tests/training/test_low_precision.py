@@ -294,4 +294,4 @@ def test_fit_does_not_keep_features_that_float16_has_no_room_for(
     fails = pytest.raises(LossError, match="--precision fp32") if is_too_large else nullcontext()
     with fails:
         regraft.fit(model, few, device="cpu", progress=lines, **{**STEPS, "lr": 1e-14, **options})
-    assert f"every epoch runs the whole network: {reason}" in lines or is_too_large
+    assert f"every epoch runs the full network: {reason}" in lines or is_too_large

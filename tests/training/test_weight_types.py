@@ -122,7 +122,7 @@ def test_fit_of_types_that_meet_under_autocast_alone(few: Path, tmp_path: Path) 
         regraft.fit(model, few, device="cpu", precision="fp32", out=str(tmp_path / "run"), **STEPS)
     assert not (tmp_path / "run").exists()
     result = regraft.fit(model, few, device="cpu", precision="bf16", progress=lines, **STEPS)
-    assert "every epoch runs the whole network: it, outside of autocast, fails" in lines
+    assert "every epoch runs the full network: it, outside of autocast, fails" in lines
     with pytest.raises(ModelError, match=r"InParts \(weights in bfloat16 and float32\) fails on these inputs"):
         regraft.evaluate(result.model, few / "val", device="cpu")
 

@@ -21,7 +21,7 @@ class ClassHead:
 
     Attributes:
         path: See `Head`.
-        scores_per_class: How many scores it gives each class: one, or one for each anchor of a detector.
+        scores_per_class: Number of scores for each class: 1, or one for each anchor of a detector.
     """
 
     path: str
@@ -65,8 +65,8 @@ def _question(model: nn.Module, heads: Sequence[Head]) -> str:
     named = ", ".join(described[:MAX_NAMED]) + (f" and {len(heads) - MAX_NAMED} more" if len(heads) > MAX_NAMED else "")
     first, second = heads[0].path, heads[1].path
     return (
-        f"{type(model).__name__} has several heads, and which of them give the classes is unclear: {named}. Say what "
-        f"to replace: replace_head(model, 10, path='{first}'), path=[…] for several, or each with a width of its own "
+        f"{type(model).__name__} has several heads, and which of them give the classes is unclear: {named}. Pass "
+        f"their paths: replace_head(model, 10, path='{first}'), path=[…] for several, or each with a width of its own "
         f"as in replace_head(model, {{'{first}': 10, '{second}': 40}}). Nothing was changed."
     )
 
@@ -77,10 +77,10 @@ def _width(model: nn.Module, head: Head) -> int | None:
 
 
 def _stated(model: nn.Module, path: str) -> set[int]:
-    """Return the numbers of classes that the network and the layers around a head say they have."""
+    """Return the class counts that the network and the layers around a head declare."""
     counts = {len(classes)} if (classes := card_of(model).classes) is not None else set()
     for owner in _around(model, path):
-        values = [vars(owner).get(name) for name in COUNTS]  # not a configuration's, which says 2 where nobody said so
+        values = [vars(owner).get(name) for name in COUNTS]  # not of a configuration, where 2 is the default
         counts |= {value for value in values if isinstance(value, int) and not isinstance(value, bool)}
     return counts
 
@@ -97,9 +97,9 @@ def _is_multiple(width: int | None, counts: set[int]) -> bool:
 
 
 def _shown_count(model: nn.Module, head: Head) -> int | None:
-    """Return the number of classes of a head that gives several scores a class, where something shows that it is one.
+    """Return the class count of a head with several scores per class, if there is evidence for it.
 
-    That is an output with a dimension of that size, or the layer right around the head stating it.
+    Evidence is an output with a dimension of that size, or the declaration of the parent layer.
     """
     width = _width(model, head) or 0
     counts = {count for count in _stated(model, head.path) if count > 1 and width > count and width % count == 0}

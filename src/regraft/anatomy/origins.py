@@ -1,15 +1,15 @@
-"""Which parameters were the last to mix features on the way to each output of a network.
+"""Trace each output of a network back to the projections that computed it last: the heads.
 
-Every operation of one forward is seen as it is dispatched. An operation that multiplies data with parameters (a matrix
-product, a convolution, a lookup) is a *projection*: its result originates in that projection alone. All others
-(activations, norms, scales, sums, concatenations, views) pass on where their inputs originate, and note the parameters
-that took part. A projection whose result goes into another one on the way to an output is no origin of it: in a
-residual stream only the last block counts. The origins of the outputs are the heads, whatever the layers are called,
-wherever they are registered, and whether they are modules or bare parameters.
+Every operation of one forward is observed as it is dispatched. An operation that multiplies data with parameters (a
+matrix product, a convolution, an embedding lookup) is a *projection*, and its result originates in that projection
+alone. All other operations (activations, norms, scales, sums, concatenations, views) propagate the origins of their
+inputs and add the parameters that they use. A projection whose result feeds another one on the way to an output is not
+an origin: in a residual stream only the last block counts. The origins of the outputs are the heads, whatever the
+layers are named, wherever they are registered, and whether they are modules or bare parameters.
 
-Origins are kept for memory, not for tensors: views share memory, and a write into a part of a tensor reaches all of it.
-The simpler rule, the layer that ends last, fails: a module that holds parameters beside its layers (the class token of
-a vision transformer) ends after its own classifier, and of several heads only one is last.
+Origins are stored per storage, not per tensor: views share a storage, and a write to a slice of a tensor affects all of
+it. The simpler rule, the layer that ends last, fails: a module with parameters of its own beside its layers (the class
+token of a vision transformer) ends after its own classifier, and of several heads only one is last.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,19 +20,19 @@ import torch
 from torch import nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
-FACTORS: dict[str, tuple[int, ...]] = {  # the arguments of an operation that are multiplied with one another
+FACTORS: dict[str, tuple[int, ...]] = {  # positions of the arguments that an operation multiplies
     "mm": (0, 1), "bmm": (0, 1), "mv": (0, 1), "dot": (0, 1), "vdot": (0, 1), "matmul": (0, 1), "linear": (0, 1),
     "addmm": (1, 2), "addmv": (1, 2), "baddbmm": (1, 2), "addbmm": (1, 2), "addr": (1, 2),
     "convolution": (0, 1), "_convolution": (0, 1), "embedding": (0, 1), "_embedding_bag": (0, 1),
     "_embedding_bag_forward_only": (0, 1), "_trilinear": (0, 1, 2),
 }  # fmt: skip
-PASSING = frozenset(  # mix no features although they take data and parameters, and are not element by element
+PROPAGATING = frozenset(  # take data and parameters and are not pointwise, but are no projections
     (
         *("cat", "stack", "copy", "expand", "gather", "index", "_unsafe_index", "index_put", "index_copy", "index_add"),
         *("index_select", "masked_fill", "slice_scatter", "select_scatter", "where", "max", "min"),
     )
 )
-PASSING_WORDS = ("norm", "attention", "scatter", "prelu", "grid_sampler", "roi_")  # in the names of fused operations
+PROPAGATING_WORDS = ("norm", "attention", "scatter", "prelu", "grid_sampler", "roi_")  # in names of fused operations
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Projection:
     """One multiplication of data with parameters.
 
     Attributes:
-        parameters: For each parameter its names: several where it is shared.
-        running: Paths of the layers whose forwards were running, the innermost last.
+        parameters: The names of each parameter: several if it is shared.
+        running: Paths of the layers whose forward was running, the innermost last.
     """
 
     parameters: tuple[tuple[str, ...], ...]
@@ -50,7 +50,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Origin:
-    """A projection that an output originates in, and the parameters that took part after it (norms, scales)."""
+    """A projection that an output originates in, and the parameters that were used after it (norms, scales)."""
 
     projection: Projection
     after: tuple[str, ...]
@@ -61,9 +61,9 @@ class Output:
     """One tensor of a network's output.
 
     Attributes:
-        name: Where it stands in the output, as in `['aux']` or `[0]`; empty where it is the output itself.
-        shape: Its shape, batch included.
-        origins: Where it originates, in the order of execution.
+        name: Path in the output, as in `['aux']` or `[0]`; empty if the tensor is the output itself.
+        shape: Shape, batch included.
+        origins: Its origins, in execution order.
     """
 
     name: str
@@ -73,12 +73,12 @@ class Output:
 
 @dataclass
 class _Value:
-    """What a piece of memory was computed from.
+    """What a storage was computed from.
 
     Attributes:
         is_data: Whether it depends on the network's inputs.
-        parameters: Identities of the parameters that it was computed from; of data, only where no projection came yet.
-        origins: For data: each projection (by its number; None for the inputs) with the parameters that came after it.
+        parameters: The `id` of each parameter that it was computed from, while `origins` do not contain it yet.
+        origins: For data: index of each projection (None: the inputs) → parameters that were used after it.
     """
 
     is_data: bool
@@ -86,30 +86,30 @@ class _Value:
     origins: Mapping[int | None, frozenset[int]]
 
 
-NOTHING = _Value(False, frozenset(), {})
+CONSTANT = _Value(False, frozenset(), {})
 
 
 class OriginRecorder:
-    """Records the origins of each piece of memory, operation by operation."""
+    """Records the origins of each storage, operation by operation."""
 
     def __init__(self) -> None:
         self._values: dict[Any, _Value] = {}
         self._projections: list[tuple[frozenset[int], tuple[str, ...], frozenset[int]]] = []
         self._kept: dict[int, nn.Parameter] = {}  # references, so that no new object gets the `id` of a dead one
-        self._contracted: set[int] = set()
+        self._projected: set[int] = set()
 
     def begin(self, model: nn.Module, inputs: Any) -> None:
         """Register the tensors among the network's inputs as data, and the parameters as parameters."""
         for parameter in model.parameters():
             if not nn.parameter.is_lazy(parameter):
-                self._values[_memory(parameter)] = self._value(parameter)
+                self._values[_storage_key(parameter)] = self._value(parameter)
         for tensor in _tensors(inputs):
-            self._values[_memory(tensor)] = _Value(True, frozenset(), {None: frozenset()})
+            self._values[_storage_key(tensor)] = _Value(True, frozenset(), {None: frozenset()})
 
-    def note(
+    def record(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, running: Iterable[str]
     ) -> None:
-        """Record one operation, after it ran."""
+        """Record one operation after it has run."""
         inputs = [self._value(tensor) for tensor in _tensors((args, kwargs))]
         results = list(_tensors(result))
         value = _merged(inputs)
@@ -121,10 +121,10 @@ class OriginRecorder:
                 after = {key: passed | value.parameters for key, passed in value.origins.items()}
                 value = _Value(True, frozenset(), after)
         for tensor in results:
-            self._values[_memory(tensor)] = value
+            self._values[_storage_key(tensor)] = value
 
     def outputs(self, model: nn.Module, result: Any) -> tuple[Output, ...]:
-        """Return where each tensor of the network's output originates."""
+        """Return the origins of each tensor in the network's output."""
         names: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
@@ -146,31 +146,31 @@ class OriginRecorder:
             outputs.append(Output(name, tuple(leaf.shape), tuple(origins)))
         return tuple(outputs)
 
-    def projecting(self, model: nn.Module) -> frozenset[str]:
-        """Return the names of all parameters that took part in a projection."""
-        every = model.named_parameters(remove_duplicate=False)
-        return frozenset(name for name, parameter in every if id(parameter) in self._contracted)
+    def projection_parameters(self, model: nn.Module) -> frozenset[str]:
+        """Return the names of all parameters of projections."""
+        parameters = model.named_parameters(remove_duplicate=False)
+        return frozenset(name for name, parameter in parameters if id(parameter) in self._projected)
 
     def _value(self, tensor: torch.Tensor) -> _Value:
         if isinstance(tensor, nn.Parameter):
             self._kept[id(tensor)] = tensor
             return _Value(False, frozenset({id(tensor)}), {})
-        return self._values.get(_memory(tensor), NOTHING)
+        return self._values.get(_storage_key(tensor), CONSTANT)
 
     def _factors(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[Any]) -> frozenset[int]:
-        """Return the parameters that an operation multiplies data with; none where it mixes no features."""
+        """Return the parameters that an operation multiplies data with; empty if it is no projection."""
         name = func._schema.name.partition("::")[2]
         bare = name.rstrip("_")
-        if bare in PASSING or any(word in name for word in PASSING_WORDS):
+        if bare in PROPAGATING or any(word in name for word in PROPAGATING_WORDS):
             return frozenset()
         if torch.Tag.pointwise in func.tags:
             # The product with each row of a weight, as in `(x[:, None] * self.prototypes).sum(-1)`.
             data = [tensor for tensor in _tensors((args, kwargs)) if self._value(tensor).is_data]
             is_outer = results and results[0].numel() > max(tensor.numel() for tensor in data)
-            taking = [tensor for tensor in _tensors((args, kwargs)) if not self._value(tensor).is_data]
-            if not is_outer or max((tensor.ndim for tensor in taking), default=0) < 2:
+            constants = [tensor for tensor in _tensors((args, kwargs)) if not self._value(tensor).is_data]
+            if not is_outer or max((tensor.ndim for tensor in constants), default=0) < 2:
                 return frozenset()
-            factors = taking
+            factors = constants
         elif bare in FACTORS:
             factors = [args[position] for position in FACTORS[bare] if position < len(args)]
             if not any(self._value(tensor).is_data for tensor in factors):
@@ -183,18 +183,18 @@ class OriginRecorder:
         return parameters.union(*(self._static(tensor) for tensor in _tensors((args, kwargs))))
 
     def _static(self, tensor: torch.Tensor) -> frozenset[int]:
-        """Return the parameters that a tensor was computed from without data; none for data."""
+        """Return the parameters that a constant tensor was computed from; empty for data."""
         value = self._value(tensor)
         return frozenset() if value.is_data else value.parameters
 
     def _project(self, factors: frozenset[int], value: _Value, running: tuple[str, ...]) -> _Value:
         parents = frozenset(number for number in value.origins if number is not None)
         self._projections.append((factors, running, parents))
-        self._contracted |= factors
+        self._projected |= factors
         return _Value(True, frozenset(), {len(self._projections) - 1: frozenset()})
 
     def _upstream(self, numbers: set[int]) -> set[int]:
-        """Return all projections that others of `numbers` were fed from."""
+        """Return all projections upstream of `numbers`."""
         reached: set[int] = set()
         waiting = [parent for number in numbers for parent in self._projections[number][2]]
         while waiting:
@@ -222,8 +222,8 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     return (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
 
-def _memory(tensor: torch.Tensor) -> Any:
+def _storage_key(tensor: torch.Tensor) -> Any:
     try:
         return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse, quantized or of a subclass without memory of its own
+    except (NotImplementedError, RuntimeError):  # sparse, quantized or of a subclass without a storage
         return id(tensor)

@@ -1,4 +1,4 @@
-"""Dotted paths of layers: find one, or suggest the nearest."""
+"""Dotted paths of layers: lookup, and the nearest names for the message of an unknown one."""
 
 from torch import nn
 
@@ -20,15 +20,15 @@ def layer_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def no_such_layer(model: nn.Module, path: str) -> str:
-    """Describe that `path` names no layer, with the nearest names."""
+    """Return the message for a path that names no layer, with the nearest names."""
     owner = path.rpartition(".")[0] or "the model itself"
     for kind, names in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         if path in dict(names):
-            return f"'{path}' is a {kind} of {type(model).__name__}, no layer. Name its layer, '{owner}'."
+            return f"'{path}' is a {kind} of {type(model).__name__}, not a layer. Name its layer, '{owner}'."
     known = [name for name, _ in model.named_modules() if name]
     tops = [name for name, _ in model.named_children()]
-    some = ", ".join(tops[:MAX_NAMED]) + (f" and {len(tops) - MAX_NAMED} more" if len(tops) > MAX_NAMED else "")
-    hint = nearest(path, known) or f"Its top-level layers: {some}."
+    listed = ", ".join(tops[:MAX_NAMED]) + (f" and {len(tops) - MAX_NAMED} more" if len(tops) > MAX_NAMED else "")
+    hint = nearest(path, known) or f"Its top-level layers: {listed}."
     return f"no layer '{path}' in {type(model).__name__}. {hint} `regraft inspect` lists all."
 
 

@@ -92,12 +92,12 @@ class Recorder:
             sizes={name: tensor.numel() for name, tensor in tensors if not nn.parameter.is_lazy(tensor)},
             note=note,
             outputs=self.origins.outputs(self.duplicate, self.output),
-            projecting=self.origins.projecting(self.duplicate),
+            projecting=self.origins.projection_parameters(self.duplicate),
         )
 
     def _note_origin(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         running = (path for path, *_ in self._running)  # of the layers whose forwards are running, the innermost last
-        self.origins.note(func, args, kwargs, result, running)
+        self.origins.record(func, args, kwargs, result, running)
 
     def failed_at(self) -> tuple[str, str, tuple[Shape, ...]] | None:
         """Return path, type and input shapes of the layer in which the run stopped; None where it did not begin."""

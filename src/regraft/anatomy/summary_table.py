@@ -1,4 +1,4 @@
-"""The summary of a model as a value, and how it is drawn: a tree in text, or one that folds in HTML."""
+"""The summary of a model as a value, and its rendering as a text tree or a collapsible HTML tree."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,24 +21,24 @@ class LayerSummary:
         path: Dotted path; empty for the model itself.
         type: Name of the layer's class.
         depth: Number of layers above it.
-        order: Position in the execution order, from 0; None for a layer that is not called.
+        order: Position in the execution order, from 0; None if it is not called.
         output_shape: Shape of its (first) output, batch included; None where unknown.
         parameters: Number of parameters, inner layers included; a shared one counts once.
         trainable: How many of them are trainable.
         multiply_adds: Multiply-add operations, inner layers included; None where unknown or not called.
         state: `trainable`, `frozen`, `partly frozen`, or `no parameters`.
-        output_shapes: Shapes of all tensors that came out of its first call.
+        output_shapes: Shapes of all tensors in the output of its first call.
         buffers: Number of elements of its buffers, inner layers included; a shared one counts once.
-        activation_bytes: Bytes of what came out of all its calls; for the model itself the sum over the layers in which
-            no other layer is called. None where unknown.
-        calls: How often it was called.
-        shared_with: First path of the same layer, where it is registered under several. Calls and costs stand there, as
-            do its inner layers; its parameters count once in those of the layers around both.
+        activation_bytes: Bytes of the outputs of all its calls; for the model itself the sum over the layers that call
+            no other layer. None if unknown.
+        calls: Number of calls.
+        shared_with: First path of the same layer, if it is registered under several. Its calls, costs and inner layers
+            are listed there; its parameters count once in each layer around both.
         pinned: Whether it is pinned to evaluation mode, as `freeze` does.
-        moves: How it would change, draw or depend on its batch although it is frozen by its flags; None where it would
-            not.
-        lazy: Whether it has parameters or buffers that the first real forward will make.
-        unknown: How many of these have no known size, and are not counted.
+        moves: How it would still change, draw random numbers or depend on its batch although its flags freeze it; None
+            if it would not.
+        lazy: Whether it has parameters or buffers that the first real forward initializes.
+        unknown: Number of lazy parameters of unknown size, which are not counted.
     """
 
     path: str
@@ -63,15 +63,15 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """A tree of layers as a table; `str()` gives it as text, notebooks show it as HTML.
+    """A tree of layers as a table; `str()` gives it as text, notebooks show HTML.
 
     Attributes:
         layers: All layers, the model itself first, in registration order.
         input_shape: Shape of the (first) input that the shapes and costs are for, batch included; None where unknown.
-        depth: How many levels are shown; None: all. `layers` always holds all.
-        problem: Why shapes and multiply-adds are unknown; None where they are known.
+        depth: Number of levels that are shown; None: all. `layers` always contains all.
+        problem: Why shapes and multiply-adds are unknown; None if they are known.
         input_shapes: Shapes of all inputs.
-        note: How shapes were found, where not by a run on shapes alone.
+        note: How shapes were computed, if not by a run on shapes alone.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -111,30 +111,31 @@ class ModelSummary:
 
 
 def text_tree(summary: ModelSummary) -> str:
-    """Draw the layers as an indented tree with aligned columns, and the totals below."""
+    """Render the layers as an indented tree with aligned columns, and the totals below."""
     labels = _tree_labels(summary.shown)
     rows = [(label, *cells(layer)) for label, layer in zip(labels, summary.shown, strict=True)]
     return "\n".join([*aligned([COLUMNS, *rows], [name in RIGHT_ALIGNED for name in COLUMNS]), totals(summary)])
 
 
 def html_tree(summary: ModelSummary) -> str:
-    """Draw the layers as a tree that folds, for notebooks; plain HTML without scripts."""
+    """Render the layers as a collapsible tree for notebooks; plain HTML without scripts."""
     children: dict[int, list[int]] = {}
-    above: list[int] = []
+    ancestors: list[int] = []
     for position, layer in enumerate(summary.shown):
-        del above[layer.depth :]
-        if above:
-            children.setdefault(above[-1], []).append(position)
-        above.append(position)
+        del ancestors[layer.depth :]
+        if ancestors:
+            children.setdefault(ancestors[-1], []).append(position)
+        ancestors.append(position)
     tree = "".join(_html_branch(summary.shown, children, 0))
-    ends = "".join(f"<p>{escape(line)}</p>" for line in totals(summary).splitlines())
-    return f'<div style="font-family:monospace;line-height:1.5">{tree}{ends}</div>'
+    footer = "".join(f"<p>{escape(line)}</p>" for line in totals(summary).splitlines())
+    return f'<div style="font-family:monospace;line-height:1.5">{tree}{footer}</div>'
 
 
 def totals(summary: ModelSummary) -> str:
-    """Describe how large the model is, how much of it is trainable, and what one forward costs."""
+    """Return the model's size, its trainable share and the cost of one forward as text."""
     root = summary.layers[0]
-    line = f"{counted(root)} parameters, {root.trainable:,} trainable ({percent(root.trainable, root.parameters)})"
+    share = percent(root.trainable, root.parameters)
+    line = f"{parameters_text(root)} parameters, {root.trainable:,} trainable ({share})"
     if summary.problem is not None:
         return f"{line}\nshapes unknown: {summary.problem}"
     inputs = " and ".join(map(shape_text, summary.input_shapes)) or "nothing"
@@ -146,7 +147,7 @@ def totals(summary: ModelSummary) -> str:
 
 
 def percent(part: float, whole: float) -> str:
-    """Write a share with one decimal where it needs one.
+    """Format a share in percent, with one decimal if needed.
 
     >>> percent(1, 8), percent(3, 3), percent(0, 0), percent(999_999, 1_000_000)
     ('12.5 %', '100 %', '0 %', '> 99.9 %')
@@ -160,7 +161,7 @@ def percent(part: float, whole: float) -> str:
 
 
 def bytes_text(count: int) -> str:
-    """Write a number of bytes in the largest unit that leaves one digit before the point.
+    """Format a number of bytes in the largest unit in which it is at least 1.
 
     >>> bytes_text(24), bytes_text(1536), bytes_text(5 * 2**30)
     ('24 B', '1.5 KiB', '5.0 GiB')
@@ -172,27 +173,27 @@ def bytes_text(count: int) -> str:
 
 
 def cells(layer: LayerSummary) -> tuple[str, ...]:
-    """Write one layer's columns beside its name as text."""
+    """Format the columns of a layer beside its name."""
     if layer.shared_with is not None:
         return (f"(shared with {layer.shared_with or 'the model itself'})", "", "", "", "")
     return (
         layer.type,
         shape_text(layer.output_shape),
-        counted(layer) if layer.parameters or layer.unknown else "-",
+        parameters_text(layer) if layer.parameters or layer.unknown else "-",
         f"{layer.multiply_adds:,}" if layer.multiply_adds else "-",
         state_text(layer),
     )
 
 
-def counted(layer: LayerSummary) -> str:
-    """Write a layer's number of parameters, with a question mark for what is not made yet."""
+def parameters_text(layer: LayerSummary) -> str:
+    """Format the number of parameters, with a question mark for lazy ones of unknown size."""
     if layer.unknown:
         return f"{layer.parameters:,} + ?" if layer.parameters else "?"
     return f"{layer.parameters:,}"
 
 
 def state_text(layer: LayerSummary) -> str:
-    """Write what training can do to a layer: its flags' state, whether it is pinned, and what would still move."""
+    """Format the state of a layer in training: its flags, whether it is pinned, and what would still change."""
     words = [] if layer.state == "no parameters" else [layer.state]
     if layer.pinned:
         words.append("pinned")
@@ -204,7 +205,7 @@ def state_text(layer: LayerSummary) -> str:
 
 
 def shape_text(shape: Sequence[int] | None) -> str:
-    """Write a shape with multiplication signs, `?` where it is unknown.
+    """Format a shape with multiplication signs; `?` if it is unknown.
 
     >>> shape_text((1, 3, 224, 224))
     '1×3×224×224'

@@ -17,7 +17,7 @@ from regraft.checkpoint.foreign.reading import unwrapping
 from regraft.checkpoint.foreign.state_dicts import StateDicts, Tensors, listed
 from regraft.checkpoint.matching.adapting import shape
 from regraft.checkpoint.matching.load_plan import LoadPlan, carry_out
-from regraft.checkpoint.matching.load_report import LoadReport, Match, Sureness, some
+from regraft.checkpoint.matching.load_report import Confidence, LoadReport, Match, confidence_of, some
 from regraft.checkpoint.matching.loading import Rules, plan_loading
 from regraft.checkpoint.matching.naming import renamed, without_wrappers
 from regraft.checkpoint.write import save
@@ -34,7 +34,7 @@ def convert(
     rename: Mapping[str, str] | None = None,
     match: Literal["names", "shapes"] = "names",
     entry: str | None = None,
-    accept: Sureness = "certain",
+    accept: Confidence = "certain",
     tensors_only: bool = False,
     trust_code: bool = False,
     dry_run: bool = False,
@@ -80,7 +80,7 @@ def convert(
                 {"format": "pt"},
             )
         return replace(report, dry_run=dry_run)
-    rules = Rules(rename or {}, match, entry, accept, adapt=(), may_adapt=False)
+    rules = Rules(rename or {}, match, entry, confidence_of(accept), adapt=(), may_adapt=False)
     return _convert_to_network(model, contents, rules, target, trust_code=trust_code, dry_run=dry_run)
 
 

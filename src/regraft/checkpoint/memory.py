@@ -1,4 +1,4 @@
-"""Build the network of a recipe in a limited amount of memory: that of the checkpoint's tensors, plus slack."""
+"""Build the network of a recipe within a memory limit: the size of the checkpoint's tensors, plus slack."""
 
 import contextlib
 import threading
@@ -58,8 +58,8 @@ def _rebuild_limited(
         try:
             return rebuild(recipe, unset=True)
         except RegraftError as error:
-            # Only the limit leads to the meta device; any other error is one of the recipe.
-            if count.taken <= limit and not isinstance(error, TooLargeError):
+            # Only an exceeded limit leads to the meta device; other errors are those of the recipe.
+            if count.bytes <= limit and not isinstance(error, TooLargeError):
                 raise
     try:
         with torch.device("meta"):
@@ -79,10 +79,10 @@ def _rebuild_limited(
 
 @dataclass
 class _Count:
-    """Bytes of parameters and buffers that were registered, and how many may be."""
+    """Bytes of the registered parameters and buffers, and their limit."""
 
     limit: int
-    taken: int = 0
+    bytes: int = 0
 
 
 @contextlib.contextmanager
@@ -97,8 +97,8 @@ def _limit_registered(limit: int) -> Iterator[_Count]:
     def registered(owner: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
         if threading.get_ident() != thread or tensor is None or nn.parameter.is_lazy(tensor) or tensor.is_meta:
             return
-        count.taken += tensor.nbytes if tensor.layout is torch.strided else 0
-        if count.taken > limit:
+        count.bytes += tensor.nbytes if tensor.layout is torch.strided else 0
+        if count.bytes > limit:
             raise CheckpointError(f"the recipe asks for more than {limit:,} bytes. Nothing was written to them.")
 
     handles = [

@@ -55,7 +55,7 @@ class Plan(CheckedFields):
         source: A name as for `create_model`, a checkpoint file, or layers of torch.nn as text.
         weights: As for `create_model`; ignored if the source is a checkpoint or layers.
         edits: Edits to apply, in this order.
-        freeze: What is frozen at the end.
+        freeze: What to freeze after the edits.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -139,11 +139,11 @@ def plan_of(model: nn.Module) -> Plan:
     recipe = card_of(model).recipe
     if recipe is None:
         raise EditError(
-            f"{type(model).__name__} has no recipe, so how it was made is unknown. Models of create_model that were "
-            "changed with regraft's edits alone have one."
+            f"{type(model).__name__} has no recipe, so its construction is unknown. Models of create_model that were "
+            "changed by edits of regraft only have one."
         )
     if recipe.source.parts:
-        raise EditError(f"a network made by {recipe.source.name} has several sources, which one plan cannot hold.")
+        raise EditError(f"a network from {recipe.source.name} has several sources, which one plan cannot hold.")
     source = recipe.source.layers or recipe.source.name
     freezing = Freezing(layers=tuple(_frozen_patterns(model, "")))
     return Plan(source=source, weights=recipe.source.weights, edits=recipe.steps, freeze=freezing)
@@ -160,7 +160,7 @@ def _build_source(plan: Plan, trust_code: bool) -> nn.Module:
 
 
 def _inline_toml(value: Any) -> str:
-    """Return a value as TOML on one line, which is easier to read than one table per value."""
+    """Return a value as inline TOML, which is easier to read than one table per value."""
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{name} = {_inline_toml(item)}" for name, item in value.items()) + " }"
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Check which tensors of a model a file can hold: those with bytes of their own, of a dtype of safetensors."""
+"""Check that the tensors of a model can be stored: strided, in memory, of a dtype of safetensors."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from regraft.checkpoint.file.layout import DTYPES, PACKED
 from regraft.errors import CheckpointError
 
 PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
-HALF_BYTES = tuple(DTYPES[name] for name in PACKED)  # two numbers in a byte; the last dimension counts bytes
+HALF_BYTES = tuple(DTYPES[name] for name in PACKED)  # two values per byte; the last dimension counts bytes
 
 
 def stored_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -51,7 +51,7 @@ def require_storable(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def require_bytes(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse tensors that are not a plain array of numbers in memory.
+    """Refuse tensors that are not strided arrays in memory.
 
     Raises:
         CheckpointError: There is one; the message names it, its kind, and what to do. Nothing was written.
@@ -83,7 +83,7 @@ def _problem(tensor: torch.Tensor) -> str | None:
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor of a subclass has a storage with its numbers."""
+    """Return whether a tensor of a subclass has a storage with its values."""
     try:
         storage = tensor.untyped_storage()
         return storage.device.type != "meta" and (tensor.numel() == 0 or storage.data_ptr() != 0)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from regraft.cli.output import guarded, require, say, say_json, say_lines
+from regraft.cli.output import ConsoleProgress, guarded, require, say, say_json, say_lines
 
 
 @guarded
@@ -23,7 +23,7 @@ def convert(
     entry: Annotated[
         str | None, Option("--entry", "--ema", help="Key of the state dict to use, as in ema or teacher.")
     ] = None,
-    accept: Annotated[str, Option(help="Minimum confidence of a match: certain, likely or guess.")] = "certain",
+    accept: Annotated[str, Option(help="Minimum confidence of a match: certain, likely or ambiguous.")] = "certain",
     tensors_only: Annotated[
         bool, Option("--tensors-only", help="Extract the tensors of a pickled module, without running its code.")
     ] = False,
@@ -36,15 +36,18 @@ def convert(
 
     Example: regraft convert resnet18_ddp.pth resnet18.safetensors --model resnet18
     """
+    if accept == "guess":
+        ConsoleProgress().say("--accept guess is deprecated. Use --accept ambiguous.")
+        accept = "ambiguous"
     for name, value, known in (
         ("match", match, ("names", "shapes")),
-        ("accept", accept, ("certain", "likely", "guess")),
+        ("accept", accept, ("certain", "likely", "ambiguous")),
     ):
         require(value in known, f"--{name} is '{value}', expected {' or '.join(known)}.")
         require(model is not None or value == known[0], f"--{name} {value} needs a network to fit: --model NAME.")
     require(out.suffix == ".safetensors", f"'{out}' does not end in .safetensors, the format that is written.")
     require(dry_run or overwrite or not out.exists(), f"'{out}' exists. Choose another name, or pass --overwrite.")
-    require(out.parent.is_dir(), f"no folder '{out.parent}' to write '{out.name}' into. Make it first.")
+    require(out.parent.is_dir(), f"no folder '{out.parent}' to write '{out.name}' into. Create it first.")
     from regraft.checkpoint import convert as write
 
     options: dict[str, Any] = {"match": match, "accept": accept, "entry": entry, "tensors_only": tensors_only}

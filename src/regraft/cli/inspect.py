@@ -42,13 +42,13 @@ def inspect(
         from regraft.checkpoint import load
         from regraft.surgery import to_source
 
-        maker = load if _is_checkpoint(model) else build  # with weights, as its constants become part of the source
-        say_lines(to_source(maker(model, trust_code=trust_code)))
+        create = load if _is_checkpoint(model) else build  # with weights, as its constants become part of the source
+        say_lines(to_source(create(model, trust_code=trust_code)))
         return
     if _is_checkpoint(model):
         _inspect_checkpoint(Path(model), size, depth, verify=verify, trust_code=trust_code, as_json=as_json)
         return
-    require(not verify, f"'{model}' is no checkpoint, so there is nothing to verify.")
+    require(not verify, f"'{model}' is not a checkpoint, so there are no digests to verify.")
     model_summary = summary(build(model, trust_code=trust_code), size, depth)
     if as_json:
         say_json(model_summary.to_dict())
@@ -80,7 +80,7 @@ def _inspect_checkpoint(
     for line in _describe(header):
         say(line)
     if verify:
-        say("verified   every tensor is what was saved")
+        say("verified   all tensors match their digests")
     say()
     say_lines(str(model_summary) if model_summary else f"layers     not shown: {problem}")
 
@@ -96,8 +96,8 @@ def _plan(model: str, *, trust_code: bool) -> str:
     from regraft.checkpoint.plan import plan_of
     from regraft.zoo import build
 
-    maker = load_outline if _is_checkpoint(model) else build
-    return plan_of(maker(model, trust_code=trust_code)).to_toml()
+    create = load_outline if _is_checkpoint(model) else build
+    return plan_of(create(model, trust_code=trust_code)).to_toml()
 
 
 def _describe(header: Any) -> list[str]:
@@ -119,7 +119,7 @@ def _describe(header: Any) -> list[str]:
         lines.append(f"base       {header.base.kind} {header.base}; {len(header.digests)} tensors differ")
     lines.append(f"frozen     {len(header.frozen)} tensors")
     lines.append(
-        "digests    " + (f"{len(header.digests)} tensors, all of them {header.digest()}" if header.digests else "none")
+        "digests    " + (f"{len(header.digests)} tensors, combined {header.digest()}" if header.digests else "none")
     )
     lines.append("versions   " + ", ".join(f"{name} {version}" for name, version in header.versions.items()))
     return lines
@@ -132,6 +132,6 @@ def _parse_size(text: str | None) -> tuple[int, ...] | tuple[tuple[int, ...], ..
     for shape in text.split(";"):
         parts = shape.replace("x", ",").split(",")
         whole = all(part.strip().isdecimal() for part in parts)
-        require(whole, f"'{text}' is no shape. Expected numbers as in 1,3,224,224.")
+        require(whole, f"'{text}' is not a shape. Expected integers as in 1,3,224,224.")
         sizes.append(tuple(int(part) for part in parts))
     return sizes[0] if len(sizes) == 1 else tuple(sizes)

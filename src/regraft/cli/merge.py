@@ -26,7 +26,7 @@ def merge(
     Example: regraft merge ants.safetensors --out full.safetensors
     """
     require(out.suffix == ".safetensors", f"'{out}' does not end in .safetensors, the format that is written.")
-    require(out.parent.is_dir(), f"no folder '{out.parent}' to write '{out.name}' into. Make it first.")
+    require(out.parent.is_dir(), f"no folder '{out.parent}' to write '{out.name}' into. Create it first.")
     require(overwrite or not out.exists(), f"'{out}' exists. Choose another --out, or pass --overwrite.")
     from regraft.checkpoint import merge as merge_delta
     from regraft.checkpoint import read_header

@@ -54,18 +54,18 @@ def surgery(
     --freeze-until layer3.0 --out edited.safetensors
     """
     options = {name: value for name, value in locals().items() if value is not None}
-    require(model is not None or plan is not None, "no network given: regraft surgery resnet18 …, or --plan FILE.")
-    require(not layers or bool(append), f"'{(layers or [''])[0]}' follows no --append: --append LAYER LAYER …")
-    require(dry_run or out is not None, "nowhere to write to. Pass --out FILE.safetensors, or --dry-run to only look.")
+    require(model is not None or plan is not None, "no model given: regraft surgery resnet18 …, or --plan FILE.")
+    require(not layers or bool(append), f"'{(layers or [''])[0]}' needs --append before it: --append LAYER LAYER …")
+    require(dry_run or out is not None, "no output file given. Pass --out FILE.safetensors, or --dry-run to look.")
     if out is not None:
         require(out.suffix == ".safetensors", f"'{out}' does not end in .safetensors, the format that is written.")
         require(overwrite or not out.exists(), f"'{out}' exists. Choose another --out, or pass --overwrite.")
-        require(out.parent.is_dir(), f"no folder '{out.parent}' to write '{out.name}' into. Make it first.")
-    whole = _plan(options)
+        require(out.parent.is_dir(), f"no folder '{out.parent}' to write '{out.name}' into. Create it first.")
+    edited_plan = _plan(options)
     if dry_run:
-        _show(whole, depth, trust_code=trust_code, as_json=as_json)
+        _show(edited_plan, depth, trust_code=trust_code, as_json=as_json)
     else:
-        _write(whole, options["out"], trust_code=trust_code, as_json=as_json)
+        _write(edited_plan, options["out"], trust_code=trust_code, as_json=as_json)
 
 
 def _plan(options: dict[str, Any]) -> "Plan":
@@ -90,9 +90,9 @@ def _edits(options: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the edits of the options, in the order in which they are applied."""
     if "replace_stem" in options:
         yield "replace_stem", {"channels": options["replace_stem"]}
-    ends = {"after": options.get("truncate_after"), "drop": options.get("truncate_drop")}
-    if any(value is not None for value in ends.values()):
-        yield "truncate", {name: value for name, value in ends.items() if value is not None}
+    truncation = {"after": options.get("truncate_after"), "drop": options.get("truncate_drop")}
+    if any(value is not None for value in truncation.values()):
+        yield "truncate", {name: value for name, value in truncation.items() if value is not None}
     for path in options.get("remove", ()):
         yield "remove", {"path": path}
     for option, operation, where in (

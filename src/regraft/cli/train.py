@@ -1,86 +1,48 @@
 """`regraft train`: train a classifier on photos, and write a report."""
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_origin
 
 from typer import Argument, Option
 
 from regraft.cli.output import ConsoleProgress, guarded, require, say, say_json, say_table
+from regraft.train_options import TrainOption, list_options
 
 MAX_STEM = 100  # characters of the data's name in a folder name
 
 
+def with_train_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Put the options of a training run before the command's own, in the signature that typer reads."""
+    own = inspect.signature(command).parameters.values()
+    parameters = [*map(_parameter, list_options()), *(entry for entry in own if entry.kind is not entry.VAR_KEYWORD)]
+    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    return command
+
+
+def _parameter(option: TrainOption) -> inspect.Parameter:
+    """Return a training option as typer declares one: None unless given, so that a file with options can follow."""
+    help_text, kind = option.text.help, option.type
+    if get_origin(kind) is tuple:
+        help_text, kind = f"{help_text} May be repeated.", list[str]
+    elif get_origin(kind) is Literal:
+        kind = str  # checked by `TrainConfig`, whose error names the choices
+    if option.default_text:
+        help_text += f" [default: {option.default_text}]"
+    declaration = Argument(help=help_text) if option.name == "data" else Option(option.flags, help=help_text)
+    return inspect.Parameter(
+        option.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, declaration],
+    )
+
+
 @guarded
+@with_train_options
 def train(
-    data: Annotated[
-        str | None, Argument(help="Folder with train/ and val/, folder with a folder per class, or .csv path,target.")
-    ] = None,
-    model: Annotated[str | None, Option(help="resnet18, timm/NAME, or py:FILE:Class. [default: resnet18]")] = None,
-    weights: Annotated[
-        str | None, Option(help="default, none, a registered name, or a file. [default: default]")
-    ] = None,
-    freeze: Annotated[
-        list[str] | None, Option(help="Layers to freeze: path, glob, re:…, type:…, children[:6]. May be repeated.")
-    ] = None,
-    freeze_until: Annotated[
-        str | None, Option(help="Freeze up to and including this layer, in execution order.")
-    ] = None,
-    unfreeze_all: Annotated[bool | None, Option("--unfreeze-all", help="Train every layer.")] = None,
-    unfreeze: Annotated[
-        str | None, Option(help="Gradual unfreezing in steps LAYERS:EPOCHS, as in head:3,layer4:5,all:10.")
-    ] = None,
-    epochs: Annotated[int | None, Option(help="Number of epochs. [default: 25]")] = None,
-    batch_size: Annotated[int | None, Option(help="Photos per batch. [default: 32]")] = None,
-    optimizer: Annotated[str | None, Option(help="Optimizer, a class of torch.optim. [default: adamw]")] = None,
-    lr: Annotated[float | None, Option(help="Highest learning rate. [default: depends on the trained layers]")] = None,
-    head_start: Annotated[
-        str | None, Option(help="Initial weights of a linear head: auto, given or ridge. [default: auto]")
-    ] = None,
-    backbone_lr: Annotated[
-        float | None,
-        Option(help="Learning rate of everything but the head. [default: as --lr; a twentieth with --unfreeze]"),
-    ] = None,
-    layer_decay: Annotated[float | None, Option(help="Learning-rate factor from each block to the one before.")] = None,
-    weight_decay: Annotated[float | None, Option(help="Weight decay, except biases and norms. [default: 0.05]")] = None,
-    schedule: Annotated[
-        str | None, Option(help="Schedule: cosine (with warm-up) or constant. [default: cosine]")
-    ] = None,
-    augment: Annotated[
-        str | None, Option(help="Augmentation: none, flip, standard or trivial. [default: flip]")
-    ] = None,
-    mixup: Annotated[float | None, Option(help="Mixup of photos or features, as in 0.2. [default: 0]")] = None,
-    loss: Annotated[
-        str | None, Option(help="cross-entropy, focal; regression: mse, l1, huber; or py:FILE:name. [default: by task]")
-    ] = None,
-    label_smoothing: Annotated[float | None, Option(help="Label smoothing, in [0, 1). [default: 0]")] = None,
-    views: Annotated[
-        int | None, Option(help="Number of random views of each photo. [default: a new one each epoch]")
-    ] = None,
-    cache: Annotated[
-        bool | None,
-        Option("--cache/--no-cache", help="Compute frozen layers once, and cache their output. [default: on]"),
-    ] = None,
-    cache_precision: Annotated[
-        str | None, Option(help="Precision of cached features: full, bf16, fp16 or int8. [default: full]")
-    ] = None,
-    fast: Annotated[bool | None, Option("--fast/--exact", help="Faster, with other rounding. [default: fast]")] = None,
-    precision: Annotated[str | None, Option(help="auto, fp32, bf16 or fp16. [default: auto]")] = None,
-    device: Annotated[str | None, Option(help="auto, cpu, cuda, cuda:1, … [default: auto]")] = None,
-    workers: Annotated[int | None, Option(help="Loading processes. [default: automatic]")] = None,
-    seed: Annotated[int | None, Option(help="Random seed. [default: 0]")] = None,
-    image_size: Annotated[int | None, Option(help="Side of the input in pixels. [default: the model's]")] = None,
-    validation_share: Annotated[
-        float | None, Option(help="Share held out if data has no split. [default: 0.2]")
-    ] = None,
-    max_unreadable: Annotated[float | None, Option(help="Share of unreadable files allowed. [default: 0.1]")] = None,
-    on_nan: Annotated[
-        str | None, Option(help="If the loss is NaN or infinite: stop, or skip the step. [default: stop]")
-    ] = None,
-    checkpoint_minutes: Annotated[
-        float | None, Option(help="Minutes between saved states within an epoch. [default: 5]")
-    ] = None,
-    keep_last: Annotated[int | None, Option(help="Number of saved states to keep. [default: 2]")] = None,
-    out: Annotated[str | None, Option(help="Folder for the results. [default: runs/DATA-1, -2, …]")] = None,
+    *,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace existing results in that folder.")] = False,
     resume: Annotated[
         Path | None, Option(help="Resume the run that stopped in this folder, with its own options.")
@@ -88,6 +50,7 @@ def train(
     trust_code: Annotated[bool, Option("--trust-code", help="Allow the import of custom code (py:…).")] = False,
     config: Annotated[Path | None, Option(help="TOML file with these options; flags take precedence.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
+    **train_options: Any,
 ) -> None:
     """Train a classifier on a folder of photos.
 
@@ -95,11 +58,7 @@ def train(
 
     Resume a stopped run: regraft train --resume runs/photos-1
     """
-    flags = {
-        name: value
-        for name, value in locals().items()
-        if value is not None and name not in ("overwrite", "resume", "trust_code", "config", "as_json")
-    }
+    flags = {name: value for name, value in train_options.items() if value is not None}
     from regraft.training.config import make_config, read_config
 
     if resume is not None:

@@ -18,8 +18,8 @@ from PIL import ExifTags, Image, ImageOps
 from regraft.card import Preprocessing
 from regraft.errors import DataError
 
-MAX_RATIO = 4  # of the sides; of longer images only the middle is kept, which the crop would cut out anyway
-AHEAD = 64  # photos that are decoded ahead
+MAX_RATIO = 4  # of the sides; longer images lose their ends, which the center crop removes anyway
+MAX_PENDING = 64  # photos that are decoded ahead
 REDUCTION = 2.0  # a JPEG is decoded at 1/2, 1/4 or 1/8 size if that is still this many times the target size
 QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations
 FILTERS = {
@@ -76,7 +76,7 @@ def decode(source: Path | Image.Image, preprocessing: Preprocessing) -> torch.Te
 def decode_all(paths: Sequence[Path], preprocessing: Preprocessing) -> Iterator[torch.Tensor | Unreadable]:
     """Decode many files with one thread per core, in order; an unreadable file becomes `Unreadable`.
 
-    At most `AHEAD` photos are decoded ahead.
+    At most `MAX_PENDING` photos are decoded ahead.
     """
 
     def attempt(path: Path) -> torch.Tensor | Unreadable:
@@ -90,7 +90,7 @@ def decode_all(paths: Sequence[Path], preprocessing: Preprocessing) -> Iterator[
             pending: deque[Future[torch.Tensor | Unreadable]] = deque()
             for path in paths:
                 pending.append(pool.submit(attempt, path))
-                if len(pending) > AHEAD:
+                if len(pending) > MAX_PENDING:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

@@ -86,11 +86,11 @@ def list_data(path: str | os.PathLike[str], *, validation_share: float = 0.2, se
     if validation_folder is None:
         return _split_folder(root, train_folder, validation_share, seed)
     classes = _class_names(train_folder)
-    measured = _class_names(validation_folder)
-    if set(classes) != set(measured):
+    validation_classes = _class_names(validation_folder)
+    if set(classes) != set(validation_classes):
         raise DataError(
-            f"the classes differ: only in '{train_folder}': {_names(set(classes) - set(measured))}; only in "
-            f"'{validation_folder}': {_names(set(measured) - set(classes))}. Both need the same folders."
+            f"the classes differ: only in '{train_folder}': {_names(set(classes) - set(validation_classes))}; only in "
+            f"'{validation_folder}': {_names(set(validation_classes) - set(classes))}. Both need the same folders."
         )
     train, validation = _samples(train_folder, classes), _samples(validation_folder, classes)
     split = f"as found in {train_folder.name}/ and {validation_folder.name}/"
@@ -113,8 +113,8 @@ def list_labelled(path: str | os.PathLike[str], classes: Sequence[str]) -> tuple
     names = [entry.name for entry in _subfolders(folder)]
     if unknown := sorted(set(names) - set(classes)):
         raise DataError(
-            f"'{folder}' has folders that are none of the model's classes: {_names(set(unknown))}. "
-            f"The model knows {', '.join(map(repr, classes))}. Give a folder that holds folders of those names."
+            f"'{folder}' has folders that are not classes of the model: {_names(set(unknown))}. "
+            f"The model has {', '.join(map(repr, classes))}. Give a folder that holds folders of those names."
         )
     samples = tuple(Sample(file, classes.index(name)) for name in names for file in photos_in(folder / name))
     if not samples:
@@ -214,8 +214,7 @@ def _class_names(folder: Path) -> tuple[str, ...]:
         )
     if len(names) == 1:
         raise DataError(
-            f"'{folder}' has one class only ('{names[0]}'). Telling photos apart needs two or more folders, "
-            "one per class."
+            f"'{folder}' has one class only ('{names[0]}'). Classification needs two or more folders, one per class."
         )
     return names
 
@@ -224,12 +223,12 @@ def _samples(folder: Path, classes: Sequence[str], *, at_least: int = 1) -> tupl
     files = {name: photos_in(folder / name) for name in classes}
     if empty := [name for name, photos in files.items() if not photos]:
         raise DataError(
-            f"no photos for {_names(set(empty))} in '{folder}', hidden files and those of the system left aside. Add "
+            f"no photos for {_names(set(empty))} in '{folder}', not counting hidden and system files. Add "
             "some, or remove the folder."
         )
     if few := [name for name, photos in files.items() if len(photos) < at_least]:
         raise DataError(
-            f"only one photo for {_names(set(few))} in '{folder}': it cannot be both learned from and measured on. "
+            f"only one photo for {_names(set(few))} in '{folder}': training and validation need one each. "
             "Add photos, or make folders train/ and val/."
         )
     return tuple(Sample(file, index) for index, name in enumerate(classes) for file in files[name])
@@ -247,13 +246,13 @@ def _list_table(path: Path, share: float, seed: int) -> Listing:
     if any(split for _, split in rows):
         train = tuple(sample for sample, split in rows if split == "train")
         validation = tuple(sample for sample, split in rows if split == "val")
-        how = "as the column 'split' says"
+        split = "as the column 'split' says"
     else:
         train, validation = stratified_split([sample for sample, _ in rows], share, seed)
-        how = f"{share:.0%} of the rows kept for validation, drawn with seed {seed}"
+        split = f"{share:.0%} of the rows kept for validation, drawn with seed {seed}"
     if not train or not validation:
-        raise DataError(f"'{path}' has {len(train)} rows to learn from and {len(validation)} for validation.")
-    return Listing(path, "regression", None, train, validation, how)
+        raise DataError(f"'{path}' has {len(train)} rows for training and {len(validation)} for validation.")
+    return Listing(path, "regression", None, train, validation, split)
 
 
 def _read_table(path: Path) -> list[tuple[Sample, str]]:
@@ -272,7 +271,7 @@ def _read_table(path: Path) -> list[tuple[Sample, str]]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"'{path}' is no .csv table in UTF-8: {error}.") from error
     if len(rows) < 2:
-        raise DataError(f"'{path}' has {len(rows)} rows; learning and measuring need at least 2.")
+        raise DataError(f"'{path}' has {len(rows)} rows; training and validation need at least 2.")
     return rows
 
 

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
 from regraft.card import Preprocessing
+from regraft.train_options import Augmentation
 
-Augmentation = Literal["none", "flip", "standard", "trivial"]
 Transform = Callable[[torch.Tensor], torch.Tensor]
 MAX_VIEWS = 1_000
 

@@ -1,6 +1,6 @@
-"""Gradual unfreezing inside the loops of Lightning and Hugging Face: the same `Schedule`, called by their callbacks.
+"""Callbacks for Lightning and the `Trainer` of Hugging Face that unfreeze layers by a `Schedule`.
 
-Neither library is needed to import this module.
+This module imports neither library.
 """
 
 from typing import Any
@@ -10,15 +10,15 @@ from regraft.freezing.schedule import Schedule
 
 
 def lightning_callback(schedule: Schedule | str, **rates: Any) -> Any:
-    """Return a Lightning callback that thaws layers as epochs go by.
+    """Return a Lightning callback that unfreezes layers by epoch.
 
-    Call `schedule.start(module.model)` before the optimizer is built, which must hold the trainable parameters alone
-    (`configure_optimizers` with `build_optimizer`). Lightning's own `BackboneFinetuning` knows one backbone and one
-    epoch; this takes any stages.
+    Call `schedule.start(module.model)` before the optimizer is built, which must contain only the trainable parameters
+    (`configure_optimizers` with `build_optimizer`). Lightning's own `BackboneFinetuning` supports one backbone and one
+    epoch; this callback supports any stages.
 
     Args:
         schedule: Stages, or their text as in `"head:3,layer4:5,all:10"`.
-        **rates: `lr` and whatever else `param_groups` takes, for the layers that join.
+        **rates: `lr` and other arguments of `param_groups`, for the newly trainable layers.
 
     Raises:
         ImportError: Lightning is not installed.
@@ -31,28 +31,28 @@ def lightning_callback(schedule: Schedule | str, **rates: Any) -> Any:
     stages = Schedule.parse(schedule) if isinstance(schedule, str) else schedule
 
     class GradualUnfreezing(Callback):
-        """Thaws layers at the beginning of an epoch."""
+        """Unfreezes layers at the beginning of an epoch."""
 
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            """Thaw what joins with this epoch."""
-            running = [config.scheduler for config in trainer.lr_scheduler_configs]
+            """Unfreeze the layers of the stage that begins with this epoch."""
+            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
             model = getattr(pl_module, "model", pl_module)
             for optimizer in trainer.optimizers:
-                stages.advance(
-                    trainer.current_epoch + 1, model, optimizer, scheduler=running[0] if running else None, **rates
-                )
+                scheduler = schedulers[0] if schedulers else None
+                stages.advance(trainer.current_epoch + 1, model, optimizer, scheduler=scheduler, **rates)
 
     return GradualUnfreezing()
 
 
 def trainer_callback(schedule: Schedule | str, **rates: Any) -> Any:
-    """Return a callback for Hugging Face's `Trainer` that thaws layers as epochs go by.
+    """Return a callback for Hugging Face's `Trainer` that unfreezes layers by epoch.
 
-    Call `schedule.start(model)` before the `Trainer` is made: its optimizer then holds the trainable parameters alone.
+    Call `schedule.start(model)` before the `Trainer` is created, so that its optimizer contains only trainable
+    parameters.
 
     Args:
         schedule: Stages, or their text as in `"head:3,layer4:5,all:10"`.
-        **rates: `lr` and whatever else `param_groups` takes, for the layers that join.
+        **rates: `lr` and other arguments of `param_groups`, for the newly trainable layers.
 
     Raises:
         ImportError: transformers is not installed.
@@ -65,10 +65,10 @@ def trainer_callback(schedule: Schedule | str, **rates: Any) -> Any:
     stages = Schedule.parse(schedule) if isinstance(schedule, str) else schedule
 
     class GradualUnfreezing(TrainerCallback):
-        """Thaws layers at the beginning of an epoch."""
+        """Unfreezes layers at the beginning of an epoch."""
 
         def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            """Thaw what joins with this epoch."""
+            """Unfreeze the layers of the stage that begins with this epoch."""
             optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])  # accelerate wraps it
             scheduler = getattr(kwargs.get("lr_scheduler"), "scheduler", kwargs.get("lr_scheduler"))
             epoch = round(state.epoch or 0) + 1

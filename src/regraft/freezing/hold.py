@@ -36,7 +36,7 @@ from regraft.anatomy.mode_dependence import is_pinned, rewrites_weight
 from regraft.anatomy.shape_copies import shared_copy
 
 KEPT, NESTED = "_regraft_kept", "_regraft_nested"  # attributes of a module while its forward runs, never longer
-SOUND = ("torch.nn.modules.", "torchvision.", "timm.", "transformers.")  # in evaluation mode these write only to caches
+TRUSTED_LIBRARIES = ("torch.nn.modules.", "torchvision.", "timm.", "transformers.")  # write only to caches in eval
 TRAIN, RESET, SCRIPTABLE = "train", "reset_running_stats", "__prepare_scriptable__"
 
 
@@ -83,7 +83,7 @@ def remember_state(module: nn.Module, args: Any) -> None:
         (tensors, name, tensor, tensor.detach().clone())
         for layer in module.modules()
         if is_pinned(layer)
-        for tensors, name, tensor in _written(layer)
+        for tensors, name, tensor in _mutable_tensors(layer)
     ]
     vars(module).setdefault(KEPT, []).append(kept)
 
@@ -106,12 +106,12 @@ def restore_state(module: nn.Module, args: Any, output: Any) -> None:
 
 def keeps_state(layer: nn.Module) -> bool:
     """Return whether the forward of `layer` may write to its state in evaluation mode as well."""
-    return next(_written(layer), None) is not None
+    return next(_mutable_tensors(layer), None) is not None
 
 
-def _written(layer: nn.Module) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
+def _mutable_tensors(layer: nn.Module) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
     """Yield the tensors that the forward of `layer` may write to in evaluation mode, as (dict, name, tensor)."""
-    if not type(layer).__module__.startswith(SOUND) or has_foreign_hooks(layer):
+    if not type(layer).__module__.startswith(TRUSTED_LIBRARIES) or has_foreign_hooks(layer):
         for name, tensor in layer._buffers.items():
             if tensor is not None and not is_lazy(tensor):
                 yield layer._buffers, name, tensor
@@ -146,8 +146,8 @@ class PinState:
 
     Attributes:
         pinned: Whether it stays in evaluation mode.
-        by_path: How a layer without parameters was selected itself, which no flag records: `alone`, or `among`
-            parameters, so that it is thawed when all parameters around it are. None: it was not.
+        by_path: How a layer without parameters was selected, which no flag records: `alone`, or `among` parameters, so
+            that it is unpinned when all parameters around it are unfrozen. None: it was not selected itself.
         follow: Called with the module before it goes into training mode, to recompute the pins; None: not called.
         hooks: Which of `PIN_HOOKS` it has.
     """
@@ -169,7 +169,7 @@ class PinState:
         return cls(keeper.is_pinned, keeper.by_path, keeper.follow, hooks)
 
     def apply(self, layer: nn.Module) -> None:
-        """Give `layer` this state, in the place of the one that it has."""
+        """Replace the state of `layer` by this one."""
         if isinstance(layer, torch.jit.ScriptModule):  # takes neither hooks nor attributes
             return
         if self.of(layer) != self:
@@ -234,7 +234,7 @@ class Keeper:
         return result
 
     def leave(self) -> None:
-        """Remove itself, and give the module its own `train` back."""
+        """Remove itself and restore the module's own `train`."""
         self.is_pinned, self.follow = False, None
         if self._own is None:
             vars(self.layer).pop(TRAIN, None)

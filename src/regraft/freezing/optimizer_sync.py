@@ -15,17 +15,17 @@ from regraft.freezing.groups import undecayed_names
 from regraft.freezing.schedule import add_group, require_growing
 
 NO_DECAY = ("bias", "norm")  # as `param_groups` has it
-NOT_COPIED = ("params", "param_names", "lr", "initial_lr", "weight_decay")  # of a group, for another one like it
+NOT_COPIED = ("params", "param_names", "lr", "initial_lr", "weight_decay")  # from the options of a group into a new one
 
 
 @dataclass(frozen=True)
 class Followed:
-    """What `follow` did.
+    """The result of `follow`.
 
     Attributes:
-        dropped: Names, in the network before the edit, of the parameters that the optimizer no longer has.
-        added: Names, in the edited network, of the parameters that it has gained.
-        kept: Number of parameters that go on with their momentum.
+        dropped: Names, before the edit, of the parameters that were removed from the optimizer.
+        added: Names, after the edit, of the parameters that were added to it.
+        kept: Number of parameters that keep their optimizer state.
     """
 
     dropped: tuple[str, ...]
@@ -34,8 +34,8 @@ class Followed:
 
     def __str__(self) -> str:
         names = f" ({', '.join(self.added)})" if self.added else ""
-        gone = len(self.dropped)
-        return f"{gone} parameters dropped, {len(self.added)} added{names}, {self.kept} kept with their state"
+        removed = len(self.dropped)
+        return f"{removed} parameters dropped, {len(self.added)} added{names}, {self.kept} kept with their state"
 
 
 def follow(
@@ -47,24 +47,24 @@ def follow(
     weight_decay: float | None = None,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
 ) -> Followed:
-    """Let an optimizer of `before` go on with `after`, an edit of it, in place.
+    """Update an optimizer of `before` in place for `after`, an edit of it.
 
-    What is gone is dropped with its state; the state of the rest is not touched. What is new and trainable joins a
-    group that exists, so that learning-rate schedulers go on: that of the parameter which had its name, or of those in
-    the layer around it; else the group with the highest rate, which is the head's where the head has a rate of its own.
-    Of groups with that rate it joins the one that decays, or the one that does not, as `param_groups` would have it:
-    biases, other vectors and norms are not decayed where there is a group without decay. Given `lr` or `weight_decay`,
-    it forms groups of its own instead, which have all other options of the group that it would have joined.
+    Removed parameters are dropped with their state; the state of the others does not change. New trainable parameters
+    join an existing group, so that learning-rate schedulers continue: that of the parameter which had the same name, or
+    of those in the layer around it; otherwise the group with the highest rate, which is that of the head if the head
+    has its own. Among groups of that rate, biases, other vectors and norms join one without weight decay, as in
+    `param_groups`, and other parameters one with it. With `lr` or `weight_decay`, new groups are created instead, with
+    all other options of the group that the parameters would have joined.
 
-    What `before` had and the optimizer was not given stays out, as does what is frozen in `after`.
+    Parameters of `before` that the optimizer did not contain stay out, and so do frozen parameters of `after`.
 
     Args:
-        optimizer: Holds parameters of `before`.
+        optimizer: Contains parameters of `before`.
         before: The network before the edit.
         after: The network after it, which shares the parameters that both have.
-        lr: Learning rate of what is new, at the start of the schedule.
-        weight_decay: Decay of what is new; biases, other vectors and norms have none.
-        scheduler: The learning-rate schedule that runs on the optimizer; new groups join it where it stands. Needed
+        lr: Learning rate of new parameters, at the start of the schedule.
+        weight_decay: Weight decay of new parameters; biases, other vectors and norms have none.
+        scheduler: The learning-rate scheduler of the optimizer; new groups join it at its current step. Needed
             with `lr` or `weight_decay` only.
 
     Raises:
@@ -81,8 +81,8 @@ def follow(
     _require_usable(optimizer, before, lr, weight_decay)
     owners = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     names = {id(parameter): name for name, parameter in before.named_parameters()}
-    stay = {id(parameter) for parameter in after.parameters()}
-    gone = {key for key in owners if key in names and key not in stay}
+    remaining = {id(parameter) for parameter in after.parameters()}
+    removed = {key for key in owners if key in names and key not in remaining}
     trainable = {name: parameter for name, parameter in after.named_parameters() if parameter.requires_grad}
     new = {n: p for n, p in trainable.items() if id(p) not in owners and id(p) not in names}
     if not new and not any(id(parameter) in owners for parameter in trainable.values()):
@@ -91,30 +91,32 @@ def follow(
             "with regraft.unfreeze. Nothing was changed."
         )
     undecayed = undecayed_names(after, NO_DECAY)
-    held = {name: owners[id(p)] for name, p in before.named_parameters(remove_duplicate=False) if id(p) in owners}
-    homes = {name: _home(optimizer, _predecessor(held, name), decays=name not in undecayed) for name in new}
+    group_of = {name: owners[id(p)] for name, p in before.named_parameters(remove_duplicate=False) if id(p) in owners}
+    targets = {
+        name: _choose_group(optimizer, _predecessor(group_of, name), decays=name not in undecayed) for name in new
+    }
     if lr is not None or weight_decay is not None:
         require_growing(scheduler)
-        groups = _groups_of_their_own(homes, new, undecayed, lr, weight_decay)
-        _drop(optimizer, gone)
+        groups = _new_groups(targets, new, undecayed, lr, weight_decay)
+        _drop(optimizer, removed)
         for group in groups:
             add_group(optimizer, group, scheduler)
     else:
-        _drop(optimizer, gone)
-        for name, home in homes.items():
-            home["params"].append(new[name])
-            if "param_names" in home:
-                home["param_names"].append(name)
-    dropped = tuple(name for key, name in names.items() if key in gone)
-    return Followed(dropped, tuple(new), len(owners) - len(gone))
+        _drop(optimizer, removed)
+        for name, target in targets.items():
+            target["params"].append(new[name])
+            if "param_names" in target:
+                target["param_names"].append(name)
+    dropped = tuple(name for key, name in names.items() if key in removed)
+    return Followed(dropped, tuple(new), len(owners) - len(removed))
 
 
 def _require_usable(
     optimizer: torch.optim.Optimizer, before: nn.Module, lr: float | None, weight_decay: float | None
 ) -> None:
     kind = type(optimizer).__name__
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if held.isdisjoint(id(parameter) for parameter in before.parameters()):
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if known.isdisjoint(id(parameter) for parameter in before.parameters()):
         raise ConfigError(
             f"this {kind} holds no parameter of the network before the edit. "
             "Pass the optimizer that was built for it. Nothing was changed."
@@ -129,18 +131,20 @@ def _require_usable(
             raise ConfigError(f"{name} is {value}, expected a number from 0 up. Nothing was changed.")
 
 
-def _predecessor(held: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any] | None:
+def _predecessor(group_of: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any] | None:
     """Return the group of the parameter that had a name, or of the last one in the smallest layer around it."""
     around = name
     while around:
-        inside = [group for known, group in held.items() if is_within(known, around)]
+        inside = [group for known, group in group_of.items() if is_within(known, around)]
         if inside:
             return inside[-1]
         around = around.rpartition(".")[0]
     return None
 
 
-def _home(optimizer: torch.optim.Optimizer, predecessor: dict[str, Any] | None, *, decays: bool) -> dict[str, Any]:
+def _choose_group(
+    optimizer: torch.optim.Optimizer, predecessor: dict[str, Any] | None, *, decays: bool
+) -> dict[str, Any]:
     """Return the group that a new parameter joins."""
     groups = optimizer.param_groups
     rate = _rate(predecessor) if predecessor is not None else max(map(_rate, groups))
@@ -149,24 +153,24 @@ def _home(optimizer: torch.optim.Optimizer, predecessor: dict[str, Any] | None, 
     return predecessor if predecessor is not None and any(group is predecessor for group in alike) else alike[-1]
 
 
-def _groups_of_their_own(
-    homes: Mapping[str, dict[str, Any]],
+def _new_groups(
+    targets: Mapping[str, dict[str, Any]],
     new: Mapping[str, nn.Parameter],
     undecayed: Collection[str],
     lr: float | None,
     weight_decay: float | None,
 ) -> list[dict[str, Any]]:
-    """Return one group for the new parameters of each rate and decay, with the other options of their homes."""
+    """Return one group for the new parameters of each rate and decay, with the other options of its target group."""
     groups: dict[tuple[int, float, float | None], dict[str, Any]] = {}
-    for name, home in homes.items():
-        rate = _rate(home) if lr is None else lr
-        decay = home.get("weight_decay")
+    for name, target in targets.items():
+        rate = _rate(target) if lr is None else lr
+        decay = target.get("weight_decay")
         if weight_decay is not None and decay is not None:
             decay = 0.0 if name in undecayed else weight_decay
-        options = {key: value for key, value in home.items() if key not in NOT_COPIED}
+        options = {key: value for key, value in target.items() if key not in NOT_COPIED}
         options |= {"lr": rate} | ({} if decay is None else {"weight_decay": decay})
-        group = groups.setdefault((id(home), rate, decay), options | {"params": []})
-        group["params"].append((name, new[name]) if "param_names" in home else new[name])
+        group = groups.setdefault((id(target), rate, decay), options | {"params": []})
+        group["params"].append((name, new[name]) if "param_names" in target else new[name])
     return list(groups.values())
 
 
@@ -175,11 +179,11 @@ def _rate(group: dict[str, Any]) -> float:
     return float(group.get("initial_lr", group["lr"]))
 
 
-def _drop(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
+def _drop(optimizer: torch.optim.Optimizer, removed: set[int]) -> None:
     for group in optimizer.param_groups:
-        left = [position for position, parameter in enumerate(group["params"]) if id(parameter) not in gone]
+        left = [position for position, parameter in enumerate(group["params"]) if id(parameter) not in removed]
         for parameter in group["params"]:
-            if id(parameter) in gone:
+            if id(parameter) in removed:
                 optimizer.state.pop(parameter, None)
         for key in ("params", "param_names"):  # in place, as some optimizers keep the list itself
             if key in group:

@@ -33,7 +33,7 @@ CLOSED_KINDS = (  # with lists or schedules of their own beside the base rates, 
 
 @dataclass(frozen=True)
 class Stage:
-    """Some epochs, and what joins the training at their beginning: patterns of layers, `head` or `all`."""
+    """A number of epochs, and what becomes trainable with the first: patterns of layers, `head` or `all`."""
 
     patterns: tuple[str, ...]
     epochs: int
@@ -41,9 +41,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Stages one after the other; what has joined stays.
+    """Consecutive stages; layers of earlier stages stay trainable.
 
-    In a loop of one's own:
+    In your own loop:
 
         schedule = Schedule.parse("head:3,layer4:5,all:10")
         schedule.start(model)
@@ -123,19 +123,21 @@ class Schedule:
         weight_decay: float = 0.0,
         **rates: Any,
     ) -> FreezeReport | None:
-        """Begin an epoch: thaw what joins with it, and add that to the optimizer, which keeps the state of the rest.
+        """Begin an epoch: unfreeze the layers of a stage that begins with it, and add them to the optimizer.
+
+        The optimizer keeps its state of the other parameters.
 
         Args:
             epoch: From 1.
             model: The model that `start` was called on.
             optimizer: Gets the newly trainable parameters with the rates that `param_groups` gives them.
-            scheduler: The learning-rate schedule that runs on the optimizer; new groups join it where it stands.
+            scheduler: The learning-rate scheduler of the optimizer; new groups join it at its current step.
             lr: See `param_groups`, as `weight_decay` and the rest.
             weight_decay: See `param_groups`.
             **rates: `layer_decay`, `backbone_lr`, `no_decay`.
 
         Returns:
-            What changed; None where no stage begins with this epoch.
+            The changes; None if no stage begins with this epoch.
 
         Raises:
             ConfigError: `scheduler` is of a kind that new groups cannot join, or the rates contradict each other.
@@ -164,10 +166,10 @@ def add_trainable(
     groups: list[dict[str, Any]],
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
 ) -> int:
-    """Add those parameters of `groups` to a running optimizer that it does not know yet, and return their number.
+    """Add the parameters of `groups` that a running optimizer does not contain yet, and return their number.
 
-    They join the group of the same rate and decay, or form one of their own at the point where the learning-rate
-    schedule stands. The state of what the optimizer knows already (momentum and the like) is left as it is.
+    They join the group of the same rate and decay, or a new group at the current step of the learning-rate schedule.
+    The optimizer state of other parameters (momentum and the like) does not change.
     """
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     added = 0
@@ -189,7 +191,7 @@ def add_group(
     group: dict[str, Any],
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
 ) -> None:
-    """Add a group to a running optimizer; its `lr` is that at the start of the schedule, which it joins where it is."""
+    """Add a group to a running optimizer and its scheduler; `lr` is that at the start of the schedule."""
     first = optimizer.param_groups[0]
     factor = first["lr"] / first["initial_lr"] if first.get("initial_lr") else 1.0
     optimizer.add_param_group({**group, "initial_lr": group["lr"], "lr": group["lr"] * factor})

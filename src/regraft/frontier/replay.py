@@ -13,12 +13,12 @@ else from before the cut, such as a skip connection from stem to head, the NaN r
 compared with the whole network on random inputs, and refused where they differ. Zeros could hide such a connection.
 
 The first live layer may lie inside a layer that is live in part. Candidates are the innermost live layer and then those
-around it. For each, a replay is tried without any of the network's inputs, and then with its inputs of whole numbers
+around it. For each, a replay is tried without any of the network's inputs, and then with its integer inputs
 (tokens, masks), which later layers may need as well.
 
-What else could be done: running the constant layers in every epoch costs what is to be saved; keeping the outputs of
-all of them would allow skip connections, with a cache several times as large; splitting the source of the forward would
-need to understand arbitrary Python.
+Alternatives: running the constant layers in every epoch would save nothing; caching the outputs of all of them would
+allow skip connections, but multiply the size of the cache; splitting the source of the forward would require an
+analysis of arbitrary Python.
 """
 
 from collections.abc import Callable, Iterator
@@ -114,7 +114,7 @@ class Replay(nn.Module):
 
         def replace_arguments(_: nn.Module, args: Any, kwargs: Any) -> Any:
             calls[0] += 1
-            if calls[0] > 1:  # a layer that is called again gets what the live part computed
+            if calls[0] > 1:  # later calls of the layer depend on the live part
                 return None
             return unflatten_call(self.boundary.form, recorded)
 
@@ -126,7 +126,7 @@ class Replay(nn.Module):
         finally:
             handle.remove()
         if not calls[0]:
-            raise ModelError(f"its forward goes elsewhere than to '{self.boundary.layer}' when the rest is replayed.")
+            raise ModelError(f"its forward does not call '{self.boundary.layer}' in a replay.")
         return output
 
 
@@ -143,7 +143,7 @@ def record_and_replay(model: nn.Module, arguments: Arguments) -> tuple[Recording
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with preserved_randomness(0):
-        # Two sizes tell the dimension of images from others. The third batch is for the comparison with the network.
+        # Two batch sizes identify the batch dimension. The third batch is for the comparison with the network.
         drawn = [arguments.drawn(count, device) for count in (*BATCHES, BATCHES[0])]
         problem: ModelError | None = None
         parts = list(_parts(model, _unused_parameters(model, arguments)))
@@ -198,9 +198,9 @@ def _boundary(
         if a.ndim and b.ndim
     ) and all(tensor.ndim for tensor in tensors)
     if form != other_form:
-        raise ModelError(f"what its first live layer '{layer}' is given has not always the same form.")
+        raise ModelError(f"the arguments of its first live layer '{layer}' do not always have the same structure.")
     if len(tensors) != len(other_tensors) or not tensors or not is_batched:
-        raise ModelError(f"what its first live layer '{layer}' is given is not one row for each image.")
+        raise ModelError(f"the arguments of its first live layer '{layer}' do not have one row for each image.")
     if [name for name, _ in before] != [name for name, _ in other_before]:
         raise ModelError("its forward does not always call the same layers.")
     stubs: Stubs = {}
@@ -218,7 +218,7 @@ def _boundary(
 
 
 def _unused_parameters(model: nn.Module, arguments: Arguments) -> list[nn.Parameter]:
-    """List the trainable parameters that the forward uses in neither mode; a layer is not live because of them."""
+    """List the trainable parameters that the forward uses in neither mode, which do not make a layer live."""
     used: set[str] = set()
     for training in (False, True):
         try:
@@ -291,7 +291,9 @@ def _record(model: nn.Module, boundary: Boundary, args: Any, kwargs: Any) -> tup
     except StoppedError as stopped:
         tensors, form = flatten_call(stopped.call)
         if form != boundary.form:
-            raise ModelError(f"its forward passes something else to '{boundary.layer}' than before.") from stopped
+            raise ModelError(
+                f"the arguments of '{boundary.layer}' have another structure than in the recording."
+            ) from stopped
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         return (*tensors, *(inputs[position] for position in boundary.kept))
     finally:
@@ -351,5 +353,5 @@ def _require_equal(model: nn.Module, recording: Recording, replay: Replay, input
     if len(parted) != len(whole) or not all(torch.equal(a, b) for a, b in zip(parted, whole, strict=True)):
         mode = "training" if training else "evaluation"
         raise ModelError(
-            f"its forward takes more from before '{replay.boundary.layer}' than that layer is given (in {mode} mode)."
+            f"its forward uses more from before '{replay.boundary.layer}' than that layer's arguments ({mode} mode)."
         )

@@ -15,7 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from regraft.anatomy.dataflow.values import BATCHES
 from regraft.errors import ModelError
 
-Stubs = dict[str, tuple[Callable[[int, torch.device], Any], ...]]  # by layer: functions that make its outputs, by call
+Stubs = dict[str, tuple[Callable[[int, torch.device], Any], ...]]  # layer → a function per call that creates its output
 Form = tuple[TreeSpec, tuple[Any, ...]]  # of nested arguments: their structure, and the leaves that are not tensors
 
 
@@ -40,27 +40,27 @@ def stubbed(model: nn.Module, stubs: Stubs, count: int, device: torch.device) ->
                 layer.__dict__["forward"] = before[name]
 
 
-def _stub_forward(forward: Any, makers: tuple[Any, ...], count: int, device: torch.device) -> Callable[..., Any]:
-    remaining = iter(makers)
+def _stub_forward(forward: Any, outputs: tuple[Any, ...], count: int, device: torch.device) -> Callable[..., Any]:
+    remaining = iter(outputs)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        # There is one stub for each call before the boundary. Later calls of a shared layer get real inputs.
-        make = next(remaining, None)
-        return forward(*args, **kwargs) if make is None else make(count, device)
+        # One stub for each call before the boundary; later calls of a shared layer get real inputs.
+        create = next(remaining, None)
+        return forward(*args, **kwargs) if create is None else create(count, device)
 
     return run
 
 
 def stub(name: str, output: Any, other_output: Any) -> Callable[[int, torch.device], Any]:
-    """Return a function that makes a placeholder of a layer's output for a batch of any size.
+    """Return a function that creates a placeholder of a layer's output for any batch size.
 
     Args:
         name: Path of the layer.
         output: Its output for the first of `BATCHES`.
-        other_output: Its output for the second. A dimension that differs between the two is that of images.
+        other_output: Its output for the second. A dimension that differs between the two is the batch dimension.
 
     Raises:
-        ModelError: The output holds whole numbers, which have no NaN, or sizes that depend on more than the batch.
+        ModelError: The output contains integers, which have no NaN, or sizes that depend on more than the batch.
     """
 
     def form_of(small: Any, large: Any) -> Any:
@@ -68,16 +68,16 @@ def stub(name: str, output: Any, other_output: Any) -> Callable[[int, torch.devi
             return lambda count, device: small
         sizes = [(a, b) for a, b in zip(small.shape, large.shape, strict=True)]
         if not small.is_floating_point() or any(a != b and (a, b) != BATCHES for a, b in sizes):
-            raise ModelError(f"layer '{name}' returns something that cannot be left out.")
+            raise ModelError(f"layer '{name}' returns a value that cannot be replaced by a stub.")
         dtype = small.dtype
         return lambda count, device: placeholder([a if a == b else count for a, b in sizes], dtype, device)
 
     forms = tree_map(form_of, output, other_output)
-    return lambda count, device: tree_map(lambda make: make(count, device), forms)
+    return lambda count, device: tree_map(lambda create: create(count, device), forms)
 
 
 def placeholder(shape: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return a tensor of NaN (0 for whole numbers): one element in memory, expanded to the shape."""
+    """Return a tensor of NaN (0 for integers): one element in memory, expanded to the shape."""
     return torch.full((), float("nan") if dtype.is_floating_point else 0, dtype=dtype, device=device).expand(*shape)
 
 

@@ -1,4 +1,4 @@
-"""Carry out the steps of a recipe."""
+"""Apply the steps of a recipe."""
 
 import inspect
 from collections.abc import Callable
@@ -20,14 +20,14 @@ LAYERS = ("new", "layers")  # arguments that hold layers, described as text
 
 
 def apply_step(model: nn.Module, step: Step, *, trust_code: bool = False) -> nn.Module:
-    """Carry out one step of a recipe.
+    """Apply one step of a recipe.
 
     Raises:
-        EditError: The step does not fit, or lacks what its operation takes.
+        EditError: The step does not fit, or its arguments are not those of the operation.
         TrustError: It names a class of the user's own, and `trust_code` is false.
     """
     shown = shortened(str(step), 200)
-    arguments = {name: _built(value, trust_code) if name in LAYERS else value for name, value in step.arguments.items()}
+    arguments = {name: _build(value, trust_code) if name in LAYERS else value for name, value in step.arguments.items()}
     edit: Callable[..., nn.Module] = {
         "append": lambda model, layers: append(model, *layers),
         "insert": insert,
@@ -41,7 +41,7 @@ def apply_step(model: nn.Module, step: Step, *, trust_code: bool = False) -> nn.
         inspect.signature(edit).bind(model, **arguments)
     except TypeError as error:
         raise EditError(
-            f"{shown} cannot be carried out: {error}. Its arguments are those of regraft.{step.operation}."
+            f"{shown} cannot be applied: {error}. Its arguments are those of regraft.{step.operation}."
         ) from error
     try:
         return edit(model, **arguments)
@@ -50,24 +50,24 @@ def apply_step(model: nn.Module, step: Step, *, trust_code: bool = False) -> nn.
             raise
         raise EditError(shortened(str(error), MAX_MESSAGE)) from error
     except ArgumentError as error:
-        raise EditError(f"{shown} cannot be carried out: {error}") from error
+        raise EditError(f"{shown} cannot be applied: {error}") from error
     except RegraftError:
         raise
     except Exception as error:  # a recipe is data from anywhere
         raise EditError(
-            f"{shown} cannot be carried out: {type(error).__name__}: {str(error)[:200]}. Its arguments are those of "
+            f"{shown} cannot be applied: {type(error).__name__}: {str(error)[:200]}. Its arguments are those of "
             f"regraft.{step.operation}."
         ) from error
 
 
-def _built(value: Any, trust_code: bool) -> Any:
+def _build(value: Any, trust_code: bool) -> Any:
     if isinstance(value, list):
-        return [layer for item in value for layer in _all_built(item, trust_code)]
+        return [layer for item in value for layer in _build_listed(item, trust_code)]
     if isinstance(value, dict):
-        return {path: _built(layer, trust_code) for path, layer in value.items()}
+        return {path: _build(layer, trust_code) for path, layer in value.items()}
     return construct(value, trust_code=trust_code) if isinstance(value, str) else value
 
 
-def _all_built(value: Any, trust_code: bool) -> list[Any]:
-    """Build the layers of one text, which may name several."""
+def _build_listed(value: Any, trust_code: bool) -> list[Any]:
+    """Build the layers of one item of a list, whose text may name several."""
     return construct_all(value, trust_code=trust_code) if isinstance(value, str) else [value]

@@ -109,7 +109,7 @@ def train(run: Run, saved_run: SavedRun | None) -> FitResult:
         out=run.folder.path if run.folder else None,
         checkpoint=run.folder.checkpoint if run.folder else None,
         computed_once=first_data.frontier.summary(config.epochs) if first_data.frontier is not None else None,
-        not_once_because=first_data.not_once_because,
+        cache_disabled_reason=first_data.cache_disabled_reason,
     )
 
 

@@ -166,8 +166,8 @@ def _read(
         train_data = load_train_data(data, listing, facts.preprocessing, config, progress)
     if extractor is not None or reason is None:
         return train_data
-    progress.say(f"frontier   every epoch runs the whole network: {reason}")
-    return replace(train_data, not_once_because=reason)
+    progress.say(f"caching    disabled, every epoch runs the full network: {reason}")
+    return replace(train_data, cache_disabled_reason=reason)
 
 
 def _lines(setup: TrainSetup, config: TrainConfig) -> Iterator[str]:

@@ -13,8 +13,8 @@ from regraft.anatomy.modes import evaluation_mode, preserved_randomness
 from regraft.arguments import usable_device
 from regraft.errors import DataError, LossError, ModelError, RunError
 from regraft.progress import SILENT, Progress
+from regraft.train_options import OnNan
 from regraft.training.checks.targets import batch_loss
-from regraft.training.config import OnNan
 from regraft.training.losses import Loss, is_mean_over_samples
 from regraft.training.micro_batch import (
     SINGLE_SAMPLE_MESSAGE,

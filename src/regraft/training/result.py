@@ -1,5 +1,6 @@
 """The result of a training run, as one value from which a report can be written."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -139,7 +140,7 @@ class FitResult:
         out: Folder of the results; None if nothing was written.
         checkpoint: Path of the saved model; None if nothing was written.
         computed_once: The part that was computed once; None if every epoch ran the whole network.
-        not_once_because: Why every epoch ran it; None if a part was computed once, or if nothing is frozen.
+        cache_disabled_reason: Why every epoch ran it; None if a part was computed once, or if nothing is frozen.
     """
 
     model: nn.Module
@@ -155,7 +156,14 @@ class FitResult:
     out: Path | None = None
     checkpoint: Path | None = None
     computed_once: ComputedOnce | None = None
-    not_once_because: str | None = None
+    cache_disabled_reason: str | None = None
+
+    @property
+    def not_once_because(self) -> str | None:
+        """The old name of `cache_disabled_reason`, for one more version."""
+        message = "FitResult.not_once_because is deprecated. Use cache_disabled_reason."
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return self.cache_disabled_reason
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON data, without weights and scores."""
@@ -167,7 +175,8 @@ class FitResult:
             "epochs": [record.to_row() for record in self.history],
             "seconds": self.seconds,
             "computed_once": asdict(self.computed_once) if self.computed_once else None,
-            "not_once_because": self.not_once_because,
+            "cache_disabled_reason": self.cache_disabled_reason,
+            "not_once_because": self.cache_disabled_reason,  # the old name, for one more version
             "parameters": self.plan.parameters,
             "trainable": self.plan.trainable,
             "classes": self.plan.classes,

@@ -24,9 +24,10 @@ from regraft.freezing.schedule import Schedule
 from regraft.freezing.state import FreezeState
 from regraft.frontier.cache.store import Store
 from regraft.progress import Progress
+from regraft.train_options import HeadStart
 from regraft.training.checks.trial import try_one_batch
 from regraft.training.checks.weight_types import type_names
-from regraft.training.config import FINE_TUNE_LR, HEAD_LR, SCRATCH_LR, HeadStart, TrainConfig
+from regraft.training.config import FINE_TUNE_LR, HEAD_LR, SCRATCH_LR, TrainConfig
 from regraft.training.features.batches import FeatureBatches
 from regraft.training.features.extract import Extractor
 from regraft.training.heads.sweep import DECAYS, Sweep, ridge_obstacle, ridge_start, sweep_heads
@@ -289,7 +290,7 @@ def _require_ridge_start(live: nn.Module, train_data: TrainData) -> dict[str, to
             return start
         reason = reason or "not all of the features are finite"
     else:
-        reason = train_data.not_once_because or "nothing is computed once"
+        reason = train_data.cache_disabled_reason or "nothing is computed once"
     raise ConfigError(
         f"--head-start ridge needs a linear head on features that are computed once, and few enough of them: {reason}. "
         "Freeze everything but the last layer, or leave the option out."

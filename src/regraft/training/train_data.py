@@ -47,7 +47,7 @@ class TrainData:
         unreadable: Files that are skipped.
         photos: Training and validation photos; None for other data.
         frontier: Features that were computed once; None if the whole network runs in every epoch.
-        not_once_because: Why it runs in every epoch; None without a reason to report.
+        cache_disabled_reason: Why it runs in every epoch; None without a reason to report.
         first_targets: Targets of the first training batch; None for photos.
     """
 
@@ -60,7 +60,7 @@ class TrainData:
     unreadable: tuple[Unreadable, ...] = ()
     photos: tuple[Photos, Photos] | None = None
     frontier: Frontier | None = None
-    not_once_because: str | None = None
+    cache_disabled_reason: str | None = None
     first_targets: torch.Tensor | None = None
 
 

@@ -1,7 +1,7 @@
 """Identify files that are not readable as weights: a pointer, a web page, an archive, a file of another framework.
 
-A file is identified by its first bytes, and by its name only for formats without a signature. The messages say what to
-do, because the usual causes are a failed download and a file of another framework.
+A file is identified by its first bytes, and by its name only for formats without a signature. Messages include a
+remedy, because the usual causes are a failed download and a file of another framework.
 """
 
 import json

@@ -2,8 +2,7 @@
 
 The tensors that one layer owns (weight, bias, running statistics) form a unit. Two units are candidates for a pair if
 the shapes of all their tensors are equal. The pairs are the longest common subsequence of both lists, weighted by how
-similar the names are. It is computed from the front and from the back: where both agree on a pair, the order leaves no
-choice.
+similar the names are. It is computed from the front and from the back: a pair on which both agree is unambiguous.
 """
 
 import functools
@@ -31,7 +30,7 @@ class Unit:
     """The tensors that one layer owns.
 
     Attributes:
-        path: Path of the layer; the name of the tensor itself if it is no weight, bias or running statistic.
+        path: Path of the layer; the name of the tensor if it is not a weight, bias or running statistic.
         members: Name of each tensor by its role.
         signature: (role, shape without dimensions of length 1) of each tensor.
         exact: (role, shape) of each tensor.
@@ -61,7 +60,7 @@ def units_of(shapes: Mapping[str, Shape]) -> list[Unit]:
 
 
 def single_units(shapes: Mapping[str, Shape]) -> list[Unit]:
-    """Make one unit of each tensor; scalars such as `num_batches_tracked` belong to none."""
+    """Return one unit per tensor; scalars such as `num_batches_tracked` are ignored."""
     return [_unit(name, {"value": name}, shapes) for name, shape in shapes.items() if shape]
 
 
@@ -76,7 +75,7 @@ def align(
         by_name: Whether similar names add to the weight of a pair; otherwise only shapes and order count.
 
     Returns:
-        Pairs of positions; and position in `model_units` → positions in `file_units`, where the order leaves a choice.
+        Pairs of positions; and position in `model_units` → positions in `file_units`, where the order is ambiguous.
     """
     pairs = _subsequence(file_units, model_units, by_name=by_name)
     reversed_pairs = _subsequence(file_units[::-1], model_units[::-1], by_name=by_name)
@@ -101,7 +100,9 @@ def assign(file_units: Sequence[Unit], model_units: Sequence[Unit]) -> list[tupl
     for file_positions, model_positions in groups.values():
         is_only = len(file_positions) == len(model_positions) == 1
         ranked = sorted(
-            (-likeness(file_units[i].path, model_units[j].path), i, j) for i in file_positions for j in model_positions
+            (-path_similarity(file_units[i].path, model_units[j].path), i, j)
+            for i in file_positions
+            for j in model_positions
         )
         used_file: set[int] = set()
         used_model: set[int] = set()
@@ -126,7 +127,7 @@ def words_of(path: str) -> list[tuple[str, str]]:
     return pieces
 
 
-def likeness(a: str, b: str) -> float:
+def path_similarity(a: str, b: str) -> float:
     """Return the similarity of two paths, from 0 to 1: the mean of the shares of common words and of common numbers."""
     (words_a, numbers_a), (words_b, numbers_b) = _parsed(a), _parsed(b)
     common = len(words_a & words_b) / max(1, len(words_a | words_b))
@@ -165,7 +166,7 @@ def _subsequence(file_units: Sequence[Unit], model_units: Sequence[Unit], *, by_
             value = max(below[j], row[j + 1])
             if rows[i] == columns[j]:
                 # Each pair weighs 1 and similar names add at most 0.5, so the number of pairs counts more than names.
-                weight = 1 + (likeness(file_units[i].path, model_units[j].path) / 2 if by_name else 0)
+                weight = 1 + (path_similarity(file_units[i].path, model_units[j].path) / 2 if by_name else 0)
                 gain[i, j] = weight
                 value = max(value, weight + below[j + 1])
             row[j] = value

@@ -1,12 +1,14 @@
 """The report of a load: what was loaded and what was not, printable as a table and as JSON."""
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-Sureness = Literal["certain", "likely", "guess"]
-SURENESS: tuple[Sureness, ...] = ("certain", "likely", "guess")  # surest first
+Confidence = Literal["certain", "likely", "ambiguous"]
+CONFIDENCE_LEVELS: tuple[Confidence, ...] = ("certain", "likely", "ambiguous")  # highest first
+OLD_LEVEL = "guess"  # what "ambiguous" was called, for one more version
 ROWS = 40  # of a table
 
 
@@ -17,7 +19,7 @@ class Match:
     Attributes:
         name: Name in the model.
         source: Name in the file.
-        sure: `certain` (by names), `likely` (by shapes and order) or `guess`.
+        confidence: `certain` (by names), `likely` (by shapes and order) or `ambiguous`.
         reason: Why they belong together.
         shape: Its shape in the file.
         loaded: Whether it was loaded; in a dry run, whether it would be.
@@ -25,10 +27,24 @@ class Match:
 
     name: str
     source: str
-    sure: Sureness
+    confidence: Confidence
     reason: str
     shape: tuple[int, ...] = ()
     loaded: bool = True
+
+    @property
+    def sure(self) -> str:
+        """The old name of `confidence`, for one more version; its lowest level was called `guess`."""
+        warnings.warn("Match.sure is deprecated. Use Match.confidence.", DeprecationWarning, stacklevel=2)
+        return self._old_level
+
+    @property
+    def _old_level(self) -> str:
+        return OLD_LEVEL if self.confidence == "ambiguous" else self.confidence
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the match as JSON data, under `sure` with the old name of its confidence as well."""
+        return {**asdict(self), "sure": self._old_level}
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,7 @@ class LoadReport:
         gaps: Names of the parameters outside of the head that keep their values; a warning names them as well.
         reasons: Name → why a mismatched tensor does not fit, where the reason is not its shape.
         notes: What was unwrapped or stripped, and what probably explains the differences.
-        matches: The pairs of tensors, with their level of sureness; includes those that were not sure enough to load.
+        matches: The pairs of tensors, with their confidence; includes those whose confidence was too low to load them.
         adapted: What was changed to fit.
         left_out: Other entries of the file, such as the state of an optimizer.
         share: Loaded share of the model's parameters, from 0 to 1; a head for other classes is not counted.
@@ -87,14 +103,14 @@ class LoadReport:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of tensors that were loaded, missing, unexpected and mismatched, and of matches by sureness."""
+        """Number of tensors that were loaded, missing, unexpected and mismatched, and of matches by confidence."""
         lists = {name: len(getattr(self, name)) for name in ("loaded", "missing", "unexpected", "mismatched")}
-        sure = Counter(match.sure for match in self.matches)
-        return {**lists, **{word: sure[word] for word in SURENESS}}
+        levels = Counter(match.confidence for match in self.matches)
+        return {**lists, **{level: levels[level] for level in CONFIDENCE_LEVELS}, OLD_LEVEL: levels["ambiguous"]}
 
     @property
     def proposed(self) -> tuple[Match, ...]:
-        """The matches that were not loaded, because they are not sure enough."""
+        """The matches that were not loaded, because their confidence is too low."""
         return tuple(match for match in self.matches if not match.loaded)
 
     def headline(self) -> str:
@@ -113,7 +129,7 @@ class LoadReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON data."""
-        return {**asdict(self), "counts": self.counts}
+        return {**asdict(self), "matches": [match.to_dict() for match in self.matches], "counts": self.counts}
 
     def __str__(self) -> str:
         return "\n".join([self.headline(), *self._lines()])
@@ -126,13 +142,13 @@ class LoadReport:
             yield f"adapted: {change.name + ' ' if change.name else ''}{change.what}"
         if self.left_out:
             yield f"left out: {some(self.left_out, 8)}"
-        shown = [match for match in self.matches if match.name != match.source or match.sure != "certain"]
+        shown = [match for match in self.matches if match.name != match.source or match.confidence != "certain"]
         if shown:
             rows = [
                 (match.source, match.name, shape_text(match.shape) or "scalar", self._taken(match), match.reason)
                 for match in shown[:ROWS]
             ]
-            head = ("in the file", "in the model", "shape", "sure", "because")
+            head = ("in the file", "in the model", "shape", "confidence", "because")
             yield from aligned([head, *rows], [False] * 5)
             if len(shown) > ROWS:
                 yield f"… and {len(shown) - ROWS} more"
@@ -141,7 +157,15 @@ class LoadReport:
                 yield f"{word}: {text}"
 
     def _taken(self, match: Match) -> str:
-        return match.sure if match.loaded else f"{match.sure}, not taken"
+        return match.confidence if match.loaded else f"{match.confidence}, not taken"
+
+
+def confidence_of(level: str) -> Confidence:
+    """Return the confidence that an argument names, also by its old name, which warns; others are checked later."""
+    if level == OLD_LEVEL:
+        warnings.warn(f'"{OLD_LEVEL}" is deprecated. Use "ambiguous".', DeprecationWarning, stacklevel=3)
+        return "ambiguous"
+    return cast(Confidence, level)
 
 
 def some(names: Iterable[str], count: int = 3) -> str:

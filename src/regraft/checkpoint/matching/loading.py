@@ -21,7 +21,15 @@ from regraft.checkpoint.matching.alignment import COUNTER
 from regraft.checkpoint.matching.diagnosis import diagnose
 from regraft.checkpoint.matching.library_names import renamed_by_libraries
 from regraft.checkpoint.matching.load_plan import MIN_SHARE, LoadPlan, UnfitError, carry_out, slots_of
-from regraft.checkpoint.matching.load_report import SURENESS, Adaptation, LoadReport, Match, Sureness, some
+from regraft.checkpoint.matching.load_report import (
+    CONFIDENCE_LEVELS,
+    Adaptation,
+    Confidence,
+    LoadReport,
+    Match,
+    confidence_of,
+    some,
+)
 from regraft.checkpoint.matching.mapping import Proposal, match_shapes, propose
 from regraft.checkpoint.matching.naming import renamed, strip_wrapper_parts
 from regraft.checkpoint.matching.parts import joined_parts
@@ -35,7 +43,7 @@ class Rules:
     rename: Mapping[str, str] = field(default_factory=dict)
     match: Literal["names", "shapes"] = "names"
     entry: str | None = None
-    accept: Sureness = "certain"
+    accept: Confidence = "certain"
     adapt: Collection[Adaptable] = ("positions", "stem")
     may_adapt: bool = True  # whether the public function has an argument `adapt` that a message may suggest
 
@@ -43,8 +51,8 @@ class Rules:
         problem = None
         if self.match not in ("names", "shapes"):
             problem = f"match is {self.match!r}, expected 'names' or 'shapes'"
-        elif self.accept not in SURENESS:
-            problem = f"accept is {self.accept!r}, expected one of {', '.join(SURENESS)}"
+        elif self.accept not in CONFIDENCE_LEVELS:
+            problem = f"accept is {self.accept!r}, expected one of {', '.join(CONFIDENCE_LEVELS)}"
         elif isinstance(self.adapt, str) or not set(self.adapt) <= {"positions", "stem", "head"}:
             problem = f"adapt is {self.adapt!r}, expected some of 'positions', 'stem', 'head' in a tuple"
         if problem:
@@ -58,7 +66,7 @@ def load_weights(
     rename: Mapping[str, str] | None = None,
     match: Literal["names", "shapes"] = "names",
     entry: str | None = None,
-    accept: Sureness = "certain",
+    accept: Confidence = "certain",
     adapt: Collection[Adaptable] = ("positions", "stem"),
     min_share: float = MIN_SHARE,
     strict: bool = False,
@@ -82,7 +90,7 @@ def load_weights(
         match: `"names"`, or `"shapes"` to pair tensors by order and shape alone, where no names fit but the structure
             is the same; an error where the order leaves a choice.
         entry: Key of the state dict to load where the file holds several, as in `"ema"` or `"teacher"`.
-        accept: Lowest level of sureness at which a pair is loaded: `"certain"`, `"likely"` or `"guess"`.
+        accept: Lowest confidence at which a pair is loaded: `"certain"`, `"likely"` or `"ambiguous"`.
         adapt: What may be changed to fit: `"positions"` (position embeddings of another image size are resampled as
             timm does), `"stem"` (the first convolution takes another number of channels), `"head"` (the first classes
             are copied where their number differs; otherwise the head keeps its values).
@@ -100,7 +108,7 @@ def load_weights(
             or less than `min_share`; `strict` and not everything does. Nothing was changed.
     """
     check_arguments(load_weights, locals())
-    rules = Rules(rename or {}, match, entry, accept, adapt)
+    rules = Rules(rename or {}, match, entry, confidence_of(accept), adapt)
     plan = plan_loading(model, read_state_dicts(Path(path)), rules)
     if dry_run:
         return replace(plan.report, dry_run=True)
@@ -163,7 +171,7 @@ def _require_all_parts(plan: LoadPlan, joined: LoadPlan, contents: StateDicts) -
         raise UnfitError(
             f"'{contents.path}' keeps a network in parts: {listed(contents.entries)}. One of them has "
             f"'{waiting[0].source}', which may be '{waiting[0].name}' of the model, but that is no more "
-            f"than {waiting[0].sure}.",
+            f"than {waiting[0].confidence}.",
             "Look with dry_run=True (--dry-run), or rename the parts with rename={…} (--rename), or take one alone "
             "with entry=KEY (--entry KEY).",
         )
@@ -203,7 +211,7 @@ def _plan_entry(model: nn.Module, slots: Tensors, contents: StateDicts, chosen: 
     fitter = Fitter(model, slots, by_model_name, rules.adapt)
     # match="shapes" refuses every ambiguous order itself, so all of its pairs are accepted.
     values, matches, mismatched, adapted = _fit_tensors(
-        proposal, tensors, slots, fitter, "guess" if by_shape else rules.accept
+        proposal, tensors, slots, fitter, "ambiguous" if by_shape else rules.accept
     )
     report = _build_report(slots, contents, chosen, proposal, fitter, (values, matches, mismatched, adapted))
     rest = [entry for entry in contents.entries if entry.key not in (chosen.key, *chosen.parts)]
@@ -230,7 +238,7 @@ def _plan_entry(model: nn.Module, slots: Tensors, contents: StateDicts, chosen: 
 
 
 def _fit_tensors(
-    proposal: Proposal, tensors: Tensors, slots: Tensors, fitter: Fitter, accept: Sureness
+    proposal: Proposal, tensors: Tensors, slots: Tensors, fitter: Fitter, accept: Confidence
 ) -> tuple[Tensors, list[Match], dict[str, str], list[Adaptation]]:
     """Adapt each pair of a proposal to the model.
 
@@ -244,7 +252,7 @@ def _fit_tensors(
     adapted: list[Adaptation] = []
     for pair in proposal.matches:
         tensor, slot = tensors[pair.source], slots[pair.name]
-        is_taken = SURENESS.index(pair.sure) <= SURENESS.index(accept)
+        is_taken = CONFIDENCE_LEVELS.index(pair.confidence) <= CONFIDENCE_LEVELS.index(accept)
         # Integers in the place of floats are usually quantized weights: a cast would load them without their scale.
         if not same_kind(tensor, slot):
             mismatched[pair.name] = f"is {_dtype(tensor.dtype)} in the file and {_dtype(slot.dtype)} in the model"

@@ -1,10 +1,10 @@
-"""Map the tensors of a file to the tensors of a model, with a level of sureness for each pair.
+"""Map the tensors of a file to the tensors of a model, with a level of confidence for each pair.
 
 Two steps, from strong evidence to weak:
 
 1. Names. Prefixes and parts that wrappers add are removed (see `naming`). Equal names are `certain`.
 2. Structure, for what is left. Tensors of one layer form a unit. Units are aligned in order by equal shapes and similar
-   names (see `alignment`). Such a pair is `likely` or a `guess`, with one exception: it is `certain` where one
+   names (see `alignment`). Such a pair is `likely` or `ambiguous`, with one exception: it is `certain` where one
    consistent renaming of words explains every pair, numbers, order and shapes agree, nothing but a head is left over,
    and a renamed word occurs in at least half of all layers.
 
@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from regraft.checkpoint.matching.alignment import COUNTER, ROLES, Unit, align, assign, single_units, units_of, words_of
-from regraft.checkpoint.matching.load_report import SURENESS, Match, Sureness
+from regraft.checkpoint.matching.load_report import CONFIDENCE_LEVELS, Confidence, Match
 from regraft.checkpoint.matching.naming import Shapes, fit_names
 from regraft.errors import CheckpointError
 
@@ -70,8 +70,8 @@ def propose(file_shapes: Shapes, model_shapes: Shapes, *, is_ordered: bool = Tru
     for source, name in sorted(naming.names.items(), key=lambda item: item[0] != item[1]):
         if name in model_shapes and name not in matches:
             same = "same name" if name == source else "same name without what a wrapper added"
-            sure, reason = naming.sure.get(source, ("certain", same))
-            matches[name] = Match(name, source, sure, reason, file_shapes[source])
+            confidence, reason = naming.uncertain.get(source, ("certain", same))
+            matches[name] = Match(name, source, confidence, reason, file_shapes[source])
     matches = _match_shifted_rows(
         matches, {naming.names[source]: source for source in file_shapes}, file_shapes, model_shapes
     )
@@ -146,13 +146,13 @@ def match_shapes(file_shapes: Shapes, model_shapes: Shapes, *, is_ordered: bool 
     )
 
 
-def weakest(matches: Iterable[Match]) -> Sureness:
-    """Return the lowest level of sureness among some matches.
+def weakest(matches: Iterable[Match]) -> Confidence:
+    """Return the lowest confidence among some matches.
 
     >>> weakest([Match("a", "a", "certain", ""), Match("b", "c", "likely", "")])
     'likely'
     """
-    return SURENESS[max((SURENESS.index(match.sure) for match in matches), default=0)]
+    return CONFIDENCE_LEVELS[max((CONFIDENCE_LEVELS.index(match.confidence) for match in matches), default=0)]
 
 
 def _match_structure(
@@ -190,32 +190,32 @@ def _match_structure(
         counts = counts_file[file_unit.signature], counts_model[model_unit.signature]
         # From the strongest evidence to the weakest; the first that applies gives the level.
         if j not in choices and j in explained:
-            sure, reason = "certain", f"{explained[j]}, and numbers, order and shapes agree"
+            confidence, reason = "certain", f"{explained[j]}, and numbers, order and shapes agree"
         elif is_small:
-            sure, reason = "guess", "shape; most names are equal, so this may be another part of the network"
+            confidence, reason = "ambiguous", "shape; most names are equal, so this may be another part of the network"
         elif counts == (1, 1):
-            sure, reason = "likely", "the only ones of these shapes"
+            confidence, reason = "likely", "the only ones of these shapes"
         elif is_complete and j not in choices:
-            sure, reason = "likely", f"order and shape; {counts[0] - 1} more layers of these shapes"
+            confidence, reason = "likely", f"order and shape; {counts[0] - 1} more layers of these shapes"
         else:
-            sure, reason = "guess", f"shape, one of {max(counts)} layers of these shapes"
-        matches += _match_units(file_unit, model_unit, sure, reason)
+            confidence, reason = "ambiguous", f"shape, one of {max(counts)} layers of these shapes"
+        matches += _match_units(file_unit, model_unit, confidence, reason)
     # What the order did not pair is paired by shape and similar names, never as certain.
     used_file, used_model = {i for i, _ in pairs}, {j for _, j in pairs}
     rest_file = [unit for i, unit in enumerate(file_units) if i not in used_file]
     rest_model = [unit for j, unit in enumerate(model_units) if j not in used_model]
     for i, j, is_only in assign(rest_file, rest_model):
-        sure: Sureness = "likely" if is_only and not is_small else "guess"
+        confidence: Confidence = "likely" if is_only and not is_small else "ambiguous"
         reason = "the only ones of these shapes that are left" if is_only else "shape and alike names"
-        matches += _match_units(rest_file[i], rest_model[j], sure, reason)
+        matches += _match_units(rest_file[i], rest_model[j], confidence, reason)
     return matches
 
 
-def _match_units(file_unit: Unit, model_unit: Unit, sure: Sureness, reason: str) -> list[Match]:
+def _match_units(file_unit: Unit, model_unit: Unit, confidence: Confidence, reason: str) -> list[Match]:
     """Return one match for each tensor of two units; a reshape lowers `certain` to `likely`."""
-    if file_unit.exact != model_unit.exact and sure == "certain":
-        sure = "likely"
-    return [Match(model_unit.members[role], file_unit.members[role], sure, reason) for role in model_unit.members]
+    if file_unit.exact != model_unit.exact and confidence == "certain":
+        confidence = "likely"
+    return [Match(model_unit.members[role], file_unit.members[role], confidence, reason) for role in model_unit.members]
 
 
 def _match_counters(
@@ -306,8 +306,8 @@ def _match_shifted_rows(
 
     A file with `layer1` to `layer4` and a model with `layer0` to `layer3` share three names that may each mean the
     wrong layer. Where the shifted names have equal shapes and give at least half of the row, they are as good. They
-    replace the equal names as `likely` if they map the whole row of the file; otherwise the equal names become a
-    `guess`.
+    replace the equal names as `likely` if they map the whole row of the file; otherwise the equal names become
+    `ambiguous`.
     """
     file_rows, model_rows = _numbered_rows(sources), _numbered_rows(model_shapes)
     for row in sorted(file_rows.keys() & model_rows.keys()):
@@ -344,7 +344,7 @@ def _match_shifted_rows(
                         matches[name] = Match(name, source, "likely", f"shifted: {text}", file_shapes[source])
                 elif name in matches:
                     matches[name] = replace(
-                        matches[name], sure="guess", reason=f"same name, but {text}, so it may be shifted"
+                        matches[name], confidence="ambiguous", reason=f"same name, but {text}, so it may be shifted"
                     )
     return matches
 

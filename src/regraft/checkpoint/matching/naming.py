@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from regraft.checkpoint.foreign.state_dicts import Tensors
-from regraft.checkpoint.matching.load_report import Sureness
+from regraft.checkpoint.matching.load_report import Confidence
 from regraft.errors import CheckpointError
 
 WRAPPER_PARTS = (
@@ -58,14 +58,14 @@ class Naming:
 
     Attributes:
         names: Name in the file → name to look up in the model.
-        sure: Name in the file → (level, reason), where a rule that is not certain changed it.
+        uncertain: Name in the file → (level, reason), where a rule that is not certain changed it.
         notes: What was stripped or added.
         rivals: Rules that explain the same tensors of the model equally well, if any.
         averages: Prefixes of running averages that were ignored.
     """
 
     names: dict[str, str]
-    sure: dict[str, tuple[Sureness, str]]
+    uncertain: dict[str, tuple[Confidence, str]]
     notes: tuple[str, ...]
     rivals: tuple[str, ...] = ()
     averages: tuple[str, ...] = ()
@@ -81,7 +81,7 @@ def fit_names(file_shapes: Shapes, model_shapes: Shapes) -> Naming:
     plain_names, actual, notes = _without_parts(file_shapes, model_shapes)
     plain_shapes = {plain: model_shapes[name] for plain, name in actual.items()}
     current = dict(plain_names)
-    sure: dict[str, tuple[Sureness, str]] = {}
+    uncertain: dict[str, tuple[Confidence, str]] = {}
     rivals: tuple[str, ...] = ()
     averages: list[str] = []
     changed: set[str] = set()
@@ -93,10 +93,10 @@ def fit_names(file_shapes: Shapes, model_shapes: Shapes) -> Naming:
         taken = {now for name, now in current.items() if plain_shapes.get(now) == file_shapes[name]}
         free = {name: shape for name, shape in plain_shapes.items() if name not in taken}
         chosen = _best_rule(loose, free, len(model_shapes))
-        if chosen is None or rivals:  # with rivals the choice is the caller's; more rules would only build on a guess
+        if chosen is None or rivals:  # with rivals the choice is the caller's; more rules would build on it
             break
         rule, claims, new_rivals, new_averages = chosen
-        level = _sureness(rule, len(claims), list(loose), len(file_shapes), len(model_shapes), new_rivals)
+        level = _confidence(rule, len(claims), list(loose), len(file_shapes), len(model_shapes), new_rivals)
         notes.append(str(rule))
         averages += new_averages
         rivals = rivals or tuple(new_rivals)
@@ -105,9 +105,9 @@ def fit_names(file_shapes: Shapes, model_shapes: Shapes) -> Naming:
                 current[name] = rule.apply(now)
                 changed.add(name)
                 if level != "certain":
-                    sure[name] = level, str(rule) + (f"; as good: {new_rivals[-1]}" if new_rivals else "")
+                    uncertain[name] = level, str(rule) + (f"; as good: {new_rivals[-1]}" if new_rivals else "")
     names = {name: actual.get(now, now) for name, now in current.items()}
-    return Naming(names, sure, tuple(notes), rivals, tuple(averages))
+    return Naming(names, uncertain, tuple(notes), rivals, tuple(averages))
 
 
 def without_wrappers(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
@@ -298,7 +298,7 @@ def _splits(name: str) -> Iterator[tuple[str, str]]:
         yield "".join(f"{piece}." for piece in pieces[:cut]), ".".join(pieces[cut:])
 
 
-def _sureness(rule: Rule, claims: int, loose: list[str], total: int, slots: int, rivals: list[str]) -> Sureness:
+def _confidence(rule: Rule, claims: int, loose: list[str], total: int, slots: int, rivals: list[str]) -> Confidence:
     """Return the level of a rule.
 
     Args:
@@ -310,7 +310,7 @@ def _sureness(rule: Rule, claims: int, loose: list[str], total: int, slots: int,
         rivals: Rules that explain the same.
     """
     if rivals:
-        return "guess"
+        return "ambiguous"
     below = sum(name.startswith(rule.strip) for name in loose)
     # Certain if it makes half of its prefix fit and this is half of the file, or if it fills most of the model. Fewer
     # names can fit by accident.

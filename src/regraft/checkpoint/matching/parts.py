@@ -17,7 +17,7 @@ ENDING = re.compile(
     r"[._](state_?dict|state|sd|weights?|params?|parameters|model|net|network|module|ckpt)$", re.IGNORECASE
 )
 BEGINNING = re.compile(r"^(state_?dict|sd|weights|params|model|net|network)[._]", re.IGNORECASE)
-HALF = 0.5  # share of the names of a part that must fit below a layer, for its key to mean that layer
+HALF = 0.5  # minimum share of the names of a part that fit below the layer of its key
 MIN_PARTS = 2
 
 
@@ -43,7 +43,7 @@ def _groups(entries: Sequence[StateDict]) -> Iterator[list[StateDict]]:
 
 
 def _join(parts: Sequence[StateDict], model_shapes: Shapes) -> StateDict | None:
-    """Join parts; None where no part has a layer, several belong to the root, or two claim the same name."""
+    """Join parts; None if no part has a layer, several belong to the root, or two have the same name."""
     common = _common_path(parts)
     tensors: Tensors = {}
     sources: dict[str, str] = {}
@@ -72,7 +72,7 @@ def _join(parts: Sequence[StateDict], model_shapes: Shapes) -> StateDict | None:
 
 
 def _layer_of(keys: Sequence[str], shapes: Shapes, model_shapes: Shapes) -> str | None:
-    """Return the path of the layer that a part belongs to, `""` for the root; None where that is not clear."""
+    """Return the path of the layer that a part belongs to, `""` for the root; None if ambiguous."""
     if not keys:
         return ""
     layers = {name[: place - 1] for name in model_shapes for place in _dots(name)}
@@ -90,7 +90,7 @@ def _layer_of(keys: Sequence[str], shapes: Shapes, model_shapes: Shapes) -> str 
 
 
 def _spellings(keys: Sequence[str]) -> Iterator[str]:
-    """List the layer names that some keys may stand for, the most literal first."""
+    """List the layer names that keys may refer to, the most literal first."""
     text = ".".join(keys)
     yield text
     short = ENDING.sub("", text)

@@ -18,21 +18,21 @@ def without_reparametrization(model: nn.Module, tensors: Tensors, slots: Mapping
     """Convert tensors of a file to the parametrization that each layer of a model has.
 
     Args:
-        model: Its layers say along which dimension they normalize.
-        tensors: Tensors of the file, under the model's names.
+        model: Its layers define the dimension along which they normalize.
+        tensors: Tensors of the file by the names of the model.
         slots: Tensors of the model, by name.
     """
     result = dict(tensors)
     for base in dict.fromkeys(base for name in (*tensors, *slots) if (base := _base(name))):
         parts = _parts(base, tensors)
-        wanted = _parts(base, slots)
-        if base in tensors and {"_g", "_v"} <= wanted.keys() and base not in slots:
+        model_parts = _parts(base, slots)
+        if base in tensors and {"_g", "_v"} <= model_parts.keys() and base not in slots:
             weight = result.pop(base)
-            result[wanted["_g"]] = _norm(weight, slots[wanted["_g"]])
-            result[wanted["_v"]] = weight
-        elif parts and wanted.keys() == parts.keys():
+            result[model_parts["_g"]] = _norm(weight, slots[model_parts["_g"]])
+            result[model_parts["_v"]] = weight
+        elif parts and model_parts.keys() == parts.keys():
             for ending, name in parts.items():
-                result[wanted[ending]] = result.pop(name)
+                result[model_parts[ending]] = result.pop(name)
         elif parts and base in slots and base not in tensors:
             weight = _weight({ending: tensors[name] for ending, name in parts.items()}, model, base)
             if weight is not None:
@@ -66,7 +66,7 @@ def _parts(base: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def _weight(parts: Mapping[str, torch.Tensor], model: nn.Module, base: str) -> torch.Tensor | None:
-    """Compute a weight from its parts as the layer does in evaluation mode; None where their shapes do not fit."""
+    """Compute a weight from its parts as the layer does in evaluation mode; None if their shapes do not fit."""
     if "_mask" in parts:
         return parts["_orig"] * parts["_mask"].to(parts["_orig"].dtype)
     if "_g" in parts:

@@ -1,12 +1,11 @@
 """Precision of cached values: full, 16 bits or 8 bits."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import torch
 
-Precision = Literal["full", "bf16", "fp16", "int8"]
-PRECISIONS: tuple[str, ...] = get_args(Precision)
+from regraft.train_options import CachePrecision
+
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCES = {
     "full": 1e-3,
@@ -17,7 +16,7 @@ TOLERANCES = {
 STEPS = 127  # int8 levels from 0 to the largest value of a row
 
 
-def packed(tensors: Sequence[torch.Tensor], precision: Precision) -> list[torch.Tensor]:
+def packed(tensors: Sequence[torch.Tensor], precision: CachePrecision) -> list[torch.Tensor]:
     """Convert tensors (N, …) for the cache: floating-point ones to `precision`, others unchanged.
 
     With `int8`, each row is divided by its largest absolute value, which is stored as a further tensor (N,) of float32.
@@ -38,7 +37,7 @@ def packed(tensors: Sequence[torch.Tensor], precision: Precision) -> list[torch.
 
 
 def unpacked(
-    kept: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype], precision: Precision
+    kept: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype], precision: CachePrecision
 ) -> tuple[torch.Tensor, ...]:
     """Return the tensors that `packed` converted, in their original dtypes."""
     remaining = iter(kept)
@@ -52,7 +51,7 @@ def unpacked(
     return tuple(restored)
 
 
-def packed_bytes(count: int, shape: Sequence[int], dtype: torch.dtype, precision: Precision) -> int:
+def packed_bytes(count: int, shape: Sequence[int], dtype: torch.dtype, precision: CachePrecision) -> int:
     """Return the bytes of `count` packed rows of a tensor."""
     numbers = torch.Size(shape).numel()
     if precision == "full" or not dtype.is_floating_point:

@@ -156,7 +156,7 @@ def _arguments(layer: nn.Module, path: str, library: str | None) -> tuple[list[A
     for entry in parameters_of(kind):
         if entry.kind in (entry.VAR_POSITIONAL, entry.VAR_KEYWORD):
             if library is None or entry.kind is entry.VAR_POSITIONAL:
-                raise undescribable(layer, path, f"*{entry.name} does not say which arguments it was built with")
+                raise undescribable(layer, path, f"*{entry.name} does not record the arguments it was built with")
             continue
         stored = special[entry.name] if entry.name in special else _stored_argument(layer, path, entry, library)
         if entry.default is not entry.empty and _is_default(layer, entry, stored):

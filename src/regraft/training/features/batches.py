@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from regraft.data.photos import Photos, SeededShuffle, leaves_one
-from regraft.frontier.cache.precision import Precision, unpacked
+from regraft.frontier.cache.precision import unpacked
 from regraft.frontier.cache.store import Rows
+from regraft.train_options import CachePrecision
 
 CPU = torch.device("cpu")
 
@@ -37,7 +38,7 @@ class Features:
 
     tensors: tuple[Rows, ...]
     dtypes: tuple[torch.dtype, ...]
-    precision: Precision
+    precision: CachePrecision
     error: float
     views: int
     seconds: float

@@ -19,12 +19,13 @@ from regraft.data.photos import Photos, free_memory_bytes, positions
 from regraft.data.transforms import Views, normalize
 from regraft.errors import ModelError
 from regraft.frontier.cache.key import features_key, network_digest
-from regraft.frontier.cache.precision import TOLERANCES, Precision, packed, packed_bytes, unpacked
+from regraft.frontier.cache.precision import TOLERANCES, packed, packed_bytes, unpacked
 from regraft.frontier.cache.store import Rows, Store
 from regraft.frontier.cache.writer import FeatureWriter
 from regraft.frontier.fuse import faster
 from regraft.frontier.partitioning import Partition, partition
 from regraft.progress import SILENT, Progress
+from regraft.train_options import CachePrecision
 from regraft.training.features.batches import Features
 from regraft.training.loop import HALVES, ComputeContext, main_output
 
@@ -57,7 +58,7 @@ class Extractor:
         compute: ComputeContext,
         *,
         fast: bool = False,
-        precision: Precision = "full",
+        precision: CachePrecision = "full",
         keep_pixels: bool = False,
         store: Store | None = None,
         progress: Progress = SILENT,
@@ -67,7 +68,7 @@ class Extractor:
         example = torch.empty(self.preprocessing.input_size, dtype=self._input_dtype)
         self.parts: Partition = partition(self._model, example)
         self.compute, self.store, self.progress = compute, store, progress
-        self.precision: Precision = precision
+        self.precision: CachePrecision = precision
         self._is_verified = False
         self._has_halves = any(parameter.dtype in HALVES for parameter in self._model.parameters())
         fast = fast and not self._has_halves  # folding rounds a 16-bit weight once more
