@@ -11,7 +11,7 @@ import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -182,7 +182,7 @@ def read_header(path: Path) -> Header | None:
     return header_in(path, metadata[KEY]) if is_own(metadata) else None
 
 
-def is_own(metadata: Any) -> bool:
+def is_own(metadata: Any) -> TypeGuard[dict[str, Any]]:
     """Return whether the metadata of a file or an index are those that regraft writes."""
     return isinstance(metadata, dict) and KEY in metadata
 
