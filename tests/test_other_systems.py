@@ -24,7 +24,7 @@ from torch import nn
 import regraft
 import tiny
 from oracles import identical
-from regraft.card import Preprocessing
+from regraft.card import Preprocessing, card_of
 from regraft.checkpoint.file.positioned import read_at
 from regraft.checkpoint.plan import plan_of, read_plan
 from regraft.cli.predict import predict
@@ -242,6 +242,29 @@ def test_a_class_in_a_file_on_a_drive_is_found_by_its_path(tmp_path: Path, monke
         "from torch import nn\n\n\ndef net():\n    return nn.Linear(2, 1)\n", encoding="utf-8", newline="\r\n"
     )
     assert isinstance(regraft.create_model(f"py:{file}:net", trust_code=True), nn.Linear)
+
+
+def test_a_recipe_names_a_file_with_slashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("nets\\own.py").write_text(
+        "from torch import nn\n\n\ndef net():\n    return nn.Linear(2, 1)\n", encoding="utf-8"
+    )
+    monkeypatch.setattr(os, "sep", "\\")
+    model = regraft.create_model("py:nets\\own.py:net", trust_code=True)
+    assert card_of(model).recipe.source.name == "py:nets/own.py:net"
+
+
+def test_a_folder_that_cannot_be_opened_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def refusing(path: Any, *flags: Any, **options: Any) -> int:
+        if Path(path).is_dir():  # as on Windows
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *flags, **options)
+
+    monkeypatch.setattr(os, "open", refusing)
+    path = regraft.save(tiny.build("sequential"), tmp_path / "model.safetensors")
+    assert regraft.diff(path, tiny.build("sequential")).identical
 
 
 def test_tables_of_windows_are_read(tmp_path: Path) -> None:
