@@ -43,8 +43,8 @@ from regraft.surgery.rewired import EditedModule, prune, rewire_flows
 from regraft.surgery.tail import begin_at
 
 # Bytes from cached tensors into a batch, and multiply-adds, per second. Not measured in each run: the cut is in the key
-# of the cache and decides the bits. In 60 processes beside a busy one (2 cores of an AMD EPYC) a gather of rows of 512
-# KiB took 0.8 to 9.1 GB/s, a product of 7 million 29 to 46 G/s: no rounding gives each of them the same ratio.
+# of the cache and decides the bits. In 60 processes beside a busy one (2 cores of an AMD EPYC), 512 KiB of rows were
+# gathered at 0.8 to 9.1 GB/s, and a product of 7 million ran at 29 to 46 G/s: no rounding makes the ratios of these equal.
 RATES = {"cpu": (2e9, 2e10), "cuda": (2e11, 5e12)}
 
 
