@@ -44,7 +44,7 @@ from regraft.surgery.tail import begin_at
 
 # Bytes from cached tensors into a batch, and multiply-adds, per second. Not measured in each run: the cut is in the key
 # of the cache and decides the bits. In 60 processes beside a busy one (2 cores of an AMD EPYC), 512 KiB of rows were
-# gathered at 0.8 to 9.1 GB/s, and a product of 7 million ran at 29 to 46 G/s: no rounding makes the ratios of these equal.
+# gathered at 0.8 to 9.1 GB/s, and a product of 7 million ran at 29 to 46 G/s: no rounding makes such ratios equal.
 RATES = {"cpu": (2e9, 2e10), "cuda": (2e11, 5e12)}
 
 
