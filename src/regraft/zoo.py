@@ -9,6 +9,7 @@ import fnmatch
 import hashlib
 import importlib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -58,6 +59,7 @@ def build(name: str, *, weights: str = "none", trust_code: bool = False) -> nn.M
     """
     if name.startswith(PYTHON):
         model, preprocessing, registered = _build_python(name, weights, trust_code)
+        name = name.replace(os.sep, "/")  # a file that is saved on Windows names its class for other systems too
     elif name.startswith(TIMM):
         model, preprocessing, registered = _build_timm(name, weights)
     else:

@@ -216,6 +216,8 @@ OUTSIDE = [
     "",
     5,
     None,
+    [],
+    "\ud800",
 ]
 
 
@@ -260,6 +262,14 @@ def naming_itself(path: Path) -> None:
         (lambda path: path.write_text('{"weight_map": {}}'), "its weight_map is empty or no object"),
         (lambda path: path.write_text('{"weight_map": [1]}'), "its weight_map is empty or no object"),
         (lambda path: path.write_text("[" * 1_100), "is no index of weights: "),
+        (
+            lambda path: path.write_text('{"weight_map": {"a": "w", "a": "x"}}'),
+            "is no index of weights: ValueError: an entry is there twice. Expected",
+        ),
+        (
+            lambda path: path.write_bytes(b" " * 100_000_001),
+            "is no index of weights: ValueError: it has more than 100,000,000 bytes",
+        ),
     ],
 )
 def test_load_weights_refuses_a_damaged_index(damage: Callable[[Path], object], message: str, tmp_path: Path) -> None:

@@ -160,6 +160,7 @@ NAMES: dict[str, Callable[[Path], str]] = {
     "nothing": lambda folder: "",
     "another kind": lambda folder: "shadow",
     "a URL": lambda folder: "https://example.org/stolen.safetensors",
+    "half of a character": lambda folder: "\ud800.safetensors",
 }
 
 

@@ -3,15 +3,9 @@
 from pathlib import Path
 
 from regraft.checkpoint.delta import MissingBaseError, merge_advice, resolve
+from regraft.checkpoint.file.format import is_own, read_index
 from regraft.checkpoint.file.opening import OpenCheckpoint
-from regraft.checkpoint.foreign.reading import (
-    kind_of,
-    only_state_dict,
-    read_foreign,
-    read_weight_map,
-    unwrapping,
-    weights_file,
-)
+from regraft.checkpoint.foreign.reading import INDEXED, kind_of, only_state_dict, read_foreign, unwrapping, weights_file
 from regraft.checkpoint.foreign.state_dicts import StateDict, StateDicts, Tensors, split_extra
 from regraft.errors import CheckpointError
 
@@ -40,7 +34,7 @@ def read_state_dicts(path: Path, *, tensors_only: bool = False) -> StateDicts:
     """
     path = weights_file(path)
     kind = kind_of(path)
-    if kind == "safetensors" or (kind == "index" and read_weight_map(path)[1]):
+    if kind == "safetensors" or (kind == "index" and is_own(read_index(path, of=INDEXED).get("metadata"))):
         with OpenCheckpoint(path) as checkpoint:
             if checkpoint.header is not None:
                 return _read_own(checkpoint)

@@ -1,6 +1,7 @@
 """`regraft predict`: classify photos."""
 
 import csv
+import io
 from typing import Annotated
 
 from typer import Argument, Option
@@ -36,7 +37,10 @@ def predict(
     if as_json:
         say_json([prediction.to_dict() for prediction in predictions])
     elif as_csv:
-        writer = csv.writer(results())
+        stream = results()
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(newline="")  # the writer ends its rows itself, which Windows would do once more
+        writer = csv.writer(stream)
         writer.writerow(("path", "label", "probability") if predictions[0].label is not None else ("path", "value"))
         for prediction in predictions:
             writer.writerow(

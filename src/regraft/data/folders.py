@@ -198,7 +198,8 @@ def _find(root: Path, names: Sequence[str]) -> Path | None:
 
 
 def _subfolders(root: Path) -> list[Path]:
-    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not _is_ignored(entry.name))
+    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not _is_ignored(entry.name))
+    return [root / name for name in names]  # the order of paths ignores case on Windows
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:

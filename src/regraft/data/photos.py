@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -211,8 +212,8 @@ def _collate(items: list[tuple[torch.Tensor, int | float]], *, preprocessing: Pr
 
 
 def free_memory_bytes() -> int:
-    """Return the free memory in bytes."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Return the memory in bytes that can be taken without swapping, the system's caches included."""
+    return psutil.virtual_memory().available
 
 
 def fit_memory(count: int, preprocessing: Preprocessing) -> bool:

@@ -1,5 +1,6 @@
 """Transforms: the center crop for validation, the augmented views for training, and normalization."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -61,19 +62,24 @@ def center_crop(size: int, border: Sequence[int] = (0,)) -> Transform:
         size: In pixels.
         border: Padding color of smaller images: one number, or one per channel.
     """
+    # No closure: the processes of a loader get it pickled, wherever they are not forked.
+    return functools.partial(_crop, size=size, border=border)
 
-    def crop(pixels: torch.Tensor) -> torch.Tensor:
-        channels, height, width = pixels.shape
-        if height < size or width < size:
-            top, left = max(0, size - height) // 2, max(0, size - width) // 2
-            color = torch.tensor(border, dtype=pixels.dtype).view(-1, 1, 1)
-            padded = color.expand(channels, max(size, height), max(size, width)).clone()
-            padded[:, top : top + height, left : left + width] = pixels
-            pixels, (height, width) = padded, padded.shape[1:]
-        top, left = round((height - size) / 2), round((width - size) / 2)
-        return pixels[:, top : top + size, left : left + size]
 
-    return crop
+def _crop(pixels: torch.Tensor, *, size: int, border: Sequence[int]) -> torch.Tensor:
+    channels, height, width = pixels.shape
+    if height < size or width < size:
+        top, left = max(0, size - height) // 2, max(0, size - width) // 2
+        color = torch.tensor(border, dtype=pixels.dtype).view(-1, 1, 1)
+        padded = color.expand(channels, max(size, height), max(size, width)).clone()
+        padded[:, top : top + height, left : left + width] = pixels
+        pixels, (height, width) = padded, padded.shape[1:]
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return pixels[:, top : top + size, left : left + size]
+
+
+def _flipped_crop(pixels: torch.Tensor, *, size: int, border: Sequence[int]) -> torch.Tensor:
+    return _crop(pixels, size=size, border=border).flip(-1)
 
 
 def augmentation(kind: Augmentation, preprocessing: Preprocessing, views: int | None = None) -> Views:
@@ -86,12 +92,12 @@ def augmentation(kind: Augmentation, preprocessing: Preprocessing, views: int | 
         preprocessing: Gives the size.
         views: Number of random views of each photo; None: a new one every time.
     """
-    size = preprocessing.size
-    crop = center_crop(size, preprocessing.border)
+    size, border = preprocessing.size, preprocessing.border
+    crop = center_crop(size, border)
     if kind == "none":
         return Views(kind, (crop,))
     if kind == "flip":
-        return Views(kind, (crop, lambda pixels: crop(pixels).flip(-1)))
+        return Views(kind, (crop, functools.partial(_flipped_crop, size=size, border=border)))
     from torchvision.transforms import InterpolationMode, v2  # slow to import, and few runs need it
 
     random_part = v2.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=InterpolationMode.BILINEAR)

@@ -1,8 +1,8 @@
 """Read the tensors of a checkpoint into memory of their own, and verify each while reading."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from regraft.checkpoint.file.digest import balanced, bytes_of, side_by_side, sta
 from regraft.checkpoint.file.format import digest_of
 from regraft.checkpoint.file.layout import TensorEntry
 from regraft.checkpoint.file.opening import OpenCheckpoint
+from regraft.checkpoint.file.positioned import read_at
 from regraft.errors import CheckpointError
 
 CHUNK_BYTES = 1 << 20  # fits into a core's cache, from which it is hashed
@@ -98,24 +99,22 @@ def read_contents(checkpoint: OpenCheckpoint) -> Contents:
 def _read_all(checkpoint: OpenCheckpoint, pieces: Sequence[_Piece]) -> dict[str, str]:
     """Read all pieces into their memory, and return their digests by name."""
     try:
-        descriptors = {piece.file: checkpoint.file(piece.file).fileno() for piece in pieces}
+        files = {piece.file: checkpoint.file(piece.file) for piece in pieces}
         groups = balanced(pieces, lambda piece: piece.entry.size)
-        results = side_by_side(
-            lambda group: [(piece.name, _read(piece, descriptors[piece.file])) for piece in group], groups
-        )
+        results = side_by_side(lambda group: [(piece.name, _read(piece, files[piece.file])) for piece in group], groups)
     except OSError as error:
         raise CheckpointError(f"'{checkpoint.path}' cannot be read: {error}. Try again, or get it again.") from error
     return dict(entry for group in results for entry in group)
 
 
-def _read(piece: _Piece, descriptor: int) -> str:
+def _read(piece: _Piece, file: FileIO) -> str:
     # Not memory-mapped: if another process truncates a mapped file, reading it kills this one. Bytes are copied anyway.
     digest = started_digest(piece.entry.dtype, piece.entry.shape)
     memory = bytes_of(piece.target)
     done = 0
     while done < len(memory):
         chunk = memory[done : done + CHUNK_BYTES]
-        count = os.preadv(descriptor, [chunk], piece.entry.start + done)
+        count = read_at(file, chunk, piece.entry.start + done)
         if count == 0:
             raise CheckpointError(f"'{piece.file}' is damaged: it was cut off while it was read. Get it again.")
         digest.update(chunk[:count])

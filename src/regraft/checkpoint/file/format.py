@@ -11,7 +11,7 @@ import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -25,6 +25,7 @@ DOCUMENT_LIMIT_BYTES = 32_000_000
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 REGISTERED = re.compile(r"(timm/)?\w+@[\w.]+", re.ASCII)  # NAME@WEIGHTS of the zoo; matches no path and no code
+INDEX_ADVICE = 'Expected {"weight_map": {NAME: FILE}} with files beside it. Get or make it again.'
 DIGEST = r"^[0-9a-f]{64}$"
 
 
@@ -178,13 +179,20 @@ def read_header(path: Path) -> Header | None:
     """
     path = locate(path)
     metadata = read_index(path).get("metadata") if is_index(path) else read_start(path)[0].get("__metadata__")
-    if not isinstance(metadata, dict) or KEY not in metadata:
-        return None
-    return header_in(path, metadata[KEY])
+    return header_in(path, metadata[KEY]) if is_own(metadata) else None
 
 
-def read_index(path: Path) -> dict[str, Any]:
+def is_own(metadata: Any) -> TypeGuard[dict[str, Any]]:
+    """Return whether the metadata of a file or an index are those that regraft writes."""
+    return isinstance(metadata, dict) and KEY in metadata
+
+
+def read_index(path: Path, *, of: str = "a checkpoint") -> dict[str, Any]:
     """Read the JSON object in an index.
+
+    Args:
+        path: The index.
+        of: What it should be an index of, for the error.
 
     Raises:
         CheckpointError: The file does not exist, is too long, or is not a JSON object.
@@ -194,13 +202,16 @@ def read_index(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         raw = file.read(HEADER_LIMIT_BYTES + 1)
     try:
-        content = parse_json(raw) if len(raw) <= HEADER_LIMIT_BYTES else None
-        if isinstance(content, dict):
-            return content
-        reason = f"expected a JSON object of at most {HEADER_LIMIT_BYTES:,} bytes"
-    except ValueError as error:
-        reason = f"it is not JSON ({error})"
-    raise CheckpointError(f"'{path}' is no index of a checkpoint: {reason}. Get or make it again.")
+        if len(raw) > HEADER_LIMIT_BYTES:
+            raise ValueError(f"it has more than {HEADER_LIMIT_BYTES:,} bytes")
+        content = parse_json(raw)
+        if not isinstance(content, dict):
+            raise TypeError(f"it is a {type(content).__name__}, expected an object")
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"'{path}' is no index of {of}: {type(error).__name__}: {error}. {INDEX_ADVICE}"
+        ) from error
+    return content
 
 
 def header_in(path: Path, text: Any) -> Header:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from regraft.checkpoint.file.format import KEY, Header, header_in, is_index, locate, read_index
+from regraft.checkpoint.file.format import KEY, Header, header_in, is_index, is_own, locate, read_index
 from regraft.checkpoint.file.layout import TensorEntry, layout_of, open_file, read_start
 from regraft.checkpoint.file.shards import weight_map_in
 from regraft.errors import CheckpointError
@@ -38,9 +38,7 @@ class OpenCheckpoint:
         try:
             self._content, self._start = self._parsed()
             metadata = self._content.get("metadata" if is_index(self.path) else "__metadata__")
-            document = metadata.get(KEY) if isinstance(metadata, dict) else None
-            is_ours = isinstance(metadata, dict) and KEY in metadata
-            self.header: Header | None = header_in(self.path, document) if is_ours else None
+            self.header: Header | None = header_in(self.path, metadata[KEY]) if is_own(metadata) else None
         except BaseException:
             self.close()
             raise

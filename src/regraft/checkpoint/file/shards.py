@@ -13,6 +13,7 @@ import torch
 
 from regraft.checkpoint.file.atomic import atomic_write
 from regraft.checkpoint.file.format import (
+    INDEX_ADVICE,
     INDEX_SUFFIX,
     KEY,
     SUFFIX,
@@ -30,36 +31,47 @@ SHARD_OF = "regraft-shard-of"  # metadata key of a shard; its value is the name 
 Tensors = Mapping[str, torch.Tensor]
 
 
-def weight_map_in(index: Path, content: Mapping[str, Any]) -> dict[str, Path]:
+def weight_map_in(
+    index: Path, content: Mapping[str, Any], *, suffix: str = SUFFIX, of: str = "a checkpoint"
+) -> dict[str, Path]:
     """Return name of a tensor → file that holds it, by the JSON object in an index.
 
+    Args:
+        index: The index.
+        content: What `read_index` returned for it.
+        suffix: End of the names of its files; empty for any.
+        of: What it should be an index of, for the error.
+
     Raises:
-        CheckpointError: The index is malformed, or names other than files beside it.
+        CheckpointError: The index is malformed, or names other than files beside it, links included.
     """
     names = content.get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise CheckpointError(f"'{index}' is no index of a checkpoint: it has no weight_map. Get or make it again.")
-    files = {name: _shard(index, name) for name in set(names.values())}
+    if not isinstance(names, dict) or not names:
+        problem = "it has no weight_map, or its weight_map is empty or no object"
+        raise CheckpointError(f"'{index}' is no index of {of}: {problem}. {INDEX_ADVICE}")
+    files: dict[str, Path] = {}
+    for name in names.values():
+        if not isinstance(name, str) or (name not in files and not _lies_beside(index, name, suffix)):
+            raise CheckpointError(
+                f"'{index}' is no index of {of}: it has no weight_map to follow, as it names {str(name)[:200]!r}, "
+                f"which is no plain file name, or a link to another folder; expected the plain name of a "
+                f"{suffix or 'weights'} file beside it. Nothing was read. {INDEX_ADVICE}"
+            )
+        files[name] = index.parent / name
     return {tensor: files[name] for tensor, name in names.items()}
 
 
-def _shard(index: Path, name: str) -> Path:
-    """Return the path of a file that an index names; it must lie beside the index, links included."""
-    file = index.parent / name
-    if not is_plain_name(name) or not name.endswith(SUFFIX) or not lies_beside(index, file):
-        raise CheckpointError(
-            f"'{index}' names the file '{name[:200]}', expected the plain name of a {SUFFIX} file beside it. "
-            "Nothing was read. Get the checkpoint from where it was made."
-        )
-    return file
-
-
-def lies_beside(index: Path, file: Path) -> bool:
-    """Return whether a file lies in the folder of an index, after links are resolved.
+def _lies_beside(index: Path, name: str, suffix: str) -> bool:
+    """Return whether a name is that of a file in the folder of an index, after links are resolved.
 
     The folder of the link and the folder of its target both count, as caches link index and files into one folder.
     """
-    return file.resolve().parent in (index.parent.resolve(), index.resolve().parent)
+    if not is_plain_name(name) or not name.endswith(suffix):
+        return False
+    try:
+        return index.with_name(name).resolve().parent in (index.parent.resolve(), index.resolve().parent)
+    except ValueError:  # text in JSON that no file system can encode
+        return False
 
 
 def shard_of(path: Path) -> str | None:
@@ -141,6 +153,8 @@ def _advice(error: Exception) -> str:
 
 def _split(tensors: Tensors, shard_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
     """Distribute tensors over shards in their order; a tensor larger than a shard gets one of its own."""
+    # Not by huggingface_hub's split_torch_state_dict_into_shards: there, such a tensor goes before those that precede
+    # it, and alone it gets neither a number nor an index, although all tensors together exceed `shard_bytes`.
     group: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in tensors.items():

@@ -80,7 +80,8 @@ def read_tree(path: Path) -> Tree:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copied: they are views of the mapped file, which Windows neither replaces nor deletes while they live.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         document = metadata[KEY]
         if _digest(document, tensors) != metadata[DIGEST]:
             raise ValueError("its digest is another")

@@ -1,6 +1,5 @@
 """Read the weights in a file of any supported kind, without running code from it."""
 
-import json
 import pickle
 import re
 import warnings
@@ -10,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from regraft.checkpoint.file.format import KEY, is_safetensors
-from regraft.checkpoint.file.shards import lies_beside
+from regraft.checkpoint.file.format import is_safetensors, read_index
+from regraft.checkpoint.file.shards import weight_map_in
 from regraft.checkpoint.foreign.kinds import describe_folder, require_weights
 from regraft.checkpoint.foreign.limits import check_container
 from regraft.checkpoint.foreign.objects import read_beside_objects
@@ -21,13 +20,13 @@ from regraft.checkpoint.foreign.state_dicts import StateDict, StateDicts, Tensor
 from regraft.errors import CheckpointError
 
 FOREIGN_NAME = re.compile(r"(?:GLOBAL|function|class|type) <?([\w.]+)")  # in errors of torch's weights-only unpickler
-INDEX_LIMIT_BYTES = 100_000_000
 FOLDER_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )  # as Hugging Face names them
+INDEXED = "weights"  # what an index of other tools is of, in messages
 
 Kind = Literal["index", "safetensors", "torchscript", "npz", "torch"]
 
@@ -186,44 +185,24 @@ def _read_shards(path: Path) -> StateDicts:
     Raises:
         CheckpointError: The index is malformed, names other than files beside it, or does not match their tensors.
     """
-    weight_map, _ = read_weight_map(path)
+    weight_map = weight_map_in(path, read_index(path, of=INDEXED), suffix="", of=INDEXED)
     tensors: Tensors = {}
-    for shard in dict.fromkeys(weight_map.values()):
-        file = path.parent / shard
-        if not lies_beside(path, file):
-            raise CheckpointError(f"'{path}' names the part '{shard}', a link to another folder. Nothing was read.")
+    for file in dict.fromkeys(weight_map.values()):
         if not file.is_file():
-            raise CheckpointError(f"'{path}' names the part '{shard}', which is not beside it. Get the whole set.")
+            raise CheckpointError(f"'{path}' names the part '{file.name}', which is not beside it. Get the whole set.")
         if kind_of(file) == "index":
-            raise CheckpointError(f"'{path}' names '{shard}', which is an index as well. Expected files with tensors.")
-        shard_tensors = only_state_dict(read_foreign(file)).tensors
-        absent = [name for name, where in weight_map.items() if where == shard and name not in shard_tensors]
-        if absent:
-            raise CheckpointError(f"'{path}' says that '{shard}' holds '{absent[0]}', which it lacks. Get it again.")
-        tensors |= {name: shard_tensors[name] for name, where in weight_map.items() if where == shard}
+            raise CheckpointError(
+                f"'{path}' names '{file.name}', which is an index as well. Expected files with tensors."
+            )
+        held = only_state_dict(read_foreign(file)).tensors
+        names = [name for name, where in weight_map.items() if where == file]
+        if absent := [name for name in names if name not in held]:
+            raise CheckpointError(
+                f"'{path}' says that '{file.name}' holds '{absent[0]}', which it lacks. Get it again."
+            )
+        tensors |= {name: held[name] for name in names}
     ordered = {name: tensors[name] for name in weight_map}
     count = len(set(weight_map.values()))
     return StateDicts(
         path, (StateDict((), ordered, is_ordered=False),), notes=(f"read from {count} files that the index names",)
     )
-
-
-def read_weight_map(path: Path) -> tuple[dict[str, str], bool]:
-    """Return name of a tensor → name of its file, and whether regraft wrote the index."""
-    expected = 'Expected {"weight_map": {NAME: FILE}} with files beside it.'
-    if path.stat().st_size > INDEX_LIMIT_BYTES:
-        raise CheckpointError(f"'{path}' is larger than an index can be ({INDEX_LIMIT_BYTES:,} bytes). {expected}")
-    try:
-        index = json.loads(path.read_bytes())
-        weight_map = index["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"'{path}' is no index of weights: {type(error).__name__}: {error}. {expected}"
-        ) from error
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"'{path}' is no index of weights: its weight_map is empty or no object. {expected}")
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w\-+=][\w.\-+= ]*", shard):
-            raise CheckpointError(f"'{path}' names {shard!r} for '{name}', which is no plain file name. {expected}")
-    metadata = index.get("metadata")
-    return weight_map, isinstance(metadata, dict) and KEY in metadata

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import platformdirs
 import torch
 
+from regraft.checkpoint.file.positioned import read_at
 from regraft.errors import RunError
 
 ENTRY = "entry.json"
@@ -44,8 +46,11 @@ class DiskTensor:
     def __init__(self, file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype
         self._row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        self._file, self._number = file, os.open(file, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._number)
+        self._path, self._file = file, file.open("rb", buffering=0)
+        weakref.finalize(self, self._file.close)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DiskTensor, (self._path, self.shape, self.dtype)  # another process opens the file itself
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -70,11 +75,11 @@ class DiskTensor:
         rest, place = into.data, row * self._row_bytes
         while rest:
             try:
-                count = os.preadv(self._number, [rest], place)
+                count = read_at(self._file, rest, place)
             except OSError as error:
-                raise RunError(f"'{self._file}' cannot be read: {error}. {RETRY_ADVICE}") from error
+                raise RunError(f"'{self._path}' cannot be read: {error}. {RETRY_ADVICE}") from error
             if count == 0:
-                raise RunError(f"'{self._file}' was cut off while it was in use. {RETRY_ADVICE}")
+                raise RunError(f"'{self._path}' was cut off while it was in use. {RETRY_ADVICE}")
             rest, place = rest[count:], place + count
 
 
@@ -146,7 +151,7 @@ class Store:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            shutil.rmtree(folder, ignore_errors=True)
+            _delete(folder)
             return None
         with contextlib.suppress(OSError):
             os.utime(folder / ENTRY)  # mark it as just used
@@ -196,7 +201,7 @@ class Store:
         for entry in entries:
             if total + size <= self.limit_bytes:
                 return
-            shutil.rmtree(self.folder / entry.key, ignore_errors=True)
+            _delete(self.folder / entry.key)
             total -= entry.bytes
 
     def has_room(self, size: int) -> bool:
@@ -280,11 +285,13 @@ class EntryWriter:
 
 def default_folder() -> Path:
     """Return the cache folder: `REGRAFT_CACHE`, or `regraft` in the user's cache directory."""
-    own = os.environ.get("REGRAFT_CACHE")
-    if own:
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "regraft"
+    return Path(os.environ.get("REGRAFT_CACHE") or platformdirs.user_cache_path("regraft", appauthor=False))
+
+
+def _delete(folder: Path) -> None:
+    """Delete an entry as a whole or not at all: Windows neither deletes files in use nor renames their folder."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(folder.rename(folder.with_suffix(".deleted.tmp")), ignore_errors=True)
 
 
 def _checked_key(key: str) -> str:

@@ -132,8 +132,8 @@ class StateWriter:
         if self._folder is None:
             return
         with contextlib.suppress(OSError):
-            for file in self._folder.iterdir():
-                if file not in keep:
+            for file in set(self._folder.iterdir()).difference(keep):
+                with contextlib.suppress(OSError):  # Windows deletes no file that is in use; the next state tries again
                     file.unlink()
             if not keep:
                 self._folder.rmdir()
