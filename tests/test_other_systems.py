@@ -59,7 +59,7 @@ def syntax() -> list[tuple[Path, ast.AST]]:
     return [(file, node) for file, text in texts.items() for node in ast.walk(ast.parse(text))]
 
 
-def test_what_some_systems_lack_is_asked_for_before_it_is_called() -> None:
+def test_other_systems_calls_are_asked_for_before_they_are_made() -> None:
     for file, node in syntax():
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in EVERYWHERE:
             module, name = node.value.id, node.attr
@@ -72,7 +72,7 @@ def test_what_some_systems_lack_is_asked_for_before_it_is_called() -> None:
         )
 
 
-def test_text_is_read_and_written_in_an_encoding_that_is_named() -> None:
+def test_other_systems_text_is_read_and_written_in_an_encoding_that_is_named() -> None:
     for file, node in syntax():
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in TEXT_CALLS:
             mode = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else ""
@@ -88,7 +88,7 @@ def with_or_without_preadv(request: pytest.FixtureRequest, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("with_or_without_preadv")
-def test_bytes_are_read_at_an_offset_by_several_threads(tmp_path: Path) -> None:
+def test_read_at_gives_bytes_at_an_offset_to_several_threads(tmp_path: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     data = bytes(torch.randint(256, (1 << 20,), dtype=torch.uint8).tolist())  # line ends and Ctrl-Z of Windows too
@@ -105,7 +105,7 @@ def test_bytes_are_read_at_an_offset_by_several_threads(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("with_or_without_preadv")
 @pytest.mark.parametrize("shard_bytes", [400, 10**9])
-def test_a_checkpoint_is_read_and_verified(shard_bytes: int, tmp_path: Path) -> None:
+def test_load_reads_and_verifies_a_checkpoint_without_preadv(shard_bytes: int, tmp_path: Path) -> None:
     model = tiny.build("sequential")
     path = regraft.save(model, tmp_path / "model.safetensors", shard_bytes=shard_bytes)
     loaded = regraft.load(path).state_dict()
@@ -127,7 +127,7 @@ def disk_tensor(folder: Path) -> tuple[DiskTensor, torch.Tensor]:
 
 
 @pytest.mark.usefixtures("with_or_without_preadv")
-def test_kept_rows_are_read_from_the_disk(tmp_path: Path) -> None:
+def test_disk_tensor_reads_rows_from_the_disk(tmp_path: Path) -> None:
     stored, tensor = disk_tensor(tmp_path)
     assert identical(stored[torch.tensor([7, 0, 0, 9])], tensor[[7, 0, 0, 9]])
     assert identical(stored[2:5], tensor[2:5])
@@ -136,14 +136,14 @@ def test_kept_rows_are_read_from_the_disk(tmp_path: Path) -> None:
         stored[torch.tensor([5])]
 
 
-def test_kept_rows_are_opened_anew_in_another_process(tmp_path: Path) -> None:
+def test_disk_tensor_is_opened_anew_in_another_process(tmp_path: Path) -> None:
     stored, tensor = disk_tensor(tmp_path)
     copy = pickle.loads(pickle.dumps(stored))  # as for a process that is not forked
     del stored
     assert identical(copy[3:4], tensor[3:4])
 
 
-def test_free_memory_is_known_without_sysconf(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_bytes_are_known_without_sysconf(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sysconf", raising=False)
     assert 2**20 < free_memory_bytes() < 2**50
 
@@ -159,7 +159,7 @@ def test_free_memory_is_known_without_sysconf(monkeypatch: pytest.MonkeyPatch) -
         ({"REGRAFT_CACHE": ""}, "{home}/.cache/regraft"),
     ],
 )
-def test_the_cache_lies_where_it_lay(
+def test_default_folder_lies_where_it_lay(
     environment: dict[str, str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("REGRAFT_CACHE", "XDG_CACHE_HOME"):
@@ -169,7 +169,7 @@ def test_the_cache_lies_where_it_lay(
     assert default_folder() == Path(expected.format(home=tmp_path))
 
 
-def test_the_cache_lies_in_the_folder_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_folder_is_in_the_folder_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     from platformdirs.macos import MacOS
 
     monkeypatch.delenv("REGRAFT_CACHE")
@@ -190,7 +190,7 @@ def on_access(samples: list[Sample], kind: Any) -> Photos:
 
 @pytest.mark.parametrize("kind", ["none", "flip", "standard", "trivial"])
 @pytest.mark.parametrize("make", [loader, fault_tolerant_loader])
-def test_what_a_loader_gives_its_processes_can_be_pickled(
+def test_loader_gives_its_processes_what_can_be_pickled(
     make: Callable[..., Any], kind: str, samples: list[Sample]
 ) -> None:
     batches = make(on_access(samples, kind), 3, shuffle_seed=1)
@@ -203,7 +203,7 @@ def test_what_a_loader_gives_its_processes_can_be_pickled(
 
 
 @pytest.mark.slow  # each process imports torch
-def test_processes_that_are_spawned_give_the_same_batches(samples: list[Sample]) -> None:
+def test_loader_gives_the_same_batches_from_spawned_processes(samples: list[Sample]) -> None:
     photos = on_access(samples, "standard")
     batches = fault_tolerant_loader(photos, 3, shuffle_seed=1, workers=2)
     batches.multiprocessing_context = "spawn"
@@ -213,7 +213,9 @@ def test_processes_that_are_spawned_give_the_same_batches(samples: list[Sample])
         assert identical(targets, other_targets)
 
 
-def test_classes_have_one_order_whatever_that_of_paths_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list_data_has_one_order_of_classes_whatever_that_of_paths_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("b", "C", "a"):
         (tmp_path / name).mkdir()
         for number in range(2):
@@ -223,7 +225,7 @@ def test_classes_have_one_order_whatever_that_of_paths_is(tmp_path: Path, monkey
     assert list_data(tmp_path).classes == ("C", "a", "b")
 
 
-def test_a_run_needs_no_call_of_one_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_fit_needs_no_call_of_one_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for module, names in ((os, HIDDEN_OF_OS), (signal, HIDDEN_OF_SIGNAL)):
         for name in names:
             monkeypatch.delattr(module, name, raising=False)
@@ -236,7 +238,7 @@ def test_a_run_needs_no_call_of_one_system(monkeypatch: pytest.MonkeyPatch, tmp_
     assert len(regraft.predict(first.model, [str(photos / "val")])) == 12
 
 
-def test_a_class_in_a_file_on_a_drive_is_found_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_create_model_takes_a_class_in_a_file_on_a_drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     file = Path("C:\\nets\\own.py")  # on this system a name with a colon and backslashes, which is read the same way
     file.write_text(
@@ -245,7 +247,7 @@ def test_a_class_in_a_file_on_a_drive_is_found_by_its_path(tmp_path: Path, monke
     assert isinstance(regraft.create_model(f"py:{file}:net", trust_code=True), nn.Linear)
 
 
-def test_a_recipe_names_a_file_with_slashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_create_model_names_a_file_with_slashes_in_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("nets\\own.py").write_text(
         "from torch import nn\n\n\ndef net():\n    return nn.Linear(2, 1)\n", encoding="utf-8"
@@ -255,7 +257,7 @@ def test_a_recipe_names_a_file_with_slashes(tmp_path: Path, monkeypatch: pytest.
     assert card_of(model).recipe.source.name == "py:nets/own.py:net"
 
 
-def test_a_folder_that_cannot_be_opened_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_writes_to_a_folder_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = os.open
 
     def refusing(path: Any, *flags: Any, **options: Any) -> int:
@@ -268,7 +270,7 @@ def test_a_folder_that_cannot_be_opened_is_written_to(tmp_path: Path, monkeypatc
     assert regraft.diff(path, tiny.build("sequential")).identical
 
 
-def test_tables_of_windows_are_read(tmp_path: Path) -> None:
+def test_list_data_reads_tables_of_windows(tmp_path: Path) -> None:
     write_photos(tmp_path / "photos")
     rows = [f"photos/train/dark/{number}.png,{number}" for number in range(4)]
     (tmp_path / "table.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(["path,target", *rows, ""]).encode())
@@ -276,7 +278,7 @@ def test_tables_of_windows_are_read(tmp_path: Path) -> None:
     assert sorted(sample.target for sample in (*listing.train, *listing.validation)) == [0, 1, 2, 3]
 
 
-def test_files_that_an_editor_gave_other_line_ends_are_read(own: str, tmp_path: Path) -> None:
+def test_read_config_and_read_plan_take_other_line_ends(own: str, tmp_path: Path) -> None:
     config, plan = TrainConfig(epochs=3, model="resnet18"), plan_of(regraft.create_model(own, trust_code=True))
     write_config(config, tmp_path / "config.toml")
     (tmp_path / "plan.toml").write_text(plan.to_toml(), encoding="utf-8")
@@ -286,7 +288,7 @@ def test_files_that_an_editor_gave_other_line_ends_are_read(own: str, tmp_path: 
     assert read_plan(tmp_path / "plan.toml") == plan
 
 
-def test_rows_of_predictions_end_once_on_a_stream_of_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predict_ends_rows_once_on_a_stream_of_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photos = write_photos(tmp_path / "photos")
     (tmp_path / "own.py").write_text(
         "import tiny\n\n\ndef net():\n    return tiny.PlainCnn(num_classes=2)\n", encoding="utf-8"
@@ -342,9 +344,7 @@ def files_in_use_stay(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return refused
 
 
-def test_a_run_is_stopped_resumed_and_used_though_files_in_use_stay(
-    files_in_use_stay: list[str], tmp_path: Path
-) -> None:
+def test_fit_is_stopped_and_resumed_though_files_in_use_stay(files_in_use_stay: list[str], tmp_path: Path) -> None:
     photos, out = write_photos(tmp_path / "photos"), tmp_path / "run"
     model = half_frozen()
     undisturbed = regraft.fit(copy.deepcopy(model), photos, **OPTIONS)
@@ -356,9 +356,7 @@ def test_a_run_is_stopped_resumed_and_used_though_files_in_use_stay(
     assert [call for call in files_in_use_stay if not call.endswith("run.lock")] == []
 
 
-def test_a_checkpoint_is_saved_over_the_one_that_it_was_loaded_from(
-    files_in_use_stay: list[str], tmp_path: Path
-) -> None:
+def test_save_writes_over_the_checkpoint_that_was_loaded(files_in_use_stay: list[str], tmp_path: Path) -> None:
     path = regraft.save(tiny.build("sequential"), tmp_path / "model.safetensors")
     model = regraft.load(path)
     with torch.no_grad():
@@ -370,7 +368,7 @@ def test_a_checkpoint_is_saved_over_the_one_that_it_was_loaded_from(
 
 
 @pytest.mark.usefixtures("files_in_use_stay")
-def test_an_entry_in_use_stays_whole_and_goes_later(tmp_path: Path) -> None:
+def test_store_keeps_an_entry_in_use_whole_and_drops_it_later(tmp_path: Path) -> None:
     stored, tensor = disk_tensor(tmp_path)
     store = Store(tmp_path, limit_bytes=0)
     store.make_room(1)
@@ -395,12 +393,12 @@ from pathlib import Path
 import pytest
 import test_other_systems
 with pytest.MonkeyPatch.context() as patch:
-    test_other_systems.test_a_run_needs_no_call_of_one_system(patch, Path.cwd())
+    test_other_systems.test_fit_needs_no_call_of_one_system(patch, Path.cwd())
 """
 
 
 @pytest.mark.slow  # another process imports torch
-def test_nothing_of_one_system_is_needed_for_an_import(tmp_path: Path) -> None:
+def test_other_systems_can_import_and_train(tmp_path: Path) -> None:
     tests = Path(__file__).parent
     code = SCRIPT.format(os_names=HIDDEN_OF_OS, signal_names=HIDDEN_OF_SIGNAL)
     paths = [str(tests.parent / "src"), str(tests), *sys.path]
