@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 SOURCE = Path(__file__).parents[1] / "src" / "regraft"
 LEVELS = (
-    {"errors", "progress", "version"},
+    {"errors", "progress", "torch_internals", "version"},
     {"arguments", "fields"},
     {"card"},
     {"preprocessing"},
@@ -28,6 +29,7 @@ LEVELS = (
 MAX_FILES = 16  # in a folder, so that it can be taken in at a glance
 MAX_LINES = 400
 FILES = sorted(SOURCE.rglob("*.py"))
+OF_MODULES = {name for name in dir(nn.Module()) if name.startswith("_") and not name.startswith("__")}
 ROOMS = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 
@@ -155,6 +157,39 @@ def test_nothing_global_is_set(file: Path) -> None:
     text = file.read_text()
     found = {node.attr for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)} & setters
     assert not found or (found == {"set_num_threads"} and "finally:" in text)
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_uses(file: Path) -> Iterator[str]:
+    """List the private names in a file that no class or function of it defines: those of torch and of Python."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    own = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))} | {"_fields"}
+    own |= {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+    }
+    own -= OF_MODULES
+    for node in nodes:
+        names: list[str] = []
+        if isinstance(node, ast.Attribute):
+            names = [node.attr]
+        elif isinstance(node, ast.Import):
+            names = [part for alias in node.names for part in alias.name.split(".")]
+        elif isinstance(node, ast.ImportFrom):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("attr"):
+            names = [str(argument.value) for argument in node.args if isinstance(argument, ast.Constant)]
+        yield from (f"line {node.lineno}: {name}" for name in names if is_private(name) and name not in own)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_private_names_of_torch_stand_in_one_file(file: Path) -> None:
+    if file != SOURCE / "torch_internals.py":
+        assert list(private_uses(file)) == []
 
 
 @pytest.mark.parametrize("module", ["regraft", "regraft.cli.app", "regraft.errors"])

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
+
+from regraft.torch_internals import keystr, operation_schema, storage_id, tree_flatten_with_path, tree_leaves
 
 FACTORS: dict[str, tuple[int, ...]] = {  # the arguments of an operation that are multiplied with one another
     "mm": (0, 1), "bmm": (0, 1), "mv": (0, 1), "dot": (0, 1), "vdot": (0, 1), "matmul": (0, 1), "linear": (0, 1),
@@ -159,7 +160,7 @@ class OriginRecorder:
 
     def _factors(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[Any]) -> frozenset[int]:
         """Return the parameters that an operation multiplies data with; none where it mixes no features."""
-        name = func._schema.name.partition("::")[2]
+        name = operation_schema(func).name.partition("::")[2]
         bare = name.rstrip("_")
         if bare in PASSING or any(word in name for word in PASSING_WORDS):
             return frozenset()
@@ -224,6 +225,6 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 def _memory(tensor: torch.Tensor) -> Any:
     try:
-        return tensor.untyped_storage()._cdata
+        return storage_id(tensor)
     except (NotImplementedError, RuntimeError):  # sparse, quantized or of a subclass without memory of its own
         return id(tensor)
