@@ -291,7 +291,6 @@ def test_lazy_layers_get_their_shapes() -> None:
     assert other.weight.shape == (3, 4)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # the compiler of torch 2.10
 def test_is_compiled() -> None:
     model = nn.Linear(2, 2)
     assert not is_compiled(model)

@@ -4,7 +4,7 @@ No other file touches a name of torch that begins with an underscore: `tests/tes
 rename or remove any of them in a release; `tests/test_torch_internals.py` checks each against torch itself, so that a
 change fails there, by name. One private table of Python and one attribute of timm's are here for the same reason.
 
-Checked with torch 2.10.0 and 2.15.0, with Python 3.11 and 3.13, and with timm 1.0.20 and 1.0.31.
+Checked with torch 2.10.0 and 2.15.0, with Python 3.11 and 3.13, and with timm 1.0.21 and 1.0.31.
 
 Nothing here imports the compiler (`torch._dynamo`), which takes a second, except `import_compiler`.
 """

@@ -18,7 +18,8 @@ MASK = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
 def vit() -> tuple[nn.Module, dict[str, torch.Tensor], list[str]]:
     config = transformers.ViTConfig(**SMALL, image_size=16, patch_size=8, num_labels=3)
     model = transformers.ViTForImageClassification(config)
-    return model, {"pixel_values": torch.randn(2, 3, 16, 16)}, ["vit.embeddings", "vit.layers.0"]
+    blocks = "vit.layers" if hasattr(model.vit, "layers") else "vit.encoder.layer"  # as transformers 5.0 names them
+    return model, {"pixel_values": torch.randn(2, 3, 16, 16)}, ["vit.embeddings", f"{blocks}.0"]
 
 
 def bert(with_mask: bool) -> tuple[nn.Module, dict[str, torch.Tensor], list[str]]:

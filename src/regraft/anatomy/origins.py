@@ -133,7 +133,7 @@ class OriginRecorder:
         def named(identities: Iterable[int]) -> list[tuple[str, ...]]:
             return sorted(tuple(names[identity]) for identity in identities if identity in names)
 
-        leaves = [(keystr(path), leaf) for path, leaf in _leaves_with_paths(result) if isinstance(leaf, torch.Tensor)]
+        leaves = [(name, leaf) for name, leaf in _named_leaves(result) if isinstance(leaf, torch.Tensor)]
         values = [self._value(leaf) for _, leaf in leaves]
         reached = self._upstream({number for value in values for number in value.origins if number is not None})
         outputs = []
@@ -215,8 +215,12 @@ def _merged(values: list[_Value]) -> _Value:
     return _Value(any(value.is_data for value in values), parameters, origins)
 
 
-def _leaves_with_paths(value: Any) -> Iterator[tuple[Any, Any]]:
-    yield from tree_flatten_with_path(value)[0]
+def _named_leaves(value: Any) -> list[tuple[str, Any]]:
+    plain = dict(value) if isinstance(value, Mapping) else value  # transformers 5.0 registers its dicts without names
+    try:
+        return [(keystr(path), leaf) for path, leaf in tree_flatten_with_path(plain)[0]]
+    except ValueError:  # of a class that torch knows how to flatten, and not how to name its parts
+        return [(f"[{position}]", leaf) for position, leaf in enumerate(tree_leaves(plain))]
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
