@@ -1,8 +1,10 @@
 """Imports point down, one file prints, and what is cheap stays cheap."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -190,6 +192,18 @@ def private_uses(file: Path) -> Iterator[str]:
 def test_private_names_of_torch_stand_in_one_file(file: Path) -> None:
     if file != SOURCE / "torch_internals.py":
         assert list(private_uses(file)) == []
+
+
+def test_the_oldest_versions_are_those_that_are_promised() -> None:
+    root = SOURCE.parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    lines = (root / "constraints-oldest.txt").read_text().splitlines()
+    versions = dict(line.split("==") for line in lines if "==" in line)
+    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        matched = re.match(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", text)
+        assert matched, text
+        name, bound = matched.groups()
+        assert f"{versions[name]}.".startswith(f"{bound}."), f"{name} {versions[name]} is not the oldest of {text}"
 
 
 @pytest.mark.parametrize("module", ["regraft", "regraft.cli.app", "regraft.errors"])
