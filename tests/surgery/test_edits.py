@@ -311,7 +311,7 @@ def test_a_cut_that_leaves_only_what_is_frozen_is_refused_unless_all_was() -> No
 
 def test_scripted_and_compiled_networks_are_refused() -> None:
     small = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    with pytest.warns(FutureWarning, match="deprecated"):
+    with pytest.warns((FutureWarning, DeprecationWarning), match="deprecated"):
         scripted = torch.jit.script(small)
     with pytest.raises(EditError, match="TorchScript module"):
         regraft.truncate(scripted, drop=1)
