@@ -219,7 +219,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, list[str], set[str
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_describe_heads_knows_heads_that_are_no_plain_last_layer(name: str) -> None:
+def test_model_facts_heads_know_heads_that_are_no_plain_last_layer(name: str) -> None:
     make, inputs, heads, parameters = KINDS[name]
     model = make()
     facts = ModelFacts(model, inputs)
@@ -230,7 +230,7 @@ def test_describe_heads_knows_heads_that_are_no_plain_last_layer(name: str) -> N
 
 
 @pytest.mark.parametrize("aux", [True, False])
-def test_describe_heads_says_which_output_each_head_gives(aux: bool) -> None:
+def test_model_facts_heads_say_which_output_each_head_gives(aux: bool) -> None:
     with torch.device("meta"):
         model = models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=7, aux_loss=aux)
     outputs = {head.path: [name for name, _ in head.outputs] for head in ModelFacts(model).heads}
@@ -238,7 +238,7 @@ def test_describe_heads_says_which_output_each_head_gives(aux: bool) -> None:
     assert outputs == (expected if aux else {"classifier.4": ["['out']"]})
 
 
-def test_find_auxiliary_heads_of_a_network_inside() -> None:
+def test_model_facts_auxiliary_heads_of_a_network_inside() -> None:
     model = Around(tiny.build("aux-head"))
     assert ModelFacts(model).auxiliary_heads(find_heads(model)) == ["backbone.aux"]
 
@@ -249,7 +249,7 @@ def test_find_heads_of_what_has_no_layers(make: Callable[[], nn.Module]) -> None
         find_heads(make())
 
 
-def test_old_weight_norm_is_a_head_of_its_own_layer() -> None:
+def test_find_heads_takes_old_weight_norm_as_a_head_of_its_own_layer() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         model = nn.Sequential(nn.Linear(4, 8), nn.utils.weight_norm(nn.Linear(8, 3, bias=False)))
