@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test slow gpu fuzz families options check bench docs clean
+.PHONY: install demo test test-oldest slow gpu fuzz families options check bench docs clean
 .DEFAULT_GOAL := install
 
 install: $(INSTALLED)
@@ -23,6 +23,16 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -m 'not slow and not gpu and not fuzz'
+
+# The same tests with the oldest versions that pyproject.toml allows; test_layering holds the list of them against it.
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest -m 'not slow and not gpu and not fuzz'
+
+.venv-oldest/.installed: $(INSTALLED) constraints-oldest.txt
+	@test -x .venv-oldest/bin/python || $(BIN)/python -m venv .venv-oldest
+	@if command -v uv >/dev/null; then uv=uv; else uv=$(BIN)/uv; fi; \
+	$$uv pip install --quiet --python .venv-oldest/bin/python --constraint constraints-oldest.txt --editable '.[dev]'
+	@touch $@
 
 slow: install
 	$(BIN)/python -m pytest -m slow --dist worksteal
@@ -61,4 +71,4 @@ docs: install
 	$(BIN)/python -m pytest -o addopts= -q tests/test_docs.py
 
 clean:
-	rm -rf .venv .venv-bench .pytest_cache .ruff_cache regraft-demo
+	rm -rf .venv .venv-bench .venv-oldest .pytest_cache .ruff_cache regraft-demo

@@ -4,16 +4,18 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import regraft
 
 SOURCE = Path(__file__).parents[1] / "src" / "regraft"
 LEVELS = (
-    {"errors", "progress", "version"},
+    {"errors", "progress", "torch_internals", "version"},
     {"arguments", "fields", "train_options"},
     {"card"},
     {"preprocessing"},
@@ -31,6 +33,7 @@ LEVELS = (
 MAX_FILES = 16  # in a folder, so that it can be taken in at a glance
 MAX_LINES = 400
 FILES = sorted(SOURCE.rglob("*.py"))
+OF_MODULES = {name for name in dir(nn.Module()) if name.startswith("_") and not name.startswith("__")}
 TESTS = [file for file in sorted(Path(__file__).parent.rglob("*.py")) if "earlier/v0_1" not in str(file)]
 ROOMS = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
@@ -159,6 +162,51 @@ def test_layering_sets_nothing_global(file: Path) -> None:
     text = file.read_text()
     found = {node.attr for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)} & setters
     assert not found or (found == {"set_num_threads"} and "finally:" in text)
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_uses(file: Path) -> Iterator[str]:
+    """List the private names in a file that no class or function of it defines: those of torch and of Python."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    own = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))} | {"_fields"}
+    own |= {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+    }
+    own -= OF_MODULES
+    for node in nodes:
+        names: list[str] = []
+        if isinstance(node, ast.Attribute):
+            names = [node.attr]
+        elif isinstance(node, ast.Import):
+            names = [part for alias in node.names for part in alias.name.split(".")]
+        elif isinstance(node, ast.ImportFrom):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("attr"):
+            names = [str(argument.value) for argument in node.args if isinstance(argument, ast.Constant)]
+        yield from (f"line {node.lineno}: {name}" for name in names if is_private(name) and name not in own)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_layering_has_one_file_for_private_names_of_torch(file: Path) -> None:
+    if file != SOURCE / "torch_internals.py":
+        assert list(private_uses(file)) == []
+
+
+def test_layering_tests_the_oldest_versions_that_are_promised() -> None:
+    root = SOURCE.parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    lines = (root / "constraints-oldest.txt").read_text().splitlines()
+    versions = dict(line.split("==") for line in lines if "==" in line)
+    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        matched = re.match(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", text)
+        assert matched, text
+        name, bound = matched.groups()
+        assert f"{versions[name]}.".startswith(f"{bound}."), f"{name} {versions[name]} is not the oldest of {text}"
 
 
 @pytest.mark.parametrize("module", ["regraft", "regraft.cli.app", "regraft.errors"])

@@ -1,6 +1,7 @@
 import contextlib
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,12 +9,15 @@ import timm
 import torch
 import torchinfo
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import register_pytree_node
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 import tiny
 from oracles import identical, same, snapshot
 from regraft import create_model, freeze, summary
+from regraft.anatomy.tracing import trace
 from regraft.errors import ModelError
 
 COUNTED = ("resnet18", "mobilenet_v2", "densenet121", "squeezenet1_1", "efficientnet_b0", "shufflenet_v2_x0_5")
@@ -29,7 +33,8 @@ def without_fused_attention() -> Iterator[None]:
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):  # for that of a CPU the counter of torch 2.10 has no formula
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
@@ -224,3 +229,20 @@ def test_summary_does_not_read_the_weights() -> None:
 def test_summary_of_networks_that_pass_tuples_between_layers(name: str) -> None:
     model = timm.create_model(name)
     assert summary(model).layers[0].output_shape == (1, 1000)
+
+
+class Unnamed:
+    """A container that torch can flatten, and whose parts have no names."""
+
+    def __init__(self, parts: list[Any]) -> None:
+        self.parts = parts
+
+
+class ReturnsUnnamed(nn.Linear):
+    def forward(self, x: torch.Tensor) -> Any:
+        return Unnamed([super().forward(x), x])
+
+
+def test_trace_numbers_outputs_without_names() -> None:
+    register_pytree_node(Unnamed, lambda value: (value.parts, None), lambda parts, _: Unnamed(list(parts)))
+    assert [output.name for output in trace(ReturnsUnnamed(3, 2), (1, 3)).outputs] == ["[0]", "[1]"]

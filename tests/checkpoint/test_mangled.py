@@ -19,7 +19,7 @@ ALLOWED_MISSES = 2
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Mangled]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated; its files are still around
+        warnings.simplefilter("ignore")  # TorchScript is deprecated; its files are still around
         return {name: case(Mangler(tmp_path_factory.mktemp(name))) for name, case in CASES.items()}
 
 

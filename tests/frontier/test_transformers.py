@@ -18,7 +18,8 @@ MASK = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
 def vit() -> tuple[nn.Module, dict[str, torch.Tensor], list[str]]:
     config = transformers.ViTConfig(**SMALL, image_size=16, patch_size=8, num_labels=3)
     model = transformers.ViTForImageClassification(config)
-    return model, {"pixel_values": torch.randn(2, 3, 16, 16)}, ["vit.embeddings", "vit.layers.0"]
+    blocks = "vit.layers" if hasattr(model.vit, "layers") else "vit.encoder.layer"  # as transformers 5.0 names them
+    return model, {"pixel_values": torch.randn(2, 3, 16, 16)}, ["vit.embeddings", f"{blocks}.0"]
 
 
 def bert(with_mask: bool) -> tuple[nn.Module, dict[str, torch.Tensor], list[str]]:
@@ -39,6 +40,8 @@ class Wrapped(nn.Module):
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("name", ["vit", "bert", "bert with a mask"])
 def test_partition_of_half_a_transformer(name: str, wrapped: bool) -> None:
+    if name == "bert with a mask" and transformers.__version__.startswith(("5.0.", "5.1.")):
+        pytest.skip("the mask that transformers 5.0 gives a layer is not one row for each sample, which is refused")
     model, inputs, frozen = vit() if name == "vit" else bert(name != "bert")
     if wrapped:
         model, frozen = Wrapped(model), [f"network.{path}" for path in frozen]

@@ -314,7 +314,7 @@ def test_truncate_refuses_to_leave_only_what_is_frozen_unless_all_was() -> None:
 
 def test_truncate_and_append_refuse_scripted_and_compiled_networks() -> None:
     small = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    with pytest.warns(FutureWarning, match="deprecated"):
+    with pytest.warns((FutureWarning, DeprecationWarning), match="deprecated"):
         scripted = torch.jit.script(small)
     with pytest.raises(EditError, match="TorchScript module"):
         regraft.truncate(scripted, drop=1)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from regraft.anatomy.inputs import Inputs
 from regraft.anatomy.origins import Origin
@@ -13,9 +12,10 @@ from regraft.anatomy.recording import Trace
 from regraft.anatomy.tracing import LazyTrace
 from regraft.anatomy.wrappers import sole_child, unwrapped
 from regraft.errors import EditError, ModelError
+from regraft.torch_internals import ConvBase, ConvTransposeBase, children_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-WIDE = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.MultiheadAttention, _ConvNd)
+WIDE = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.MultiheadAttention, ConvBase)
 PARAMETRIZATIONS = ".parametrizations."  # between a layer's path and where torch keeps what its weights are made from
 BASE_LAYER = "base_layer"  # the name under which adapters (peft) keep the layer that they wrap
 
@@ -137,10 +137,10 @@ def first_convolution(run: LazyTrace) -> str:
 
 def width_of(layer: nn.Module) -> int | None:
     """Return how many outputs a linear layer or a convolution gives; None for any other."""
-    layer = layer._modules.get(BASE_LAYER) or layer
+    layer = children_of(layer).get(BASE_LAYER) or layer
     if isinstance(layer, (nn.Linear, nn.Bilinear)):
         return layer.out_features
-    return layer.out_channels if isinstance(layer, (*CONVOLUTIONS, _ConvTransposeNd)) else None
+    return layer.out_channels if isinstance(layer, (*CONVOLUTIONS, ConvTransposeBase)) else None
 
 
 def _originating(model: nn.Module, traced: Trace) -> list[Head]:
@@ -193,7 +193,7 @@ def _wrapping_adapter(model: nn.Module, path: str) -> str:
     parts = path.split(".")
     for length in range(1, len(parts)):
         outer = ".".join(parts[:length])
-        if BASE_LAYER in model.get_submodule(outer)._modules:
+        if BASE_LAYER in children_of(model.get_submodule(outer)):
             return outer
     return path
 

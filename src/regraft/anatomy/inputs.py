@@ -7,11 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves, tree_map
 
 from regraft.card import card_of
 from regraft.errors import ModelError
+from regraft.torch_internals import ConvBase, tree_leaves, tree_map
 from regraft.zoo import preprocessing_of
 
 Shape = tuple[int, ...]
@@ -226,7 +225,7 @@ def _any_tensor(shape: Shape, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _first_layer(model: nn.Module) -> nn.Module | None:
-    known = (nn.Linear, _ConvNd, nn.Embedding, nn.EmbeddingBag, nn.RNNBase)
+    known = (nn.Linear, ConvBase, nn.Embedding, nn.EmbeddingBag, nn.RNNBase)
     return next((layer for layer in model.modules() if isinstance(layer, known)), None)
 
 

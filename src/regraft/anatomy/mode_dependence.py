@@ -4,8 +4,9 @@
 """
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from regraft.torch_internals import BatchNormBase, DropoutBase, NormBase, SpectralNormParametrization, forward_pre_hooks
 
 DROP_PATHS = frozenset({"DropPath", "StochasticDepth", "DropBlock2d", "PatchDropout"})
 OBSERVERS = ("torch.ao.quantization", "torchao.quantization")  # modules of the classes that measure activations
@@ -20,9 +21,9 @@ def changes_while_training(layer: nn.Module) -> str | None:
     """Describe how a layer that is frozen by its flags would still change or draw in `.train()`; None: it would not."""
     if is_pinned(layer):
         return None
-    if isinstance(layer, _NormBase) and layer.track_running_stats:
+    if isinstance(layer, NormBase) and layer.track_running_stats:
         return "its running statistics would still move"
-    if isinstance(layer, _DropoutNd) and layer.p > 0:
+    if isinstance(layer, DropoutBase) and layer.p > 0:
         return "it would still drop at random"
     if type(layer).__name__ in DROP_PATHS and _drop_rate(layer) > 0:
         return "it would still drop at random"
@@ -41,7 +42,7 @@ def changes_while_training(layer: nn.Module) -> str | None:
 
 def follows_batch(layer: nn.Module) -> bool:
     """Return whether the outputs of `layer` for one sample depend on the rest of its batch, also in evaluation mode."""
-    if isinstance(layer, _BatchNorm):
+    if isinstance(layer, BatchNormBase):
         return layer.running_mean is None and layer.running_var is None
     return _is_observer(layer) and hasattr(layer, "fake_quant_enabled")
 
@@ -52,8 +53,8 @@ def rewrites_weight(layer: nn.Module) -> bool:
 
 
 def _has_spectral_norm(layer: nn.Module) -> bool:
-    hooks = layer._forward_pre_hooks.values()
-    return type(layer).__name__ == "_SpectralNorm" or any(type(hook).__name__ == "SpectralNorm" for hook in hooks)
+    hooks = forward_pre_hooks(layer).values()
+    return isinstance(layer, SpectralNormParametrization) or any(isinstance(hook, SpectralNorm) for hook in hooks)
 
 
 def _is_observer(layer: nn.Module) -> bool:

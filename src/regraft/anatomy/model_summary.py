@@ -13,6 +13,7 @@ from regraft.anatomy.summary_table import LayerSummary, ModelSummary, State
 from regraft.anatomy.tracing import trace
 from regraft.arguments import check_arguments
 from regraft.errors import ModelError
+from regraft.torch_internals import children_of
 
 
 def summary(
@@ -83,7 +84,7 @@ class _Rows:
         if row.shared_with is not None:
             return
         is_frozen = row.state == "frozen" or (row.state == "no parameters" and is_in_frozen)
-        for name, child in module._modules.items():
+        for name, child in children_of(module).items():
             if child is not None:
                 yield from self.build(child, f"{path}.{name}" if path else name, depth + 1, is_frozen)
 

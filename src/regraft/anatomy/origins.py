@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
+
+from regraft.torch_internals import keystr, operation_schema, storage_id, tree_flatten_with_path, tree_leaves
 
 FACTORS: dict[str, tuple[int, ...]] = {  # positions of the arguments that an operation multiplies
     "mm": (0, 1), "bmm": (0, 1), "mv": (0, 1), "dot": (0, 1), "vdot": (0, 1), "matmul": (0, 1), "linear": (0, 1),
@@ -132,7 +133,7 @@ class OriginRecorder:
         def named(identities: Iterable[int]) -> list[tuple[str, ...]]:
             return sorted(tuple(names[identity]) for identity in identities if identity in names)
 
-        leaves = [(keystr(path), leaf) for path, leaf in _leaves_with_paths(result) if isinstance(leaf, torch.Tensor)]
+        leaves = [(name, leaf) for name, leaf in _named_leaves(result) if isinstance(leaf, torch.Tensor)]
         values = [self._value(leaf) for _, leaf in leaves]
         reached = self._upstream({number for value in values for number in value.origins if number is not None})
         outputs = []
@@ -159,7 +160,7 @@ class OriginRecorder:
 
     def _factors(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[Any]) -> frozenset[int]:
         """Return the parameters that an operation multiplies data with; empty if it is no projection."""
-        name = func._schema.name.partition("::")[2]
+        name = operation_schema(func).name.partition("::")[2]
         bare = name.rstrip("_")
         if bare in PROPAGATING or any(word in name for word in PROPAGATING_WORDS):
             return frozenset()
@@ -214,8 +215,12 @@ def _merged(values: list[_Value]) -> _Value:
     return _Value(any(value.is_data for value in values), parameters, origins)
 
 
-def _leaves_with_paths(value: Any) -> Iterator[tuple[Any, Any]]:
-    yield from tree_flatten_with_path(value)[0]
+def _named_leaves(value: Any) -> list[tuple[str, Any]]:
+    plain = dict(value) if isinstance(value, Mapping) else value  # transformers 5.0 registers its dicts without names
+    try:
+        return [(keystr(path), leaf) for path, leaf in tree_flatten_with_path(plain)[0]]
+    except ValueError:  # of a class that torch knows how to flatten, and not how to name its parts
+        return [(f"[{position}]", leaf) for position, leaf in enumerate(tree_leaves(plain))]
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -224,6 +229,6 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 def _storage_key(tensor: torch.Tensor) -> Any:
     try:
-        return tensor.untyped_storage()._cdata
+        return storage_id(tensor)
     except (NotImplementedError, RuntimeError):  # sparse, quantized or of a subclass without a storage
         return id(tensor)

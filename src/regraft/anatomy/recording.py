@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from regraft.anatomy.inputs import Arguments, Shape, shapes_of
 from regraft.anatomy.origins import OriginRecorder, Output
+from regraft.torch_internals import TorchDispatchMode, operation_schema, storage_id, tree_leaves
 
 
 @dataclass(frozen=True)
@@ -151,13 +150,13 @@ class ParameterWatch(TorchDispatchMode):
 
     def protect(self, parameters: Iterator[nn.Parameter]) -> None:
         """Refuse what would write to the memory of these parameters."""
-        self._protected |= {_memory(parameter) for parameter in parameters if not nn.parameter.is_lazy(parameter)}
+        self._protected |= {storage_id(parameter) for parameter in parameters if not nn.parameter.is_lazy(parameter)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, nn.Parameter) and id(leaf) not in self.first_uses:
                 self.first_uses[id(leaf)] = self._now()
-        if self._protected and func._schema.is_mutable:
+        if self._protected and operation_schema(func).is_mutable:
             self._refuse_writes(func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
         if self._note is not None:
@@ -165,16 +164,13 @@ class ParameterWatch(TorchDispatchMode):
         return result
 
     def _refuse_writes(self, func: Any, args: Any, kwargs: Any) -> None:
-        for position, argument in enumerate(func._schema.arguments):
+        for position, argument in enumerate(operation_schema(func).arguments):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             value = args[position] if position < len(args) else kwargs.get(argument.name)
-            if any(isinstance(leaf, torch.Tensor) and _memory(leaf) in self._protected for leaf in tree_leaves(value)):
+            written = (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+            if any(storage_id(tensor) in self._protected for tensor in written):
                 raise RuntimeError("its forward writes to its own parameters, which a look must not do")
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _leaves(value: Any) -> list[Any]:

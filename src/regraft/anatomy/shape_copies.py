@@ -7,12 +7,22 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
-from torch.utils._pytree import tree_leaves, tree_map
 
 from regraft.anatomy.modes import in_mode
+from regraft.torch_internals import (
+    FakeTensor,
+    FakeTensorMode,
+    buffers_of,
+    infer_lazy_shapes,
+    mark_as_parameter,
+    parameters_of,
+    remove_hooks,
+    tree_leaves,
+    tree_map,
+    unset_fake_temporarily,
+)
 
 OWN_HOOKS = "torch.nn.utils."  # weight norm, spectral norm and pruning compute weights in hooks: part of the forward
 
@@ -72,13 +82,9 @@ def _lazy_layers(duplicate: nn.Module) -> list[Any]:
 def _copied(model: nn.Module, replacement: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
     duplicate = _deepcopied(model, {id(tensor): replacement(tensor) for tensor in _tensors(model)})
     for module in duplicate.modules():
-        module._forward_hooks.clear()
-        module._backward_hooks.clear()
+        remove_hooks(module, lambda hook: not type(hook).__module__.startswith(OWN_HOOKS))
         if hasattr(vars(module).get("train"), "is_pinned"):  # of a pin, which would look at the flags of the copy
             del vars(module)["train"]
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if not type(hook).__module__.startswith(OWN_HOOKS):
-                del module._forward_pre_hooks[key]
     return duplicate
 
 
@@ -110,7 +116,7 @@ def _fake(tensor: torch.Tensor, fake_mode: FakeTensorMode) -> torch.Tensor:
         shape_only = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         fake = FakeTensor(fake_mode, shape_only, torch.device("cpu"))
     if isinstance(tensor, nn.Parameter):
-        cast(Any, fake)._is_param = True  # what `nn.Parameter(fake)` does, without the operation in it
+        mark_as_parameter(fake)
     return fake
 
 
@@ -156,7 +162,7 @@ def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> Iterator[Any]:
 def _make_lazy_tensors(module: Any, args: Any, kwargs: Any) -> None:
     """Give a lazy layer its shapes, at its first call."""
     if isinstance(module, LazyModuleMixin) and cast(Any, module).has_uninitialized_params():
-        cast(Any, module)._infer_parameters(module, args, kwargs)
+        infer_lazy_shapes(cast(nn.Module, module), args, kwargs)
 
 
 def _make_lazy_fakes(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -169,12 +175,13 @@ def _make_lazy_fakes(module: nn.Module, args: Any, kwargs: Any) -> None:
             (args, kwargs),
         )
         _make_lazy_tensors(module, *stand_ins)
-    for name, tensor in module._parameters.items():
+    parameters, buffers = parameters_of(module), buffers_of(module)
+    for name, tensor in parameters.items():
         if tensor is not None and tensor.is_meta:
-            module._parameters[name] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=False)
-    for name, tensor in module._buffers.items():
+            parameters[name] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=False)
+    for name, tensor in buffers.items():
         if tensor is not None and tensor.is_meta:
-            module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
 _MODULE_FIELDS = frozenset(vars(nn.Module()))

@@ -18,6 +18,7 @@ from regraft.anatomy.recording import Call as Call
 from regraft.anatomy.recording import Recorder, Trace
 from regraft.anatomy.shape_copies import SHAPE_ONLY_COPIES, aliased_copy
 from regraft.errors import ForwardError
+from regraft.torch_internals import is_compiled
 
 FAKES = "torch._subclasses.fake_tensor"  # its logger prints a traceback for what is raised as an error anyway
 
@@ -129,7 +130,7 @@ def _for_real(model: nn.Module, arguments: Arguments, reason: str, training: boo
 @contextlib.contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Let layers that `torch.compile` made run as they were before, as a compiled forward hides its layers."""
-    if not any("_orig_mod" in layer._modules for layer in model.modules()):
+    if not any(is_compiled(layer) for layer in model.modules()):
         yield
         return
     with torch.compiler.set_stance("force_eager"):

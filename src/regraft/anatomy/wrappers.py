@@ -3,6 +3,8 @@
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from regraft.torch_internals import COMPILED_CHILD, children_of
+
 CARRIERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
@@ -35,6 +37,6 @@ def sole_child(model: nn.Module) -> str | None:
 
 
 def _carried(model: nn.Module) -> str | None:
-    if "_orig_mod" in model._modules:  # of torch.compile; its class lives in torch._dynamo, slow to import
-        return "_orig_mod"
+    if COMPILED_CHILD in children_of(model):  # not by its class, as the compiler is slow to import
+        return COMPILED_CHILD
     return "module" if isinstance(model, CARRIERS) else None

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
 
 from regraft.anatomy.heads import width_of
 from regraft.anatomy.inputs import Inputs, arguments_for
@@ -21,6 +19,7 @@ from regraft.arguments import check_arguments
 from regraft.card import card_of
 from regraft.errors import ModelError
 from regraft.freezing.pins import frozen_layers
+from regraft.torch_internals import NormBase, tree_leaves
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ def _broken_statistics(model: nn.Module) -> Iterator[Finding]:
         layer = name.rpartition(".")[0]
         if layer not in frozen or not buffer.is_floating_point():
             continue
-        is_statistic = isinstance(model.get_submodule(layer), _NormBase)  # elsewhere, masks and limits are infinite
+        is_statistic = isinstance(model.get_submodule(layer), NormBase)  # elsewhere, masks and limits are infinite
         if buffer.isnan().any() or (is_statistic and buffer.isinf().any()):
             yield Finding(
                 "broken-statistics",

@@ -11,8 +11,9 @@ from torch import nn
 from regraft.anatomy.model_facts import ModelFacts
 from regraft.arguments import check_arguments
 from regraft.errors import ConfigError, SelectionError, nearest
+from regraft.torch_internals import NormBase
 
-NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+NORM_LAYERS = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
 MOMENTUM = 0.9  # the value that timm's own factory passes to optimizers with momentum
 

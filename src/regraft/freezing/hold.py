@@ -34,6 +34,14 @@ from torch.nn.parameter import is_lazy
 
 from regraft.anatomy.mode_dependence import is_pinned, rewrites_weight
 from regraft.anatomy.shape_copies import shared_copy
+from regraft.torch_internals import (
+    buffers_of,
+    forward_hooks,
+    forward_pre_hooks,
+    is_jit_tracing,
+    parameters_of,
+    remove_hooks,
+)
 
 KEPT, NESTED = "_regraft_kept", "_regraft_nested"  # attributes of a module while its forward runs, never longer
 TRUSTED_LIBRARIES = ("torch.nn.modules.", "torchvision.", "timm.", "transformers.")  # write only to caches in eval
@@ -77,7 +85,7 @@ def release_below(host: nn.Module, args: Any, output: Any) -> None:
 
 def remember_state(module: nn.Module, args: Any) -> None:
     """Copy the state that pinned layers in `module` may write to in their forward."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:  # of torch.jit.trace
+    if torch.compiler.is_compiling() or is_jit_tracing():
         return
     kept = [
         (tensors, name, tensor, tensor.detach().clone())
@@ -112,12 +120,12 @@ def keeps_state(layer: nn.Module) -> bool:
 def _mutable_tensors(layer: nn.Module) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
     """Yield the tensors that the forward of `layer` may write to in evaluation mode, as (dict, name, tensor)."""
     if not type(layer).__module__.startswith(TRUSTED_LIBRARIES) or has_foreign_hooks(layer):
-        for name, tensor in layer._buffers.items():
+        for name, tensor in buffers_of(layer).items():
             if tensor is not None and not is_lazy(tensor):
-                yield layer._buffers, name, tensor
-    weight = layer._parameters.get("weight") if rewrites_weight(layer) else None
+                yield buffers_of(layer), name, tensor
+    weight = parameters_of(layer).get("weight") if rewrites_weight(layer) else None
     if weight is not None:
-        yield layer._parameters, "weight", weight
+        yield parameters_of(layer), "weight", weight
 
 
 def is_builtin(layer: nn.Module) -> bool:
@@ -127,7 +135,7 @@ def is_builtin(layer: nn.Module) -> bool:
 
 def has_foreign_hooks(layer: nn.Module) -> bool:
     """Return whether hooks other than this library's take part in the forward of `layer`."""
-    hooks = (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values())
+    hooks = (*forward_pre_hooks(layer).values(), *forward_hooks(layer).values())
     return not all(str(getattr(hook, "__module__", "")).startswith("regraft.") for hook in hooks)
 
 
@@ -162,7 +170,7 @@ class PinState:
         """Return the state that `layer` has now."""
         keeper = vars(layer).get(TRAIN)
         hooks = frozenset(
-            h for h in (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()) if h in PIN_HOOKS
+            h for h in (*forward_pre_hooks(layer).values(), *forward_hooks(layer).values()) if h in PIN_HOOKS
         )
         if not isinstance(keeper, Keeper):
             return cls(hooks=hooks)
@@ -276,9 +284,9 @@ def _fingerprint(model: nn.Module) -> int:
             (
                 type(layer),
                 is_pinned(layer),
-                len(layer._forward_pre_hooks),
-                len(layer._forward_hooks),
-                *(parameter.requires_grad for parameter in layer._parameters.values() if parameter is not None),
+                len(forward_pre_hooks(layer)),
+                len(forward_hooks(layer)),
+                *(parameter.requires_grad for parameter in parameters_of(layer).values() if parameter is not None),
             )
             for layer in model.modules()
         )
@@ -287,11 +295,7 @@ def _fingerprint(model: nn.Module) -> int:
 
 def _remove_hooks(layer: nn.Module, keep: frozenset[Callable[..., None]]) -> None:
     """Remove the hooks of pins from a module, except those in `keep`."""
-    for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
-        for key in [key for key, hook in hooks.items() if hook in PIN_HOOKS and hook not in keep]:
-            del hooks[key]
-            # torch notes the key in a second table, which only the handle of the hook would clear.
-            layer._forward_hooks_always_called.pop(key, None)
+    remove_hooks(layer, lambda hook: hook in PIN_HOOKS and hook not in keep)
 
 
 def _put(layer: nn.Module, name: str, value: Any, kind: type) -> None:

@@ -28,18 +28,17 @@ from types import MappingProxyType
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 
 from regraft.anatomy.mode_dependence import is_pinned as is_pinned
 from regraft.anatomy.mode_dependence import rewrites_weight
 from regraft.errors import ModelError
 from regraft.freezing.hold import GUARD, HOLD, HOST, ByPath, PinState, has_foreign_hooks, is_builtin, keeps_state
+from regraft.torch_internals import DropoutBase, NormBase, parameters_of
 
 # Builtin layers whose forward depends on their mode. In all others the mode changes nothing, unless hooks take part in
 # their forward (spectral norm). Layers defined elsewhere may depend on it, so they are pinned too. The mode of
 # nn.TransformerEncoderLayer decides only whether it and the layers after it take the fast path.
-MODE_DEPENDENT = (_NormBase, _DropoutNd, nn.MultiheadAttention, nn.RNNBase, nn.RReLU)
+MODE_DEPENDENT = (NormBase, DropoutBase, nn.MultiheadAttention, nn.RNNBase, nn.RReLU)
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ def _walk(
         later = children[position + 1][2]
         following[position] = later[0] if later else following[position + 1]
     for (name, child, own), next_flag in zip(children, following, strict=True):
-        in_front = (before is not False and not next_flag) or (before is True and isinstance(child, _NormBase))
+        in_front = (before is not False and not next_flag) or (before is True and isinstance(child, NormBase))
         by_path = chosen.get(id(child)) == "alone" or (chosen.get(id(child)) == "among" and False in around)
         frozen = not any(own) if own else place.frozen or in_front or by_path
         path = f"{place.path}.{name}" if place.path else name
@@ -216,7 +215,7 @@ def _collect_flags(
     """
     if id(layer) not in flags:
         flags[id(layer)] = []
-        own = [is_trainable(parameter) for parameter in layer._parameters.values() if parameter is not None]
+        own = [is_trainable(parameter) for parameter in parameters_of(layer).values() if parameter is not None]
         for child in layer.children():
             own += _collect_flags(child, is_trainable, flags)
         flags[id(layer)] = own[:1] + [flag for flag in (True, False) if flag in own]

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from regraft.anatomy.dataflow.graph import Flow
 from regraft.anatomy.dataflow.values import BATCHES, Interpreter
@@ -26,6 +25,7 @@ from regraft.anatomy.mode_dependence import is_pinned
 from regraft.anatomy.modes import preserved_randomness, seed_all
 from regraft.anatomy.recording import ParameterWatch
 from regraft.anatomy.shape_copies import aliased_copy
+from regraft.torch_internals import tree_flatten, tree_leaves, tree_unflatten
 
 PLACES = (0, 2)  # positions of the shared image in the two batches
 TOLERANCES = {

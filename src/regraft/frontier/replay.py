@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from regraft.anatomy.dataflow.graph import ancestors
 from regraft.anatomy.dataflow.values import BATCHES
@@ -39,6 +38,7 @@ from regraft.frontier.forward_until import StoppedError, first_line, run_until_s
 from regraft.frontier.independence import difference, with_image_of
 from regraft.frontier.liveness import is_live_layer
 from regraft.frontier.stubs import Form, Stubs, flatten_call, placeholder, stub, stubbed, unflatten_call
+from regraft.torch_internals import tree_leaves
 
 Part = tuple[str, nn.Module, bool]  # path, layer, whether it is live
 

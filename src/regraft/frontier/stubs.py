@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from regraft.anatomy.dataflow.values import BATCHES
 from regraft.errors import ModelError
+from regraft.torch_internals import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 Stubs = dict[str, tuple[Callable[[int, torch.device], Any], ...]]  # layer → a function per call that creates its output
 Form = tuple[TreeSpec, tuple[Any, ...]]  # of nested arguments: their structure, and the leaves that are not tensors

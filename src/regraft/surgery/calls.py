@@ -13,8 +13,7 @@ from regraft.anatomy.inputs import Inputs
 from regraft.anatomy.paths import is_within, layer_at
 from regraft.anatomy.tracing import Trace, trace
 from regraft.errors import EditError, ForwardError
-
-READ_OF_ATTENTION = ("batch_first", "in_proj_bias", "_qkv_same_embed_dim")  # by nn.TransformerEncoderLayer.forward
+from regraft.torch_internals import READ_OF_ATTENTION, forward_hooks, forward_pre_hooks
 
 
 def require_calls(
@@ -88,7 +87,7 @@ def leave_fast_paths(edited: nn.Module, put: Mapping[str, nn.Module], model: nn.
 
 def _is_like(old: nn.Module, new: nn.Module) -> bool:
     """Return whether two layers have the same forward, so that it does not matter whether it is called."""
-    has_hooks = bool(new._forward_hooks or new._forward_pre_hooks)
+    has_hooks = bool(forward_hooks(new) or forward_pre_hooks(new))
     return type(new).forward is type(old).forward and not has_hooks and "forward" not in vars(new)
 
 

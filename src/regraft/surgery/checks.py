@@ -14,6 +14,7 @@ from regraft.card import Step, attach, card_of
 from regraft.errors import EditError, ForwardError
 from regraft.freezing.pins import is_pinned, sync_pins
 from regraft.surgery.layer_text.build import describe
+from regraft.torch_internals import BatchNormBase, InstanceNormBase, is_compiled
 
 
 def require_editable(model: nn.Module) -> None:
@@ -27,7 +28,7 @@ def require_editable(model: nn.Module) -> None:
             f"{type(model).__name__} is a TorchScript module, whose dataflow can no longer be edited. "
             "Edit the model before torch.jit.script or torch.jit.trace. Nothing was changed."
         )
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+    if is_compiled(model):
         raise EditError(
             f"{type(model).__name__} is compiled, which an edit would not reach. Edit the model before torch.compile "
             "(a compiled one keeps it as `_orig_mod`), and compile the result. Nothing was changed."
@@ -82,7 +83,7 @@ def _expectation(layer: nn.Module) -> str:
         return f"(…, {layer.in_features})"
     if isinstance(layer, CONVOLUTIONS):
         return f"(N, {layer.in_channels}{', …' * len(layer.kernel_size)})"
-    if isinstance(layer, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
+    if isinstance(layer, (BatchNormBase, InstanceNormBase)):
         return f"(N, {layer.num_features}, …)"
     if isinstance(layer, nn.GroupNorm):
         return f"(N, {layer.num_channels}, …)"
@@ -105,7 +106,7 @@ def _way_out(layer: nn.Module, given: Shape) -> str:
         return f"Make it nn.Linear({given[-1]}, {out}), or put nn.Linear({given[-1]}, {wanted}) before it."
     if isinstance(layer, CONVOLUTIONS) and len(given) == len(layer.kernel_size) + 2:
         return f"Put nn.{type(layer).__name__}({given[1]}, {layer.in_channels}, 1) before it."
-    if isinstance(layer, nn.modules.batchnorm._BatchNorm) and len(given) > 1:
+    if isinstance(layer, BatchNormBase) and len(given) > 1:
         return f"Make it nn.{type(layer).__name__}({given[1]})."
     return "Give the layers the widths that stand on either side, or put a layer between them that converts."
 

@@ -137,9 +137,9 @@ def _delete_unused(layer: nn.Module, path: str, used: set[str]) -> None:
         elif not any(True for _ in (*child.parameters(), *child.buffers())):
             continue
         elif isinstance(layer, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-            del layer._modules[name]
+            delattr(layer, name)
         else:
-            layer._modules[name] = None  # rather than no attribute: `if self.pooler is not None` is common
+            layer.register_module(name, None)  # rather than no attribute: `if self.pooler is not None` is common
 
 
 def _stop(layer: nn.Module, args: Any, output: Any) -> None:

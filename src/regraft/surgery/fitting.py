@@ -12,13 +12,9 @@ from regraft.anatomy.heads import CONVOLUTIONS
 from regraft.anatomy.inputs import Inputs, Shape
 from regraft.anatomy.tracing import Trace, trace
 from regraft.errors import EditError
+from regraft.torch_internals import BatchNormBase, InstanceNormBase, infer_lazy_shapes
 
-CHANNELS_FIRST = (
-    *CONVOLUTIONS,
-    nn.GroupNorm,
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-)
+CHANNELS_FIRST = (*CONVOLUTIONS, nn.GroupNorm, BatchNormBase, InstanceNormBase)
 
 
 def fitted(model: nn.Module, layers: Sequence[nn.Module | int], inputs: Inputs | None = None) -> list[nn.Module]:
@@ -157,5 +153,5 @@ def materialize_lazy(edited: nn.Module, added: Mapping[str, nn.Module], run: Tra
     for path, layer in lazy.items():
         device = next(cast(nn.Module, layer).parameters()).device
         inputs = tuple(torch.empty(shape, device="meta") for shape in calls[path].input_shapes)
-        cast(Any, layer)._infer_parameters(layer, inputs)
+        infer_lazy_shapes(cast(nn.Module, layer), inputs)
         cast(nn.Module, layer).to(device)

@@ -6,14 +6,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvTransposeNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from regraft.anatomy.heads import BASE_LAYER, CONVOLUTIONS
 from regraft.errors import EditError
+from regraft.torch_internals import (
+    BatchNormBase,
+    ConvTransposeBase,
+    InstanceNormBase,
+    OrthogonalParametrization,
+    SpectralNormParametrization,
+    WeightNormParametrization,
+    children_of,
+    forward_pre_hooks,
+    parameters_of,
+)
 
 WEIGHT_NORMS = ("weight_g", "weight_v")
 LENGTHS = ("original0", "weight_g")  # names under which weight norm keeps the lengths of the rows
@@ -30,7 +39,7 @@ def layer_like(old: nn.Module, classes: int, path: str) -> nn.Module:
     Raises:
         EditError: It is of a kind that cannot be built for another number of outputs. Nothing was changed.
     """
-    base = old._modules.get(BASE_LAYER)
+    base = children_of(old).get(BASE_LAYER)
     if base is not None:
         return layer_like(base, classes, path)
     layer = _plain_layer(old, classes)
@@ -45,7 +54,7 @@ def layer_like(old: nn.Module, classes: int, path: str) -> nn.Module:
 
 def norm_like(old: nn.Module, before: int, classes: int) -> nn.Module | None:
     """Return a norm or PReLU like `old`, which follows a head of `before` outputs, for `classes`; None for others."""
-    if isinstance(old, (nn.modules.batchnorm._BatchNorm, _InstanceNorm)) and old.num_features == before:
+    if isinstance(old, (BatchNormBase, InstanceNormBase)) and old.num_features == before:
         kind: Any = type(old)
         options = {"eps": old.eps, "momentum": old.momentum, "affine": old.affine}
         return kind(classes, track_running_stats=old.track_running_stats, **options)
@@ -64,7 +73,7 @@ def kept_tensors(old: nn.Module, new: nn.Module) -> list[tuple[torch.Tensor, tor
     With weight norm these are the lengths and the directions. Where a norm takes all rows together (spectral norm), one
     class cannot be kept apart from the others.
     """
-    if BASE_LAYER in old._modules or isinstance(old, TRANSPOSED):
+    if BASE_LAYER in children_of(old) or isinstance(old, TRANSPOSED):
         return None
     old_tensors, new_tensors = _row_tensors(old), _row_tensors(new)
     if old_tensors is None or new_tensors is None or old_tensors.keys() != new_tensors.keys():
@@ -77,10 +86,10 @@ def _row_tensors(layer: Any) -> dict[str, torch.Tensor] | None:
     """Return the tensors whose rows are classes, by role; None where rows cannot be taken apart."""
     if parametrize.is_parametrized(layer):
         norms = layer.parametrizations
-        if list(norms) != ["weight"] or [type(norm).__name__ for norm in norms.weight] != ["_WeightNorm"]:
+        if list(norms) != ["weight"] or [type(norm) for norm in norms.weight] != [WeightNormParametrization]:
             return None
         named = {"g": norms.weight.original0, "v": norms.weight.original1}
-    elif any(isinstance(hook, SpectralNorm) for hook in layer._forward_pre_hooks.values()):
+    elif any(isinstance(hook, SpectralNorm) for hook in forward_pre_hooks(layer).values()):
         return None
     elif all(hasattr(layer, name) for name in WEIGHT_NORMS):
         named = {"g": layer.weight_g, "v": layer.weight_v}
@@ -107,14 +116,14 @@ def _plain_layer(old: Any, classes: int) -> nn.Module | None:
         return nn.Bilinear(old.in1_features, old.in2_features, classes, bias=has_bias)
     if isinstance(old, (*CONVOLUTIONS, *TRANSPOSED)) and old.groups == 1:
         names = ["kernel_size", "stride", "padding", "dilation", "padding_mode"]
-        names += ["output_padding"] if isinstance(old, _ConvTransposeNd) else []
+        names += ["output_padding"] if isinstance(old, ConvTransposeBase) else []
         convolution: Any = next(kind for kind in (*CONVOLUTIONS, *TRANSPOSED) if isinstance(old, kind))
         return convolution(old.in_channels, classes, bias=has_bias, **{name: getattr(old, name) for name in names})
     return None
 
 
 def _has_plain_weight(layer: nn.Module) -> bool:
-    weight = layer._parameters.get("weight")
+    weight = parameters_of(layer).get("weight")
     return type(weight) is nn.Parameter and weight.is_floating_point()
 
 
@@ -139,7 +148,7 @@ def _normalize_alike(layer: nn.Module, old: Any, path: str) -> None:
         for name, steps in old.parametrizations.items():
             for step in steps:
                 _register(layer, name, step, path)
-    for hook in old._forward_pre_hooks.values():
+    for hook in forward_pre_hooks(old).values():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's, about norms that are older than parametrizations
             if isinstance(hook, WeightNorm):
@@ -150,19 +159,18 @@ def _normalize_alike(layer: nn.Module, old: Any, path: str) -> None:
 
 
 def _register(layer: nn.Module, name: str, step: Any, path: str) -> None:
-    kind = type(step).__name__
-    if kind == "_WeightNorm":
+    if isinstance(step, WeightNormParametrization):
         parametrizations.weight_norm(layer, name, step.dim)
-    elif kind == "_SpectralNorm":
+    elif isinstance(step, SpectralNormParametrization):
         parametrizations.spectral_norm(layer, name, step.n_power_iterations, step.eps, step.dim)
-    elif kind == "_Orthogonal":
+    elif isinstance(step, OrthogonalParametrization):
         parametrizations.orthogonal(layer, name, step.orthogonal_map.name, use_trivialization=hasattr(step, "base"))
     elif not step.state_dict():
         parametrize.register_parametrization(layer, name, copy.deepcopy(step))
     else:
         raise EditError(
-            f"the {name} of the head '{path}' is computed by a {kind} with tensors of its own, which cannot be built "
-            "for another number of classes. Pass a module in its place. Nothing was changed."
+            f"the {name} of the head '{path}' is computed by a {type(step).__name__} with tensors of its own, "
+            "which cannot be built for another number of classes. Pass a module in its place. Nothing was changed."
         )
 
 

@@ -14,6 +14,7 @@ from regraft.anatomy.paths import is_within
 from regraft.anatomy.shape_copies import shared_copy
 from regraft.errors import ForwardError
 from regraft.freezing.pins import unpin
+from regraft.torch_internals import buffers_of, children_of, non_persistent_buffers, parameters_of
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,12 @@ def unused_names(model: nn.Module, stem: str, count: int) -> list[str]:
 
 def _pruned(layer: nn.Module, path: str, used: set[str]) -> list[str]:
     gone = []
-    for slots in (layer._parameters, layer._buffers, layer._modules):
+    for slots in (parameters_of(layer), buffers_of(layer), children_of(layer)):
         for name in list(slots):
             inner = f"{path}.{name}".lstrip(".")
-            if inner in used or name in layer._non_persistent_buffers_set:  # which a layer's own methods may read
+            if inner in used or name in non_persistent_buffers(layer):  # which a layer's own methods may read
                 continue
-            child = layer._modules.get(name)
+            child = children_of(layer).get(name)
             if child is not None and any(is_within(target, inner) for target in used):
                 gone += _pruned(child, inner, used)
             else:

@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from regraft.anatomy.dataflow.graph import ancestors
 from regraft.anatomy.heads import CONVOLUTIONS, first_convolution
@@ -17,6 +16,7 @@ from regraft.card import attach
 from regraft.errors import EditError, ForwardError
 from regraft.surgery.checks import finish, refusal, require_editable
 from regraft.surgery.swap import with_layers
+from regraft.torch_internals import parameters_of, tree_map
 from regraft.zoo import preprocessing_of
 
 COUNTS = ("in_chans", "in_channels", "num_channels")  # attributes in which networks store the number of input channels
@@ -140,7 +140,7 @@ def _widen(layer: nn.Module, path: str, channels: int) -> None:
             f"learned can be kept for 1 channel, not for {channels}. {advice}"
         )
     computed = f"the first convolution '{path}' ({type(layer).__name__}) computes its filters from other weights, "
-    if "weight" not in layer._parameters:
+    if "weight" not in parameters_of(layer):
         raise EditError(f"{computed}which has to be removed before. {advice}")
     old = copy.deepcopy(layer)
     weight = layer.weight.detach()  # (out, in / groups, …)

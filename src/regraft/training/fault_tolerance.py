@@ -14,6 +14,7 @@ from regraft.checkpoint.file.tree import Tree
 from regraft.data.photos import SeededShuffle
 from regraft.errors import DataError
 from regraft.progress import Progress
+from regraft.torch_internals import drop_workers
 from regraft.training.config import TrainConfig
 from regraft.training.partial_batches import PartialBatch
 from regraft.training.resume.rng import set_random_states
@@ -142,7 +143,7 @@ def _without_workers(batches: Iterable[Any]) -> Iterable[Any]:
     if not isinstance(batches, DataLoader) or batches.num_workers == 0:
         return batches
     alone = copy.copy(batches)
-    alone.num_workers, alone.timeout, alone._iterator = 0, 0, None
+    drop_workers(alone)
     return alone
 
 

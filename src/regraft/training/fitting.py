@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # optimizers import the compiler at their first use, in the middle of a run; import it here
 from torch import nn
 
 from regraft.anatomy.model_facts import ModelFacts
@@ -18,6 +17,7 @@ from regraft.data.folders import Listing
 from regraft.errors import ConfigError, ModelError
 from regraft.freezing.schedule import Schedule
 from regraft.progress import SILENT, Progress
+from regraft.torch_internals import import_compiler
 from regraft.training.checks.weight_types import compute_for, require_trainable_types
 from regraft.training.config import TrainConfig
 from regraft.training.epochs import Run, train
@@ -37,6 +37,8 @@ from regraft.training.setup import (
 )
 from regraft.training.train_data import TrainData, list_if_folder, load_train_data
 from regraft.zoo import preprocessing_source
+
+import_compiler()  # optimizers would do it at their first use, in the middle of a run
 
 
 def fit(

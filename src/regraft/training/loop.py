@@ -13,6 +13,7 @@ from regraft.anatomy.modes import evaluation_mode, preserved_randomness
 from regraft.arguments import usable_device
 from regraft.errors import DataError, LossError, ModelError, RunError
 from regraft.progress import SILENT, Progress
+from regraft.torch_internals import mark_as_stepped
 from regraft.train_options import OnNan
 from regraft.training.checks.targets import batch_loss
 from regraft.training.losses import Loss, is_mean_over_samples
@@ -143,7 +144,7 @@ def train_epoch(
         if math.isfinite(loss) and (on_nan == "stop" or _has_finite_gradients(optimizer, scaler)):
             scaler.step(optimizer)
             scaler.update()
-            optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # a scaler may skip a step
+            mark_as_stepped(optimizer)  # a scaler may skip a step
             tally.total, tally.count = tally.total + loss * len(targets), tally.count + len(targets)
         elif on_nan == "stop":
             rate = optimizer.param_groups[0]["lr"]
@@ -166,7 +167,7 @@ def train_epoch(
 def _skip_step(optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
     """Drop the gradients and advance the schedule without an optimizer step."""
     optimizer.zero_grad()
-    optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # or the schedule would warn
+    mark_as_stepped(optimizer)
     schedule.step()
 
 

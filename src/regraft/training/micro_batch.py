@@ -21,6 +21,7 @@ from torch import nn
 
 from regraft.anatomy.modes import preserved_randomness
 from regraft.errors import DataError
+from regraft.torch_internals import buffers_of
 
 SINGLE_SAMPLE_MESSAGE = (
     "every batch is a single sample, and batch norm cannot learn from one alone. Use a batch_size of 2 or more, or "
@@ -140,7 +141,7 @@ def buffers_restored(model: nn.Module, *, on_failure: bool = False) -> Iterator[
     saved = [
         (layer, name, buffer, buffer.clone())
         for layer in model.modules()
-        for name, buffer in layer._buffers.items()
+        for name, buffer in buffers_of(layer).items()
         if buffer is not None
     ]
 
@@ -148,7 +149,7 @@ def buffers_restored(model: nn.Module, *, on_failure: bool = False) -> Iterator[
         with torch.no_grad():
             for layer, name, buffer, value in saved:
                 buffer.copy_(value)
-                layer._buffers[name] = buffer
+                buffers_of(layer)[name] = buffer
 
     try:
         yield

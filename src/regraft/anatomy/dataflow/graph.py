@@ -42,6 +42,7 @@ from regraft.anatomy.modes import preserved_randomness, seed_all
 from regraft.anatomy.paths import is_within
 from regraft.anatomy.shape_copies import shared_copy
 from regraft.errors import ForwardError
+from regraft.torch_internals import ASSERT
 
 SIZE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "training"})
 SIZE_METHODS = frozenset({"size", "dim", "numel", "stride", "is_floating_point"})
@@ -284,7 +285,7 @@ def _has_effects(node: fx.Node, layer_of: Callable[[str], nn.Module]) -> bool:
     if node.op != "call_function":
         return False
     name = getattr(node.target, "__name__", "")
-    return name.endswith("_") or name in IN_PLACE or node.kwargs.get("inplace") is True or node.target is torch._assert
+    return name.endswith("_") or name in IN_PLACE or node.kwargs.get("inplace") is True or node.target is ASSERT
 
 
 def _untraceable(model: nn.Module, path: str, text: str) -> ForwardError:

@@ -21,12 +21,12 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from regraft.anatomy.dataflow.draws import DROPPING, RANDOM, random_state
 from regraft.anatomy.inputs import Arguments
 from regraft.anatomy.mode_dependence import is_pinned
 from regraft.errors import ModelError
+from regraft.torch_internals import forward_pre_hooks, tree_leaves
 
 LAYER = "regraft_layer"  # key of fx.Node.meta: path of the layer whose forward holds the operation
 FACTORIES = (
@@ -91,7 +91,7 @@ class Tracer(fx.Tracer):
             if id(layer) in self._traced:
                 if self._respect_pins and is_pinned(layer):
                     self._pinned.add(path)
-                layer._forward_pre_hooks.clear()  # pins: the mode that they keep is read when the graph runs
+                forward_pre_hooks(layer).clear()  # pins: the mode that they keep is read when the graph runs
                 vars(layer).pop("train", None)
                 # A proxy in the place of the flag records where it is passed on, and `to_bool` sees branches on it.
                 vars(layer)["training"] = self.create_proxy("get_attr", f"{path}.training".lstrip("."), (), {})

@@ -20,7 +20,6 @@ torch's would have to follow every change of its format; `restricted_unpickler` 
 """
 
 import pickletools
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # how pickles of Python 2 are read, by torch as well
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ import torch
 from torch import nn
 
 from regraft.errors import CheckpointError
+from regraft.torch_internals import PYTHON2_MODULES, PYTHON2_NAMES
 
 MAX_INSTRUCTIONS = 5_000_000
 MAX_OBJECTS = 1_000_000
@@ -318,8 +318,8 @@ class _Interpreter:
         Raises:
             CheckpointError: It is a function of torch that no file of weights needs.
         """
-        python3_name = NAME_MAPPING.get((module, last))
-        module, last = python3_name if python3_name is not None else (IMPORT_MAPPING.get(module, module), last)
+        python3_name = PYTHON2_NAMES.get((module, last))
+        module, last = python3_name if python3_name is not None else (PYTHON2_MODULES.get(module, module), last)
         name = f"{module}.{last}"
         if len(name) > MAX_NAME:
             raise _refusal_error(self._path, f"it names something of {len(name):,} characters")

@@ -9,7 +9,6 @@ import itertools
 import math
 import pickle
 import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # how pickles of Python 2 are read
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +17,7 @@ import torch
 
 from regraft.checkpoint.foreign.state_dicts import DEPTH
 from regraft.errors import CheckpointError
+from regraft.torch_internals import PYTHON2_MODULES, PYTHON2_NAMES
 
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -107,7 +107,7 @@ class InertUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the stand-in for a name; nothing is imported."""
-        module, name = NAME_MAPPING.get((module, name)) or (IMPORT_MAPPING.get(module, module), name)  # from Python 2
+        module, name = PYTHON2_NAMES.get((module, name)) or (PYTHON2_MODULES.get(module, module), name)
         if module in ("torch", "torch.storage") and name in STORAGES:
             return STORAGES[name]
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):

@@ -27,6 +27,7 @@ from regraft.checkpoint.foreign.state_dicts import Tensors
 from regraft.checkpoint.matching.adapting import POSITIONS
 from regraft.checkpoint.matching.naming import WRAPPER_PARTS, fit_names, strip_wrapper_parts
 from regraft.checkpoint.matching.reparametrized import without_reparametrization
+from regraft.torch_internals import has_loading_code, run_loading_code, with_replaced_tensors
 
 FILTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained", "_convert_state_dict")
 OPTIONS = ("adapt_layer_scale",)  # arguments of a filter that some families of a module set
@@ -137,25 +138,19 @@ def _run_quietly(
 
 
 def _by_layers(model: nn.Module, tensors: Tensors, slots: Mapping[str, torch.Tensor]) -> Tensors:
-    """Rename as the layers of a model do in `_load_from_state_dict` and its pre-hooks."""
+    """Rename as the layers of a model do while a state dict is loaded."""
     for path, layer in model.named_modules():
-        is_plain = type(layer)._load_from_state_dict is nn.Module._load_from_state_dict
-        is_torchs = type(layer).__module__.startswith("torch.nn.modules.")  # which only add what a file lacks
-        if (is_plain or is_torchs) and not layer._load_state_dict_pre_hooks:
+        if not has_loading_code(layer):
             continue
         # The layer's own code must run, but must not write to the model: a shallow copy on the meta device takes it.
-        shadow = copy.copy(layer)
-        shadow._parameters = {name: _on_meta(value) for name, value in layer._parameters.items()}  # pyright: ignore
-        shadow._buffers = {name: _on_meta(value) for name, value in layer._buffers.items()}
+        shadow = with_replaced_tensors(layer, _on_meta)
         prefix = "".join(f"{part}." for part in path.split(".") if part and part not in WRAPPER_PARTS)
-        shadow._load_from_state_dict(tensors, prefix, {}, False, [], [], [])
+        run_loading_code(shadow, tensors, prefix)
     return tensors
 
 
-def _on_meta(value: torch.Tensor | None) -> torch.Tensor | None:
+def _on_meta(value: torch.Tensor) -> torch.Tensor:
     """Return an empty tensor or parameter of the same shape on the meta device."""
-    if value is None:
-        return None
     empty = torch.empty_like(value, device="meta")
     return nn.Parameter(empty, requires_grad=False) if isinstance(value, nn.Parameter) else empty
 

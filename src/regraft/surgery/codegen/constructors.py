@@ -13,6 +13,7 @@ from regraft.surgery.codegen.literals import quoted
 from regraft.surgery.layer_text.build import describe
 from regraft.surgery.layer_text.parse import LayerCall, parsed
 from regraft.surgery.layer_text.read_back import OWN, parameters_of
+from regraft.torch_internals import uses_fast_norm, without_children
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 # What a subclass may define without computing anything else than its base class.
@@ -38,8 +39,7 @@ def holder_of(layer: nn.Module) -> nn.Module | None:
     kind = _builtin_class(layer)
     if kind is None:
         return None
-    view = _viewed(layer, kind)
-    view._modules = {}
+    view = without_children(_viewed(layer, kind))
     vars(view).pop("forward", None)
     return view
 
@@ -89,7 +89,7 @@ def _is_timm_norm(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether a layer is timm's own form of a norm, set to compute what torch's computes."""
     home, name = type(layer).__module__, type(layer).__name__
     is_norm = home == "timm.layers.norm" and name in ("LayerNorm", "GroupNorm") and name == kind.__name__
-    return is_norm and not getattr(layer, "_fast_norm", True)
+    return is_norm and not uses_fast_norm(layer)
 
 
 def _viewed(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:

@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 from regraft.anatomy.dataflow.graph import LAYER, Flow, ancestors, tidy
 from regraft.errors import EditError
 from regraft.surgery.codegen.literals import ImportTable, quoted
+from regraft.torch_internals import ASSERT
 
 BLOCK = 5  # lines from which on a block gets a comment
 LOAD = 4  # operations that are inlined into one line at most
@@ -50,7 +51,7 @@ def simplify(flow: Flow, model: nn.Module) -> None:
         if is_identity and len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node):
             node.replace_all_uses_with(node.args[0])
             flow.graph.erase_node(node)
-        elif node.op == "call_function" and node.target is torch._assert and not node.users:
+        elif node.op == "call_function" and node.target is ASSERT and not node.users:
             flow.graph.erase_node(node)
     tidy(flow.graph, model.get_submodule)
 
@@ -81,7 +82,7 @@ def merged(evaluate: Flow, train: Flow) -> bool:
         except _DifferError:
             return False
     for node, args, kwargs in arguments:  # after the loop, so that graphs that differ further on stay as they are
-        node._update_args_kwargs(args, kwargs)
+        node.args, node.kwargs = args, kwargs
     return True
 
 

@@ -15,6 +15,14 @@ from regraft.errors import EditError
 from regraft.freezing.hold import PIN_HOOKS
 from regraft.surgery.codegen.constructors import as_builtin, constructor, holder_of, is_timm_leaf
 from regraft.surgery.codegen.literals import Constants, ImportTable
+from regraft.torch_internals import (
+    buffers_of,
+    children_of,
+    forward_hooks,
+    forward_pre_hooks,
+    non_persistent_buffers,
+    parameters_of,
+)
 
 # Functions that a written file may contain. They are output: their names and texts stand in users' files.
 HELPERS = {
@@ -63,7 +71,7 @@ class Layers:
             self._classify(child, f"{path}.{name}")
         # A plain chain of leaves becomes one node of the graph, so that the forward calls it in one line. Its children
         # are decided before, as they have to be leaves themselves.
-        inner = [f"{path}.{name}" for name in layer._modules]
+        inner = [f"{path}.{name}" for name in children_of(layer)]
         is_chain = isinstance(layer, nn.Sequential) and type(layer).forward is nn.Sequential.forward
         if is_chain and inner and _own_state(layer) == [] and all(part in self.leaves for part in inner):
             self.leaves[path] = ""
@@ -105,9 +113,9 @@ class InitWriter:
         self._graph_constants = constants
         self._kept = self._choose_kept()
         # Count the places of each layer, by identity: one that stands in several is made once, ahead of the others.
-        slots = [*model._modules.items()]
+        slots = [*children_of(model).items()]
         for path, layer in model.named_modules():
-            slots += [(f"{path}.{name}", child) for name, child in layer._modules.items() if path]
+            slots += [(f"{path}.{name}", child) for name, child in children_of(layer).items() if path]
         # `named_modules` visits a shared parent once, so a layer that is shared only through it does not count twice.
         places = Counter(id(child) for path, child in slots if path in self._kept)
         self._shared = {key for key, count in places.items() if count > 1}
@@ -120,7 +128,7 @@ class InitWriter:
     def lines(self) -> list[str]:
         """Write the body of the `__init__`."""
         statements = []
-        for name, child in self._model._modules.items():
+        for name, child in children_of(self._model).items():
             if child is not None and name in self._kept:
                 text = self._part(child, name)
                 statements.append(f"self.{name} = {text}" if _is_name(name) else f'self.add_module("{name}", {text})')
@@ -134,7 +142,7 @@ class InitWriter:
         text, owner = "self", self._model
         parts = path.split(".")
         for position, part in enumerate(parts):
-            is_layer = part in owner._modules
+            is_layer = part in children_of(owner)
             before = ".".join(parts[:position])
             # Names that are no identifiers ("0", "class") need another form of access, by what holds them in the file.
             if _is_name(part):
@@ -145,7 +153,7 @@ class InitWriter:
                 text += f'["{part}"]'
             else:
                 text += f'.{"get_submodule" if is_layer else "get_parameter"}("{part}")'
-            owner = owner._modules[part] if is_layer else owner
+            owner = children_of(owner)[part] if is_layer else owner
             if owner is None:
                 raise EditError(f"'{path}' is no layer")
         return text
@@ -154,7 +162,7 @@ class InitWriter:
         """Return the paths of the layers that the forward or the state dict needs, with all layers around them."""
         kept: set[str] = set()
         for path, layer in self._model.named_modules(remove_duplicate=False):
-            is_needed = any(tensor is not None for tensor in layer._parameters.values()) or bool(_persistent(layer))
+            is_needed = any(tensor is not None for tensor in parameters_of(layer).values()) or bool(_persistent(layer))
             if path and (is_needed or path in self._targets):
                 # A leaf is made whole by its constructor, so all layers in it exist as well.
                 inside = [f"{path}.{name}" for name, _ in layer.named_modules(remove_duplicate=False) if name]
@@ -188,7 +196,7 @@ class InitWriter:
             return call
         if path not in self._kept:  # a filler, so that the numbers of the layers after it in a list stay
             return "nn.Identity()"
-        parts = {name: child for name, child in layer._modules.items() if child is not None}
+        parts = {name: child for name, child in children_of(layer).items() if child is not None}
         if self._is_list(layer, path):
             return self._list(layer, path, parts, is_chain=call == "")
         kept = {name: child for name, child in parts.items() if f"{path}.{name}" in self._kept}
@@ -256,13 +264,13 @@ class InitWriter:
     def _tensors_of(self, layer: nn.Module, path: str, *, held: bool) -> dict[str, str]:
         """Write the tensors of a traced layer by name; if it is `held`, without those that its holder makes."""
         texts: dict[str, str] = {}
-        for name, tensor in {} if held else layer._parameters.items():
+        for name, tensor in {} if held else parameters_of(layer).items():
             if tensor is not None:
                 texts[name] = _fresh_parameter(tensor)
         for name, tensor in {} if held else _persistent(layer).items():
             texts[name] = f"nn.Buffer(torch.zeros({_shape(tensor)}{_dtype(tensor)}))"
         # No state dict holds these, so their values stand in the file, if the forward reads them.
-        unsaved = {name: layer._buffers.get(name) for name in layer._non_persistent_buffers_set}
+        unsaved = {name: buffers_of(layer).get(name) for name in non_persistent_buffers(layer)}
         for name, tensor in [*unsaved.items(), *vars(layer).items()]:
             full = f"{path}.{name}".lstrip(".")
             if isinstance(tensor, torch.Tensor) and full in self._targets:
@@ -279,7 +287,7 @@ class InitWriter:
         for path, layer in self._model.named_modules():
             if path and path not in self._kept:
                 continue
-            for name, tensor in [*layer._parameters.items(), *_persistent(layer).items()]:
+            for name, tensor in [*parameters_of(layer).items(), *_persistent(layer).items()]:
                 if tensor is None:
                     continue
                 full = f"{path}.{name}".lstrip(".")
@@ -291,7 +299,7 @@ class InitWriter:
 
     def _is_list(self, layer: nn.Module, path: str) -> bool:
         """Return whether a layer is written as a ModuleList or Sequential: its children are numbered from 0."""
-        names = [name for name, child in layer._modules.items() if child is not None]
+        names = [name for name, child in children_of(layer).items() if child is not None]
         return (
             bool(path)
             and bool(names)
@@ -301,7 +309,7 @@ class InitWriter:
 
     def _is_dict(self, layer: nn.Module, path: str) -> bool:
         """Return whether a layer is written as a ModuleDict, as the names of its children are no keywords of a call."""
-        is_needed = isinstance(layer, nn.ModuleDict) or not all(map(_is_name, layer._modules))
+        is_needed = isinstance(layer, nn.ModuleDict) or not all(map(_is_name, children_of(layer)))
         return bool(path) and is_needed and self._layers.leaves.get(path) is None and not self._holder(layer)
 
 
@@ -312,7 +320,7 @@ def require_no_hooks(model: nn.Module) -> None:
         EditError: A layer has one; the message names it. The hooks of pins are ignored.
     """
     for path, layer in model.named_modules():
-        hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
+        hooks = [*forward_pre_hooks(layer).values(), *forward_hooks(layer).values()]
         for hook in hooks:
             if hook not in PIN_HOOKS:
                 name = getattr(hook, "__qualname__", type(hook).__qualname__)
@@ -324,12 +332,12 @@ def require_no_hooks(model: nn.Module) -> None:
 
 
 def _own_state(layer: nn.Module) -> list[Any]:
-    return [tensor for tensor in (*layer._parameters.values(), *layer._buffers.values()) if tensor is not None]
+    return [tensor for tensor in (*parameters_of(layer).values(), *buffers_of(layer).values()) if tensor is not None]
 
 
 def _persistent(layer: nn.Module) -> dict[str, torch.Tensor]:
-    skipped = layer._non_persistent_buffers_set
-    return {name: tensor for name, tensor in layer._buffers.items() if tensor is not None and name not in skipped}
+    skipped = non_persistent_buffers(layer)
+    return {name: tensor for name, tensor in buffers_of(layer).items() if tensor is not None and name not in skipped}
 
 
 def _fresh_parameter(tensor: torch.Tensor) -> str:

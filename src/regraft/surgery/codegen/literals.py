@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from regraft.errors import EditError
+from regraft.torch_internals import OpOverload, OpOverloadPacket
 
 WIDTH = 120
 FEW = 16  # elements of a tensor that is written as a list at most
@@ -60,7 +61,7 @@ class ImportTable:
             if getattr(module, name, None) is value:
                 self.imports.add(f"import {module.__name__}")
                 return f"{module.__name__}.{name}"
-        if isinstance(value, (torch._ops.OpOverloadPacket, torch._ops.OpOverload)):
+        if isinstance(value, (OpOverloadPacket, OpOverload)):
             return f"torch.ops.{value}"
         if isinstance(value, type) and issubclass(value, tuple) and not _home(value):
             return self._defined(value)

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
 
 from regraft.anatomy.dataflow.graph import Flow, capture
 from regraft.anatomy.inputs import Arguments, Inputs, arguments_for
@@ -39,6 +38,7 @@ from regraft.surgery.codegen.forward_body import POOL, BranchChoice, ForwardWrit
 from regraft.surgery.codegen.init_body import HELPERS, InitWriter, Layers, require_no_hooks
 from regraft.surgery.codegen.literals import UNPACK, WIDTH, ImportTable, wrapped
 from regraft.surgery.detour import is_detoured
+from regraft.torch_internals import tree_leaves
 from regraft.version import __version__
 
 # Modules of the standard library that a written file may import; a file's imports begin with them.

@@ -17,6 +17,7 @@ from torch import nn
 
 from regraft.errors import EditError
 from regraft.surgery.layer_text.parse import LayerCall, shortened, written
+from regraft.torch_internals import ConvBase, children_of
 
 LIBRARIES = ("torchvision.ops", "timm.layers")  # beside torch.nn; their classes are written with these names before
 OWN = "py"  # the name under which text calls a class of the user's own
@@ -127,7 +128,7 @@ def _sequential(layer: nn.Module, path: str) -> LayerCall:
 
 def _occupied(layer: nn.Module) -> list[tuple[str, nn.Module]]:
     # Not named_children: one layer may stand in several places.
-    return [(name, child) for name, child in layer._modules.items() if child is not None]
+    return [(name, child) for name, child in children_of(layer).items() if child is not None]
 
 
 def _reference(layer: nn.Module, path: str) -> str:
@@ -207,7 +208,7 @@ def _collapsed(layer: nn.Module, entry: inspect.Parameter, value: Any, *, is_own
     """Return one number in the place of a tuple that the constructor made of it, as `kernel_size=3` gives `(3, 3)`."""
     if not isinstance(value, tuple) or not value or value != (value[0],) * len(value):
         return value
-    repeats = isinstance(layer, nn.modules.conv._ConvNd) or type(layer).__module__ == "torch.nn.modules.padding"
+    repeats = isinstance(layer, ConvBase) or type(layer).__module__ == "torch.nn.modules.padding"
     single = entry.name == "normalized_shape" and len(value) == 1
     if repeats or single or not is_own:
         return value[0]

@@ -1,0 +1,201 @@
+"""The private parts of torch that regraft depends on, under names that say what they give.
+
+No other file touches a name of torch that begins with an underscore: `tests/test_layering.py` holds that. Torch may
+rename or remove any of them in a release; `tests/test_torch_internals.py` checks each against torch itself, so that a
+change fails there, by name. One private table of Python and one attribute of timm's are here for the same reason.
+
+Checked with torch 2.10.0 and 2.15.0, with Python 3.11 and 3.13, and with timm 1.0.21 and 1.0.31.
+
+Nothing here imports the compiler (`torch._dynamo`), which takes a second, except `import_compiler`.
+"""
+
+import _compat_pickle
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch._subclasses import fake_tensor
+from torch.nn.utils import parametrizations
+from torch.utils import _python_dispatch, _pytree
+
+# Base classes of families of layers, from which users derive as well.
+BatchNormBase = nn.modules.batchnorm._BatchNorm
+ConvBase = nn.modules.conv._ConvNd  # of the transposed ones as well
+ConvTransposeBase = nn.modules.conv._ConvTransposeNd
+DropoutBase = nn.modules.dropout._DropoutNd
+InstanceNormBase = nn.modules.instancenorm._InstanceNorm
+NormBase = nn.modules.batchnorm._NormBase  # norms with running statistics: batch norm and instance norm
+
+# Classes of the modules that `torch.nn.utils.parametrizations` registers on a layer.
+OrthogonalParametrization = parametrizations._Orthogonal
+SpectralNormParametrization = parametrizations._SpectralNorm
+WeightNormParametrization = parametrizations._WeightNorm
+
+# Nested tuples, lists and dicts, flattened to their leaves and put together again.
+TreeSpec = _pytree.TreeSpec
+keystr = _pytree.keystr
+tree_flatten = _pytree.tree_flatten
+tree_flatten_with_path = _pytree.tree_flatten_with_path
+tree_leaves = _pytree.tree_leaves
+tree_map = _pytree.tree_map
+tree_unflatten = _pytree.tree_unflatten
+
+# Tensors with a shape, a dtype and a device but without memory; the last is a context in which new ones have memory.
+FakeTensor = fake_tensor.FakeTensor
+FakeTensorMode = fake_tensor.FakeTensorMode
+unset_fake_temporarily = fake_tensor.unset_fake_temporarily
+
+TorchDispatchMode = _python_dispatch.TorchDispatchMode  # context that sees each operation as it reaches its kernel
+OpOverload = torch._ops.OpOverload  # an operation for one set of types: `torch.ops.aten.add.Tensor`
+OpOverloadPacket = torch._ops.OpOverloadPacket  # all of one name: `torch.ops.aten.add`
+
+is_jit_tracing = torch._C._is_tracing  # returns whether `torch.jit.trace` is recording a forward
+ASSERT = torch._assert  # the function that torch.fx records for an assertion in a forward
+COMPILED_CHILD = "_orig_mod"  # name under which the module that `torch.compile` returns holds the network
+READ_OF_ATTENTION = ("batch_first", "in_proj_bias", "_qkv_same_embed_dim")  # by nn.TransformerEncoderLayer.forward
+
+# How pickles of Python 2 are read, by torch as well.
+PYTHON2_MODULES = _compat_pickle.IMPORT_MAPPING  # module in Python 2 → module in Python 3
+PYTHON2_NAMES = _compat_pickle.NAME_MAPPING  # (module, name) in Python 2 → (module, name) in Python 3
+
+
+# Layers. The dictionaries are the layer's own: a change of them is a change of the layer. The public iterators leave
+# out what is None and what has appeared before under another name.
+
+
+def children_of(layer: nn.Module) -> dict[str, nn.Module | None]:
+    """Return the child layers by name; None is an empty place."""
+    return layer._modules
+
+
+def parameters_of(layer: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return the parameters of the layer itself by name; None is an empty place, as for `bias=False`."""
+    return layer._parameters
+
+
+def buffers_of(layer: nn.Module) -> dict[str, torch.Tensor | None]:
+    """Return the buffers of the layer itself by name; None is an empty place."""
+    return layer._buffers
+
+
+def non_persistent_buffers(layer: nn.Module) -> set[str]:
+    """Return the names of the layer's buffers that no state dict holds."""
+    return layer._non_persistent_buffers_set
+
+
+def with_replaced_tensors(layer: nn.Module, replacement: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """Return a shallow copy of a layer with other parameters and buffers; `layer` keeps its own."""
+    copied = copy.copy(layer)
+    for name in ("_parameters", "_buffers"):
+        tensors: Mapping[str, torch.Tensor | None] = vars(layer)[name]
+        vars(copied)[name] = {key: None if tensor is None else replacement(tensor) for key, tensor in tensors.items()}
+    return copied
+
+
+def without_children(layer: nn.Module) -> nn.Module:
+    """Return a shallow copy of a layer that has no child layers; `layer` keeps its own."""
+    copied = copy.copy(layer)
+    copied._modules = {}
+    return copied
+
+
+# Hooks
+
+
+def forward_hooks(layer: nn.Module) -> dict[int, Callable[..., Any]]:
+    """Return the hooks that run after the layer's forward, in their order."""
+    return layer._forward_hooks
+
+
+def forward_pre_hooks(layer: nn.Module) -> dict[int, Callable[..., Any]]:
+    """Return the hooks that run before the layer's forward, in their order."""
+    return layer._forward_pre_hooks
+
+
+def remove_hooks(layer: nn.Module, is_removed: Callable[[Any], bool]) -> None:
+    """Remove the hooks of forward and backward that `is_removed` selects, as their handles would."""
+    flags = (layer._forward_hooks_with_kwargs, layer._forward_hooks_always_called, layer._forward_pre_hooks_with_kwargs)
+    hooks: Any
+    for hooks in (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks):
+        for key in [key for key, hook in hooks.items() if is_removed(hook)]:
+            del hooks[key]
+            for table in flags:  # torch notes in them how to call a hook
+                table.pop(key, None)
+
+
+# Loading of state dicts
+
+
+def has_loading_code(layer: nn.Module) -> bool:
+    """Return whether the layer's class or hooks take part in loading a state dict, other than those of torch.nn.
+
+    The classes of torch.nn only add what an old file lacks.
+    """
+    is_plain = type(layer)._load_from_state_dict is nn.Module._load_from_state_dict
+    is_torchs = type(layer).__module__.startswith("torch.nn.modules.")
+    return bool(layer._load_state_dict_pre_hooks) or not (is_plain or is_torchs)
+
+
+def run_loading_code(layer: nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:
+    """Load a state dict into one layer, without those inside of it; its code may rename `tensors`."""
+    layer._load_from_state_dict(tensors, prefix, {}, False, [], [], [])
+
+
+# Layers without shapes, and compiled ones
+
+
+def infer_lazy_shapes(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    """Give the parameters of a lazy layer their shapes, from the inputs of a call; it becomes an ordinary layer."""
+    cast(Any, layer)._infer_parameters(layer, args, kwargs)
+
+
+def is_compiled(layer: nn.Module) -> bool:
+    """Return whether `torch.compile(layer)` gave this layer, or `layer.compile()` was called on it."""
+    return COMPILED_CHILD in children_of(layer) or getattr(layer, "_compiled_call_impl", None) is not None
+
+
+def import_compiler() -> None:
+    """Import what optimizers import at their first use, which takes a second."""
+    import torch._dynamo  # noqa: F401
+
+
+# Tensors and operations
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """Return a number that tensors on the same memory share, also on the meta device, where every address is 0.
+
+    Raises:
+        NotImplementedError, RuntimeError: The tensor has no memory of its own: it is sparse, for example.
+    """
+    return tensor.untyped_storage()._cdata
+
+
+def mark_as_parameter(fake: FakeTensor) -> None:
+    """Make a fake tensor an `nn.Parameter`, as `nn.Parameter(fake)` does, without an operation."""
+    cast(Any, fake)._is_param = True
+
+
+def operation_schema(operation: Any) -> torch.FunctionSchema:
+    """Return an operation's name, its arguments, and which of them it writes to."""
+    return operation._schema
+
+
+# Training
+
+
+def mark_as_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """Count a step that was left out as taken, or the first `schedule.step()` after it would warn."""
+    cast(Any, optimizer)._opt_called = True
+
+
+def drop_workers(loader: torch.utils.data.DataLoader[Any]) -> None:
+    """Make a loader read in this process; a copy that was made of one no longer shares its running workers."""
+    loader.num_workers, loader.timeout, loader._iterator = 0, 0, None
+
+
+def uses_fast_norm(layer: nn.Module) -> bool:
+    """Return whether a norm of timm's calls a fused kernel, whose results differ from those of torch's norm."""
+    return bool(getattr(layer, "_fast_norm", True))
