@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from regraft.anatomy.dataflow.graph import Flow
 from regraft.anatomy.dataflow.values import BATCHES, Interpreter
@@ -81,7 +81,7 @@ def _compare_batches(
             continue
         for seed, (run, batch) in enumerate(zip(runs, batches, strict=True)):
             if node.op == "placeholder":
-                run.env[node] = tree_unflatten(*_cloned(batch[placeholders.index(node)]))
+                run.env[node] = tree_map_only(torch.Tensor, torch.clone, batch[placeholders.index(node)])
                 continue
             seed_all(2 * number + seed)
             try:
@@ -167,11 +167,6 @@ def _is_close(a: torch.Tensor, b: torch.Tensor, *, is_exact: bool) -> bool:
     finite = a[a.isfinite()].abs()
     largest = float(finite.max()) if finite.numel() else 0.0
     return bool(torch.allclose(a, b, rtol=0, atol=share * largest, equal_nan=True))
-
-
-def _cloned(value: Any) -> tuple[list[Any], Any]:
-    leaves, structure = tree_flatten(value)
-    return [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], structure
 
 
 def _training_copy(model: nn.Module, flow: Flow) -> nn.Module:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from regraft.anatomy.dataflow.graph import LAYER, Flow, capture, capture_widely, tensors_from_input
+from regraft.anatomy.dataflow.graph import LAYER, Flow, capture, capture_widely, reachable, tensors_from_input
 from regraft.anatomy.dataflow.symbolic import bound
 from regraft.anatomy.dataflow.values import Values, compute_costs, sizes_of, value_key
 from regraft.anatomy.inputs import Arguments, example_arguments
@@ -256,7 +256,7 @@ def _find_frontier(model: nn.Module, view: View, values: list[Values]) -> tuple[
         # The model runs once only: later frontiers lie before the first one, so their values have been compared.
         if not was_run:
             was_run = True
-            reasons = dependent_values(model, view.flow, _ancestors(frontier, set(view.flow.graph.nodes)))
+            reasons = dependent_values(model, view.flow, _with_sources(frontier))
         else:
             reasons = {node: NO_ROWS for node in frontier if ports_of(node, values) is None}
         if reasons:
@@ -317,19 +317,12 @@ def _choose_cut(
 
 def _cost_up_to(values: list[fx.Node], costs: dict[fx.Node, int]) -> int:
     """Return the multiply-adds of some values and of everything that they are computed from."""
-    return sum(costs[node] for node in _ancestors(values, costs))
+    return sum(costs[node] for node in _with_sources(values))
 
 
-def _ancestors(values: list[fx.Node], among: Collection[fx.Node]) -> set[fx.Node]:
-    """Return some values and everything that they are computed from, within `among`."""
-    ancestors: set[fx.Node] = set()
-    waiting = list(values)
-    while waiting:
-        node = waiting.pop()
-        if node in among and node not in ancestors:
-            ancestors.add(node)
-            waiting += node.all_input_nodes
-    return ancestors
+def _with_sources(values: list[fx.Node]) -> set[fx.Node]:
+    """Return some values and everything that they are computed from."""
+    return reachable(values, lambda node: node.all_input_nodes)
 
 
 def _dominators(graph: fx.Graph, frontier: list[fx.Node]) -> list[fx.Node]:
@@ -338,7 +331,8 @@ def _dominators(graph: fx.Graph, frontier: list[fx.Node]) -> list[fx.Node]:
     A value is on every path if no earlier value is read after it, in execution order.
     """
     order = {node: position for position, node in enumerate(graph.nodes)}
-    needed = _ancestors(frontier, tensors_from_input(graph))
+    fed = tensors_from_input(graph)
+    needed = reachable(frontier, lambda node: [source for source in node.all_input_nodes if source in fed])
     dominators: list[fx.Node] = []
     reach = -1  # position of the last use of any earlier value
     for node in (node for node in graph.nodes if node in needed):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.anatomy.model_summary import summary
-from regraft.anatomy.summary_table import LayerSummary, ModelSummary, cells
+from regraft.anatomy.summary_table import ModelSummary, cells
 from regraft.checkpoint.file.format import current_versions
 from regraft.report import plots
 from regraft.report.pictures import thumbnail
@@ -129,13 +129,7 @@ def _about_numbers(result: FitResult) -> dict[str, Any]:
         "scatter": plots.predicted_against_true(predicted.tolist(), true.tolist()),
         "residuals": plots.residuals(errors.tolist()),
         "mistakes": [
-            Mistake(
-                name=result.paths[index].name,
-                picture=thumbnail(result.paths[index]),
-                true=f"{true[index].item():.4g}",
-                predicted=f"{predicted[index].item():.4g}",
-                degree=f"{errors[index].item():+.4g}",
-            )
+            _mistake(result.paths[index], f"{true[index]:.4g}", f"{predicted[index]:.4g}", f"{errors[index]:+.4g}")
             for index in worst
         ],
     }
@@ -149,26 +143,22 @@ def _confident_mistakes(result: FitResult, names: list[str]) -> list[Mistake]:
     order = probability[wrong].argsort(descending=True, stable=True)
     indices: list[int] = wrong[order][:MAX_PICTURES].tolist()
     return [
-        Mistake(
-            name=result.paths[index].name,
-            picture=thumbnail(result.paths[index]),
-            true=names[int(result.targets[index])],
-            predicted=names[int(predicted[index])],
-            degree=f"{probability[index].item():.1%}",
-        )
-        for index in indices
+        _mistake(result.paths[i], names[int(result.targets[i])], names[int(predicted[i])], f"{probability[i]:.1%}")
+        for i in indices
     ]
 
 
+def _mistake(path: Path, true: str, predicted: str, degree: str) -> Mistake:
+    return Mistake(path.name, thumbnail(path), true, predicted, degree)
+
+
 def _layers(model_summary: ModelSummary) -> dict[str, Any]:
-    rows = [_layer_row(layer) for layer in model_summary.layers]
+    rows = [
+        LayerRow(layer.path.rpartition(".")[2] or layer.type, layer.path, layer.depth, layer.state, cells(layer)[:-1])
+        for layer in model_summary.layers
+    ]
     upper = [row for row in rows if row.depth <= SHOWN_DEPTH]
     return {"layers": upper, "all_layers": rows if len(rows) > len(upper) else None, "model_summary": model_summary}
-
-
-def _layer_row(layer: LayerSummary) -> LayerRow:
-    name = layer.path.rpartition(".")[2] or layer.type
-    return LayerRow(name, layer.path, layer.depth, layer.state, cells(layer)[:-1])
 
 
 def _options(config: TrainConfig) -> list[tuple[str, str, bool]]:

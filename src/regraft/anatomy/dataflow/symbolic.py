@@ -287,9 +287,7 @@ def _to_nodes(value: Any) -> Any:
 
 
 def _holds_proxy(value: Any) -> bool:
-    are_proxies: list[bool] = []
-    map_aggregate(value, lambda leaf: are_proxies.append(isinstance(leaf, fx.Proxy)))
-    return any(are_proxies)
+    return any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(value))
 
 
 def _untraceable_functions() -> tuple[Callable[..., Any], ...]:

@@ -232,6 +232,7 @@ def _called(
     call: LayerCall, maker: type[nn.Module], positional: tuple[Any, ...], keywords: dict[str, Any]
 ) -> nn.Module:
     try:
+        inspect.signature(maker.__init__).bind(None, *positional, **keywords)  # says more than the call would
         return maker(*positional, **keywords)
     except Exception as error:
         cause = error.args[0] if isinstance(error, KeyError) and error.args else error
@@ -244,7 +245,7 @@ def _called(
 def _check_arguments(
     call: LayerCall, maker: type[nn.Module], positional: tuple[Any, ...], keywords: dict[str, Any]
 ) -> None:
-    """Refuse arguments that a constructor does not take, a device or dtype, and too large numbers of layers."""
+    """Refuse a device or dtype, and too large numbers of layers."""
     entries = list(inspect.signature(maker.__init__).parameters.values())[1:]
     names = [entry.name for entry in entries if entry.kind not in (entry.VAR_POSITIONAL, entry.VAR_KEYWORD)]
     names = names or [entry.name for entry in parameters_of(maker)]
@@ -260,12 +261,6 @@ def _check_arguments(
         if isinstance(count, int) and (count > MAX_REPEATS or count * inner > MAX_LAYERS):
             layers, most = (count, MAX_REPEATS) if count > MAX_REPEATS else (count * inner, MAX_LAYERS)
             raise EditError(f"'{shortened(str(call))}' asks for {layers:,} layers, and {most:,} are the most.")
-    try:
-        inspect.signature(maker.__init__).bind(None, *positional, **keywords)
-    except TypeError as error:
-        raise EditError(
-            f"'{shortened(str(call))}' cannot be built: {error}. Expected {_signature(call, maker)}."
-        ) from error
 
 
 def _signature(call: LayerCall, maker: type[nn.Module]) -> str:
@@ -314,16 +309,19 @@ def _require_same(layer: nn.Module, rebuilt: nn.Module, text: str, *, tied: bool
                 )
 
 
+def _state(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of the state dict, which may also hold other values (extra state)."""
+    state = layer.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
 def _shapes(layer: nn.Module) -> dict[str, Any]:
-    state = layer.state_dict(keep_vars=True)  # which may also hold values that are no tensors (extra state)
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    return {name: None if is_lazy(tensor) else tuple(tensor.shape) for name, tensor in tensors.items()}
+    return {name: None if is_lazy(tensor) else tuple(tensor.shape) for name, tensor in _state(layer).items()}
 
 
 def _ties(layer: nn.Module) -> set[frozenset[str]]:
     """Return the groups of names that stand for one tensor."""
     names: dict[int, set[str]] = {}
-    for name, tensor in layer.state_dict(keep_vars=True).items():
-        if isinstance(tensor, torch.Tensor):
-            names.setdefault(id(tensor), set()).add(name)
+    for name, tensor in _state(layer).items():
+        names.setdefault(id(tensor), set()).add(name)
     return {frozenset(group) for group in names.values() if len(group) > 1}
