@@ -20,7 +20,7 @@ replayed instead (see `replay`), which allows a single cut, at the inputs of one
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,13 +118,11 @@ class View:
     """A model's dataflow.
 
     Attributes:
-        opened: Layers that the graph looks into.
         closed: Layers that are live in part and cannot be traced; the graph has them as one node.
         flow: In training mode.
         evaluation: In evaluation mode; None where it is the same.
     """
 
-    opened: tuple[str, ...]
     closed: tuple[str, ...]
     flow: Flow
     evaluation: Flow | None
@@ -230,7 +228,7 @@ def view_of(model: nn.Module, arguments: Arguments) -> View:
     evaluation = None
     if flow.mode_switch is not None:
         evaluation = capture(model, opened, respect_pins=True, arguments=arguments)
-    return View(opened, tuple(path for path in mixed if path not in opened), flow, evaluation)
+    return View(tuple(path for path in mixed if path not in opened), flow, evaluation)
 
 
 def _find_frontier(model: nn.Module, view: View, values: list[Values]) -> tuple[list[fx.Node], list[str]]:
@@ -360,15 +358,11 @@ def _suffix(model: nn.Module, view: View, frontier: list[fx.Node], values: list[
     counts = [len(ports_of(node, values) or ()) for node in frontier]
     examples = [values[0][node] for node in frontier]
 
+    def rebuild(graph: fx.Graph, position: int, tensors: Callable[[], fx.Node]) -> Any:
+        return rebuild_value(graph, examples[position], tensors)
+
     def change(flow: Flow) -> None:
-        begin_at(
-            flow.graph,
-            keys,
-            sizes,
-            model.get_submodule,
-            counts,
-            lambda graph, position, tensors: rebuild_value(graph, examples[position], tensors),
-        )
+        begin_at(flow.graph, keys, sizes, model.get_submodule, counts, rebuild)
 
     flows = [view.flow] if view.evaluation is None else [view.evaluation, view.flow]
     suffix = rewire_flows(model, [flow.copy() for flow in flows], change)

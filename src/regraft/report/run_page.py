@@ -46,6 +46,7 @@ class LayerRow:
 
 def describe_run(result: FitResult) -> dict[str, Any]:
     """Return the variables of the template `run.html`."""
+    checkpoint = result.checkpoint
     page: dict[str, Any] = {
         "result": result,
         "plan": result.plan,
@@ -54,11 +55,12 @@ def describe_run(result: FitResult) -> dict[str, Any]:
         "few": result.validation.count < FEW_PHOTOS,
         "has_pictures": bool(result.paths),
         "data": Path(result.config.data).name if result.config.data else None,
-        "predict_command": _predict_command(result.checkpoint),
+        "predict_command": f"regraft predict {shlex.quote(str(checkpoint))} photo.jpg" if checkpoint else None,
         "options": _options(result.config),
         "versions": current_versions(),
         "total_s": sum(result.seconds.values()),
-        "loss_name": _loss_name(result),
+        # Of the validation loss, which does not depend on the training loss.
+        "loss_name": "mean squared error" if result.plan.task == "regression" else "cross-entropy",
         "losses": plots.learning_curves(
             {
                 "training": [record.train_loss for record in result.history],
@@ -173,12 +175,3 @@ def _option_text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _loss_name(result: FitResult) -> str:
-    """Return the name of the validation loss, which does not depend on the training loss."""
-    return "mean squared error" if result.plan.task == "regression" else "cross-entropy"
-
-
-def _predict_command(checkpoint: Path | None) -> str | None:
-    return f"regraft predict {shlex.quote(str(checkpoint))} photo.jpg" if checkpoint is not None else None

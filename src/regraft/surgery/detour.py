@@ -102,7 +102,10 @@ def stop_at(model: nn.Module, *, after: str | None, drop: int | None, inputs: In
     else:
         forward = EarlyExitForward(edited, inside[0].path, at_input=True)
     vars(edited)["forward"] = forward
-    return _without_the_rest(edited, inputs)
+    run = trace(edited, inputs=inputs)
+    _delete_unused(edited, "", {call.path for call in run.calls} | set(run.first_uses))
+    trace(edited, inputs=inputs)  # raises where the forward needs a layer that was deleted
+    return edited
 
 
 def first_dropped(model: nn.Module, names: Sequence[str], drop: int) -> str:
@@ -124,19 +127,11 @@ def _detour_of(model: nn.Module) -> EarlyExitForward:
     return vars(model)["forward"] if is_detoured(model) else EarlyExitForward(model)
 
 
-def _without_the_rest(edited: nn.Module, inputs: Inputs | None) -> nn.Module:
+def _delete_unused(layer: nn.Module, path: str, used: set[str]) -> None:
     """Delete, in place, the layers with tensors that are never called and whose tensors are never used.
 
     Layers without tensors stay: a forward may read a dropout's rate without calling it.
     """
-    run = trace(edited, inputs=inputs)
-    used = {call.path for call in run.calls} | set(run.first_uses)
-    _delete_unused(edited, "", used)
-    trace(edited, inputs=inputs)  # raises where the forward needs a layer that was deleted
-    return edited
-
-
-def _delete_unused(layer: nn.Module, path: str, used: set[str]) -> None:
     for name, child in list(layer.named_children()):
         inner = f"{path}.{name}".lstrip(".")
         if any(is_within(target, inner) for target in used):

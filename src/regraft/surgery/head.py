@@ -2,7 +2,7 @@
 
 import copy
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -317,16 +317,14 @@ def _new_head(model: nn.Module, target: _Target, inputs: Inputs | None) -> nn.Mo
 
 def _width_into(model: nn.Module, path: str, inputs: Inputs | None) -> int:
     """Return the number of features D in the input (N, D) of the layer at `path`."""
-    shapes: Collection[Any] = next(
-        (call.input_shapes for call in trace(model, inputs=inputs).calls if call.path == path), ()
-    )
-    if len(shapes) != 1 or len(next(iter(shapes))) != 2:
+    shapes = next((call.input_shapes for call in trace(model, inputs=inputs).calls if call.path == path), ())
+    if len(shapes) != 1 or len(shapes[0]) != 2:
         given = ", ".join(map(str, shapes)) or "nothing"
         raise EditError(
             f"the head '{path}' is given {given}, expected features (N, D). Pass a module in its place. "
             "Nothing was changed."
         )
-    return next(iter(shapes))[1]
+    return shapes[0][1]
 
 
 def _class_count(run: Trace | None) -> int | None:

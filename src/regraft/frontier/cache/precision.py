@@ -1,12 +1,11 @@
 """Precision of cached values: full, 16 bits or 8 bits."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
 Precision = Literal["full", "bf16", "fp16", "int8"]
-PRECISIONS: tuple[str, ...] = get_args(Precision)
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCES = {
     "full": 1e-3,

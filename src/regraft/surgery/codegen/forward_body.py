@@ -16,6 +16,7 @@ from torch import fx, nn
 from regraft.anatomy.dataflow.graph import LAYER, Flow, ancestors, nodes_in, tidy
 from regraft.errors import EditError
 from regraft.surgery.codegen.literals import ImportTable, quoted
+from regraft.surgery.layer_text.parse import container_text
 
 BLOCK = 5  # lines from which on a block gets a comment
 LOAD = 4  # operations that are inlined into one line at most
@@ -207,12 +208,8 @@ class ForwardWriter:
             return f"({self._text(value.train)} if {training} else {self._text(value.evaluate)})"
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return f"{self._names.of(type(value))}({', '.join(map(self._text, value))})"
-        if isinstance(value, tuple):
-            return f"({', '.join(map(self._text, value))}{',' if len(value) == 1 else ''})"
-        if isinstance(value, list):
-            return f"[{', '.join(map(self._text, value))}]"
-        if isinstance(value, dict):
-            return "{" + ", ".join(f"{self._text(key)}: {self._text(inner)}" for key, inner in value.items()) + "}"
+        if isinstance(value, (tuple, list, dict)):
+            return container_text(value, self._text)
         if isinstance(value, slice):
             return f"slice({self._text(value.start)}, {self._text(value.stop)}, {self._text(value.step)})"
         return self._literal(value)

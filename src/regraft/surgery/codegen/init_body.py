@@ -237,10 +237,8 @@ class InitWriter:
     def _holder(self, layer: nn.Module) -> str:
         """Write the call of a traced layer's base class in `torch.nn`, which makes its parameters; empty: none fits."""
         view = holder_of(layer)
-        if view is None:
-            return ""
         try:
-            return constructor(view)
+            return constructor(view) if view is not None else ""
         except EditError:
             return ""
 

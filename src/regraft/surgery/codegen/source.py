@@ -42,6 +42,8 @@ from regraft.surgery.codegen.literals import UNPACK, WIDTH, ImportTable, wrapped
 from regraft.surgery.detour import is_detoured
 from regraft.version import __version__
 
+FUSED_NORM = ("timm.layers.norm_act", "BatchNormAct2d")  # module and name of its class
+
 
 def to_source(model: nn.Module, *, class_name: str | None = None, inputs: Inputs | None = None) -> str:
     """Write `model` as a Python file with one class, which imports only torch, and torchvision or timm where needed.
@@ -172,7 +174,8 @@ def _sorted_imports(imports: set[str]) -> Iterator[str]:
         lines.setdefault(module if name else f"import {module}", []).append(name)
     order = sorted(lines, key=lambda module: (not module.startswith("import "), module))
     for is_standard in (True, False):
-        modules = [module for module in order if (_root(module) in sys.stdlib_module_names) == is_standard]
+        roots = {module: module.removeprefix("import ").partition(".")[0] for module in order}
+        modules = [module for module in order if (roots[module] in sys.stdlib_module_names) == is_standard]
         for module in modules:
             names = sorted(lines[module], key=lambda name: (name.islower(), name))
             line = module if module.startswith("import ") else f"from {module} import {', '.join(names)}"
@@ -181,10 +184,6 @@ def _sorted_imports(imports: set[str]) -> Iterator[str]:
             yield line
         if is_standard and modules:
             yield ""
-
-
-def _root(module: str) -> str:
-    return module.removeprefix("import ").partition(".")[0]
 
 
 def _flows(model: nn.Module, layers: Layers) -> list[Flow]:
@@ -215,7 +214,8 @@ def _with_plain_norms(model: nn.Module) -> nn.Module:
 
     `model` itself where it has none.
     """
-    paths = [path for path, layer in model.named_modules() if path and _is_norm_with_activation(layer)]
+    kinds = {path: type(layer) for path, layer in model.named_modules() if path}
+    paths = [path for path, kind in kinds.items() if (kind.__module__, kind.__name__) == FUSED_NORM]
     if not paths:
         return model
     prepared = shared_copy(model)
@@ -224,11 +224,6 @@ def _with_plain_norms(model: nn.Module) -> nn.Module:
         # On the instance: the class is timm's, and other networks use it.
         vars(layer)["forward"] = partial(_norm_then_activation, path, layer)
     return prepared
-
-
-def _is_norm_with_activation(layer: nn.Module) -> bool:
-    kind = type(layer)
-    return kind.__module__ == "timm.layers.norm_act" and kind.__name__ == "BatchNormAct2d"
 
 
 def _norm_then_activation(path: str, layer: Any, x: fx.Proxy) -> Any:

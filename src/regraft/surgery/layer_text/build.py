@@ -10,7 +10,6 @@ only with `trust_code`. Text is parsed and never evaluated.
 import contextlib
 import importlib
 import inspect
-import math
 import types
 import warnings
 from collections import OrderedDict
@@ -154,7 +153,8 @@ def _dry_run(value: Any, *, trust_code: bool) -> Any:
             built = _built(value, makers, dry=True)
     layers = built if isinstance(built, tuple) else (built,)
     text = ", ".join(map(str, value if isinstance(value, tuple) else (value,)))
-    elements = sum(math.prod(tensor.shape) for layer in layers for tensor in _tensors(layer).values())
+    tensors = (tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers()))
+    elements = sum(tensor.numel() for tensor in tensors if not is_lazy(tensor))
     if elements > (most := _most_elements.get()):
         raise TooLargeError(
             f"'{shortened(text)}' asks for {elements:,} weights, and no more than "
@@ -270,12 +270,6 @@ def _signature(call: LayerCall, maker: type[nn.Module]) -> str:
         default = getattr(entry.default, "__name__", repr(entry.default))
         entries.append(f"{stars}{entry.name}" + ("" if entry.default is entry.empty else f"={default}"))
     return f"{_label(call)}({', '.join(entries)})"
-
-
-def _tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the parameters and buffers with values, by name, each once."""
-    named = [*layer.named_parameters(), *layer.named_buffers()]
-    return {name: tensor for name, tensor in named if not is_lazy(tensor)}
 
 
 def _require_same(layer: nn.Module, rebuilt: nn.Module, text: str, *, tied: bool) -> None:
