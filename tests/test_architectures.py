@@ -57,7 +57,7 @@ def other_process() -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_whole_way(name: str, tmp_path: Path, other_process: subprocess.Popen[str]) -> None:
+def test_architectures_go_the_whole_way(name: str, tmp_path: Path, other_process: subprocess.Popen[str]) -> None:
     from safetensors.torch import load_file, save_file
 
     original = create_model(name, weights="none").eval()

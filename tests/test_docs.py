@@ -17,7 +17,7 @@ LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)[^)]*\)")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_sample_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_docs_samples_all_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_photos(tmp_path / "photos", ("cats", "dogs"), 6)
     write_photos(tmp_path, ("new_photos",), 2)
     monkeypatch.chdir(tmp_path)
@@ -31,12 +31,12 @@ def test_every_sample_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
 )
-def test_every_link_leads_to_a_file(page: Path) -> None:
+def test_docs_links_all_lead_to_a_file(page: Path) -> None:
     for target in LINK.findall(page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_architecture_names_files_and_rooms_that_exist() -> None:
+def test_docs_architecture_names_files_and_rooms_that_exist() -> None:
     source = ROOT / "src/regraft"
     text = (ROOT / "docs/architecture.md").read_text()
     named = set(re.findall(r"\b[a-z_]+(?:/[a-z_]+)*(?:\.py|\.html|/)(?=\W)", text))
@@ -46,6 +46,15 @@ def test_architecture_names_files_and_rooms_that_exist() -> None:
     for name in named - outside:
         places = [source / name, *(source / room / name for room in ("checkpoint", "checkpoint/file"))]
         assert any(place.exists() for place in places) or name in ("photos/train/", "cat/", "photos/"), name
+
+
+def test_docs_security_page_names_tests_that_exist() -> None:
+    page = (ROOT / "SECURITY.md").read_text()
+    named = re.findall(r"`(tests/[\w/.]+\.py)(?:::(\w+))?`", page)
+    assert len(named) > 10
+    for file, test in named:
+        assert (ROOT / file).is_file(), file
+        assert f"def {test}(" in (ROOT / file).read_text() if test else True, f"{file}::{test}"
 
 
 def write_photos(folder: Path, classes: tuple[str, ...], count: int) -> None:

@@ -1,12 +1,15 @@
-"""Imports point down, one file prints, and what is cheap stays cheap."""
+"""Imports point down, one file prints, what is cheap stays cheap, and tests are found by the name of what they hold."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import regraft
 
 SOURCE = Path(__file__).parents[1] / "src" / "regraft"
 LEVELS = (
@@ -28,6 +31,7 @@ LEVELS = (
 MAX_FILES = 16  # in a folder, so that it can be taken in at a glance
 MAX_LINES = 400
 FILES = sorted(SOURCE.rglob("*.py"))
+TESTS = [file for file in sorted(Path(__file__).parent.rglob("*.py")) if "earlier/v0_1" not in str(file)]
 ROOMS = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 
@@ -48,12 +52,12 @@ def imports(file: Path) -> Iterator[tuple[str, int]]:
         yield from ((name.split(".")[1], node.lineno) for name in names if name and name.startswith("regraft."))
 
 
-def test_every_file_has_a_place_in_the_list() -> None:
+def test_layering_has_a_place_for_every_file() -> None:
     assert {room_of(file) for file in FILES} - set(ROOMS) == {"__init__", "__main__"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
-def test_statementspoint_down(file: Path) -> None:
+def test_layering_imports_point_down(file: Path) -> None:
     room = room_of(file)
     if room in ("__init__", "__main__"):
         return
@@ -81,20 +85,20 @@ def imported_modules(file: Path) -> set[str]:
     return needed
 
 
-def test_modules_import_each_other_in_no_circle() -> None:
+def test_layering_has_no_circle_of_modules() -> None:
     edges = {module_name(file): imported_modules(file) for file in FILES if file != SOURCE / "__init__.py"}
     while leaves := {name for name, needed in edges.items() if not needed & set(edges)}:
         edges = {name: needed for name, needed in edges.items() if name not in leaves}
     assert edges == {}
 
 
-def test_no_module_statementsthe_package_itself() -> None:
+def test_layering_lets_no_module_import_the_package_itself() -> None:
     above = SOURCE / "__main__.py"
     assert [file for file in FILES if "regraft" in imported_modules(file) and file != above] == []
 
 
 @pytest.mark.parametrize("folder", sorted({file.parent for file in FILES}), ids=lambda f: str(f.relative_to(SOURCE)))
-def test_a_folder_can_be_taken_in_at_a_glance(folder: Path) -> None:
+def test_layering_folders_can_be_taken_in_at_a_glance(folder: Path) -> None:
     files = sorted(folder.glob("*.py"))
     assert len(files) <= MAX_FILES
     assert [file.name for file in files if len(file.read_text().splitlines()) > MAX_LINES] == []
@@ -103,7 +107,7 @@ def test_a_folder_can_be_taken_in_at_a_glance(folder: Path) -> None:
 @pytest.mark.parametrize(
     "file", [file for file in FILES if file.name == "__init__.py"], ids=lambda file: str(file.parent.name)
 )
-def test_no_function_hides_the_module_of_its_name(file: Path) -> None:
+def test_layering_lets_no_function_hide_the_module_of_its_name(file: Path) -> None:
     """`import regraft.freezing.freeze as module` would give the function."""
     names = {
         a.asname or a.name
@@ -115,7 +119,7 @@ def test_no_function_hides_the_module_of_its_name(file: Path) -> None:
     assert names & inside == set()
 
 
-def test_no_two_public_classes_have_one_name() -> None:
+def test_layering_has_no_two_public_classes_of_one_name() -> None:
     places: dict[str, list[str]] = {}
     for file in FILES:
         for node in ast.parse(file.read_text()).body:
@@ -130,7 +134,7 @@ def calls(file: Path, name: str) -> list[int]:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
-def test_only_the_output_file_prints(file: Path) -> None:
+def test_layering_lets_only_the_output_file_print(file: Path) -> None:
     where = str(file.relative_to(SOURCE))
     assert bool(calls(file, "print")) == (where == "cli/output.py")
     streams = {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
@@ -141,7 +145,7 @@ def test_only_the_output_file_prints(file: Path) -> None:
 @pytest.mark.parametrize(
     "file", [file for file in FILES if file.name == "__init__.py"], ids=lambda file: file.parent.name
 )
-def test_package_files_only_re_export(file: Path) -> None:
+def test_layering_package_files_only_re_export(file: Path) -> None:
     tree = ast.parse(file.read_text())
     assert ast.get_docstring(tree)
     for node in tree.body[1:]:
@@ -150,7 +154,7 @@ def test_package_files_only_re_export(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
-def test_nothing_global_is_set(file: Path) -> None:
+def test_layering_sets_nothing_global(file: Path) -> None:
     setters = {"set_num_threads", "set_default_dtype", "set_default_device", "use_deterministic_algorithms"}
     text = file.read_text()
     found = {node.attr for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)} & setters
@@ -158,7 +162,38 @@ def test_nothing_global_is_set(file: Path) -> None:
 
 
 @pytest.mark.parametrize("module", ["regraft", "regraft.cli.app", "regraft.errors"])
-def test_importing_is_cheap(module: str) -> None:
+def test_layering_keeps_importing_cheap(module: str) -> None:
     code = f"import {module}, sys; print(' '.join({{'torch', 'timm', 'sklearn', 'matplotlib'}} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.split() == []
+
+
+def snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+@pytest.mark.parametrize(
+    "file",
+    [file for file in TESTS if file.name.startswith("test_")],
+    ids=lambda file: f"{file.parent.name}/{file.stem}",
+)
+def test_layering_names_tests_after_what_they_hold(file: Path) -> None:
+    """A name begins with something public or imported of regraft, with `cli`, or with the subject of its file."""
+    tree = ast.parse(file.read_text())
+    subjects = {"cli", file.stem.removeprefix("test_"), *regraft.__all__}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("regraft"):
+            subjects |= {alias.name for alias in node.names}
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "regraft":
+            subjects.add(node.attr)
+    begins = re.compile(f"test_({'|'.join(snake_case(subject) for subject in subjects)})(_|$)")
+    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    assert [name for name in names if not begins.match(name) or len(name) > 90] == []
+    assert len(names) == len(set(names))  # of two tests of one name, only the second would run
+
+
+def test_layering_lets_no_test_file_import_another_and_none_be_long() -> None:
+    for file in TESTS:
+        text = file.read_text()
+        assert len(text.splitlines()) <= MAX_LINES, file
+        assert not re.search(r"^\s*(from|import) (\w+\.)*test_", text, re.MULTILINE), file

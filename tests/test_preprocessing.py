@@ -86,7 +86,7 @@ def test_preprocessing_of_a_loaded_network_is_that_of_the_processor_beside_it(sa
     assert str(saved) in str(preprocessing_source(model))
 
 
-def test_preprocessing_without_a_processor_is_the_architectures_at_the_networks_size(saved: Path) -> None:
+def test_preprocessing_of_a_network_without_a_processor_is_the_architectures_at_its_size(saved: Path) -> None:
     for model in (vit(), transformers.ViTForImageClassification.from_pretrained(saved.rename(saved.parent / "bare"))):
         for file in (saved.parent / "bare").glob("*processor*"):
             file.unlink()
@@ -137,7 +137,7 @@ def test_preprocessing_of_what_is_no_images_is_the_usual() -> None:
     assert preprocessing_source(text) is None
 
 
-def test_an_image_processor_without_a_size_is_refused() -> None:
+def test_preprocessing_of_refuses_an_image_processor_without_a_size() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     model.preprocessing = transformers.Siglip2ImageProcessor()
     with pytest.raises(ModelError, match="Siglip2ImageProcessor gives images of no fixed size"):

@@ -52,7 +52,7 @@ def own(tmp_path: Path) -> Path:
     return path
 
 
-def test_all_of_torchvisions_and_timms_networks_are_listed() -> None:
+def test_list_models_lists_all_of_torchvisions_and_timms_networks() -> None:
     names = list_models()
     assert [name for name in names if "/" not in name] == models.list_models(module=models)
     assert [name.removeprefix("timm/") for name in names if "/" in name] == timm.list_models()
@@ -62,12 +62,12 @@ def test_all_of_torchvisions_and_timms_networks_are_listed() -> None:
     ("pattern", "expected"),
     [("vgg11*", ["vgg11", "vgg11_bn"]), ("timm/convnext_atto", ["timm/convnext_atto"]), ("xyzzy*", [])],
 )
-def test_a_glob_filters_the_list(pattern: str, expected: list[str]) -> None:
+def test_list_models_filters_by_a_glob(pattern: str, expected: list[str]) -> None:
     assert list_models(pattern) == expected
 
 
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_b1", "vit_b_16", "inception_v3"])
-def test_preprocessing_is_that_of_torchvisions_weights(name: str) -> None:
+def test_preprocessing_of_networks_of_torchvision_is_that_of_their_weights(name: str) -> None:
     transforms = models.get_model_weights(name).DEFAULT.transforms()
     with torch.device("meta"):
         found = preprocessing_of(build(name))
@@ -77,7 +77,7 @@ def test_preprocessing_is_that_of_torchvisions_weights(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["test_vit", "convnext_atto", "levit_128s"])
-def test_preprocessing_is_that_of_timms_configuration(name: str) -> None:
+def test_preprocessing_of_networks_of_timm_is_that_of_their_configuration(name: str) -> None:
     config = timm.data.resolve_data_config({}, model=timm.create_model(name))
     found = preprocessing_of(build(f"timm/{name}"))
     assert found.input_size[1:] == config["input_size"]
@@ -110,7 +110,7 @@ def test_preprocessing_of_photos_is_that_of_timms_transforms(name: str, crop_mod
         assert torch.allclose(normalize(ours[None], found)[0], transform(photo), atol=1e-5), size
 
 
-def test_a_saved_model_keeps_how_its_images_are_cropped(tmp_path: Path) -> None:
+def test_preprocessing_of_a_saved_model_keeps_how_its_images_are_cropped(tmp_path: Path) -> None:
     preprocessing = Preprocessing(size=32, resize=28, crop_mode="border")
     model = attach(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), preprocessing=preprocessing)
     assert preprocessing_of(regraft.load(regraft.save(model, tmp_path / "a.safetensors"))) == preprocessing
@@ -118,7 +118,7 @@ def test_a_saved_model_keeps_how_its_images_are_cropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("class_name", ["Own", "function"])
-def test_a_class_or_a_function_of_ones_own(own: Path, class_name: str) -> None:
+def test_create_model_takes_a_class_or_a_function_of_ones_own(own: Path, class_name: str) -> None:
     model = create_model(f"py:{own}:{class_name}", trust_code=True)
     assert preprocessing_of(model) == Preprocessing(
         size=20, resize=24, mean=(0.4,), std=(0.2,), interpolation="bicubic"
@@ -126,24 +126,24 @@ def test_a_class_or_a_function_of_ones_own(own: Path, class_name: str) -> None:
     assert summary(model).input_shape == (1, 1, 20, 20)
 
 
-def test_one_file_is_imported_once(own: Path) -> None:
+def test_create_model_imports_one_file_once(own: Path) -> None:
     first, second = (create_model(f"py:{own}:Own", trust_code=True) for _ in range(2))
     assert type(first) is type(second)
 
 
-def test_a_changed_file_is_imported_again(own: Path) -> None:
+def test_create_model_imports_a_changed_file_again(own: Path) -> None:
     create_model(f"py:{own}:Own", trust_code=True)
     own.write_text(OWN.replace("nn.Conv2d(1, 4, 3)", "nn.Conv2d(1, 40, 3)"))
     assert create_model(f"py:{own}:Own", trust_code=True).conv.out_channels == 40
 
 
-def test_a_module_of_ones_own_may_be_named_by_its_package(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_create_model_names_a_module_of_ones_own_by_its_package(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(own.parent))
     own.rename(own.with_name("own_package_7.py"))
     assert type(create_model("py:own_package_7:Own", trust_code=True)).__name__ == "Own"
 
 
-def test_nothing_is_imported_without_trust(own: Path) -> None:
+def test_import_object_imports_nothing_without_trust(own: Path) -> None:
     with pytest.raises(TrustError, match="If you know and trust it, pass --trust-code"):
         import_object(f"py:{own}:made", trust_code=False)
     assert import_object(f"py:{own}:made", trust_code=True) == []
@@ -166,24 +166,24 @@ def test_nothing_is_imported_without_trust(own: Path) -> None:
         ("py:no_such_package_x:Net", "no_such_package_x"),
     ],
 )
-def test_a_name_that_cannot_be_built_is_an_error(name: str, message: str, own: Path) -> None:
+def test_create_model_refuses_a_name_that_cannot_be_built(name: str, message: str, own: Path) -> None:
     with pytest.raises(ModelError) as caught:
         create_model(name.format(own=own), weights="none", trust_code=True)
     assert message.format(own=own) in str(caught.value)
 
 
-def test_unknown_weights_are_an_error_that_lists_the_known() -> None:
+def test_create_model_lists_the_known_weights_for_unknown_ones() -> None:
     with pytest.raises(ModelError, match=r"no weights 'V9' for resnet18: .*IMAGENET1K_V1"):
         create_model("resnet18", weights="V9")
 
 
-def test_a_card_says_where_a_network_comes_from() -> None:
+def test_card_of_a_network_says_where_it_comes_from() -> None:
     recipe = card_of(build("squeezenet1_1")).recipe
     assert recipe is not None
     assert (recipe.source.name, recipe.source.weights, recipe.steps) == ("squeezenet1_1", "none", ())
 
 
-def test_a_network_is_the_one_of_its_library() -> None:
+def test_create_model_gives_the_network_of_its_library() -> None:
     torch.manual_seed(3)
     ours = create_model("mobilenet_v3_small", weights="none")
     torch.manual_seed(3)
@@ -194,11 +194,11 @@ def test_a_network_is_the_one_of_its_library() -> None:
 @pytest.mark.parametrize(
     ("model", "channels"), [(nn.Conv2d(1, 2, 3), 1), (nn.Conv2d(3, 2, 3), 3), (nn.Linear(3, 2), 3)]
 )
-def test_channels_are_guessed_from_the_first_convolution(model: nn.Module, channels: int) -> None:
+def test_preprocessing_of_guesses_channels_from_the_first_convolution(model: nn.Module, channels: int) -> None:
     assert preprocessing_of(model).channels == channels
 
 
-def test_listing_models_downloads_nothing(tmp_path: Path) -> None:
+def test_list_models_downloads_nothing(tmp_path: Path) -> None:
     code = "import regraft; assert len(regraft.list_models()) > 500"
     environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=200)
@@ -268,5 +268,5 @@ def test_create_model_refuses_arguments_that_it_does_not_have(options: dict[str,
 
 
 @pytest.mark.parametrize("weights", [None, "none"])
-def test_fit_takes_none_for_no_weights(weights: object) -> None:
+def test_train_config_takes_none_for_no_weights(weights: object) -> None:
     assert TrainConfig(weights=weights).weights == "none"  # type: ignore[arg-type]

@@ -87,7 +87,7 @@ def measured(model: nn.Module, side: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(("name", "side"), ARCHITECTURES)
-def test_multiply_adds_parameters_and_bytes(name: str, side: int) -> None:
+def test_summary_counts_multiply_adds_parameters_and_bytes(name: str, side: int) -> None:
     model = build(name)
     found = summary(model, (1, 3, side, side))
     root = found.layers[0]
@@ -100,7 +100,7 @@ def test_multiply_adds_parameters_and_bytes(name: str, side: int) -> None:
     assert (found.problem, found.note) == (None, None)
 
 
-def test_bytes_of_outputs_add_up_over_calls() -> None:
+def test_summary_adds_up_bytes_of_outputs_over_calls() -> None:
     found = {layer.path: layer for layer in summary(SharesLayers(), (2, 4)).layers}
     assert found["block.0"].activation_bytes == 3 * 2 * 4 * 4
     assert found["block"].activation_bytes == 3 * 2 * 4 * 4
@@ -108,7 +108,7 @@ def test_bytes_of_outputs_add_up_over_calls() -> None:
     assert found[""].activation_bytes == 2 * (3 * 2 * 4 * 4) + 2 * 2 * 4
 
 
-def test_totals_are_those_of_the_model_itself() -> None:
+def test_summary_totals_are_those_of_the_model_itself() -> None:
     model = tiny.build("plain")
     found = summary(model)
     as_data = json.loads(json.dumps(found.to_dict()))
@@ -125,7 +125,7 @@ LAZY = {
 
 
 @pytest.mark.parametrize("name", LAZY)
-def test_lazy_layers_are_counted_and_stay_lazy(name: str) -> None:
+def test_summary_counts_lazy_layers_and_leaves_them_lazy(name: str) -> None:
     model, reference = LAZY[name](), LAZY[name]()
     found = summary(model, (1, 3, 8, 8))
     lazy = [module for module in model.modules() if isinstance(module, nn.modules.lazy.LazyModuleMixin)]
@@ -141,7 +141,7 @@ def test_lazy_layers_are_counted_and_stay_lazy(name: str) -> None:
     model(torch.randn(1, 3, 8, 8))  # the model's own first forward still works
 
 
-def test_a_lazy_layer_that_is_called_twice() -> None:
+def test_summary_of_a_lazy_layer_that_is_called_twice() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -154,14 +154,14 @@ def test_a_lazy_layer_that_is_called_twice() -> None:
     assert (found["layer"].calls, found["layer"].parameters, found["layer"].unknown) == (2, 20, 0)
 
 
-def test_lazy_layers_whose_size_stays_unknown_say_so() -> None:
+def test_summary_says_where_sizes_of_lazy_layers_stay_unknown() -> None:
     found = summary(nn.Sequential(nn.LazyLinear(3), nn.Linear(4, 2)))
     assert found.problem is not None
     assert (found.layers[0].parameters, found.layers[0].unknown, found.layers[1].state) == (10, 2, "trainable")
     assert "10 + ?" in str(found)
 
 
-def test_a_billion_parameters_on_the_meta_device() -> None:
+def test_summary_of_a_billion_parameters_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Linear(8192, 8192, bias=False) for _ in range(16)))
     found = summary(model)
@@ -170,7 +170,7 @@ def test_a_billion_parameters_on_the_meta_device() -> None:
 
 
 @pytest.mark.slow
-def test_seven_billion_parameters_take_twenty_seconds_and_two_gibibytes_at_most() -> None:
+def test_summary_of_seven_billion_parameters_takes_twenty_seconds_and_two_gibibytes() -> None:
     pytest.importorskip("transformers")
     benchmark = "import sys, json; sys.path.insert(0, 'benchmarks'); import summary; print(summary.LARGE)"
     script = subprocess.run([sys.executable, "-c", benchmark], cwd=ROOT, capture_output=True, text=True, check=True)

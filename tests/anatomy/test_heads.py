@@ -16,7 +16,8 @@ from torchvision import models
 
 import tiny
 from regraft import param_groups
-from regraft.anatomy.heads import describe_heads, find_auxiliary_heads, find_heads, head_parameters
+from regraft.anatomy.heads import find_heads
+from regraft.anatomy.model_facts import ModelFacts
 from regraft.errors import EditError
 from regraft.freezing.schedule import Schedule
 
@@ -218,27 +219,28 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, list[str], set[str
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_describe_heads_knows_heads_that_are_no_plain_last_layer(name: str) -> None:
+def test_model_facts_heads_know_heads_that_are_no_plain_last_layer(name: str) -> None:
     make, inputs, heads, parameters = KINDS[name]
     model = make()
-    assert [head.path for head in describe_heads(model, inputs)] == heads
-    assert head_parameters(model, inputs) == parameters
-    shapes = {shape for head in describe_heads(model, inputs) for _, shape in head.outputs}
+    facts = ModelFacts(model, inputs)
+    assert [head.path for head in facts.heads] == heads
+    assert facts.head_parameters == parameters
+    shapes = {shape for head in facts.heads for _, shape in head.outputs}
     assert shapes == {tuple(leaf.shape) for leaf in tree_leaves(model.eval()(inputs))}
 
 
 @pytest.mark.parametrize("aux", [True, False])
-def test_describe_heads_says_which_output_each_head_gives(aux: bool) -> None:
+def test_model_facts_heads_say_which_output_each_head_gives(aux: bool) -> None:
     with torch.device("meta"):
         model = models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=7, aux_loss=aux)
-    outputs = {head.path: [name for name, _ in head.outputs] for head in describe_heads(model)}
+    outputs = {head.path: [name for name, _ in head.outputs] for head in ModelFacts(model).heads}
     expected = {"classifier.4": ["['out']"], "aux_classifier.4": ["['aux']"]}
     assert outputs == (expected if aux else {"classifier.4": ["['out']"]})
 
 
-def test_find_auxiliary_heads_of_a_network_inside() -> None:
+def test_model_facts_auxiliary_heads_of_a_network_inside() -> None:
     model = Around(tiny.build("aux-head"))
-    assert find_auxiliary_heads(model) == ["backbone.aux"]
+    assert ModelFacts(model).auxiliary_heads(find_heads(model)) == ["backbone.aux"]
 
 
 @pytest.mark.parametrize("make", [nn.ReLU, lambda: nn.Linear(2, 2), lambda: nn.Sequential(nn.ReLU())])
@@ -247,7 +249,7 @@ def test_find_heads_of_what_has_no_layers(make: Callable[[], nn.Module]) -> None
         find_heads(make())
 
 
-def test_old_weight_norm_is_a_head_of_its_own_layer() -> None:
+def test_find_heads_takes_old_weight_norm_as_a_head_of_its_own_layer() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         model = nn.Sequential(nn.Linear(4, 8), nn.utils.weight_norm(nn.Linear(8, 3, bias=False)))

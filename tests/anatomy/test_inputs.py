@@ -25,7 +25,7 @@ A, B = torch.zeros(2, 4), torch.zeros(2, 5)
         ({"input_size": [[2, 4], [2, 5]]}, (2, 3)),
     ],
 )
-def test_several_inputs_in_every_form(arguments: dict[str, Any], joined: tuple[int, ...]) -> None:
+def test_summary_takes_several_inputs_in_every_form(arguments: dict[str, Any], joined: tuple[int, ...]) -> None:
     found = summary(TwoInputs(), **arguments)
     assert found.layers[0].output_shapes == (joined, (2, 3))
     assert found.layers[0].output_shape == joined
@@ -34,7 +34,7 @@ def test_several_inputs_in_every_form(arguments: dict[str, Any], joined: tuple[i
     assert "2×5" in str(found)
 
 
-def test_the_values_of_inputs_are_not_read() -> None:
+def test_summary_does_not_read_the_values_of_inputs() -> None:
     with torch.device("meta"):
         on_meta = torch.empty(2, 4), torch.empty(2, 5)
     assert summary(TwoInputs(), inputs=on_meta).to_dict() == summary(TwoInputs(), inputs=(A, B)).to_dict()
@@ -51,12 +51,12 @@ def test_the_values_of_inputs_are_not_read() -> None:
         ({"inputs": (B, A)}, r"layer 'left' \(Linear\) was given \(2, 5\)"),
     ],
 )
-def test_wrong_inputs_are_refused(arguments: dict[str, Any], message: str) -> None:
+def test_summary_refuses_wrong_inputs(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         summary(TwoInputs(), **arguments)
 
 
-def test_freezing_in_execution_order_takes_inputs() -> None:
+def test_freeze_in_execution_order_takes_inputs() -> None:
     model = TwoInputs()
     freeze(model, until="left", inputs=(A, B))
     assert [parameter.requires_grad for parameter in model.parameters()] == [False, False, True, True]
@@ -76,12 +76,12 @@ def test_freezing_in_execution_order_takes_inputs() -> None:
         (nn.Linear(7, 2), (1, 7)),
     ],
 )
-def test_an_input_is_guessed_that_the_first_layer_takes(layer: nn.Module, size: tuple[int, ...]) -> None:
+def test_guess_input_size_finds_an_input_that_the_first_layer_takes(layer: nn.Module, size: tuple[int, ...]) -> None:
     assert guess_input_size(layer) == size
     assert summary(layer).problem is None
 
 
-def test_a_layer_under_two_names_is_shown_once_and_counted_once() -> None:
+def test_summary_shows_a_layer_under_two_names_once_and_counts_it_once() -> None:
     model = SharesLayers()
     found = {layer.path: layer for layer in summary(model).layers}
     assert list(found) == ["", "block", "block.0", "block.1", "again", "head"]
@@ -122,7 +122,7 @@ def hugging_face(name: str) -> nn.Module:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_hugging_face_models_say_what_they_take(name: str) -> None:
+def test_summary_knows_what_hugging_face_models_take(name: str) -> None:
     model = hugging_face(name).eval()
     found = summary(model)
     shape, fed = HUGGING_FACE[name]
@@ -144,7 +144,7 @@ def test_hugging_face_models_say_what_they_take(name: str) -> None:
     assert {path: ours[path] for path in seen} == seen
 
 
-def test_dummy_inputs_that_raise_are_passed_over() -> None:
+def test_summary_passes_over_dummy_inputs_that_raise() -> None:
     class Odd(nn.Linear):
         config, main_input_name = object(), "input_ids"
 

@@ -11,7 +11,7 @@ from regraft.anatomy.modes import evaluation_mode, preserved_randomness
 
 @pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
 @pytest.mark.parametrize("seed", [None, 0, 2**40])
-def test_random_state_is_put_back(
+def test_preserved_randomness_puts_the_random_state_back(
     fails: bool, seed: int | None, random_state: Callable[[], tuple[object, ...]]
 ) -> None:
     before = random_state()
@@ -25,7 +25,7 @@ def test_random_state_is_put_back(
     assert random_state() == before
 
 
-def test_the_same_seed_draws_the_same_numbers() -> None:
+def test_preserved_randomness_draws_the_same_numbers_from_the_same_seed() -> None:
     drawn = []
     for _ in range(2):
         with preserved_randomness(7):
@@ -35,7 +35,7 @@ def test_the_same_seed_draws_the_same_numbers() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
-def test_mixed_modes_are_put_back(fails: bool) -> None:
+def test_evaluation_mode_puts_mixed_modes_back(fails: bool) -> None:
     model = tiny.build("root-token")
     for number, module in enumerate(model.modules()):
         module.training = number % 3 == 0

@@ -23,7 +23,7 @@ KINDS = (DataDependent, ThroughNumpy, ThroughItem, ReplacesItsWeights)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shapes_come_from_one_real_forward_and_the_summary_says_so(kind: type[DataDependent]) -> None:
+def test_summary_takes_shapes_from_one_real_forward_and_says_so(kind: type[DataDependent]) -> None:
     found = summary(kind(), (3, 4))
     shapes = {layer.path: layer.output_shape for layer in found.layers}
     assert (shapes[""], shapes["first"], shapes["last"]) == ((3, 2), (3, 4), (3, 2))
@@ -36,7 +36,7 @@ def test_shapes_come_from_one_real_forward_and_the_summary_says_so(kind: type[Da
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", [*KINDS, FailsLate, WritesItsWeights])
-def test_nothing_is_changed(
+def test_summary_changes_nothing_by_a_real_run(
     kind: type[DataDependent], training: bool, random_state: Callable[[], tuple[object, ...]]
 ) -> None:
     model = kind().train(training)
@@ -57,7 +57,7 @@ def test_nothing_is_changed(
     assert model.log == []
 
 
-def test_a_failure_comes_from_the_real_run_and_names_the_layer() -> None:
+def test_summary_names_the_layer_where_a_real_run_fails() -> None:
     with pytest.raises(ModelError, match=r"layer 'first' \(Linear\) was given \(1, 5\)"):
         summary(DataDependent(), (1, 5))
     with pytest.raises(ModelError, match="it was all in vain"):
@@ -66,7 +66,7 @@ def test_a_failure_comes_from_the_real_run_and_names_the_layer() -> None:
         summary(WritesItsWeights(), (1, 4))
 
 
-def test_given_values_decide_the_way_through() -> None:
+def test_summary_follows_the_way_that_given_values_decide() -> None:
     class Forks(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -84,7 +84,7 @@ def test_given_values_decide_the_way_through() -> None:
     assert trace(model, inputs=-torch.ones(1, 2)).first_uses.keys() == {"low.weight", "low.bias"}
 
 
-def test_on_the_meta_device_there_are_no_values_to_run_on() -> None:
+def test_summary_on_the_meta_device_has_no_values_to_run_on() -> None:
     with torch.device("meta"):
         model = DataDependent()
     found = summary(model)
@@ -92,13 +92,13 @@ def test_on_the_meta_device_there_are_no_values_to_run_on() -> None:
     assert found.layers[0].parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_a_failed_run_on_shapes_is_not_printed(capfd: pytest.CaptureFixture[str]) -> None:
+def test_summary_does_not_print_a_failed_run_on_shapes(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ModelError):
         summary(nn.Sequential(nn.Linear(3, 2)), (1, 5))
     assert capfd.readouterr() == ("", "")
 
 
-def test_half_of_a_model_that_needs_values_can_be_frozen() -> None:
+def test_freeze_half_of_a_model_that_needs_values() -> None:
     model = DataDependent()
     freeze(model, until="norm", inputs=torch.ones(2, 4))
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}

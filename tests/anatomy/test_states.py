@@ -19,7 +19,7 @@ def states(model: nn.Module) -> dict[str, str]:
     return {layer.path: state_text(layer) for layer in summary(model).layers}
 
 
-def test_frozen_layers_that_are_pinned_say_so() -> None:
+def test_summary_says_that_frozen_layers_are_pinned() -> None:
     model = tiny.build("plain")
     freeze(model, until="bn2")
     found = states(model)
@@ -34,7 +34,7 @@ def test_frozen_layers_that_are_pinned_say_so() -> None:
     assert not any("pinned" in state for state in states(model).values())
 
 
-def test_layers_that_are_frozen_by_their_flags_alone_say_what_would_move() -> None:
+def test_summary_says_what_would_move_where_flags_alone_freeze() -> None:
     model = tiny.build("plain").requires_grad_(False)
     found = states(model)
     assert found["bn1"] == "frozen, but its running statistics would still move"
@@ -45,7 +45,7 @@ def test_layers_that_are_frozen_by_their_flags_alone_say_what_would_move() -> No
     assert all(layer.moves is None for layer in summary(model).layers)
 
 
-def test_freezing_and_looking_know_the_same_pins() -> None:
+def test_changes_while_training_agrees_with_the_pins_of_freeze() -> None:
     layer = nn.BatchNorm2d(3)
     PinState(pinned=True, hooks=HOLD).apply(layer)
     assert is_pinned(layer)
@@ -55,7 +55,7 @@ def test_freezing_and_looking_know_the_same_pins() -> None:
 
 
 @pytest.mark.parametrize("until", [None, "layer2", "fc"])
-def test_the_table_fits_a_screen(until: str | None) -> None:
+def test_summary_table_fits_a_screen(until: str | None) -> None:
     model = models.resnet18()
     if until:
         freeze(model, until=until)
@@ -91,7 +91,7 @@ def parsed(html: str) -> Tags:
     return tags
 
 
-def test_html_is_a_tree_that_folds() -> None:
+def test_summary_html_is_a_tree_that_folds() -> None:
     model = models.resnet18()
     html = summary(model)._repr_html_()
     tags = parsed(html)
@@ -102,7 +102,7 @@ def test_html_is_a_tree_that_folds() -> None:
     assert set(tags.seen) <= {"div", "details", "summary", "b", "span", "p"}
 
 
-def test_html_is_escaped() -> None:
+def test_summary_html_is_escaped() -> None:
     class Marked(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x

@@ -35,7 +35,7 @@ def without_fused_attention() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", COUNTED)
-def test_parameter_counts_are_torchinfos(name: str) -> None:
+def test_summary_counts_parameters_as_torchinfo_does(name: str) -> None:
     model = models.get_model(name)
     freeze(model, "children[:1]")
     ours, theirs = by_path(model), {}
@@ -49,7 +49,7 @@ def test_parameter_counts_are_torchinfos(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COSTED)
-def test_multiply_adds_are_half_of_torchs_floating_point_operations(name: str) -> None:
+def test_summary_multiply_adds_are_half_of_torchs_floating_point_operations(name: str) -> None:
     model = models.get_model(name).eval()
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
@@ -59,7 +59,7 @@ def test_multiply_adds_are_half_of_torchs_floating_point_operations(name: str) -
     assert sum(layer.multiply_adds or 0 for layer in layers if layer.depth == 1) <= root.multiply_adds
 
 
-def test_multiply_adds_of_attention_are_counted_without_the_fused_kernel() -> None:
+def test_summary_counts_multiply_adds_of_attention_without_the_fused_kernel() -> None:
     model = tiny.build("root-token").eval()
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), without_fused_attention(), counter:
@@ -68,7 +68,7 @@ def test_multiply_adds_of_attention_are_counted_without_the_fused_kernel() -> No
 
 
 @pytest.mark.parametrize("name", [*tiny.ALL, "resnet18", "mobilenet_v3_small"])
-def test_output_shapes_are_those_of_forward_hooks(name: str) -> None:
+def test_summary_output_shapes_are_those_of_forward_hooks(name: str) -> None:
     is_tiny = name in tiny.ALL
     model = (tiny.build(name) if is_tiny else models.get_model(name)).eval()
     inputs = tiny.batch(name, count=2) if is_tiny else torch.randn(2, 3, 64, 64)
@@ -85,14 +85,14 @@ def test_output_shapes_are_those_of_forward_hooks(name: str) -> None:
     assert {path: shape for path, shape in ours.items() if shape is not None} == seen
 
 
-def test_order_is_the_order_of_execution_and_not_of_registration() -> None:
+def test_summary_order_is_that_of_execution_and_not_of_registration() -> None:
     layers = by_path(tiny.build("residual"))
     order = [layers[path].order for path in tiny.Residual.execution]
     assert order == sorted(order)
     assert layers["head"].order == max(layer.order for layer in layers.values() if layer.order is not None)
 
 
-def test_a_layer_that_is_not_called_has_no_order_and_no_shape() -> None:
+def test_summary_has_no_order_and_no_shape_of_a_layer_that_is_not_called() -> None:
     aux = by_path(tiny.build("aux-head"))["aux"]
     assert (aux.order, aux.output_shape, aux.parameters) == (None, None, 35)
 
@@ -105,7 +105,7 @@ def mix_modes(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("fails", [False, True], ids=["runs", "raises"])
 @pytest.mark.parametrize("name", tiny.ALL)
-def test_nothing_is_changed(name: str, fails: bool, random_state: Callable[[], tuple[object, ...]]) -> None:
+def test_summary_changes_nothing(name: str, fails: bool, random_state: Callable[[], tuple[object, ...]]) -> None:
     model = tiny.build(name)
     freeze(model, "children[:1]") if name != "input-norm" else freeze(model, "conv")
     mix_modes(model)
@@ -134,7 +134,9 @@ def test_nothing_is_changed(name: str, fails: bool, random_state: Callable[[], t
     [((1, 4, 8, 8), "conv1", "(1, 4, 8, 8)"), ((1, 3, 10, 10), "fc", "(1, 200)")],
     ids=["channels", "side"],
 )
-def test_a_failure_names_the_layer_and_the_shape_it_was_given(size: tuple[int, ...], layer: str, shape: str) -> None:
+def test_summary_names_the_layer_that_fails_and_the_shape_it_was_given(
+    size: tuple[int, ...], layer: str, shape: str
+) -> None:
     with pytest.raises(ModelError) as caught:
         summary(tiny.build("plain"), size)
     message = str(caught.value)
@@ -143,7 +145,7 @@ def test_a_failure_names_the_layer_and_the_shape_it_was_given(size: tuple[int, .
     assert "Pass the input_size that it expects" in message
 
 
-def test_without_an_input_size_a_model_that_cannot_run_is_summarised_with_the_reason() -> None:
+def test_summary_without_an_input_size_says_why_a_model_cannot_run() -> None:
     class Picky(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -161,7 +163,7 @@ def test_without_an_input_size_a_model_that_cannot_run_is_summarised_with_the_re
 
 
 @pytest.mark.parametrize("name", ["plain", "root-token", "tied"])
-def test_a_model_on_the_meta_device_is_summarised_like_one_on_the_cpu(name: str) -> None:
+def test_summary_is_the_same_on_the_meta_device_and_on_the_cpu(name: str) -> None:
     with torch.device("meta"):
         on_meta = tiny.ALL[name]()
     assert summary(on_meta).to_dict() == summary(tiny.build(name)).to_dict()
@@ -170,7 +172,7 @@ def test_a_model_on_the_meta_device_is_summarised_like_one_on_the_cpu(name: str)
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", tiny.ALL)
-def test_a_model_of_another_precision_is_summarised_like_one_in_float32(name: str, dtype: torch.dtype) -> None:
+def test_summary_is_the_same_in_another_precision(name: str, dtype: torch.dtype) -> None:
     found, reference = summary(tiny.build(name).to(dtype)).to_dict(), summary(tiny.build(name)).to_dict()
     ratio = dtype.itemsize / torch.float32.itemsize
     for ours, theirs in zip([found, *found["layers"]], [reference, *reference["layers"]], strict=True):
@@ -179,7 +181,7 @@ def test_a_model_of_another_precision_is_summarised_like_one_in_float32(name: st
     assert found == reference
 
 
-def test_a_shared_parameter_counts_once() -> None:
+def test_summary_counts_a_shared_parameter_once() -> None:
     model = tiny.build("tied")
     assert (
         summary(model).layers[0].parameters == len({id(p) for p in model.parameters()})
@@ -191,14 +193,14 @@ def test_a_shared_parameter_counts_once() -> None:
     ("pattern", "states"),
     [((), {"": "frozen", "conv1": "frozen", "dropout": "no parameters"}), (("conv*",), {"": "partly frozen"})],
 )
-def test_states_follow_the_flags(pattern: tuple[str, ...], states: dict[str, str]) -> None:
+def test_summary_states_follow_the_flags(pattern: tuple[str, ...], states: dict[str, str]) -> None:
     model = tiny.build("plain")
     freeze(model, *pattern)
     found = by_path(model)
     assert {path: found[path].state for path in states} == states
 
 
-def test_depth_limits_what_is_shown_but_not_what_is_known() -> None:
+def test_summary_depth_limits_what_is_shown_but_not_what_is_known() -> None:
     model = create_model("resnet18", weights="none")
     shallow, full = summary(model, depth=1), summary(model)
     assert shallow.layers == full.layers
@@ -207,7 +209,7 @@ def test_depth_limits_what_is_shown_but_not_what_is_known() -> None:
     assert shallow._repr_html_().count("<b>") == 11
 
 
-def test_the_weights_are_not_read() -> None:
+def test_summary_does_not_read_the_weights() -> None:
     model = tiny.build("plain")
     reference = summary(model).to_dict()
     with torch.no_grad():
@@ -219,6 +221,6 @@ def test_the_weights_are_not_read() -> None:
 
 
 @pytest.mark.parametrize("name", ["pit_ti_224", "levit_128s"])
-def test_networks_that_pass_tuples_between_layers_are_summarised(name: str) -> None:
+def test_summary_of_networks_that_pass_tuples_between_layers(name: str) -> None:
     model = timm.create_model(name)
     assert summary(model).layers[0].output_shape == (1, 1000)

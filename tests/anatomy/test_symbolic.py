@@ -136,7 +136,8 @@ def test_capture_allows_what_a_forward_sets_to_the_same_each_time() -> None:
         net.calls = 7
         return net.b(net.a(x))
 
-    assert capture(Noisy(body)).graph
+    model = Noisy(body)
+    assert identical(torch.fx.GraphModule(model, capture(model).graph)(IMAGES), model(IMAGES))
 
 
 def test_capture_gives_torch_back_as_it_was() -> None:
@@ -163,7 +164,9 @@ class Optional(AnyInputs):
 
 @pytest.mark.parametrize("kind", [AnyInputs, Optional])
 @pytest.mark.parametrize("inputs", [None, torch.zeros(3, 4)])
-def test_edits_of_a_forward_without_required_inputs(kind: type[AnyInputs], inputs: torch.Tensor | None) -> None:
+def test_truncate_insert_and_append_take_a_forward_without_required_inputs(
+    kind: type[AnyInputs], inputs: torch.Tensor | None
+) -> None:
     model, x = kind(), torch.randn(3, 4)
     hidden = model.net[1](model.net[0](x))
     assert identical(regraft.truncate(model, after="net.1", inputs=inputs)(x), hidden)

@@ -32,7 +32,7 @@ def written(state: dict[str, torch.Tensor], folder: Path) -> Path:
     ],
     ids=["class token", "none embedded", "no token", "registers", "registers, none embedded"],
 )
-def test_positions_are_resampled_as_timm_does(before: int, after: int, options: dict, tmp_path: Path) -> None:
+def test_load_weights_resamples_positions_as_timm_does(before: int, after: int, options: dict, tmp_path: Path) -> None:
     trained = seeded(lambda: timm_vit(before, **options), 3).state_dict()
     model = timm_vit(after, seed=1, **options)
     expected = checkpoint_filter_fn(dict(trained), model, interpolation="bicubic", antialias=True)
@@ -43,14 +43,14 @@ def test_positions_are_resampled_as_timm_does(before: int, after: int, options: 
         assert identical(tensor, expected[name]), name
 
 
-def test_class_tokens_keep_their_position(tmp_path: Path) -> None:
+def test_load_weights_keeps_the_position_of_class_tokens(tmp_path: Path) -> None:
     trained = seeded(lambda: timm_vit(32, reg_tokens=3), 3).state_dict()
     model = timm_vit(16, reg_tokens=3)
     load_weights(model, written(trained, tmp_path))
     assert identical(model.pos_embed[:, :4], trained["pos_embed"][:, :4])
 
 
-def test_positions_of_a_network_without_a_grid_are_taken_as_a_square(tmp_path: Path) -> None:
+def test_load_weights_takes_positions_of_a_network_without_a_grid_as_a_square(tmp_path: Path) -> None:
     trained = seeded(lambda: Named(hugging_face_vit()), 3).state_dict()
     larger = hugging_face_vit() | {"embeddings.position_embeddings": (1, 17, 8)}
     model = seeded(lambda: Named(larger), 1)
@@ -65,7 +65,7 @@ def test_positions_of_a_network_without_a_grid_are_taken_as_a_square(tmp_path: P
 
 @pytest.mark.filterwarnings("ignore:.* keep the values that they had")
 @pytest.mark.parametrize("length", [4, 7, 19], ids=["fewer tokens", "no square", "no square, longer"])
-def test_positions_that_are_no_grid_keep_their_values(length: int, tmp_path: Path) -> None:
+def test_load_weights_keeps_values_of_positions_that_are_no_grid(length: int, tmp_path: Path) -> None:
     shapes = hugging_face_vit() | {"embeddings.position_embeddings": (1, length, 8)}
     trained = seeded(lambda: Named(shapes), 3).state_dict()
     model = seeded(lambda: Named(hugging_face_vit()), 1)
@@ -76,7 +76,7 @@ def test_positions_that_are_no_grid_keep_their_values(length: int, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [(1, 3), (3, 1), (3, 5), (4, 2), (1, 2)])
-def test_a_first_convolution_takes_other_channels(theirs: int, ours: int, tmp_path: Path) -> None:
+def test_load_weights_adapts_a_first_convolution_to_other_channels(theirs: int, ours: int, tmp_path: Path) -> None:
     trained = seeded(lambda: SmallResNet(channels=theirs), 3).eval()
     model = seeded(lambda: SmallResNet(channels=ours), 1).eval()
     report = load_weights(model, written(trained.state_dict(), tmp_path))
@@ -95,7 +95,7 @@ def test_a_first_convolution_takes_other_channels(theirs: int, ours: int, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:.* keep the values that they had")
-def test_only_the_first_convolution_is_adapted(tmp_path: Path) -> None:
+def test_load_weights_adapts_the_first_convolution_only(tmp_path: Path) -> None:
     state = seeded(SmallResNet, 3).state_dict()
     state["layer1.0.conv1.weight"] = torch.rand(4, 3, 3, 3)
     report = load_weights(SmallResNet(), written(state, tmp_path))
@@ -104,7 +104,7 @@ def test_only_the_first_convolution_is_adapted(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.* keep the values that they had")
-def test_nothing_is_adapted_where_that_is_not_wanted(tmp_path: Path) -> None:
+def test_load_weights_adapts_nothing_where_that_is_not_wanted(tmp_path: Path) -> None:
     path = written(seeded(lambda: SmallResNet(channels=1), 3).state_dict(), tmp_path)
     model = SmallResNet()
     before = model.conv1.weight.detach().clone()
@@ -114,7 +114,7 @@ def test_nothing_is_adapted_where_that_is_not_wanted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", [3, 9])
-def test_the_first_classes_are_taken_where_that_is_asked_for(classes: int, tmp_path: Path) -> None:
+def test_load_weights_takes_the_first_classes_where_that_is_asked_for(classes: int, tmp_path: Path) -> None:
     trained = seeded(lambda: SmallResNet(classes), 3).state_dict()
     model = seeded(SmallResNet, 1)
     before = model.fc.weight.detach().clone()
@@ -127,7 +127,7 @@ def test_the_first_classes_are_taken_where_that_is_asked_for(classes: int, tmp_p
     assert ("the other 2 keep their values" in str(report)) == (classes == 3)
 
 
-def test_a_head_for_other_classes_keeps_its_values(tmp_path: Path) -> None:
+def test_load_weights_keeps_the_values_of_a_head_for_other_classes(tmp_path: Path) -> None:
     trained = tiny.PlainCnn(num_classes=9).state_dict()
     report = load_weights(tiny.build("plain"), written(trained, tmp_path), min_share=1.0)
     assert report.share == 1.0  # of all but the head, which is more than half of the network
@@ -136,7 +136,7 @@ def test_a_head_for_other_classes_keeps_its_values(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.* keep the values that they had")
-def test_numbers_of_another_kind_are_not_cast(tmp_path: Path) -> None:
+def test_load_weights_does_not_cast_numbers_of_another_kind(tmp_path: Path) -> None:
     state = seeded(SmallResNet, 3).state_dict()
     state["layer1.0.conv1.weight"] = torch.ones(4, 4, 3, 3, dtype=torch.int8)
     report = load_weights(SmallResNet(), written(state, tmp_path))
@@ -163,7 +163,7 @@ UNFIT: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.mark.parametrize(("make", "message"), UNFIT.values(), ids=list(UNFIT))
-def test_a_model_that_cannot_be_filled_is_left_as_it_was(
+def test_load_weights_leaves_a_model_that_it_cannot_fill_as_it_was(
     make: Callable[[], nn.Module], message: str, tmp_path: Path
 ) -> None:
     path = written(seeded(SmallResNet, 3).state_dict(), tmp_path)
@@ -178,7 +178,7 @@ def test_a_model_that_cannot_be_filled_is_left_as_it_was(
     assert all(identical(model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
-def test_a_copy_that_fails_half_way_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_weights_undoes_a_copy_that_fails_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(seeded(SmallResNet, 3).state_dict(), tmp_path)
     model = SmallResNet()
     before = snapshot(model)
@@ -198,7 +198,7 @@ def test_a_copy_that_fails_half_way_is_undone(tmp_path: Path, monkeypatch: pytes
     assert same(before, snapshot(model))
 
 
-def test_one_of_tied_tensors_is_enough_and_two_values_are_too_many(tmp_path: Path) -> None:
+def test_load_weights_needs_one_of_tied_tensors_and_refuses_two_values(tmp_path: Path) -> None:
     state = tiny.build("tied", seed=4).state_dict()
     one = {name: tensor for name, tensor in state.items() if name != "decoder.weight"}
     model = tiny.build("tied")
@@ -225,7 +225,7 @@ def test_one_of_tied_tensors_is_enough_and_two_values_are_too_many(tmp_path: Pat
         ({"entry": "ema"}, "has no entry 'ema'"),
     ],
 )
-def test_a_wrong_option_is_named(options: dict, message: str, tmp_path: Path) -> None:
+def test_load_weights_names_a_wrong_option(options: dict, message: str, tmp_path: Path) -> None:
     model = tiny.build("plain")
     before = snapshot(model)
     with pytest.raises(InputError) as caught:

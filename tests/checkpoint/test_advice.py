@@ -79,7 +79,7 @@ def assert_can_be_done(message: str, function: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("make", FILES, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("case", CALLS)
-def test_what_an_error_advises_exists_where_it_is_raised(
+def test_regraft_error_advises_what_exists_where_it_is_raised(
     case: str, make: Callable[[Path], Any], tmp_path: Path
 ) -> None:
     torch.save(make(tmp_path), tmp_path / "w.pth")
@@ -90,7 +90,7 @@ def test_what_an_error_advises_exists_where_it_is_raised(
         assert_can_be_done(str(error), function)
 
 
-def test_what_is_advised_for_a_base_that_is_not_there_exists(tmp_path: Path) -> None:
+def test_save_load_and_diff_advise_what_exists_for_a_base_that_is_not_there(tmp_path: Path) -> None:
     model = regraft.create_model("squeezenet1_0", weights="none", num_classes=2)
     base = regraft.save(model, tmp_path / "base.safetensors")
     delta = regraft.save(model, tmp_path / "delta.safetensors", base=base)

@@ -30,7 +30,7 @@ def numbers(dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
-def test_what_save_writes_is_read_again(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_save_writes_every_dtype_that_load_weights_and_convert_read_again(dtype: torch.dtype, tmp_path: Path) -> None:
     model, expected = holding(numbers(dtype)), numbers(dtype).view(torch.uint8)
     path = save(model, tmp_path / "m.safetensors")
     assert torch.equal(load_file(path)["held"].view(torch.uint8), expected)
@@ -107,7 +107,7 @@ def test_load_weights_gives_layers_their_extra_state(state: Any, prefix: str, tm
 
 
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
-def test_extra_state_that_is_a_tensor_is_kept(kind: str, tmp_path: Path) -> None:
+def test_load_weights_and_save_keep_extra_state_that_is_a_tensor(kind: str, tmp_path: Path) -> None:
     trained, model = nn.Sequential(Extra(torch.ones(3))), nn.Sequential(Extra(torch.zeros(3)))
     if kind == "pth":
         torch.save(trained.state_dict(), tmp_path / "w.pth")

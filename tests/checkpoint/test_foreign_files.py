@@ -43,7 +43,7 @@ def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torc
 
 
 @pytest.mark.parametrize("name", [name for name in tiny.IMAGE_NETS if name != "root-token"])
-def test_a_torchscript_archive_is_read_as_torch_reads_it(name: str, tmp_path: Path) -> None:
+def test_read_tensors_reads_a_torchscript_archive_as_torch_does(name: str, tmp_path: Path) -> None:
     path = script(tiny.build(name, seed=3), tmp_path / "w.pt")
     assert kind_of(path) == "torchscript"
     with warnings.catch_warnings():
@@ -55,7 +55,7 @@ def test_a_torchscript_archive_is_read_as_torch_reads_it(name: str, tmp_path: Pa
     assert notes == ["read from a TorchScript archive; its code was not run"]
 
 
-def test_code_of_a_torchscript_archive_is_not_even_compiled(tmp_path: Path) -> None:
+def test_load_weights_does_not_even_compile_code_of_a_torchscript_archive(tmp_path: Path) -> None:
     path = script(seeded(SmallResNet, 3), tmp_path / "w.pt")
     broken = tmp_path / "broken.pt"
     with zipfile.ZipFile(path) as before, zipfile.ZipFile(broken, "w") as after:
@@ -65,7 +65,7 @@ def test_code_of_a_torchscript_archive_is_not_even_compiled(tmp_path: Path) -> N
     assert load_weights(SmallResNet(), broken, strict=True).share == 1.0
 
 
-def test_a_pickle_in_a_torchscript_archive_calls_nothing(tmp_path: Path) -> None:
+def test_read_state_dicts_calls_nothing_in_a_pickle_of_a_torchscript_archive(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("w/data.pkl", pickle.dumps({"weight": Marked(tmp_path / "it ran")}, protocol=2))
@@ -78,7 +78,9 @@ def test_a_pickle_in_a_torchscript_archive_calls_nothing(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("name", tiny.ALL)
-def test_a_whole_module_gives_its_tensors_without_its_class(name: str, legacy: bool, tmp_path: Path) -> None:
+def test_read_state_dicts_gives_tensors_of_a_whole_module_without_its_class(
+    name: str, legacy: bool, tmp_path: Path
+) -> None:
     model = tiny.build(name, seed=3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # older files hold the source of the class, which torch may not find
@@ -88,7 +90,7 @@ def test_a_whole_module_gives_its_tensors_without_its_class(name: str, legacy: b
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_tensors_are_taken_out_beside_what_would_run(legacy: bool, tmp_path: Path) -> None:
+def test_read_state_dicts_takes_tensors_out_beside_what_would_run(legacy: bool, tmp_path: Path) -> None:
     content = {"args": Marked(tmp_path / "it ran"), "model": state(), "optimizer": {"state": {0: torch.ones(2)}}}
     torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(CheckpointError, match=r"holds more than tensors \(posix.mkdir\).*--tensors-only"):
@@ -125,7 +127,7 @@ INSTRUCTIONS = {
 
 
 @pytest.mark.parametrize("text", INSTRUCTIONS.values(), ids=list(INSTRUCTIONS))
-def test_reading_instructions_runs_nothing(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_state_dicts_runs_no_instruction(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     raw = assembled(text)
     with zipfile.ZipFile("w.pt", "w") as archive:
@@ -140,7 +142,7 @@ def test_reading_instructions_runs_nothing(text: str, tmp_path: Path, monkeypatc
     [((4,), (1,), 1), ((5,), (0,), 0), ((2, 2), (-1, 1), 0), ((2,), (5,), 0), (("4",), (1,), 0)],
     ids=["beyond the end", "one number more often than there are numbers", "negative stride", "far away", "no number"],
 )
-def test_a_tensor_outside_of_its_storage_is_refused(
+def test_read_state_dicts_refuses_a_tensor_outside_of_its_storage(
     size: tuple[Any, ...], stride: tuple[int, ...], offset: int, tmp_path: Path
 ) -> None:
     class Rebuilt:
@@ -154,7 +156,7 @@ def test_a_tensor_outside_of_its_storage_is_refused(
         read_state_dicts(tmp_path / "w.pt", tensors_only=True)
 
 
-def test_arrays_of_numbers_are_read_and_others_named(tmp_path: Path) -> None:
+def test_read_state_dicts_reads_arrays_of_numbers_and_names_others(tmp_path: Path) -> None:
     arrays = {
         "weight": np.arange(6, dtype=">f4").reshape(2, 3),
         "bias": np.ones(2, np.float64)[::-1],
@@ -172,7 +174,7 @@ def test_arrays_of_numbers_are_read_and_others_named(tmp_path: Path) -> None:
     assert tensors["weight"].dtype == torch.float32
 
 
-def test_pickled_objects_in_an_array_are_not_unpickled(tmp_path: Path) -> None:
+def test_read_state_dicts_does_not_unpickle_objects_in_an_array(tmp_path: Path) -> None:
     np.savez(tmp_path / "w.npz", weight=np.array([Marked(tmp_path / "it ran")], dtype=object), allow_pickle=True)
     with pytest.raises(CheckpointError, match=r"reading them would run code from it"):
         read_state_dicts(tmp_path / "w.npz")
@@ -195,7 +197,7 @@ def in_parts(folder: Path, kind: str = "safetensors") -> Path:
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 @pytest.mark.parametrize("by_folder", [False, True])
-def test_a_model_in_parts_is_read_as_one(kind: str, by_folder: bool, tmp_path: Path) -> None:
+def test_load_weights_reads_a_model_in_parts_as_one(kind: str, by_folder: bool, tmp_path: Path) -> None:
     path = in_parts(tmp_path, kind)
     model = SmallResNet()
     load_weights(model, tmp_path if by_folder else path, strict=True)
@@ -218,7 +220,7 @@ OUTSIDE = [
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_an_index_names_files_beside_it_and_nothing_else(name: Any, tmp_path: Path) -> None:
+def test_read_state_dicts_follows_an_index_to_files_beside_it_and_nothing_else(name: Any, tmp_path: Path) -> None:
     (tmp_path / "inner" / "sub").mkdir(parents=True)
     for place in ("w.safetensors", "inner/sub/w.safetensors"):
         save_file(state(), tmp_path / place)
@@ -260,7 +262,7 @@ def naming_itself(path: Path) -> None:
         (lambda path: path.write_text("[" * 1_100), "is no index of weights: "),
     ],
 )
-def test_a_damaged_index_is_refused(damage: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+def test_load_weights_refuses_a_damaged_index(damage: Callable[[Path], object], message: str, tmp_path: Path) -> None:
     path = in_parts(tmp_path)
     damage(path)
     model = SmallResNet()
@@ -272,7 +274,7 @@ def test_a_damaged_index_is_refused(damage: Callable[[Path], object], message: s
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "torchscript", "npz"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
-def test_a_file_that_is_cut_off_is_refused(kind: str, share: float, tmp_path: Path) -> None:
+def test_read_state_dicts_refuses_a_file_that_is_cut_off(kind: str, share: float, tmp_path: Path) -> None:
     path = tmp_path / "w"
     if kind == "torchscript":
         script(seeded(SmallResNet, 3), path)
@@ -289,7 +291,7 @@ def test_a_file_that_is_cut_off_is_refused(kind: str, share: float, tmp_path: Pa
             read_state_dicts(path, **options)
 
 
-def test_several_networks_that_fit_equally_well_are_listed(tmp_path: Path) -> None:
+def test_load_weights_lists_several_networks_that_fit_equally_well(tmp_path: Path) -> None:
     torch.save({"student": state(1), "teacher": state(2)}, tmp_path / "w.pt")
     model = SmallResNet()
     with pytest.raises(CheckpointError, match=r"'student' \(63 tensors\), 'teacher' \(63 tensors\).*100%, 100%"):
@@ -300,7 +302,7 @@ def test_several_networks_that_fit_equally_well_are_listed(tmp_path: Path) -> No
         read_tensors(tmp_path / "w.pt")
 
 
-def test_an_average_of_lightning_is_found_by_its_key(tmp_path: Path) -> None:
+def test_load_weights_finds_an_average_of_lightning_by_its_key(tmp_path: Path) -> None:
     callbacks = {"EMA": {"ema_state_dict": state(2), "step": 3}, "Stop": {"best": {"score": torch.tensor(1.0)}}}
     torch.save({"state_dict": state(1), "callbacks": callbacks}, tmp_path / "w.ckpt")
     assert [entry.key for entry in read_state_dicts(tmp_path / "w.ckpt").entries] == [

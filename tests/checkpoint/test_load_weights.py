@@ -115,7 +115,9 @@ def by_hand(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(("file", "make", "notes"), REAL.values(), ids=list(REAL))
-def test_real_files_load_whole(file: str, make: Callable[[], nn.Module], notes: tuple[str, ...], shared: Path) -> None:
+def test_load_weights_loads_real_files_whole(
+    file: str, make: Callable[[], nn.Module], notes: tuple[str, ...], shared: Path
+) -> None:
     model, path = make(), shared / "weights" / file
     report = load_weights(model, path, strict=True)
     assert report.notes == notes
@@ -134,7 +136,7 @@ LEFT_OUT = {
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_the_report_names_what_was_taken_off_and_left_out_of_a_real_file(name: str, shared: Path) -> None:
+def test_load_weights_reports_what_was_taken_off_and_left_out_of_a_real_file(name: str, shared: Path) -> None:
     file, make, notes = REAL[name]
     report = load_weights(make(), shared / "weights" / file)
     assert LEFT_OUT[name] <= set(report.left_out)
@@ -146,7 +148,7 @@ def test_the_report_names_what_was_taken_off_and_left_out_of_a_real_file(name: s
     assert f"left out: {report.left_out[0]}" in shown
 
 
-def test_a_real_bare_dict_with_pruned_widths_loads_into_its_first_layers(shared: Path) -> None:
+def test_load_weights_fills_the_first_layers_from_a_real_bare_dict_with_pruned_widths(shared: Path) -> None:
     model = nn.ModuleDict({"conv1": unit(3, 32, 3), "conv2_dw": unit(32, 32, 3, groups=32)})
     report = load_weights(model, shared / "weights" / "2.7_80x80_MiniFASNetV2.pth")
     assert report.notes == ("prefix 'module.' stripped",)
@@ -161,7 +163,7 @@ def photos(folder: Path, steps: list[Callable[[object], object]]) -> torch.Tenso
     return torch.stack([prepared(Image.open(file).convert("RGB")) for file in sorted(folder.iterdir())[:30]])
 
 
-def test_a_real_network_recognises_real_cars(shared: Path) -> None:
+def test_load_weights_gives_a_real_network_that_recognises_real_cars(shared: Path) -> None:
     model = CifarResNet(9).eval()
     load_weights(model, shared / "weights" / "resnet56-4bfd9763.th")
     cars = photos(shared / "data" / "car_vs_bike" / "val" / "car", [transforms.Resize((32, 32))])
@@ -170,7 +172,7 @@ def test_a_real_network_recognises_real_cars(shared: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "place"), [("bees", 0), ("ants", 1)])
-def test_a_real_network_tells_real_ants_from_bees(name: str, place: int, shared: Path) -> None:
+def test_load_weights_gives_a_real_network_that_tells_real_ants_from_bees(name: str, place: int, shared: Path) -> None:
     model = example_module().MobileNetV1().eval()
     load_weights(model, shared / "weights" / "mobilenetV1X0.25_pretrain.tar")
     steps = [transforms.Resize(256), transforms.CenterCrop(224)]
@@ -215,7 +217,7 @@ WRAPPED: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize(("content", "notes"), WRAPPED.values(), ids=list(WRAPPED))
-def test_wrappers_and_prefixes_are_taken_off(
+def test_load_weights_takes_wrappers_and_prefixes_off(
     content: Callable[[], object], notes: tuple[str, ...], legacy: bool, tmp_path: Path
 ) -> None:
     path = tmp_path / "weights.pth"
@@ -229,20 +231,20 @@ def test_wrappers_and_prefixes_are_taken_off(
         assert model.state_dict()[name].dtype == tensor.dtype
 
 
-def test_a_prefix_is_added_where_the_model_has_one(tmp_path: Path) -> None:
+def test_load_weights_adds_a_prefix_where_the_model_has_one(tmp_path: Path) -> None:
     torch.save(plain_state(), tmp_path / "weights.pth")
     model = nn.ModuleDict({"backbone": tiny.build("plain")})
     report = load_weights(model, tmp_path / "weights.pth", strict=True)
     assert report.notes == ("prefix 'backbone.' added",)
 
 
-def test_names_can_be_rewritten(tmp_path: Path) -> None:
+def test_load_weights_rewrites_names(tmp_path: Path) -> None:
     torch.save({name.replace("conv", "c"): tensor for name, tensor in plain_state().items()}, tmp_path / "w.pth")
     report = load_weights(tiny.build("plain"), tmp_path / "w.pth", rename={r"^c(\d)\.": r"conv\1."}, strict=True)
     assert len(report.loaded) == len(plain_state())
 
 
-def test_another_head_is_reported_and_kept(tmp_path: Path) -> None:
+def test_load_weights_reports_another_head_and_keeps_it(tmp_path: Path) -> None:
     torch.save(tiny.PlainCnn(num_classes=9).state_dict(), tmp_path / "w.pth")
     model = tiny.build("plain")
     head = model.fc.weight.detach().clone()
@@ -252,7 +254,7 @@ def test_another_head_is_reported_and_kept(tmp_path: Path) -> None:
     assert "'fc.weight' is (9, 128) in the file and (5, 128) in the model" in str(report)
 
 
-def test_missing_and_unexpected_names_are_counted(tmp_path: Path) -> None:
+def test_load_weights_counts_missing_and_unexpected_names(tmp_path: Path) -> None:
     state = plain_state()
     del state["bn1.weight"], state["bn1.num_batches_tracked"]
     state["extra.weight"] = torch.zeros(2)
@@ -283,7 +285,7 @@ HOSTILE: dict[str, Callable[[Path, Path], object]] = {
         ("plain pickle", "cannot be read as weights"),
     ],
 )
-def test_a_file_that_would_run_code_is_refused(write: str, message: str, tmp_path: Path) -> None:
+def test_load_weights_refuses_a_file_that_would_run_code(write: str, message: str, tmp_path: Path) -> None:
     path, marker = tmp_path / "w.pth", tmp_path / "it ran"
     HOSTILE[write](path, marker)
     model = tiny.build("plain")
@@ -321,7 +323,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], dict[str, object], str]] = {
 
 
 @pytest.mark.parametrize(("write", "options", "message"), REFUSED.values(), ids=list(REFUSED))
-def test_a_failed_call_changes_nothing(
+def test_load_weights_changes_nothing_where_it_fails(
     write: Callable[[Path], object], options: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "w.pth"
@@ -334,7 +336,7 @@ def test_a_failed_call_changes_nothing(
     assert same(before, snapshot(model))
 
 
-def test_weights_that_are_frozen_load_and_stay_frozen(tmp_path: Path) -> None:
+def test_load_weights_leaves_frozen_weights_frozen(tmp_path: Path) -> None:
     torch.save(plain_state(), tmp_path / "w.pth")
     model = tiny.build("plain").requires_grad_(False)
     load_weights(model, tmp_path / "w.pth", strict=True)
@@ -342,7 +344,7 @@ def test_weights_that_are_frozen_load_and_stay_frozen(tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_shared_tensors_are_read_back_under_every_name(tmp_path: Path) -> None:
+def test_load_weights_reads_shared_tensors_back_under_every_name(tmp_path: Path) -> None:
     path = save(tiny.build("tied", seed=4), tmp_path / "tied.safetensors")
     model = tiny.build("tied")
     assert load_weights(model, path, strict=True).missing == ()
@@ -350,7 +352,7 @@ def test_shared_tensors_are_read_back_under_every_name(tmp_path: Path) -> None:
     assert identical(model.encoder.weight, tiny.build("tied", seed=4).encoder.weight)
 
 
-def test_a_real_backbone_goes_under_a_new_head(shared: Path) -> None:
+def test_create_model_puts_a_real_backbone_under_a_new_head(shared: Path) -> None:
     file = shared / "weights" / "mobilenetV1X0.25_pretrain.tar"
     model = create_model(f"py:{EXAMPLE}:MobileNetV1", weights=file, num_classes=2, trust_code=True)
     assert model.fc.out_features == 2
@@ -361,7 +363,7 @@ def test_a_real_backbone_goes_under_a_new_head(shared: Path) -> None:
     assert recipe.source.weights == file.name
 
 
-def test_weights_of_another_architecture_are_refused(shared: Path, tmp_path: Path) -> None:
+def test_create_model_refuses_weights_of_another_architecture(shared: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nothing in '.*resnet20-12fca82f.th' fits ResNet"):
         create_model("resnet18", weights=shared / "weights" / "resnet20-12fca82f.th")
     torch.save(models.resnet34().state_dict(), tmp_path / "resnet34.pth")
@@ -372,6 +374,6 @@ def test_weights_of_another_architecture_are_refused(shared: Path, tmp_path: Pat
         create_model("resnet34", weights=tmp_path / "resnet18.pth")
 
 
-def test_a_class_of_ones_own_is_not_imported_without_trust() -> None:
+def test_create_model_imports_no_class_of_ones_own_without_trust() -> None:
     with pytest.raises(TrustError, match="names Python code, which would run with your rights"):
         create_model(f"py:{EXAMPLE}:MobileNetV1")

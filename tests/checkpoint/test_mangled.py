@@ -39,7 +39,7 @@ def is_right(case: Mangled) -> bool:
     return report is not None and {match.name: match.source for match in report.matches} == case.truth
 
 
-def test_the_mapping_is_right_for_nearly_all(made: dict[str, Mangled]) -> None:
+def test_load_weights_maps_nearly_all_mangled_files_rightly(made: dict[str, Mangled]) -> None:
     wrong = {name for name, case in made.items() if not is_right(case)}
     print(f"right mapping on {len(made) - len(wrong)} of {len(made)} mangled files; wrong: {sorted(wrong)}")
     assert len(made) >= 30
@@ -48,14 +48,14 @@ def test_the_mapping_is_right_for_nearly_all(made: dict[str, Mangled]) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_called_certain_is_true(name: str, made: dict[str, Mangled]) -> None:
+def test_load_weights_calls_certain_only_what_is_true(name: str, made: dict[str, Mangled]) -> None:
     report = look(made[name])
     certain = {match.name: match.source for match in report.matches if match.sure == "certain"} if report else {}
     assert certain.items() <= made[name].truth.items()
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if name in REFUSED])
-def test_what_must_be_refused_is_refused(name: str, made: dict[str, Mangled]) -> None:
+def test_load_weights_refuses_what_must_be_refused(name: str, made: dict[str, Mangled]) -> None:
     case = made[name]
     before = snapshot(case.model)
     with pytest.raises(CheckpointError) as caught:
@@ -66,7 +66,7 @@ def test_what_must_be_refused_is_refused(name: str, made: dict[str, Mangled]) ->
 
 @pytest.mark.filterwarnings("ignore:.* keep the values that they had")
 @pytest.mark.parametrize("name", [name for name in CASES if name not in REFUSED | UNDECIDABLE])
-def test_what_is_loaded_has_the_trained_values(name: str, made: dict[str, Mangled]) -> None:
+def test_load_weights_gives_the_trained_values(name: str, made: dict[str, Mangled]) -> None:
     case = made[name]
     assert not case.refused
     before = snapshot(case.model)["bytes"]
@@ -83,7 +83,7 @@ def test_what_is_loaded_has_the_trained_values(name: str, made: dict[str, Mangle
 
 
 @pytest.mark.filterwarnings("ignore:.* keep the values that they had")
-def test_by_default_what_is_certain_is_loaded_and_nothing_else(tmp_path: Path) -> None:
+def test_load_weights_loads_by_default_what_is_certain_and_nothing_else(tmp_path: Path) -> None:
     case = CASES["shuffled_and_renamed"](Mangler(tmp_path))
     before = snapshot(case.model)
     with pytest.raises(CheckpointError) as caught:
@@ -103,14 +103,14 @@ def test_by_default_what_is_certain_is_loaded_and_nothing_else(tmp_path: Path) -
     assert len(report.proposed) == 55
 
 
-def test_of_two_networks_one_is_chosen_by_renaming(tmp_path: Path) -> None:
+def test_load_weights_chooses_one_of_two_networks_by_renaming(tmp_path: Path) -> None:
     case = CASES["two_networks"](Mangler(tmp_path))
     report = load_weights(case.model, case.path, rename={r"^student\.(.*)": r"\1"})
     assert len(report.loaded) == len(case.values)
     assert all(identical(case.model.state_dict()[name], tensor) for name, tensor in case.values.items())
 
 
-def test_an_average_is_chosen_by_its_key(tmp_path: Path) -> None:
+def test_load_weights_chooses_an_average_by_its_key(tmp_path: Path) -> None:
     case = CASES["average_beside"](Mangler(tmp_path))
     average = torch.load(case.path, weights_only=True)["state_dict_ema"]
     report = load_weights(case.model, case.path, entry="state_dict_ema")

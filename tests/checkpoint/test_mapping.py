@@ -32,7 +32,9 @@ WRAPPERS = ["module.", "_orig_mod.", "_forward_module.", "model.", "backbone.", 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(WRAPPERS), max_size=4), st.randoms(use_true_random=False), st.booleans())
-def test_any_stack_of_prefixes_in_any_order_is_certain(prefixes: list[str], order: random.Random, both: bool) -> None:
+def test_propose_is_certain_of_any_stack_of_prefixes_in_any_order(
+    prefixes: list[str], order: random.Random, both: bool
+) -> None:
     prefix = "".join(prefixes)
     names = list(NET)
     order.shuffle(names)
@@ -45,7 +47,7 @@ def test_any_stack_of_prefixes_in_any_order_is_certain(prefixes: list[str], orde
 
 @settings(max_examples=60, deadline=None)
 @given(st.permutations(range(4)), st.sampled_from(["shuffled", "renumbered"]))
-def test_equal_blocks_under_new_numbers_are_never_certain(order: list[int], how: str) -> None:
+def test_propose_is_never_certain_of_equal_blocks_under_new_numbers(order: list[int], how: str) -> None:
     """Blocks of equal shapes, which the file calls by other names in another order: nothing tells them apart."""
     block = {"weight": (4, 4), "bias": (4,), "norm.weight": (4,), "norm.bias": (4,)}
     ours = {f"blocks.{k}.{name}": shape for k in range(4) for name, shape in block.items()}
@@ -57,7 +59,7 @@ def test_equal_blocks_under_new_numbers_are_never_certain(order: list[int], how:
 
 @settings(max_examples=100, deadline=None)
 @given(st.sets(st.sampled_from(sorted(NET)), max_size=len(NET) - 1), st.randoms(use_true_random=False))
-def test_no_loss_of_names_makes_a_wrong_pair_certain(lost: set[str], order: random.Random) -> None:
+def test_propose_is_certain_of_no_wrong_pair_whatever_names_are_lost(lost: set[str], order: random.Random) -> None:
     """Some tensors are missing, and as many others with their shapes and other names are there."""
     names = [name for name in NET if name not in lost]
     strangers = {f"part{k}.{name.rpartition('.')[2]}": NET[name] for k, name in enumerate(sorted(lost))}
@@ -69,7 +71,7 @@ def test_no_loss_of_names_makes_a_wrong_pair_certain(lost: set[str], order: rand
     assert all(name == source for name, source in certain.items())
 
 
-def test_rows_that_begin_with_other_numbers_are_doubted_where_a_shift_fits() -> None:
+def test_propose_doubts_rows_that_begin_with_other_numbers_where_a_shift_fits() -> None:
     """Five equal blocks in the file, counted from one, for four in the model, counted from zero."""
     theirs = {f"blocks.{k}.weight": (4, 4) for k in range(1, 6)}
     ours = {f"blocks.{k}.weight": (4, 4) for k in range(4)}
@@ -81,7 +83,7 @@ def test_rows_that_begin_with_other_numbers_are_doubted_where_a_shift_fits() -> 
     assert found["blocks.2.weight"].sure == "certain"
 
 
-def test_one_tensor_is_never_given_twice() -> None:
+def test_propose_gives_no_tensor_twice() -> None:
     theirs = {f"stage{k}.{name}": (4, 4) for k in range(3) for name in ("a.weight", "b.weight")}
     ours = {f"layer{k}.{name}": (4, 4) for k in range(5) for name in ("a.weight", "b.weight")}
     found = propose(theirs, ours)
@@ -89,7 +91,7 @@ def test_one_tensor_is_never_given_twice() -> None:
         assert max(Counter(names).values()) == 1
 
 
-def test_the_same_network_of_two_libraries(tmp_path: Path) -> None:
+def test_propose_maps_the_same_network_of_two_libraries(tmp_path: Path) -> None:
     """resnet18 has the same names in timm and in torchvision; a vision transformer has none in common but `head`."""
     with torch.device("meta"):
         pairs = [
@@ -110,7 +112,7 @@ def test_the_same_network_of_two_libraries(tmp_path: Path) -> None:
         assert len(found) > 0.9 * len(shapes_of(ours))
 
 
-def test_wrappers_are_taken_off_without_a_model() -> None:
+def test_without_wrappers_takes_wrappers_off_without_a_model() -> None:
     names, notes = without_wrappers(["module._orig_mod.model.fc.weight", "module._orig_mod.model.fc.bias"])
     assert list(names.values()) == ["fc.weight", "fc.bias"]
     assert notes == ["prefix 'module.' stripped", "prefix '_orig_mod.' stripped", "prefix 'model.' stripped"]
@@ -124,7 +126,7 @@ def odd(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"t{index}": tensor for index, tensor in enumerate(state.values())}
 
 
-def test_shapes_and_order_alone_fill_a_network(tmp_path: Path) -> None:
+def test_load_weights_fills_a_network_by_shapes_and_order_alone(tmp_path: Path) -> None:
     state = seeded(SmallResNet, 3).state_dict()
     torch.save(odd(state), tmp_path / "w.pth")
     model = seeded(SmallResNet, 1)
@@ -139,7 +141,7 @@ def test_shapes_and_order_alone_fill_a_network(tmp_path: Path) -> None:
     assert "in the file  in the model" in str(report)
 
 
-def test_shapes_that_leave_a_choice_are_refused(tmp_path: Path) -> None:
+def test_load_weights_refuses_shapes_that_leave_a_choice(tmp_path: Path) -> None:
     torch.save({f"t{k}": torch.ones(4, 4) for k in range(3)}, tmp_path / "w.pth")
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     before = snapshot(model)
@@ -152,7 +154,7 @@ def test_shapes_that_leave_a_choice_are_refused(tmp_path: Path) -> None:
     assert same(before, snapshot(model))
 
 
-def test_a_file_without_order_is_not_matched_by_order(tmp_path: Path) -> None:
+def test_load_weights_does_not_match_a_file_without_order_by_order(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file(odd(seeded(SmallResNet, 3).state_dict()), tmp_path / "w.safetensors")
@@ -160,7 +162,7 @@ def test_a_file_without_order_is_not_matched_by_order(tmp_path: Path) -> None:
         load_weights(SmallResNet(), tmp_path / "w.safetensors", match="shapes")
 
 
-def test_a_report_is_json_and_a_table(tmp_path: Path) -> None:
+def test_load_weights_report_is_json_and_a_table(tmp_path: Path) -> None:
     import json
 
     state = {f"module.{name.replace('layer', 'stage')}": t for name, t in seeded(SmallResNet, 3).state_dict().items()}

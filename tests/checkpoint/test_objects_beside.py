@@ -126,7 +126,7 @@ WHOLE = {"alone": lambda: nn.Linear(2, 2), "below model": lambda: {"epoch": 1, "
 
 
 @pytest.mark.parametrize("case", WHOLE)
-def test_what_is_advised_for_a_whole_module_works(case: str, tmp_path: Path) -> None:
+def test_load_weights_advises_what_works_for_a_whole_module(case: str, tmp_path: Path) -> None:
     torch.save(WHOLE[case](), tmp_path / "w.pth")
     with pytest.raises(CheckpointError, match=r"holds more than tensors \(torch\.nn\.modules\.linear\.Linear\)"):
         load_weights(nn.Linear(2, 2), tmp_path / "w.pth")

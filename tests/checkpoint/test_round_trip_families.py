@@ -25,7 +25,7 @@ def loader() -> Iterator[Loader]:
 
 
 @pytest.mark.parametrize("name", SOME_NAMES)
-def test_what_is_loaded_elsewhere_gives_the_same(name: str, loader: Loader, tmp_path: Path) -> None:
+def test_load_in_another_process_gives_the_same_for_every_family(name: str, loader: Loader, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of constructors
         model = create_model(name, weights="none")

@@ -37,7 +37,7 @@ MADE: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("make", MADE.values(), ids=list(MADE))
-def test_every_tensor_is_bit_equal(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+def test_load_gives_every_tensor_bit_equal(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     model = shake(make()).eval()
     path = save(model, tmp_path / "model.safetensors")
     assert path == tmp_path / "model.safetensors"
@@ -51,7 +51,7 @@ def test_every_tensor_is_bit_equal(make: Callable[[], nn.Module], tmp_path: Path
 @pytest.mark.parametrize(
     "name", ["torchvision with a head", "timm", "timm, sensitive to where tensors lie", "sequential"]
 )
-def test_outputs_are_bit_equal(name: str, tmp_path: Path) -> None:
+def test_load_gives_bit_equal_outputs(name: str, tmp_path: Path) -> None:
     model = MADE[name]().eval()
     inputs = tiny.batch("plain") if name == "sequential" else torch.randn(2, 3, 64, 64)
     loaded = load(save(model, tmp_path / "model.safetensors"))
@@ -59,7 +59,7 @@ def test_outputs_are_bit_equal(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_dtypes_are_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_save_keeps_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     model = shake(tiny.build("sequential").to(dtype))
     loaded = load(save(model, tmp_path / "model.safetensors"))
     assert_equal(loaded, model)
@@ -67,7 +67,7 @@ def test_dtypes_are_kept(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["transposed", "slice of a larger tensor", "channels last", "expanded"])
-def test_tensors_in_any_layout_are_kept(layout: str, tmp_path: Path) -> None:
+def test_save_keeps_tensors_in_any_layout(layout: str, tmp_path: Path) -> None:
     if layout == "channels last":
         model = shake(tiny.build("sequential")).to(memory_format=torch.channels_last)
     else:
@@ -83,7 +83,7 @@ def test_tensors_in_any_layout_are_kept(layout: str, tmp_path: Path) -> None:
     assert path.stat().st_size < elements + 10_000
 
 
-def test_a_class_of_ones_own_is_rebuilt_with_trust_alone(own: str, tmp_path: Path) -> None:
+def test_load_rebuilds_a_class_of_ones_own_with_trust_alone(own: str, tmp_path: Path) -> None:
     model = shake(create_model(own, trust_code=True)).eval()
     path = save(model, tmp_path / "model.safetensors")
     marker = tmp_path / "imported"
@@ -116,7 +116,7 @@ def test_load_opens_the_file_once_and_parses_it_once(tmp_path: Path, monkeypatch
     assert (len(opened), len(parsed)) == (1, 1)
 
 
-def test_tied_weights_stay_tied(own: str, tmp_path: Path) -> None:
+def test_load_leaves_tied_weights_tied(own: str, tmp_path: Path) -> None:
     model = create_model(own, trust_code=True)
     path = save(model, tmp_path / "model.safetensors")
     loaded = load(path, trust_code=True)
@@ -127,7 +127,7 @@ def test_tied_weights_stay_tied(own: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tie", ["module", "weight"])
-def test_weights_that_were_tied_by_hand_stay_tied(tie: str, tmp_path: Path) -> None:
+def test_load_leaves_weights_tied_that_were_tied_by_hand(tie: str, tmp_path: Path) -> None:
     first = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
     if tie == "module":
         first[2] = first[0]
@@ -141,7 +141,7 @@ def test_weights_that_were_tied_by_hand_stay_tied(tie: str, tmp_path: Path) -> N
     assert len(list(loaded.parameters())) == len(list(first.parameters()))
 
 
-def test_frozen_flags_and_pins_are_restored(tmp_path: Path) -> None:
+def test_load_restores_frozen_flags_and_pins(tmp_path: Path) -> None:
     model = create_model("mobilenet_v3_small", weights="none")
     freeze(model, until="features.5")
     loaded = load(save(model, tmp_path / "model.safetensors"))
@@ -157,13 +157,13 @@ def test_frozen_flags_and_pins_are_restored(tmp_path: Path) -> None:
     assert loaded.features[0][1].training
 
 
-def test_a_model_that_was_never_frozen_has_no_pins(tmp_path: Path) -> None:
+def test_load_pins_nothing_in_a_model_that_was_never_frozen(tmp_path: Path) -> None:
     model = nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2))
     loaded = load(save(model, tmp_path / "model.safetensors"))
     assert not any(is_pinned(module) for module in loaded.modules())
 
 
-def test_classes_preprocessing_task_and_metrics_are_restored(tmp_path: Path) -> None:
+def test_load_restores_classes_preprocessing_task_and_metrics(tmp_path: Path) -> None:
     model = tiny.build("sequential")
     fields = {
         "classes": ("été", "a/b", "\n"),
@@ -181,7 +181,7 @@ def test_classes_preprocessing_task_and_metrics_are_restored(tmp_path: Path) -> 
     assert header.versions == current_versions()
 
 
-def test_a_custom_class_without_a_recipe_is_answered_with_load_weights(tmp_path: Path) -> None:
+def test_load_answers_with_load_weights_where_a_custom_class_has_no_recipe(tmp_path: Path) -> None:
     model = tiny.build("plain")
     path = save(model, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
@@ -206,9 +206,7 @@ HAND_EDITS: dict[str, Callable[[nn.Module], object]] = {
 
 
 @pytest.mark.parametrize("edit", HAND_EDITS.values(), ids=list(HAND_EDITS))
-def test_an_edit_by_hand_is_noticed_and_saved_without_a_recipe(
-    edit: Callable[[nn.Module], object], tmp_path: Path
-) -> None:
+def test_save_notices_an_edit_by_hand_and_writes_no_recipe(edit: Callable[[nn.Module], object], tmp_path: Path) -> None:
     model = create_model("resnet18", weights="none")
     edit(model)
     with pytest.warns(UserWarning, match="no longer matches its recipe"):
@@ -223,7 +221,7 @@ def fails_half_way(tensors: object, path: Path, metadata: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_a_failed_write_keeps_the_previous_file_and_leaves_nothing_else(
+def test_save_that_fails_keeps_the_previous_file_and_leaves_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save(tiny.build("sequential"), tmp_path / "model.safetensors")
@@ -235,13 +233,13 @@ def test_a_failed_write_keeps_the_previous_file_and_leaves_nothing_else(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
+def test_save_refuses_a_folder_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(RegraftError, match="cannot write"):
         save(tiny.build("sequential"), tmp_path / "nowhere" / "model.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_plain_safetensors_library_reads_the_tensors(tmp_path: Path) -> None:
+def test_save_writes_tensors_that_the_plain_safetensors_library_reads(tmp_path: Path) -> None:
     model = shake(tiny.build("sequential"))
     tensors = safetensors.torch.load_file(save(model, tmp_path / "model.safetensors"))
     assert tensors.keys() == model.state_dict().keys()
@@ -249,7 +247,7 @@ def test_the_plain_safetensors_library_reads_the_tensors(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["torchvision with a head", "sequential"])
-def test_saving_and_loading_change_neither_the_model_nor_the_random_state(
+def test_save_and_load_change_neither_the_model_nor_the_random_state(
     name: str, tmp_path: Path, random_state: Callable[[], tuple[object, ...]]
 ) -> None:
     model = MADE[name]().train()
@@ -260,7 +258,7 @@ def test_saving_and_loading_change_neither_the_model_nor_the_random_state(
     assert same(before, snapshot(model))
 
 
-def test_a_loaded_model_does_not_depend_on_its_file_any_more(tmp_path: Path) -> None:
+def test_load_gives_a_model_that_does_not_depend_on_its_file(tmp_path: Path) -> None:
     model = tiny.build("sequential")
     path = save(model, tmp_path / "model.safetensors")
     loaded = load(path)
@@ -269,7 +267,7 @@ def test_a_loaded_model_does_not_depend_on_its_file_any_more(tmp_path: Path) -> 
     assert_equal(loaded, model)
 
 
-def test_saving_twice_writes_the_same_bytes(tmp_path: Path) -> None:
+def test_save_writes_the_same_bytes_twice(tmp_path: Path) -> None:
     model = tiny.build("sequential")
     assert save(model, tmp_path / "a").read_bytes() == save(model, tmp_path / "b").read_bytes()
 
@@ -306,7 +304,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=list(DAMAGES))
-def test_a_damaged_file_is_an_error_that_says_how(damage: Callable[[Path], Path], message: str, tmp_path: Path) -> None:
+def test_load_says_how_a_file_is_damaged(damage: Callable[[Path], Path], message: str, tmp_path: Path) -> None:
     path = damage(save(tiny.build("sequential"), tmp_path / "model.safetensors"))
     with pytest.raises(RegraftError) as caught:
         load(path)
@@ -314,13 +312,14 @@ def test_a_damaged_file_is_an_error_that_says_how(damage: Callable[[Path], Path]
     assert str(path) in str(caught.value) or "torch.nn" in message
 
 
-def test_an_unknown_field_of_a_newer_minor_version_is_ignored(tmp_path: Path) -> None:
-    path = save(tiny.build("sequential"), tmp_path / "model.safetensors")
+def test_load_ignores_an_unknown_field_of_a_newer_minor_version(tmp_path: Path) -> None:
+    model = shake(tiny.build("sequential"))
+    path = save(model, tmp_path / "model.safetensors")
     rewritten(path, lambda header: header.update(format="1.9", novelty={"a": 1}))
-    assert isinstance(load(path), nn.Sequential)
+    assert_equal(load(path), model)
 
 
-def test_a_safetensors_file_of_others_has_no_recipe(tmp_path: Path) -> None:
+def test_load_says_that_a_safetensors_file_of_others_has_no_recipe(tmp_path: Path) -> None:
     path = tmp_path / "theirs.safetensors"
     safetensors.torch.save_file(timm.create_model("test_vit").state_dict(), path)
     with pytest.raises(CheckpointError, match="no recipe"):

@@ -57,14 +57,14 @@ def equal(a: object, b: object) -> bool:
 
 @settings(max_examples=150, deadline=None)
 @given(trees)
-def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, tree: object) -> None:
+def test_read_tree_reads_what_write_tree_wrote(tmp_path_factory: pytest.TempPathFactory, tree: object) -> None:
     path = tmp_path_factory.getbasetemp() / "tree.safetensors"
     write_tree(tree, path)
     assert equal(read_tree(path), tree)
     assert equal(snapshot(tree), tree)
 
 
-def test_numbers_that_json_lacks_and_names_that_collide(tmp_path: Path) -> None:
+def test_write_tree_keeps_numbers_that_json_lacks_and_names_that_collide(tmp_path: Path) -> None:
     tree = {"a": {"b": torch.ones(1)}, "a/b": torch.zeros(2), 1: math.inf, "1": -math.inf, "r": random.getstate()}
     write_tree(tree, tmp_path / "x")
     assert equal(read_tree(tmp_path / "x"), tree)
@@ -73,7 +73,7 @@ def test_numbers_that_json_lacks_and_names_that_collide(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["channels last", "transposed", "a slice", "expanded", "shared"])
-def test_how_a_tensor_lies_in_memory_is_kept(kind: str, tmp_path: Path) -> None:
+def test_write_tree_keeps_how_a_tensor_lies_in_memory(kind: str, tmp_path: Path) -> None:
     made = {
         "channels last": torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
         "transposed": torch.randn(3, 4).T,
@@ -90,13 +90,13 @@ def test_how_a_tensor_lies_in_memory_is_kept(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [{1.5: 0}, {True: 0}, {"a": [object()]}, {1, 2}, torch.nn.Linear(1, 1), b"bytes"])
-def test_what_is_no_plain_data_is_refused(value: object, tmp_path: Path) -> None:
+def test_write_tree_refuses_what_is_no_plain_data(value: object, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"which is no plain data|expected a str or an int"):
         write_tree({"state": value}, tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
 
-def test_every_changed_byte_is_noticed(tmp_path: Path) -> None:
+def test_read_tree_notices_every_changed_byte(tmp_path: Path) -> None:
     path, tree = tmp_path / "x", {"weight": torch.arange(6.0), "steps": [1, 2.5, "text"]}
     write_tree(tree, path)
     whole, unnoticed = path.read_bytes(), 0
@@ -117,7 +117,9 @@ def test_every_changed_byte_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["safetensors.torch.save_file", "os.fsync", "pathlib.Path.replace"])
-def test_a_full_disk_leaves_the_file_before(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_tree_leaves_the_file_before_where_the_disk_is_full(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "x"
     write_tree({"a": 1}, path)
 

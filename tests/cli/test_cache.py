@@ -17,7 +17,7 @@ def call(*arguments: str) -> str:
     return result.output
 
 
-def test_what_is_kept_is_listed_and_cleared(tmp_path: Path) -> None:
+def test_cli_cache_lists_and_clears_what_is_kept(tmp_path: Path) -> None:
     assert call("list").startswith("0 entries, 0.0 MiB of 20 GiB")
     run(write_photos(tmp_path))
     folder = Store().folder
@@ -33,7 +33,9 @@ def test_what_is_kept_is_listed_and_cleared(tmp_path: Path) -> None:
     assert json.loads(call("clear", "--json"))["bytes"] == 0
 
 
-def test_a_folder_that_was_never_made_is_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cli_cache_takes_a_folder_that_was_never_made_as_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "none"))
     assert call("list").startswith("0 entries")
     assert call("clear").startswith("freed 0.0 MiB")

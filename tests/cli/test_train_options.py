@@ -31,12 +31,12 @@ def help_texts() -> dict[str, str]:
     return {name: get_args(entry.annotation)[1].help for name, entry in signature.parameters.items()}
 
 
-def test_train_takes_every_field_of_train_config() -> None:
+def test_cli_train_takes_every_field_of_train_config() -> None:
     assert set(help_texts()) - OF_THE_COMMAND == set(TrainConfig.model_fields)
 
 
 @pytest.mark.parametrize("name", TrainConfig.model_fields)
-def test_train_help_states_the_default_of_train_config(name: str) -> None:
+def test_cli_train_help_states_the_default_of_train_config(name: str) -> None:
     default = TrainConfig.model_fields[name].default
     stated = re.search(r"\[default: (.*)\]", help_texts()[name])
     if stated is None:
@@ -48,7 +48,7 @@ def test_train_help_states_the_default_of_train_config(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(TrainConfig.model_fields) - {"data"}))
-def test_the_page_of_training_names_every_option(name: str) -> None:
+def test_cli_train_options_are_all_named_on_the_page_of_training(name: str) -> None:
     assert f"--{name.replace('_', '-')}" in PAGE
 
 

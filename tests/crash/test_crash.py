@@ -91,7 +91,7 @@ def require_readable(out: Path) -> None:
 @pytest.mark.parametrize(
     ("kills", "epochs"), [(5, 12), pytest.param(40, 60, marks=pytest.mark.slow)], ids=["short", "long"]
 )
-def test_a_killed_run_ends_as_one_in_peace(
+def test_fit_that_is_killed_ends_as_one_in_peace(
     kills: int, epochs: int, processes: Any, photos: Path, tmp_path: Path
 ) -> None:
     drawn, while_writing = random.Random(kills), 0
@@ -122,7 +122,7 @@ def test_a_killed_run_ends_as_one_in_peace(
     print(f"{kills} kills, {while_writing} of them while a state was being written")
 
 
-def test_what_a_killed_process_was_writing_is_deleted_and_nothing_else(tmp_path: Path) -> None:
+def test_run_folder_deletes_what_a_killed_process_was_writing_and_nothing_else(tmp_path: Path) -> None:
     unfinished = (".model.safetensors.17.tmp", ".metrics.csv.17.tmp", ".tmpaB3xYz")
     others = {".tmp", "tmpaB3xYz", "notes.tmp", ".tmpaB3xYz.txt"}
     for name in (*unfinished, *others):

@@ -22,7 +22,7 @@ def numbered(folder: str, count: int) -> list[str]:
 
 
 @pytest.mark.parametrize(("train", "val"), [("train", "val"), ("training", "validation"), ("Train", "VALID")])
-def test_a_split_that_exists_is_kept(train: str, val: str, tmp_path: Path) -> None:
+def test_list_data_keeps_a_split_that_exists(train: str, val: str, tmp_path: Path) -> None:
     touch(tmp_path, f"{train}/b/1.png", f"{train}/a/2.png", f"{train}/a/x/3.png", f"{val}/a/4.png", f"{val}/b/5.png")
     found = list_data(tmp_path)
     assert found.task == "classification"
@@ -39,7 +39,7 @@ def test_a_split_that_exists_is_kept(train: str, val: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("root", ["", "train"])
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.99])
-def test_a_share_of_each_class_is_kept_for_validation(root: str, share: float, tmp_path: Path) -> None:
+def test_list_data_keeps_a_share_of_each_class_for_validation(root: str, share: float, tmp_path: Path) -> None:
     sizes = {"a": 2, "b": 10, "c": 97}
     for name, size in sizes.items():
         touch(tmp_path / root, *numbered(name, size))
@@ -51,27 +51,27 @@ def test_a_share_of_each_class_is_kept_for_validation(root: str, share: float, t
     assert not {sample.path for sample in found.train} & {sample.path for sample in found.validation}
 
 
-def test_the_split_depends_on_the_seed_alone(tmp_path: Path) -> None:
+def test_list_data_split_depends_on_the_seed_alone(tmp_path: Path) -> None:
     touch(tmp_path, *numbered("a", 30), *numbered("b", 30))
     assert list_data(tmp_path, seed=1) == list_data(str(tmp_path), seed=1)
     assert list_data(tmp_path, seed=1).validation != list_data(tmp_path, seed=2).validation
 
 
-def test_a_new_class_does_not_move_the_others_between_the_parts(tmp_path: Path) -> None:
+def test_list_data_moves_no_class_between_the_parts_for_a_new_one(tmp_path: Path) -> None:
     touch(tmp_path, *numbered("a", 30), *numbered("b", 30))
     before = {sample.path for sample in list_data(tmp_path).validation}
     touch(tmp_path, *numbered("c", 30))
     assert before < {sample.path for sample in list_data(tmp_path).validation}
 
 
-def test_hidden_files_and_folders_and_loose_files_are_left_out(tmp_path: Path) -> None:
+def test_list_data_leaves_out_hidden_files_and_folders_and_loose_files(tmp_path: Path) -> None:
     touch(tmp_path, *numbered("a", 2), *numbered("b", 2), "a/.hidden.png", "a/.cache/1.png", ".git/1.png", "README.md")
     found = list_data(tmp_path)
     assert found.classes == ("a", "b")
     assert {sample.path.name for sample in found.train + found.validation} == {"000.png", "001.png"}
 
 
-def test_photos_are_listed_in_one_order_whatever_the_disk_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_photos_in_lists_in_one_order_whatever_the_disk_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "b.png", "a.png", "x/2.png", "x/1.png", "B.png", os.fsdecode(b"\xff.png"))
     names = [str(path.relative_to(tmp_path)) for path in photos_in(tmp_path)]
     assert names == ["B.png", "a.png", "b.png", os.fsdecode(b"\xff.png"), "x/1.png", "x/2.png"]
@@ -80,7 +80,7 @@ def test_photos_are_listed_in_one_order_whatever_the_disk_says(tmp_path: Path, m
     assert [str(path.relative_to(tmp_path)) for path in photos_in(tmp_path)] == names
 
 
-def test_linked_folders_and_files_are_listed_and_circles_are_not_followed(tmp_path: Path) -> None:
+def test_list_data_follows_linked_folders_and_files_and_no_circles(tmp_path: Path) -> None:
     touch(tmp_path / "elsewhere", *numbered("cats", 3))
     touch(tmp_path / "data", *numbered("dogs", 3))
     (tmp_path / "data" / "cats").symlink_to("../elsewhere/cats")
@@ -90,7 +90,7 @@ def test_linked_folders_and_files_are_listed_and_circles_are_not_followed(tmp_pa
     assert [(name, train + validation) for name, train, validation in found.counts()] == [("cats", 3), ("dogs", 4)]
 
 
-def test_links_are_followed_wherever_they_lie_and_no_photo_is_listed_twice(tmp_path: Path) -> None:
+def test_photos_in_follows_links_wherever_they_lie_and_lists_no_photo_twice(tmp_path: Path) -> None:
     touch(tmp_path / "disk", *numbered("tabby", 2), *numbered("wild/lynx", 2))
     touch(tmp_path / "data", *numbered("cats", 2), *numbered("dogs", 2))
     cats = tmp_path / "data" / "cats"
@@ -119,7 +119,7 @@ def test_links_are_followed_wherever_they_lie_and_no_photo_is_listed_twice(tmp_p
         "Icon\r",
     ],
 )
-def test_what_systems_leave_behind_is_no_photo_and_no_class(name: str, tmp_path: Path) -> None:
+def test_list_data_takes_what_systems_leave_behind_for_no_photo_and_no_class(name: str, tmp_path: Path) -> None:
     touch(tmp_path, *numbered("a", 2), *numbered("b", 2), f"a/{name}", f"a/deep/{name}", name)
     found = list_data(tmp_path)
     assert found.classes == ("a", "b")
@@ -130,7 +130,7 @@ def test_what_systems_leave_behind_is_no_photo_and_no_class(name: str, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["0.JPG", "0.JPEG", "0.Png", "0.jfif", "0", "0.jpg.download"])
-def test_the_ending_of_a_name_decides_nothing(name: str, tmp_path: Path) -> None:
+def test_list_data_decides_nothing_by_the_ending_of_a_name(name: str, tmp_path: Path) -> None:
     touch(tmp_path, f"a/{name}", "a/1.png", "b/0.png", "b/1.png")
     assert [sum(counts) for _, *counts in list_data(tmp_path).counts()] == [2, 2]
 
@@ -140,7 +140,7 @@ def listing_of(tmp_path: Path, text: str) -> Listing:
     return list_data(tmp_path / "table.csv")
 
 
-def test_a_table_is_split_where_it_does_not_say_how(tmp_path: Path) -> None:
+def test_list_data_splits_a_table_where_it_does_not_say_how(tmp_path: Path) -> None:
     rows = "".join(f"{number}.png,{number / 2}\n" for number in range(20))
     found = listing_of(tmp_path, "path,target\n" + rows)
     assert (found.task, found.classes) == ("regression", None)
@@ -149,7 +149,7 @@ def test_a_table_is_split_where_it_does_not_say_how(tmp_path: Path) -> None:
     assert samples == {tmp_path / f"{number}.png": number / 2 for number in range(20)}
 
 
-def test_the_split_of_a_table_is_kept(tmp_path: Path) -> None:
+def test_list_regression_keeps_the_split_of_a_table(tmp_path: Path) -> None:
     text = "split,target,path,note\nTrain,1,a.png,x\n val ,2,/abs/b.png,y\nvalidation,-3e2,c.png,z\n,9,d.png,\n"
     found = listing_of(tmp_path, text)
     assert found.train == (Sample(tmp_path / "a.png", 1.0),)
@@ -159,14 +159,14 @@ def test_the_split_of_a_table_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-Infinity", "1e999", "", "cat", "1,5"])
-def test_what_is_no_finite_number_is_refused_with_its_line(value: str, tmp_path: Path) -> None:
+def test_list_data_refuses_what_is_no_finite_number_with_its_line(value: str, tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"table\.csv', line 3: the target '.*' is not a number\. Expected a finite one"
     ):
         listing_of(tmp_path, f'path,target\na.png,1\nb.png,"{value}"\n')
 
 
-def test_labelled_photos_follow_the_classes_of_the_model(tmp_path: Path) -> None:
+def test_list_labelled_follows_the_classes_of_the_model(tmp_path: Path) -> None:
     touch(tmp_path, "dogs/1.png", "cats/2.png")
     assert list_labelled(tmp_path, ("dogs", "emus", "cats")) == (
         Sample(tmp_path / "cats/2.png", 2),
@@ -177,7 +177,7 @@ def test_labelled_photos_follow_the_classes_of_the_model(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_a_split_of_numbers_keeps_order_and_loses_nothing(share: float) -> None:
+def test_stratified_split_of_numbers_keeps_order_and_loses_nothing(share: float) -> None:
     samples = [Sample(Path(f"{number}.png"), float(number)) for number in range(10)]
     train, validation = stratified_split(samples, share, 0)
     assert sorted(train + validation, key=lambda sample: sample.target) == samples

@@ -35,7 +35,7 @@ def photos(request: pytest.FixtureRequest, samples: list[Sample], monkeypatch: p
     return found
 
 
-def test_an_item_is_the_middle_of_the_file_with_its_target(photos: Photos, samples: list[Sample]) -> None:
+def test_photos_item_is_the_middle_of_the_file_with_its_target(photos: Photos, samples: list[Sample]) -> None:
     assert len(photos) == 9
     for index, sample in enumerate(samples):
         pixels, target = photos[index]
@@ -44,7 +44,7 @@ def test_an_item_is_the_middle_of_the_file_with_its_target(photos: Photos, sampl
         assert target == sample.target
 
 
-def test_a_subset_and_an_augmented_copy_share_the_pixels(photos: Photos) -> None:
+def test_photos_share_pixels_with_a_subset_and_an_augmented_copy(photos: Photos) -> None:
     part = photos.subset([5, 0])
     assert [sample.path.name for sample in part.samples] == ["5.png", "0.png"]
     assert torch.equal(part[0][0], photos[5][0])
@@ -56,7 +56,7 @@ def test_a_subset_and_an_augmented_copy_share_the_pixels(photos: Photos) -> None
         assert flipped.pixels is photos.pixels
 
 
-def test_a_seeded_item_depends_on_its_seed_alone_and_leaves_the_generator_as_it_was(photos: Photos) -> None:
+def test_photos_item_depends_on_its_seed_alone_and_leaves_the_generator_as_it_was(photos: Photos) -> None:
     changed = photos.augmented(augmentation("standard", PREPROCESSING))
     before = torch.get_rng_state()
     first = changed[2, 7][0]
@@ -66,7 +66,7 @@ def test_a_seeded_item_depends_on_its_seed_alone_and_leaves_the_generator_as_it_
     assert not torch.equal(changed[2, 8][0], first)
 
 
-def test_unreadable_files_are_left_out_and_listed(samples: list[Sample]) -> None:
+def test_read_photos_leaves_unreadable_files_out_and_lists_them(samples: list[Sample]) -> None:
     samples[4].path.write_text("no photo")
     photos, unreadable = read_photos(samples, PREPROCESSING)
     assert [found.path for found in unreadable] == [samples[4].path]
@@ -74,13 +74,13 @@ def test_unreadable_files_are_left_out_and_listed(samples: list[Sample]) -> None
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_nothing_readable_is_an_error(count: int, tmp_path: Path) -> None:
+def test_read_photos_refuses_a_list_with_nothing_readable(count: int, tmp_path: Path) -> None:
     samples = [Sample(tmp_path / f"{number}.png", 0) for number in range(count)]
     with pytest.raises(DataError, match=rf"^none of {count} files can be read as a photo"):
         read_photos(samples, PREPROCESSING)
 
 
-def test_batches_are_normalized_and_in_order(photos: Photos) -> None:
+def test_loader_gives_normalized_batches_in_order(photos: Photos) -> None:
     batches = list(loader(photos, 4, workers=0))
     assert [len(targets) for _, targets in batches] == [4, 4, 1]
     inputs = torch.cat([inputs for inputs, _ in batches])
@@ -88,7 +88,7 @@ def test_batches_are_normalized_and_in_order(photos: Photos) -> None:
     assert torch.cat([targets for _, targets in batches]).tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 0]
 
 
-def test_numbers_become_float32_targets(samples: list[Sample]) -> None:
+def test_loader_gives_numbers_as_float32_targets(samples: list[Sample]) -> None:
     photos, _ = read_photos([Sample(sample.path, sample.target + 0.5) for sample in samples], PREPROCESSING)
     _, targets = next(iter(loader(photos, 4)))
     assert targets.dtype == torch.float32
@@ -98,7 +98,7 @@ def test_numbers_become_float32_targets(samples: list[Sample]) -> None:
 @pytest.mark.parametrize(
     ("batch_size", "sizes"), [(4, [4, 4]), (5, [5, 4]), (1, [1] * 9), (9, [9]), (20, [9]), (8, [8])], ids=str
 )
-def test_a_lonely_last_photo_is_left_out_when_learning(
+def test_loader_leaves_out_a_lonely_last_photo_when_learning(
     batch_size: int, sizes: list[int], samples: list[Sample]
 ) -> None:
     photos, _ = read_photos(samples, PREPROCESSING)
@@ -110,7 +110,7 @@ def epoch(batches: torch.utils.data.DataLoader, number: int) -> torch.Tensor:  #
     return torch.cat([inputs for inputs, _ in batches])
 
 
-def test_an_epoch_depends_on_seed_and_number_alone_not_on_workers(photos: Photos) -> None:
+def test_loader_depends_on_seed_and_epoch_alone_and_not_on_workers(photos: Photos) -> None:
     changed = photos.augmented(augmentation("trivial", PREPROCESSING))
     first = epoch(loader(changed, 3, shuffle_seed=5, workers=0), 2)
     torch.rand(3)
@@ -119,7 +119,7 @@ def test_an_epoch_depends_on_seed_and_number_alone_not_on_workers(photos: Photos
     assert not torch.equal(epoch(loader(changed, 3, shuffle_seed=6, workers=0), 2), first)
 
 
-def test_a_shuffle_visits_everything_once_with_a_seed_of_its_own() -> None:
+def test_seeded_shuffle_visits_everything_once_with_a_seed_of_its_own() -> None:
     sampler = SeededShuffle(50, 3)
     first = list(sampler)
     assert sorted(index for index, _ in first) == list(range(50))

@@ -19,13 +19,13 @@ def pixels(height: int = 36, width: int = 48) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (36, 48), (37, 36), (33, 45), (144, 36)], ids=str)
-def test_the_middle_is_torchvisions(shape: tuple[int, int]) -> None:
+def test_center_crop_is_torchvisions(shape: tuple[int, int]) -> None:
     image = pixels(*shape)
     assert torch.equal(center_crop(32)(image), v2.CenterCrop(32)(image))
 
 
 @pytest.mark.parametrize("shape", [(20, 48), (48, 21), (19, 20), (31, 32)], ids=str)
-def test_what_is_smaller_than_the_crop_gets_a_border(shape: tuple[int, int]) -> None:
+def test_center_crop_puts_a_border_around_what_is_smaller(shape: tuple[int, int]) -> None:
     image = pixels(*shape)
     assert torch.equal(center_crop(32)(image), v2.CenterCrop(32)(image))
     expected = CenterCropOrPad(32, fill=(124, 116, 104))(Image.fromarray(image.permute(1, 2, 0).numpy()))
@@ -34,7 +34,7 @@ def test_what_is_smaller_than_the_crop_gets_a_border(shape: tuple[int, int]) -> 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("resize", [28, 36])
-def test_every_augmentation_takes_every_crop_mode(resize: int, crop_mode: str) -> None:
+def test_augmentation_takes_every_crop_mode(resize: int, crop_mode: str) -> None:
     preprocessing = Preprocessing(size=32, resize=resize, crop_mode=crop_mode)  # type: ignore[arg-type]
     photos = [decode(Image.new("RGB", size, "red"), preprocessing) for size in ((50, 20), (31, 90), (9, 9))]
     for kind in ("none", "flip", "standard", "trivial"):
@@ -43,7 +43,7 @@ def test_every_augmentation_takes_every_crop_mode(resize: int, crop_mode: str) -
 
 
 @pytest.mark.parametrize("kind", ["none", "flip", "standard", "trivial"])
-def test_every_augmentation_gives_whole_pixels_of_the_right_size(kind: str) -> None:
+def test_augmentation_gives_whole_pixels_of_the_right_size(kind: str) -> None:
     versions = augmentation(kind, PREPROCESSING)  # type: ignore[arg-type]
     image = pixels()
     before = image.clone()
@@ -54,14 +54,14 @@ def test_every_augmentation_gives_whole_pixels_of_the_right_size(kind: str) -> N
     assert torch.equal(image, before)
 
 
-def test_without_augmentation_nothing_is_random() -> None:
+def test_augmentation_of_none_is_not_random() -> None:
     image = pixels()
     versions = augmentation("none", PREPROCESSING)
     assert versions.count == 1
     assert all(torch.equal(versions.of(0, image, draw), center_crop(32)(image)) for draw in range(5))
 
 
-def test_a_flip_is_the_middle_or_its_mirror_image_each_half_of_the_time() -> None:
+def test_augmentation_flip_is_the_middle_or_its_mirror_image_each_half_of_the_time() -> None:
     image, versions = pixels(), augmentation("flip", PREPROCESSING)
     assert versions.count == 2
     middle = center_crop(32)(image)
@@ -75,7 +75,7 @@ def test_a_flip_is_the_middle_or_its_mirror_image_each_half_of_the_time() -> Non
 
 
 @pytest.mark.parametrize("kind", ["flip", "standard", "trivial"])
-def test_the_same_draw_gives_the_same_change(kind: str) -> None:
+def test_augmentation_makes_the_same_change_of_the_same_draw(kind: str) -> None:
     image, versions = pixels(), augmentation(kind, PREPROCESSING)  # type: ignore[arg-type]
     first = [versions.of(0, image, draw) for draw in range(8)]
     torch.rand(3)
@@ -86,7 +86,7 @@ def test_the_same_draw_gives_the_same_change(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["standard", "trivial"])
-def test_a_number_of_views_repeats_for_each_photo_and_differs_between_photos(kind: str) -> None:
+def test_augmentation_repeats_a_number_of_views_for_each_photo_and_differs_between_photos(kind: str) -> None:
     image, versions = pixels(), augmentation(kind, PREPROCESSING, 3)  # type: ignore[arg-type]
     assert versions.count == 3
     assert torch.equal(versions.of(0, image, 1), versions.of(0, image, 4))
@@ -98,7 +98,7 @@ def test_a_number_of_views_repeats_for_each_photo_and_differs_between_photos(kin
 @pytest.mark.parametrize(
     "preprocessing", [PREPROCESSING, Preprocessing(size=32, resize=36, mean=(0.5,), std=(0.25,))], ids=["rgb", "gray"]
 )
-def test_normalizing_is_what_numpy_computes(preprocessing: Preprocessing) -> None:
+def test_normalize_is_what_numpy_computes(preprocessing: Preprocessing) -> None:
     batch = torch.randint(0, 256, (2, preprocessing.channels, 5, 4), dtype=torch.uint8)
     mean, std = (np.array(value).reshape(-1, 1, 1) for value in (preprocessing.mean, preprocessing.std))
     found = normalize(batch, preprocessing)

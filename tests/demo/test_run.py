@@ -36,7 +36,7 @@ def test_run_demo_measures_each_way_with_each_seed(measured: tuple[Path, DemoRes
         assert outcome.accuracy == pytest.approx((np.mean(outcome.accuracies), np.std(outcome.accuracies, ddof=1)))
 
 
-def test_run_demo_more_images_help(measured: tuple[Path, DemoResult]) -> None:
+def test_run_demo_is_better_with_more_images(measured: tuple[Path, DemoResult]) -> None:
     mean = {(outcome.method, outcome.shots): outcome.accuracy[0] for outcome in measured[1].outcomes}
     assert all(mean[method, 10] > max(mean[method, 1], 0.5) for method in METHODS)
 

@@ -26,7 +26,7 @@ def earlier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", ["small", "edited", "delta"])
-def test_load_gives_the_same_outputs(name: str) -> None:
+def test_load_of_earlier_versions_gives_the_same_outputs(name: str) -> None:
     model = regraft.load(f"{name}.safetensors", trust_code=True).eval()
     images = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
     with torch.no_grad():
@@ -34,7 +34,7 @@ def test_load_gives_the_same_outputs(name: str) -> None:
     assert not model.get_parameter("conv1.weight").requires_grad
 
 
-def test_load_and_save_write_the_same_file(tmp_path: Path) -> None:
+def test_load_and_save_of_earlier_versions_write_the_same_file(tmp_path: Path) -> None:
     model = regraft.load("small.safetensors", trust_code=True)
     again = regraft.save(model, tmp_path / "again.safetensors", metadata={"author": "a user"})
     before, after = load_file("small.safetensors"), load_file(again)

@@ -10,160 +10,19 @@ from torch import nn
 
 import regraft
 import tiny
+from freezing.layers_with_state import Case
+from freezing.provoked import PROVOKED, half_frozen, sgd, unpinned
 from oracles import same, snapshot
-from regraft import audit, build_optimizer, freeze, unfreeze
+from regraft import audit, freeze, unfreeze
 from regraft.card import attach
 from regraft.errors import ModelError
 from regraft.freezing.auditing import Finding
 
-Case = tuple[nn.Module, torch.optim.Optimizer | None]
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return build_optimizer("sgd", model, lr=0.1, momentum=0.9)
-
-
-def half_frozen() -> nn.Module:
-    model = tiny.build("plain")
-    freeze(model, until="bn1")
-    return model.train()
-
-
-def stale_gradient() -> Case:
-    model = half_frozen()
-    model.conv1.weight.grad = torch.ones_like(model.conv1.weight)
-    return model, None
-
-
-def stale_gradient_of_the_root() -> Case:
-    model = tiny.build("root-token")
-    model.cls_token.requires_grad_(False)
-    model.cls_token.grad = torch.ones_like(model.cls_token)
-    return model, None
-
-
-def unpinned_norm() -> Case:
-    model = tiny.build("plain")
-    model.bn1.requires_grad_(False)
-    return model, None
-
-
-def unpinned_dropout() -> Case:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 4), nn.Linear(4, 2))
-    model[0].requires_grad_(False)
-    model[2].requires_grad_(False)
-    return model, None
-
-
-def unpinned(layer: nn.Module) -> Callable[[], Case]:
-    def provoke() -> Case:
-        model = nn.ModuleDict({"front": copy.deepcopy(layer), "head": nn.Linear(4, 2)})
-        model["front"].requires_grad_(False)
-        return model, None
-
-    return provoke
-
-
-def broken_statistics() -> Case:
-    model = half_frozen()
-    model.bn1.running_var[2] = float("nan")
-    return model, None
-
-
-def head_width() -> Case:
-    return attach(tiny.build("plain"), classes=("cat", "dog")), None
-
-
-def listed_twice() -> Case:
-    model = half_frozen()
-    optimizer = sgd(model)
-    optimizer.param_groups[0]["params"].append(model.fc.weight)
-    return model, optimizer
-
-
-def frozen_in_optimizer() -> Case:
-    model = tiny.build("plain")
-    optimizer = sgd(model)
-    freeze(model, "conv1")
-    return model, optimizer
-
-
-def missing_from_optimizer() -> Case:
-    model = half_frozen()
-    optimizer = sgd(model)
-    unfreeze(model, "conv1")
-    return model, optimizer
-
-
-def not_of_this_model() -> Case:
-    model = half_frozen()
-    optimizer = sgd(model)
-    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
-    return model, optimizer
-
-
-def thawed_by_hand() -> Case:
-    model = tiny.build("plain")
-    freeze(model, "conv1", "bn1")
-    model.conv1.requires_grad_(True)
-    model.bn1.requires_grad_(True)
-    return model, None
-
-
-def thawed_dropout() -> Case:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 2))
-    freeze(model)
-    model = nn.Sequential(*model.children())  # nothing of what follows the flags is left
-    model.requires_grad_(True)
-    return model, None
-
-
-def unpinned_spectral_norm() -> Case:
-    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 2))
-    model[0].requires_grad_(False)
-    return model, None
-
-
-def unpinned_embedding() -> Case:
-    model = nn.Sequential(nn.Embedding(4, 4, max_norm=1.0), nn.Linear(4, 2))
-    model[0].requires_grad_(False)
-    return model, None
-
-
-PROVOKED: dict[str, tuple[Callable[[], Case], str, str, str]] = {
-    "stale gradient": (stale_gradient, "stale-gradient", "conv1.weight", "is frozen but has a gradient"),
-    "stale gradient of the root": (stale_gradient_of_the_root, "stale-gradient", "cls_token", "has a gradient"),
-    "unpinned norm": (unpinned_norm, "unpinned", "bn1", "its running statistics would still move"),
-    "unpinned dropout": (unpinned_dropout, "unpinned", "1", "would still drop at random"),
-    "unpinned attention": (
-        unpinned(nn.MultiheadAttention(4, 2, dropout=0.1)),
-        "unpinned",
-        "front",
-        "would still drop at random",
-    ),
-    "unpinned recurrence": (unpinned(nn.LSTM(4, 4, 2, dropout=0.1)), "unpinned", "front", "drop at random"),
-    "unpinned random slopes": (
-        unpinned(nn.Sequential(nn.Linear(4, 4), nn.RReLU())),
-        "unpinned",
-        "front.1",
-        "would still draw its slopes at random",
-    ),
-    "thawed by hand": (thawed_by_hand, "still-pinned", "bn1", "is trainable by its flags, but stays in evaluation"),
-    "thawed dropout": (thawed_dropout, "still-pinned", "1", "stays in evaluation mode"),
-    "unpinned spectral norm": (unpinned_spectral_norm, "unpinned", "0", "its power iteration would still move"),
-    "unpinned embedding": (unpinned_embedding, "unpinned", "0", "still rewrite rows whose norm exceeds max_norm"),
-    "broken statistics": (broken_statistics, "broken-statistics", "bn1.running_var", "holds NaN or infinity"),
-    "head width": (head_width, "head-width", "fc", "gives 5 scores, but there are 2 classes"),
-    "listed twice": (listed_twice, "listed-twice", "fc.weight", "is 2 times in the optimizer"),
-    "frozen in optimizer": (frozen_in_optimizer, "frozen-in-optimizer", "conv1.weight", "is frozen, but in the optim"),
-    "missing from optimizer": (missing_from_optimizer, "missing-from-optimizer", "conv1.weight", "is trainable, but"),
-    "not of this model": (not_of_this_model, "not-of-this-model", "optimizer", "has 1 parameters that are not this"),
-}
 BY_NAME = pytest.mark.parametrize("name", PROVOKED)
 
 
 @BY_NAME
-def test_each_fault_is_found_and_nothing_else(name: str) -> None:
+def test_audit_finds_each_fault_and_nothing_else(name: str) -> None:
     provoke, kind, path, words = PROVOKED[name]
     (finding,) = audit(*provoke())
     assert (finding.kind, finding.path) == (kind, path)
@@ -172,7 +31,7 @@ def test_each_fault_is_found_and_nothing_else(name: str) -> None:
 
 
 @BY_NAME
-def test_the_stated_fix_removes_the_finding_and_thaws_or_freezes_nothing_else(name: str) -> None:
+def test_audit_states_a_fix_that_removes_the_finding_and_thaws_or_freezes_nothing_else(name: str) -> None:
     provoke, kind, _, _ = PROVOKED[name]
     model, optimizer = provoke()
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -199,7 +58,7 @@ def carried_out(finding: Finding, model: nn.Module, optimizer: torch.optim.Optim
 
 @pytest.mark.parametrize("name", tiny.ALL)
 @pytest.mark.parametrize("patterns", [None, (), ("children[:1]",), ("children[:2]",)], ids=["no", "all", "1", "2"])
-def test_a_model_that_freeze_froze_has_no_findings(name: str, patterns: tuple[str, ...] | None) -> None:
+def test_audit_finds_nothing_in_a_model_that_freeze_froze(name: str, patterns: tuple[str, ...] | None) -> None:
     model = tiny.build(name).train()
     model(tiny.batch(name))
     if patterns == ("children[:1]",) and next(next(model.children()).parameters(), None) is None:
@@ -211,7 +70,7 @@ def test_a_model_that_freeze_froze_has_no_findings(name: str, patterns: tuple[st
 
 
 @BY_NAME
-def test_an_audit_changes_nothing(name: str) -> None:
+def test_audit_changes_nothing(name: str) -> None:
     model, optimizer = PROVOKED[name][0]()
     before = snapshot(model)
     groups = None if optimizer is None else [list(map(id, group["params"])) for group in optimizer.param_groups]
@@ -220,7 +79,7 @@ def test_an_audit_changes_nothing(name: str) -> None:
     assert groups is None or [list(map(id, group["params"])) for group in optimizer.param_groups] == groups
 
 
-def test_parameters_are_told_apart_by_identity_not_by_value() -> None:
+def test_audit_tells_parameters_apart_by_identity_and_not_by_value() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     for layer in model:
         nn.init.zeros_(layer.weight)
@@ -232,7 +91,7 @@ def test_parameters_are_told_apart_by_identity_not_by_value() -> None:
 
 
 @pytest.mark.parametrize(("value", "found"), [("-inf", []), ("nan", ["broken-statistics"])])
-def test_an_infinite_mask_is_sound_and_nan_is_not(value: str, found: list[str]) -> None:
+def test_audit_takes_an_infinite_mask_as_sound_and_nan_not(value: str, found: list[str]) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[0].register_buffer("mask", torch.full((3, 3), float(value)).triu(1))
     freeze(model, "0")
@@ -240,24 +99,24 @@ def test_an_infinite_mask_is_sound_and_nan_is_not(value: str, found: list[str]) 
 
 
 @pytest.mark.parametrize("value", ["inf", "nan"])
-def test_statistics_that_are_not_finite_are_broken(value: str) -> None:
+def test_audit_finds_statistics_that_are_not_finite(value: str) -> None:
     model = half_frozen()
     model.bn1.running_mean[0] = float(value)
     assert [finding.path for finding in audit(model)] == ["bn1.running_mean"]
 
 
-def test_a_shared_weight_is_one_parameter() -> None:
+def test_audit_takes_a_shared_weight_as_one_parameter() -> None:
     model = tiny.build("tied")
     assert audit(model, sgd(model)) == []
 
 
-def test_the_optimizer_of_a_copy_is_one_of_another_model() -> None:
+def test_audit_takes_the_optimizer_of_a_copy_as_one_of_another_model() -> None:
     model = tiny.build("plain")
     kinds = {finding.kind for finding in audit(copy.deepcopy(model), sgd(model))}
     assert kinds == {"not-of-this-model", "missing-from-optimizer"}
 
 
-def test_a_frozen_parameter_with_momentum_is_said_to_move() -> None:
+def test_audit_says_that_a_frozen_parameter_with_momentum_moves() -> None:
     model = tiny.build("plain")
     optimizer = sgd(model)
     model.train()(tiny.batch("plain")).sum().backward()
@@ -278,7 +137,7 @@ def test_a_frozen_parameter_with_momentum_is_said_to_move() -> None:
     ],
     ids=lambda layer: type(layer).__name__,
 )
-def test_frozen_layers_that_neither_move_nor_draw_need_no_pin(layer: nn.Module) -> None:
+def test_audit_asks_no_pin_of_frozen_layers_that_neither_move_nor_draw(layer: nn.Module) -> None:
     model, _ = unpinned(layer)()
     assert audit(model) == []
 
@@ -286,65 +145,17 @@ def test_frozen_layers_that_neither_move_nor_draw_need_no_pin(layer: nn.Module) 
 @pytest.mark.parametrize(
     ("make", "classes"), [(lambda: tiny.build("plain"), tiny.CLASSES), (lambda: tiny.build("residual"), tiny.CLASSES)]
 )
-def test_a_head_that_fits_its_classes_is_no_finding(make: Callable[[], nn.Module], classes: int) -> None:
+def test_audit_finds_nothing_in_a_head_that_fits_its_classes(make: Callable[[], nn.Module], classes: int) -> None:
     assert audit(attach(make(), classes=tuple(map(str, range(classes))))) == []
 
 
-def test_the_head_is_the_layer_that_runs_last_not_the_one_that_is_registered_last() -> None:
+def test_audit_takes_the_layer_that_runs_last_as_the_head_and_not_the_last_registered() -> None:
     model = attach(tiny.build("residual"), classes=("cat", "dog"))
     (finding,) = audit(model)
     assert finding.path == "head"
 
 
 # ---- flags set by hand, followed at the next change of mode
-
-
-def thaw_all(model: nn.Module) -> None:
-    model.requires_grad_(True)
-
-
-def thaw_one_by_one(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        parameter.requires_grad = True
-
-
-def thaw_by_children(model: nn.Module) -> None:
-    for child in model.children():
-        child.requires_grad_(True)
-
-
-@pytest.mark.parametrize("thaw", [thaw_all, thaw_one_by_one, thaw_by_children])
-@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy], ids=["same", "copy"])
-def test_layers_follow_flags_that_are_set_by_hand(
-    thaw: Callable[[nn.Module], None], copied: Callable[[nn.Module], nn.Module]
-) -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 2, 1)
-    )
-    freeze(model)
-    model = copied(model)
-    thaw(model)
-    assert [finding.path for finding in audit(model)] == ["1", "2", "3"]
-    model.train()
-    assert audit(model) == []
-    assert all(layer.training for layer in model)
-    before = [model[1].running_mean.clone(), model[3].running_mean.clone()]
-    model(torch.randn(4, 3, 6, 6))
-    assert not torch.equal(before[0], model[1].running_mean)
-    assert not torch.equal(before[1], model[3].running_mean)
-
-
-def test_layers_that_are_frozen_by_hand_after_freeze_are_pinned_at_the_next_change_of_mode() -> None:
-    model = tiny.build("plain")
-    freeze(model, "conv1", "bn1")
-    model.conv2.requires_grad_(False)
-    model.bn2.requires_grad_(False)
-    assert [(finding.kind, finding.path) for finding in audit(model)] == [("unpinned", "bn2")]
-    model.train()
-    before = model.bn2.running_mean.clone()
-    model(tiny.batch("plain"))
-    assert torch.equal(before, model.bn2.running_mean)
-    assert model.dropout.training
 
 
 # ---- with inputs: one step of training on a copy

@@ -27,7 +27,7 @@ def batches() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lightning_thaws_stage_by_stage(tmp_path: Path) -> None:
+def test_lightning_callback_thaws_stage_by_stage(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
     seen: list[set[str]] = []
 
@@ -61,7 +61,7 @@ def test_lightning_thaws_stage_by_stage(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_hugging_face_trainer_thaws_stage_by_stage(tmp_path: Path) -> None:
+def test_trainer_callback_thaws_stage_by_stage(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     seen: list[set[str]] = []

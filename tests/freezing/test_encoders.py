@@ -73,7 +73,7 @@ def results(model: nn.Module, inputs: torch.Tensor, masks: dict[str, Any]) -> li
 @pytest.mark.parametrize(
     "options", [{}, {"norm_first": True}, {"batch_first": False}, {"activation": "gelu", "bias": False}], ids=str
 )
-def test_a_frozen_encoder_layer_changes_no_value_and_no_gradient(
+def test_freeze_of_an_encoder_layer_changes_no_value_and_no_gradient(
     options: dict[str, Any], layers: tuple[int, ...], masks: dict[str, Any]
 ) -> None:
     model = encoder(**options)
@@ -87,7 +87,7 @@ def test_a_frozen_encoder_layer_changes_no_value_and_no_gradient(
     assert model.use_nested_tensor == reference.use_nested_tensor
 
 
-def test_padding_is_zero_in_evaluation_as_on_the_nested_path() -> None:
+def test_freeze_gives_zero_for_padding_in_evaluation_as_the_nested_path_does() -> None:
     model = encoder()
     reference = copy.deepcopy(model).eval()
     freeze(model, "layers.0")
@@ -98,15 +98,20 @@ def test_padding_is_zero_in_evaluation_as_on_the_nested_path() -> None:
     assert not output[1, -2:].any()
 
 
-def test_evaluation_with_gradients_works_where_torch_alone_fails() -> None:
-    model = encoder()
+def test_freeze_lets_evaluation_with_gradients_work_where_torch_alone_fails() -> None:
+    model, inputs = encoder(), torch.randn(N, T, D)
+    reference = by_hand(model, (0,)).train()  # the way that torch takes in training, without dropout
+    without_dropout(reference)
     freeze(model, "layers.0")
-    model.eval()(torch.randn(N, T, D), src_key_padding_mask=PADDING).sum().backward()
-    assert model.layers[1].linear1.weight.grad is not None
+    for network in (model.eval(), reference):
+        network(inputs, src_key_padding_mask=PADDING)[~PADDING].square().sum().backward()
+    for ours, theirs in zip(model.layers[1:].parameters(), reference.layers[1:].parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+    assert all(parameter.grad is None for parameter in model.layers[0].parameters())
 
 
 @pytest.mark.parametrize("frozen", ["layers.0", "layers"])
-def test_autocast_and_a_padding_mask(frozen: str) -> None:
+def test_freeze_works_with_autocast_and_a_padding_mask(frozen: str) -> None:
     model, head = encoder(), nn.Linear(D, 2)
     freeze(model, frozen)
     before = [p.detach().clone() for p in model.layers[0].parameters()]
@@ -124,7 +129,7 @@ class Noisy(nn.TransformerEncoderLayer):
         return F.dropout(super().forward(*args, **kwargs), 0.5, self.training)
 
 
-def test_a_layer_of_ones_own_is_pinned_and_its_encoder_takes_no_nested_path() -> None:
+def test_freeze_pins_a_layer_of_ones_own_and_its_encoder_takes_no_nested_path() -> None:
     model = nn.TransformerEncoder(Noisy(D, 2, 2 * D, batch_first=True), 2)
     freeze(model, "layers.0")
     inputs = torch.randn(N, T, D)
@@ -134,7 +139,7 @@ def test_a_layer_of_ones_own_is_pinned_and_its_encoder_takes_no_nested_path() ->
 
 
 @pytest.mark.parametrize("act", [copy.deepcopy, lambda m: m], ids=["copy", "same"])
-def test_modes_assigned_by_hand_are_put_back_in_an_encoder(act: Callable[[nn.Module], nn.Module]) -> None:
+def test_freeze_puts_modes_back_that_were_assigned_by_hand_in_an_encoder(act: Callable[[nn.Module], nn.Module]) -> None:
     model = encoder()
     freeze(model, "layers.0")
     model = act(model)
@@ -148,17 +153,20 @@ def test_modes_assigned_by_hand_are_put_back_in_an_encoder(act: Callable[[nn.Mod
     assert identical(*seen)
 
 
-def test_a_layer_that_is_frozen_by_itself_works_in_its_encoder() -> None:
+def test_freeze_of_one_layer_works_in_its_encoder() -> None:
     model = encoder()
+    reference = copy.deepcopy(model).train()
+    without_dropout(reference)
     freeze(model.layers[0])
     inputs = torch.randn(N, T, D)
     model.train()(inputs, src_key_padding_mask=PADDING).sum().backward()
     with torch.no_grad():
-        assert model.eval()(inputs, src_key_padding_mask=PADDING).shape == (N, T, D)
+        output = model.eval()(inputs, src_key_padding_mask=PADDING)
+        assert torch.allclose(output[~PADDING], reference(inputs, src_key_padding_mask=PADDING)[~PADDING], atol=1e-5)
 
 
 @pytest.mark.parametrize("frozen", [("encoder",), ("encoder.layers.0", "decoder.layers.0"), ("decoder",)])
-def test_a_whole_transformer_trains(frozen: tuple[str, ...]) -> None:
+def test_freeze_lets_a_whole_transformer_train(frozen: tuple[str, ...]) -> None:
     model = nn.Transformer(D, 2, 2, 2, 2 * D, batch_first=True)
     freeze(model, *frozen)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -175,7 +183,7 @@ def test_a_whole_transformer_trains(frozen: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("self_attention", [True, False])
-def test_gradients_pass_a_frozen_attention(self_attention: bool) -> None:
+def test_freeze_lets_gradients_pass_a_frozen_attention(self_attention: bool) -> None:
     model = nn.ModuleDict({"embed": nn.Linear(D, D), "attention": nn.MultiheadAttention(D, 2, 0.5, batch_first=True)})
     freeze(model, "attention")
     reference = copy.deepcopy(model["embed"])
@@ -187,7 +195,7 @@ def test_gradients_pass_a_frozen_attention(self_attention: bool) -> None:
     assert torch.allclose(model["embed"].weight.grad, reference.weight.grad, atol=1e-5)
 
 
-def test_an_encoder_that_is_thawed_carries_no_trace() -> None:
+def test_unfreeze_leaves_no_trace_in_an_encoder() -> None:
     model, untouched = encoder(), encoder()
     freeze(model, "layers.0")
     model.train()(torch.randn(N, T, D), src_key_padding_mask=PADDING)

@@ -54,7 +54,7 @@ def rows() -> Iterator[dict[str, Row]]:
 
 
 @pytest.mark.parametrize("name", SOME_OF_ALL)
-def test_what_is_frozen_stays_bit_identical(name: str, rows: dict[str, Row]) -> None:
+def test_freeze_keeps_every_family_bit_identical(name: str, rows: dict[str, Row]) -> None:
     known = (
         {line.split("`")[1]: line for line in TABLE.read_text().splitlines() if "`" in line} if TABLE.exists() else {}
     )
@@ -67,7 +67,7 @@ def test_what_is_frozen_stays_bit_identical(name: str, rows: dict[str, Row]) -> 
         assert row.split in known[name]
 
 
-def test_every_family_of_both_libraries_is_in_the_list() -> None:
+def test_freeze_families_are_all_of_both_libraries() -> None:
     theirs = {family(f"timm/{name}") for name in timm.list_models()}
     theirs |= {family(name) for name in torchvision.models.list_models(module=torchvision.models)}
     assert {family(name) for name in NAMES} == theirs

@@ -54,7 +54,7 @@ def backward(model: nn.Module, seed: int, channels: int = 3) -> None:
 
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("name", UPDATES)
-def test_steps_before_and_after_an_edit_are_those_of_a_loop_written_by_hand(name: str, edit: str) -> None:
+def test_follow_takes_the_steps_of_a_loop_written_by_hand_before_and_after_an_edit(name: str, edit: str) -> None:
     update, options = UPDATES[name]
     model = tiny.build("plain").eval().double()
     optimizer = regraft.build_optimizer(name, model, lr=RATE, weight_decay=DECAY, **options)
@@ -85,7 +85,7 @@ def test_steps_before_and_after_an_edit_are_those_of_a_loop_written_by_hand(name
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "rmsprop", "timm/lamb"])
-def test_the_state_of_what_stays_is_the_same_tensors_and_that_of_the_rest_is_gone(name: str) -> None:
+def test_follow_keeps_the_state_tensors_of_what_stays_and_drops_the_rest(name: str) -> None:
     options: dict[str, Any] = {"momentum": 0.9} if name == "sgd" else {}
     model = tiny.build("plain").eval()
     optimizer = regraft.build_optimizer(name, model, lr=RATE, weight_decay=DECAY, **options)
@@ -110,7 +110,7 @@ def test_the_state_of_what_stays_is_the_same_tensors_and_that_of_the_rest_is_gon
     assert not identical(before, edited.fc.weight)
 
 
-def test_new_parameters_join_their_like_and_schedules_go_on() -> None:
+def test_follow_puts_new_parameters_with_their_like_and_schedules_go_on() -> None:
     model = tiny.build("plain")
     optimizer = regraft.build_optimizer("adamw", model, lr=RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=10)
@@ -132,9 +132,7 @@ def rates(optimizer: torch.optim.Optimizer) -> dict[int, tuple[float, float]]:
 
 @pytest.mark.parametrize("by", [{"layer_decay": 0.5}, {"backbone_lr": RATE / 10}])
 @pytest.mark.parametrize("name", ["plain", "residual"])
-def test_what_is_new_learns_as_fast_as_what_it_took_the_place_of_and_else_as_the_head(
-    name: str, by: dict[str, float]
-) -> None:
+def test_follow_gives_what_is_new_the_rate_of_what_it_replaced_or_of_the_head(name: str, by: dict[str, float]) -> None:
     model = tiny.build(name)  # the head of `residual` is registered first
     optimizer = regraft.build_optimizer("adamw", model, lr=RATE, weight_decay=DECAY, **by)
     before = rates(optimizer)
@@ -148,7 +146,7 @@ def test_what_is_new_learns_as_fast_as_what_it_took_the_place_of_and_else_as_the
         assert (after[id(layer.weight)], after[id(layer.bias)]) == ((RATE, DECAY), (RATE, 0.0))
 
 
-def test_a_layer_inside_of_another_learns_as_fast_as_its_neighbours() -> None:
+def test_follow_gives_a_layer_inside_of_another_the_rate_of_its_neighbours() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 2))
     optimizer = torch.optim.SGD(
         [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[1].parameters(), "lr": 0.5}]
@@ -160,7 +158,7 @@ def test_a_layer_inside_of_another_learns_as_fast_as_its_neighbours() -> None:
 
 
 @pytest.mark.parametrize("kind", ["step", "lambda", None])
-def test_rates_of_their_own_make_groups_that_join_the_schedule_where_it_stands(kind: str | None) -> None:
+def test_follow_lets_rates_of_their_own_join_the_schedule_where_it_stands(kind: str | None) -> None:
     model = tiny.build("plain")
     optimizer = regraft.build_optimizer("sgd", model, lr=RATE, weight_decay=DECAY, momentum=0.7)
     optimizer.defaults["momentum"] = 0.0
@@ -187,7 +185,7 @@ def test_rates_of_their_own_make_groups_that_join_the_schedule_where_it_stands(k
         assert rates(optimizer)[id(edited.fc.weight)][0] == pytest.approx(0.25)
 
 
-def test_optimizers_that_know_names_know_the_new_ones() -> None:
+def test_follow_tells_optimizers_that_know_names_the_new_ones() -> None:
     model = tiny.build("plain")
     for options in ({}, {"lr": 0.5}):
         optimizer = torch.optim.AdamW(model.named_parameters(), lr=RATE)
@@ -199,7 +197,7 @@ def test_optimizers_that_know_names_know_the_new_ones() -> None:
         assert sum(len(group["params"]) for group in optimizer.param_groups) == len(named)
 
 
-def test_what_is_frozen_and_what_the_optimizer_was_not_given_does_not_join() -> None:
+def test_follow_leaves_out_what_is_frozen_and_what_the_optimizer_was_not_given() -> None:
     model = tiny.build("plain")
     optimizer = torch.optim.SGD(model.fc.parameters(), lr=RATE)
     edited = regraft.append(model, nn.Linear(tiny.CLASSES, 4))
@@ -209,7 +207,7 @@ def test_what_is_frozen_and_what_the_optimizer_was_not_given_does_not_join() -> 
     assert str(followed) == "0 parameters dropped, 0 added, 2 kept with their state"
 
 
-def test_what_belongs_to_no_network_stays() -> None:
+def test_follow_keeps_what_belongs_to_no_network() -> None:
     model, temperature = tiny.build("plain"), nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([*model.parameters(), temperature], lr=RATE)
     regraft.follow(optimizer, model, regraft.replace_head(model, 3))
@@ -228,7 +226,7 @@ REFUSED: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_followed_is_refused_and_nothing_is_changed(name: str) -> None:
+def test_follow_refuses_what_it_cannot_follow_and_changes_nothing(name: str) -> None:
     error, message, options = REFUSED[name]
     model = tiny.build("plain").eval()
     parameters = nn.Linear(2, 2).parameters() if name == "foreign" else model.parameters()

@@ -58,7 +58,7 @@ TINY_CASES = {
 
 
 @pytest.mark.parametrize("name", TINY_CASES)
-def test_frozen_is_bit_identical_and_the_rest_moves(name: str) -> None:
+def test_freeze_keeps_what_is_frozen_bit_identical_while_the_rest_moves(name: str) -> None:
     patterns, prefixes = TINY_CASES[name]
     model = tiny.build(name)
     freeze(model, *patterns)
@@ -75,7 +75,7 @@ def test_frozen_is_bit_identical_and_the_rest_moves(name: str) -> None:
         ("timm/test_vit", "blocks.2", ("blocks.3", "blocks.4", "blocks.5", "norm.", "head.")),
     ],
 )
-def test_until_freezes_real_networks_bit_by_bit(name: str, until: str, trained: tuple[str, ...]) -> None:
+def test_freeze_until_keeps_real_networks_bit_by_bit(name: str, until: str, trained: tuple[str, ...]) -> None:
     library = name.removeprefix("timm/")
     model = timm.create_model(library, num_classes=4) if library != name else models.get_model(name, num_classes=4)
     side = model.pretrained_cfg["input_size"][-1] if library != name else 64
@@ -86,7 +86,7 @@ def test_until_freezes_real_networks_bit_by_bit(name: str, until: str, trained: 
 
 
 @pytest.mark.parametrize("until", ["conv", "between", "conv2"])
-def test_statistics_without_parameters_in_the_frozen_front_do_not_drift(until: str) -> None:
+def test_freeze_keeps_statistics_without_parameters_in_the_frozen_front_from_drifting(until: str) -> None:
     model = tiny.build("input-norm")
     freeze(model, until=until)
     before = tensors(model)
@@ -94,7 +94,7 @@ def test_statistics_without_parameters_in_the_frozen_front_do_not_drift(until: s
     assert_only_moved(model, before, lambda name: not name.startswith("fc." if until == "conv2" else ("conv2.", "fc.")))
 
 
-def test_statistics_between_trainable_layers_are_learned() -> None:
+def test_freeze_lets_statistics_between_trainable_layers_be_learned() -> None:
     model = tiny.build("input-norm")
     freeze(model, "fc")
     before = tensors(model)
@@ -102,7 +102,7 @@ def test_statistics_between_trainable_layers_are_learned() -> None:
     assert_only_moved(model, before, lambda name: name.startswith("fc."))
 
 
-def test_statistics_at_the_opening_of_a_trainable_head_are_learned() -> None:
+def test_freeze_lets_statistics_at_the_opening_of_a_trainable_head_be_learned() -> None:
     head = nn.Sequential(nn.BatchNorm1d(12, affine=False), nn.Linear(12, 2))
     model = nn.Sequential(nn.Linear(12, 12), head)
     freeze(model, "0")
@@ -110,7 +110,7 @@ def test_statistics_at_the_opening_of_a_trainable_head_are_learned() -> None:
     assert head[0].training
 
 
-def test_until_equals_freezing_the_first_layers_by_hand() -> None:
+def test_freeze_until_equals_freezing_the_first_layers_by_hand() -> None:
     ours, by_hand = models.resnet18(), models.resnet18()
     freeze(ours, until="layer3.0")
     frozen = [*list(by_hand.children())[:6], by_hand.layer3[0]]
@@ -128,7 +128,7 @@ def test_until_equals_freezing_the_first_layers_by_hand() -> None:
 
 
 @pytest.mark.parametrize("last", range(len(tiny.Residual.execution)))
-def test_until_and_since_follow_the_execution_order(last: int) -> None:
+def test_freeze_until_and_unfreeze_since_follow_the_execution_order(last: int) -> None:
     model = tiny.build("residual")
     executed = tiny.Residual.execution
     freeze(model, until=executed[last])
@@ -140,14 +140,14 @@ def test_until_and_since_follow_the_execution_order(last: int) -> None:
     assert thawed == set(executed[last:])
 
 
-def test_until_a_container_that_is_never_called_itself_ends_with_its_last_layer() -> None:
+def test_freeze_until_a_container_that_is_never_called_ends_with_its_last_layer() -> None:
     model = tiny.build("residual")
     freeze(model, until="body")
     frozen = {name.rpartition(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"stem", "stem_norm", "body.second", "body.first"}
 
 
-def test_until_includes_the_parameters_of_the_root_that_were_used_before() -> None:
+def test_freeze_until_includes_the_parameters_of_the_root_that_were_used_before() -> None:
     model = tiny.build("root-token")
     freeze(model, until="block")
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
@@ -158,7 +158,7 @@ def test_until_includes_the_parameters_of_the_root_that_were_used_before() -> No
     }
 
 
-def test_until_a_layer_that_is_never_executed_is_an_error_that_changes_nothing() -> None:
+def test_freeze_until_a_layer_that_is_never_executed_is_an_error_that_changes_nothing() -> None:
     model = tiny.build("aux-head")
     before = snapshot(model)
     with pytest.raises(SelectionError, match="layer 'aux' of AuxHead is never executed"):
@@ -166,13 +166,13 @@ def test_until_a_layer_that_is_never_executed_is_an_error_that_changes_nothing()
     assert same(before, snapshot(model))
 
 
-def test_until_a_layer_before_all_parameters_says_so() -> None:
+def test_freeze_until_a_layer_before_all_parameters_says_so() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     with pytest.raises(SelectionError, match="until='0' selects no parameters"):
         freeze(model, until="0")
 
 
-def test_until_in_a_model_whose_forward_fails_changes_nothing() -> None:
+def test_freeze_until_in_a_model_whose_forward_fails_changes_nothing() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(5, 2))
     before = snapshot(model)
     with pytest.raises(ModelError, match="layer '1' \\(Linear\\) was given \\(1, 4\\)"):
@@ -181,7 +181,7 @@ def test_until_in_a_model_whose_forward_fails_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", tiny.ALL)
-def test_classes_and_keys_are_unchanged_and_unfreeze_restores(name: str) -> None:
+def test_freeze_leaves_classes_and_keys_and_unfreeze_restores(name: str) -> None:
     model = tiny.build(name).train()
     before = snapshot(model)
     freeze(model)
@@ -194,7 +194,7 @@ def test_classes_and_keys_are_unchanged_and_unfreeze_restores(name: str) -> None
 
 
 @pytest.mark.parametrize("mode", [True, False])
-def test_after_unfreezing_the_mode_follows_again(mode: bool) -> None:
+def test_unfreeze_lets_layers_follow_the_mode_again(mode: bool) -> None:
     model = tiny.build("plain")
     freeze(model)
     unfreeze(model)
@@ -203,7 +203,7 @@ def test_after_unfreezing_the_mode_follows_again(mode: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "functional-dropout", "root-token"])
-def test_outputs_in_training_mode_are_random_again_after_unfreezing(name: str) -> None:
+def test_unfreeze_makes_outputs_in_training_mode_random_again(name: str) -> None:
     model, inputs = tiny.build(name), tiny.batch(name)
     freeze(model)
     model.train()
@@ -213,7 +213,7 @@ def test_outputs_in_training_mode_are_random_again_after_unfreezing(name: str) -
     assert not identical(model(inputs), model(inputs))
 
 
-def test_dropout_before_the_head_stays_active_when_only_the_head_is_trained() -> None:
+def test_freeze_leaves_dropout_before_the_head_active_when_only_the_head_is_trained() -> None:
     model, inputs = tiny.build("plain"), tiny.batch("plain")
     freeze(model)
     unfreeze(model, "fc")
@@ -223,7 +223,7 @@ def test_dropout_before_the_head_stays_active_when_only_the_head_is_trained() ->
     assert not identical(model(inputs), model(inputs))
 
 
-def test_functional_dropout_in_a_frozen_block_is_off_and_in_a_trainable_one_on() -> None:
+def test_freeze_turns_functional_dropout_off_in_a_frozen_block_and_not_in_a_trainable_one() -> None:
     model, inputs = tiny.build("functional-dropout"), tiny.batch("functional-dropout")
     freeze(model, "block1")
     model.train()
@@ -234,18 +234,18 @@ def test_functional_dropout_in_a_frozen_block_is_off_and_in_a_trainable_one_on()
 @pytest.mark.parametrize(
     ("call", "patterns"), [(freeze, ("encoder",)), (freeze, ("decoder",)), (unfreeze, ("decoder", "head"))]
 )
-def test_a_selection_that_splits_tied_weights_is_reported(call: Callable[..., object], patterns: tuple[str]) -> None:
+def test_freeze_reports_a_selection_that_splits_tied_weights(call: Callable[..., object], patterns: tuple[str]) -> None:
     report = call(tiny.build("tied"), *patterns)
     assert report.split_ties == (("encoder.weight", "decoder.weight"),)
     assert "encoder.weight = decoder.weight" in str(report)
 
 
 @pytest.mark.parametrize("patterns", [("encoder", "decoder"), ("head",), ()])
-def test_a_selection_that_keeps_tied_weights_together_reports_none(patterns: tuple[str, ...]) -> None:
+def test_freeze_reports_nothing_where_tied_weights_are_kept_together(patterns: tuple[str, ...]) -> None:
     assert freeze(tiny.build("tied"), *patterns).split_ties == ()
 
 
-def test_stale_gradients_of_what_is_frozen_are_cleared_and_others_kept() -> None:
+def test_freeze_clears_stale_gradients_of_what_is_frozen_and_keeps_others() -> None:
     model, inputs = tiny.build("plain"), tiny.batch("plain")
     model(inputs).sum().backward()
     freeze(model, "conv1", "bn1")
@@ -253,7 +253,7 @@ def test_stale_gradients_of_what_is_frozen_are_cleared_and_others_kept() -> None
         assert (parameter.grad is None) == name.startswith(("conv1.", "bn1.")), name
 
 
-def test_the_report_counts_tensors_and_elements() -> None:
+def test_freeze_report_counts_tensors_and_elements() -> None:
     model = tiny.build("plain")
     first, second = freeze(model, "conv1", "bn1"), freeze(model, "conv*", "bn*")
     assert first.changed == ("conv1.weight", "bn1.weight", "bn1.bias")
@@ -269,7 +269,7 @@ def test_the_report_counts_tensors_and_elements() -> None:
     )
 
 
-def test_freezing_twice_is_freezing_once() -> None:
+def test_freeze_twice_is_freeze_once() -> None:
     once, twice = tiny.build("plain"), tiny.build("plain")
     freeze(once, "conv*", "bn*")
     freeze(twice, "conv*", "bn*")
@@ -277,14 +277,14 @@ def test_freezing_twice_is_freezing_once() -> None:
     assert [len(m._forward_pre_hooks) for m in once.modules()] == [len(m._forward_pre_hooks) for m in twice.modules()]
 
 
-def test_a_frozen_copy_leaves_the_original_trainable() -> None:
+def test_freeze_of_a_copy_leaves_the_original_trainable() -> None:
     model = tiny.build("plain")
     freeze(copy.deepcopy(model))
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert model.train().bn1.training
 
 
-def test_auxiliary_outputs_survive_in_training_mode() -> None:
+def test_freeze_leaves_auxiliary_outputs_in_training_mode() -> None:
     model = tiny.build("aux-head")
     freeze(model, until="bn")
     model.train()

@@ -16,7 +16,7 @@ def identities(optimizer: torch.optim.Optimizer) -> list[int]:
 
 @pytest.mark.parametrize("patterns", [None, ("children[:1]",), ("children[1:3]",)], ids=["all", "one", "two"])
 @pytest.mark.parametrize("name", ["plain", "residual", "root-token", "tied", "functional-dropout", "aux-head"])
-def test_an_optimizer_holds_exactly_the_trainable_parameters(name: str, patterns: tuple[str, ...] | None) -> None:
+def test_build_optimizer_takes_exactly_the_trainable_parameters(name: str, patterns: tuple[str, ...] | None) -> None:
     model = tiny.build(name)
     if patterns is not None:
         freeze(model, *patterns)
@@ -25,7 +25,7 @@ def test_an_optimizer_holds_exactly_the_trainable_parameters(name: str, patterns
 
 
 @pytest.mark.parametrize("make", [models.resnet18, models.convnext_tiny, lambda: tiny.build("root-token")])
-def test_biases_and_norms_are_not_decayed(make: object) -> None:
+def test_build_optimizer_decays_no_biases_and_norms(make: object) -> None:
     with torch.device("meta"):
         model = make()
     optimizer = build_optimizer("sgd", model, lr=0.1, weight_decay=0.3, momentum=0.9)
@@ -45,7 +45,7 @@ def test_biases_and_norms_are_not_decayed(make: object) -> None:
         (("norm",), {"bn.weight", "bn.bias", "matrix_norm.weight", "matrix_norm.bias"}),
     ],
 )
-def test_what_is_spared_can_be_chosen(no_decay: tuple[str, ...], spared: set[str]) -> None:
+def test_param_groups_spares_what_is_chosen(no_decay: tuple[str, ...], spared: set[str]) -> None:
     model = nn.ModuleDict({"conv2": nn.Conv2d(2, 2, 1), "bn": nn.BatchNorm2d(2), "matrix_norm": nn.LayerNorm((2, 2))})
     groups = param_groups(model, 0.1, 0.2, no_decay=no_decay)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -53,17 +53,17 @@ def test_what_is_spared_can_be_chosen(no_decay: tuple[str, ...], spared: set[str
     assert found == spared
 
 
-def test_a_group_without_parameters_is_left_out() -> None:
+def test_param_groups_leaves_out_a_group_without_parameters() -> None:
     assert len(param_groups(nn.Linear(2, 2, bias=False), 0.1)) == 1
 
 
 @pytest.mark.parametrize("name", ["adamw", "AdamW", "SGD", torch.optim.AdamW])
-def test_an_optimizer_is_named_in_any_case_or_given_as_a_class(name: str | type[torch.optim.Optimizer]) -> None:
+def test_build_optimizer_takes_a_name_in_any_case_or_a_class(name: str | type[torch.optim.Optimizer]) -> None:
     made = build_optimizer(name, nn.Linear(2, 2), lr=0.1)
     assert type(made).__name__.lower() == (name if isinstance(name, str) else name.__name__).lower()
 
 
-def test_nothing_trainable_is_an_error_that_says_how_to_thaw() -> None:
+def test_build_optimizer_says_how_to_thaw_where_nothing_is_trainable() -> None:
     model = tiny.build("plain")
     freeze(model)
     with pytest.raises(SelectionError) as caught:
@@ -83,7 +83,7 @@ def test_nothing_trainable_is_an_error_that_says_how_to_thaw() -> None:
         (("adamw", nn.ReLU()), {}, SelectionError, "ReLU has no parameters, so there is nothing to train"),
     ],
 )
-def test_errors_say_what_is_wrong(
+def test_build_optimizer_says_what_is_wrong(
     arguments: tuple[str, nn.Module], options: dict[str, float], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error) as caught:

@@ -9,208 +9,20 @@ import io
 from collections.abc import Callable
 
 import pytest
-import timm
 import torch
-import torchvision
-from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn import functional as F
-from torch.nn.utils import parametrizations, parametrize, prune
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import regraft
+from freezing.layers_with_state import LAYERS, QUIET, Codebook, build, embedding, image, indices, tensors, train, vector
 from oracles import identical
 from regraft import audit, freeze, unfreeze
-from regraft.errors import ModelError
-from regraft.freezing.hold import PIN_HOOKS, PinState
-from regraft.freezing.pins import is_pinned
+from regraft.freezing.hold import PIN_HOOKS
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max"),
-    pytest.mark.filterwarnings("ignore:_aminmax is deprecated"),
-    pytest.mark.filterwarnings("ignore:Lazy modules are a new feature"),
-]
-
-
-class Codebook(nn.Module):
-    """Adds codes that follow its inputs, written as published code writes them."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.how = how
-        self.register_buffer("codes", torch.randn(3), persistent=how != "not persistent")
-        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        before, mean = self.codes.clone(), x.detach().float().mean((0, 2, 3))
-        if self.how == "in training" and self.training:
-            self.codes.lerp_(mean, 0.1)
-        if self.how in ("always", "not persistent"):
-            self.calls += 1
-            self.codes.mul_(0.9).add_(mean, alpha=0.1)
-        if self.how == "by data":
-            self.codes.data.lerp_(mean, 0.1)
-        if self.how == "by assignment":
-            self.codes = self.codes.lerp(mean, 0.1)
-        if self.how == "registered late" and not hasattr(self, "late"):
-            self.register_buffer("late", torch.zeros(3))
-        if self.how == "registered late" and self.training:
-            self.late += mean
-        return x + before[:, None, None]
-
-
-class Growing(nn.Module):
-    """A parametrization of the user's own with a buffer that moves in training."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.ones(()))
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        if self.training:
-            self.scale.mul_(1.1)
-        return weight * self.scale
-
-
-class FunctionalNoise(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(super().forward(x), 0.5, self.training)
-
-
-def parametrized(layer: nn.Module) -> nn.Module:
-    parametrize.register_parametrization(layer, "weight", Growing())
-    return layer
-
-
-def beside(layer: nn.Module) -> nn.Module:
-    """Put a layer without parameters behind one that has some."""
-    return nn.Sequential(nn.Conv2d(3, 3, 1), layer)
-
-
-def embedding(layer: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        layer.weight.mul_(5)
-    return layer
-
-
-def image() -> torch.Tensor:
-    return torch.randn(4, 3, 6, 6)
-
-
-def vector() -> torch.Tensor:
-    return torch.randn(4, 8)
-
-
-def sequence() -> torch.Tensor:
-    return torch.randn(4, 5, 8)
-
-
-def indices() -> torch.Tensor:
-    return torch.randint(10, (4, 5))
-
-
-class First(nn.Module):
-    """The first output of a layer that gives several."""
-
-    def __init__(self, layer: nn.Module, repeats: int = 1) -> None:
-        super().__init__()
-        self.layer, self.repeats = layer, repeats
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(*[x] * self.repeats)[0]
-
-
-class Twice(First):
-    """A layer that takes two inputs."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x, x)
-
-
-Case = tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]
-LAYERS: dict[str, Case] = {
-    "Conv2d": (lambda: nn.Conv2d(3, 4, 3), image),
-    "BatchNorm2d": (lambda: nn.BatchNorm2d(3), image),
-    "BatchNorm2d, cumulative": (lambda: nn.BatchNorm2d(3, momentum=None), image),
-    "BatchNorm2d without affine": (lambda: beside(nn.BatchNorm2d(3, affine=False)), image),
-    "SyncBatchNorm": (lambda: nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3))).eval(), image),
-    "InstanceNorm2d": (lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True), image),
-    "GroupNorm": (lambda: nn.GroupNorm(3, 3), image),
-    "LayerNorm": (lambda: nn.LayerNorm(8), vector),
-    "RMSNorm": (lambda: nn.RMSNorm(8), vector),
-    "Dropout": (lambda: beside(nn.Dropout(0.5)), image),
-    "RReLU": (lambda: beside(nn.RReLU()), image),
-    "PReLU": (lambda: nn.PReLU(3), image),
-    "Bilinear": (lambda: Twice(nn.Bilinear(8, 8, 4)), vector),
-    "dropout as a function": (lambda: FunctionalNoise(8, 8), vector),
-    "LSTM": (lambda: First(nn.LSTM(8, 4, 2, dropout=0.5, batch_first=True)), sequence),
-    "GRU": (lambda: First(nn.GRU(8, 4, 2, dropout=0.5, batch_first=True)), sequence),
-    "MultiheadAttention": (lambda: First(nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True), 3), sequence),
-    "TransformerEncoderLayer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True), sequence),
-    "Embedding": (lambda: nn.Embedding(10, 4), indices),
-    "Embedding, max_norm": (lambda: embedding(nn.Embedding(10, 4, max_norm=1.0)), indices),
-    "Embedding, max_norm and padding": (
-        lambda: embedding(nn.Embedding(10, 4, padding_idx=0, max_norm=1.0, norm_type=1.0)),
-        indices,
-    ),
-    "EmbeddingBag, max_norm": (lambda: embedding(nn.EmbeddingBag(10, 4, max_norm=1.0)), indices),
-    "spectral_norm of Conv2d": (lambda: nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), image),
-    "spectral_norm of ConvTranspose2d": (lambda: nn.utils.spectral_norm(nn.ConvTranspose2d(3, 4, 3)), image),
-    "spectral_norm of Linear": (lambda: nn.utils.spectral_norm(nn.Linear(8, 8)), vector),
-    "parametrized spectral_norm": (lambda: parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), image),
-    "weight_norm": (lambda: nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), image),
-    "parametrized weight_norm": (lambda: parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), image),
-    "parametrized orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(8, 8)), vector),
-    "parametrization of one's own": (lambda: parametrized(nn.Linear(8, 8)), vector),
-    "pruned": (lambda: prune.l1_unstructured(nn.Conv2d(3, 4, 3), "weight", 0.5), image),
-    "timm's BatchNormAct2d": (lambda: timm.layers.BatchNormAct2d(3), image),
-    "timm's DropPath": (lambda: beside(timm.layers.DropPath(0.5)), image),
-    "FrozenBatchNorm2d": (lambda: beside(torchvision.ops.FrozenBatchNorm2d(3)), image),
-    "observer": (lambda: beside(torch.ao.quantization.MovingAverageMinMaxObserver()), image),
-    "fake quantization": (lambda: beside(torch.ao.quantization.FakeQuantize()), image),
-    **{
-        f"codebook, {how}": (lambda how=how: beside(Codebook(how)), image)
-        for how in ("in training", "always", "by data", "by assignment", "not persistent", "registered late")
-    },
-}
-FLOAT32 = {"fake quantization", "observer", "LSTM"}  # not made for bfloat16 on every CPU
-
-
-def build(name: str) -> nn.Module:
-    """Build a network of the layer `name` and a head, as `regraft` would find it: after some training."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        make, draw = LAYERS[name]
-        layer, inputs = make(), draw()
-        with torch.no_grad():
-            width = layer(inputs).flatten(1).shape[1]
-        return nn.Sequential(layer, nn.Flatten(), nn.Linear(width, 2))
-
-
-def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: t.detach().clone() for name, t in [*model.named_parameters(), *model.named_buffers()]}
-
-
-def train(model: nn.Module, name: str, seed: int, steps: int = 3) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=0.1)
-        for _ in range(steps):
-            model.train()
-            inputs = LAYERS[name][1]()
-            with torch.autocast("cpu", torch.bfloat16, enabled=name not in FLOAT32):
-                loss = model(inputs).float().square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+pytestmark = QUIET
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_frozen_layers_are_bit_identical_and_give_the_same(name: str) -> None:
+def test_freeze_keeps_layers_bit_identical_and_their_outputs_the_same(name: str) -> None:
     model, inputs = build(name), LAYERS[name][1]()
     freeze(model, "0")
     before, expected = tensors(model[0]), model.train()[0](inputs).detach()
@@ -225,7 +37,7 @@ def test_frozen_layers_are_bit_identical_and_give_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_after_unfreeze_training_is_that_of_a_network_that_was_never_frozen(name: str) -> None:
+def test_unfreeze_lets_training_be_that_of_a_network_that_was_never_frozen(name: str) -> None:
     model, untouched = build(name), build(name)
     freeze(model, "0")
     train(model, name, seed=1)
@@ -249,13 +61,13 @@ def test_after_unfreeze_training_is_that_of_a_network_that_was_never_frozen(name
 
 
 @pytest.mark.parametrize("name", ["Embedding, max_norm", "Embedding, max_norm and padding", "EmbeddingBag, max_norm"])
-def test_a_frozen_embedding_gives_what_max_norm_gives(name: str) -> None:
+def test_freeze_keeps_what_max_norm_of_an_embedding_gives(name: str) -> None:
     model, reference, inputs = build(name), build(name), indices()
     freeze(model, "0")
     assert identical(model[0](inputs), reference[0](inputs))
 
 
-def test_a_frozen_embedding_with_max_norm_can_be_tied_to_a_projection() -> None:
+def test_freeze_takes_an_embedding_with_max_norm_that_is_tied_to_a_projection() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -298,7 +110,7 @@ def saved_and_loaded(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("make", [Around, lambda: NetWith("in training"), lambda: NetWith("always")])
 @pytest.mark.parametrize("patterns", [("front", "book"), ("book",), ("re:front|book",), ("type:Codebook",)])
 @pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy, saved_and_loaded], ids=["", "copy", "file"])
-def test_layers_with_buffers_alone_are_frozen_by_path(
+def test_freeze_by_path_takes_layers_with_buffers_alone(
     make: Callable[[], nn.Module], patterns: tuple[str, ...], copied: Callable[[nn.Module], nn.Module]
 ) -> None:
     model = make()
@@ -322,7 +134,7 @@ class NetWith(nn.Module):
         return self.out(self.book(self.front(x)).mean((2, 3)))
 
 
-def test_freezing_until_a_layer_with_buffers_alone_holds_it_and_thawing_since_lets_it_go() -> None:
+def test_freeze_until_holds_layers_with_buffers_alone_and_unfreeze_since_lets_go() -> None:
     model = NetWith("in training")
     freeze(model, until="book", inputs=image())
     before = model.book.codes.clone()
@@ -333,7 +145,7 @@ def test_freezing_until_a_layer_with_buffers_alone_holds_it_and_thawing_since_le
     assert not identical(before, model.book.codes)
 
 
-def test_what_was_frozen_as_a_whole_stays_when_the_head_is_thawed() -> None:
+def test_unfreeze_of_the_head_leaves_what_was_frozen_as_a_whole() -> None:
     model = NetWith("in training")
     freeze(model)
     unfreeze(model, "out")
@@ -342,7 +154,7 @@ def test_what_was_frozen_as_a_whole_stays_when_the_head_is_thawed() -> None:
     assert identical(before, model.book.codes)
 
 
-def test_values_that_are_loaded_into_a_frozen_layer_stay() -> None:
+def test_freeze_leaves_values_that_are_loaded_into_a_frozen_layer() -> None:
     model, other = NetWith("always"), NetWith("always")
     freeze(model, "front", "book")
     model.train()(image())
@@ -352,7 +164,7 @@ def test_values_that_are_loaded_into_a_frozen_layer_stay() -> None:
     assert identical(model.front.weight, other.front.weight)
 
 
-def test_state_is_put_back_after_a_forward_that_fails() -> None:
+def test_freeze_puts_state_back_after_a_forward_that_fails() -> None:
     model = NetWith("always")
     freeze(model, "front", "book")
     before = model.book.codes.clone()
@@ -367,235 +179,17 @@ def test_state_is_put_back_after_a_forward_that_fails() -> None:
 # ---- tools that average, reset, convert
 
 
-def with_norms() -> nn.Sequential:
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2)
-    )
-    for _ in range(3):
-        model(2 * image() + 1)
-    freeze(model, "0", "1")
-    return model
-
-
-AVERAGES = {"mean": {}, "mean of buffers": {"use_buffers": True}, "ema": {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}}
-
-
-@pytest.mark.parametrize("options", AVERAGES.values(), ids=list(AVERAGES))
-def test_update_bn_leaves_frozen_statistics_and_computes_the_others(options: dict[str, object]) -> None:
-    model = with_norms()
-    before = tensors(model[:2])
-    average = AveragedModel(model, **options)
-    for step in range(3):
-        train_step(model, step)
-        average.update_parameters(model)
-    batches = [image() + 5 for _ in range(2)]
-    update_bn(batches, average)
-    after = tensors(average.module[:2])
-    assert [key for key in before if not identical(before[key], after[key])] == []
-    features = torch.cat([average.module[:3](batch).detach() for batch in batches])  # the oracle: mean of all pixels
-    assert torch.allclose(average.module[3].running_mean, features.mean((0, 2, 3)), atol=1e-5)
-    assert (average.module[1].momentum, average.module[3].momentum) == (0.1, 0.1)
-    update_bn(batches, model)
-    assert [key for key, value in tensors(model[:2]).items() if not identical(before[key], value)] == []
-
-
-def train_step(model: nn.Module, seed: int) -> None:
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-    model.train()(image() + seed).square().mean().backward()
-    optimizer.step()
-
-
-def test_an_average_by_timm_keeps_what_is_frozen() -> None:
-    model = with_norms()
-    before, average = tensors(model[:2]), ModelEmaV3(model, decay=0.9)
-    for step in range(5):
-        train_step(model, step)
-        average.update(model)
-    after = tensors(average.module[:2])
-    assert [key for key in before if not identical(before[key], after[key])] == []
-
-
-def test_reset_running_stats_works_again_after_unfreeze() -> None:
-    model = with_norms()
-    before = model[1].running_mean.clone()
-    model[1].reset_running_stats()
-    assert identical(before, model[1].running_mean)
-    unfreeze(model)
-    model[1].reset_running_stats()
-    assert not model[1].running_mean.any()
-
-
-def test_audit_finds_norms_that_a_conversion_put_in_and_train_pins_them() -> None:
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(with_norms())
-    assert [(finding.kind, finding.path) for finding in audit(model)] == [("unpinned", "1")]
-    model.train()
-    assert audit(model) == []
-    assert not model[1].training
-    assert model[3].training
-
-
-def test_a_fused_copy_of_frozen_layers_has_no_pin() -> None:
-    model, inputs = with_norms().eval(), image()
-    fused = nn.utils.fusion.fuse_conv_bn_eval(model[0], model[1])
-    assert torch.allclose(fused(inputs), model[:2](inputs), atol=1e-5)
-    assert not is_pinned(fused)
-
-
 # ---- TorchScript
 
 
-SCRIPTED: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...], Callable[[], torch.Tensor]]] = {
-    "norms": (lambda: with_norms(), ("0", "1"), image),
-    "resnet18": (
-        lambda: torchvision.models.resnet18(weights=None),
-        ("conv1", "bn1", "layer1", "layer2"),
-        lambda: torch.randn(1, 3, 64, 64),
-    ),
-    "mobilenet": (
-        lambda: torchvision.models.mobilenet_v3_small(weights=None),
-        ("features",),
-        lambda: torch.randn(1, 3, 64, 64),
-    ),
-    "vit": (
-        lambda: torchvision.models.VisionTransformer(32, 16, 2, 2, 16, 32),
-        ("conv_proj", "encoder.layers.encoder_layer_0"),
-        lambda: torch.randn(1, 3, 32, 32),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SCRIPTED)
-def test_script_after_freeze_gives_the_same_and_leaves_the_pins(name: str) -> None:
-    make, patterns, draw = SCRIPTED[name]
-    model, inputs = make().eval(), draw()
-    with torch.no_grad():
-        expected = model(inputs)
-    freeze(model, *patterns)
-    before = [(id(layer), PinState.of(layer)) for layer in model.modules()]
-    with torch.no_grad():
-        assert torch.allclose(torch.jit.script(model)(inputs), expected, atol=1e-5)
-        if name != "vit":  # which asks for values of shapes, and cannot be traced in the first place
-            assert torch.allclose(torch.jit.trace(model, inputs)(inputs), expected, atol=1e-5)
-    assert [(id(layer), PinState.of(layer)) for layer in model.modules()] == before
-
-
-def test_script_of_a_module_around_a_frozen_network_keeps_it_pinned() -> None:
-    around = nn.Sequential(with_norms(), nn.Linear(2, 2)).eval()
-    inputs = image()
-    expected = around(inputs)
-    assert torch.allclose(torch.jit.script(around)(inputs), expected)
-    before = around[0][1].running_mean.clone()
-    around.train()(inputs)
-    assert identical(before, around[0][1].running_mean)
-
-
-def test_torchscript_that_looks_at_its_mode_is_refused_before_anything_changes() -> None:
-    part = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), part, nn.Flatten(), nn.Linear(108, 2))
-    with pytest.raises(ModelError, match=r"cannot freeze '1': TorchScript.*Freeze the Python layers before"):
-        freeze(model, "0", "1")
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    freeze(model, "0")
-    model.train()(image())
-    assert part.training
-
-
-def test_torchscript_without_a_mode_is_frozen() -> None:
-    model = nn.Sequential(torch.jit.script(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(108, 2))
-    freeze(model, "0", "1")
-    before = tensors(model[:2])
-    model.train()(image()).sum().backward()
-    assert [key for key, value in tensors(model[:2]).items() if not identical(before[key], value)] == []
-
-
-def test_compile_takes_a_frozen_network_whole() -> None:
-    model, inputs = with_norms().eval(), image()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert torch.allclose(compiled(inputs), model(inputs), atol=1e-6)
-
-
 # ---- networks whose `train` is their own
-
-
-class Own(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm2d(3)
-        self.seen: list[object] = []
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.bn(x)
-
-
-class MoreArguments(Own):
-    def train(self, mode: bool = True, *, option: int = 0) -> str:
-        self.seen.append((mode, option))
-        super().train(mode)
-        return "trained"
-
-
-class ReturnsNothing(Own):
-    def train(self, mode: bool = True) -> None:
-        super().train(mode)
-
-
-class AlwaysTrains(Own):
-    def train(self, mode: bool = True) -> nn.Module:
-        return super().train(True)
-
-
-class TakesNothing(Own):
-    def train(self) -> nn.Module:
-        return super().train(True)
-
-
-class EvalDoesNothing(Own):
-    def eval(self) -> None:
-        return None
-
-
-@pytest.mark.parametrize("kind", [MoreArguments, ReturnsNothing, AlwaysTrains, TakesNothing, EvalDoesNothing])
-def test_pins_hold_where_train_is_overridden(kind: type[Own]) -> None:
-    layer = kind()
-    freeze(layer)
-    before = layer.bn.running_mean.clone()
-    layer.train()
-    layer(image())
-    assert identical(before, layer.bn.running_mean)
-    unfreeze(layer)
-    layer.train()
-    layer(image())
-    assert not identical(before, layer.bn.running_mean)
-
-
-def test_pins_pass_arguments_and_results_of_train_on() -> None:
-    model = nn.Sequential(MoreArguments(), nn.Conv2d(3, 2, 1))
-    freeze(model, "0")
-    assert model[0].train(True, option=5) == "trained"
-    assert model[0].train(mode=True, option=6) == "trained"
-    assert model[0].seen == [(False, 5), (False, 6)]
-
-
-def test_a_train_that_was_put_on_one_layer_is_called_and_given_back() -> None:
-    model, seen = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1)), []
-
-    def own(mode: bool = True, **options: int) -> nn.Module:
-        seen.append((mode, options))
-        return nn.Module.train(model[0], mode)
-
-    model[0].train = own
-    freeze(model, "0")
-    model[0].train(True, steps=1)
-    assert (seen, model[0].training) == ([(False, {"steps": 1})], False)
-    unfreeze(model)
-    assert model[0].train is own
 
 
 # ---- one layer in several places
 
 
 @pytest.mark.parametrize("shared", [lambda: nn.Dropout(0.5), lambda: nn.BatchNorm1d(8, affine=False), nn.RReLU])
-def test_a_layer_that_stands_in_a_frozen_and_a_trainable_part_is_pinned(shared: Callable[[], nn.Module]) -> None:
+def test_freeze_pins_a_layer_that_stands_in_a_frozen_and_a_trainable_part(shared: Callable[[], nn.Module]) -> None:
     layer = shared()
     model = nn.Sequential(nn.Linear(8, 8), layer, nn.Linear(8, 8), nn.Linear(8, 8), layer, nn.Linear(8, 2))
     report = freeze(model, "0", "2")

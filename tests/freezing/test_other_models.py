@@ -155,7 +155,7 @@ def moved_by_training(model: nn.Module, *args: torch.Tensor, **kwargs: torch.Ten
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_frozen_is_bit_identical_after_training_and_the_rest_moves(name: str) -> None:
+def test_freeze_keeps_what_is_frozen_bit_identical_after_training_and_the_rest_moves(name: str) -> None:
     make, draw, until, expected = CASES[name]
     model, inputs = make(), draw()
     freeze(model, until=until, inputs=inputs)
@@ -170,7 +170,7 @@ def test_what_is_frozen_is_bit_identical_after_training_and_the_rest_moves(name:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_same_training_moves_those_tensors_where_nothing_is_frozen(name: str) -> None:
+def test_freeze_oracle_the_same_training_moves_those_tensors_where_nothing_is_frozen(name: str) -> None:
     make, draw, _, expected = CASES[name]
     model = make()
     moved = moved_by_training(model, *draw())
@@ -178,7 +178,7 @@ def test_the_same_training_moves_those_tensors_where_nothing_is_frozen(name: str
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "control" not in name])
-def test_the_frozen_front_gives_the_same_in_training_mode_each_time(name: str) -> None:
+def test_freeze_lets_the_front_give_the_same_in_training_mode_each_time(name: str) -> None:
     make, draw, until, _ = CASES[name]
     model, inputs, seen = make(), draw(), []
     freeze(model, until=until, inputs=inputs)
@@ -246,7 +246,7 @@ HUGGING_FACE: dict[str, tuple[str, str, dict[str, Any], dict[str, tuple[int, ...
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of transformers' own modules
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_networks_of_hugging_face_freeze_up_to_a_layer(name: str) -> None:
+def test_freeze_until_a_layer_of_networks_of_hugging_face(name: str) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     kind, config_kind, options, shapes, end, opening = HUGGING_FACE[name]
     home = transformers if hasattr(transformers, kind) else transformers.models.whisper.modeling_whisper

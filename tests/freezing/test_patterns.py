@@ -31,21 +31,21 @@ def resnet18() -> nn.Module:
         ("children[-1]", lambda path, layer: path == "fc"),
     ],
 )
-def test_each_form_selects_what_it_says(resnet18: nn.Module, pattern: str, expected: object) -> None:
+def test_select_takes_each_form_as_it_says(resnet18: nn.Module, pattern: str, expected: object) -> None:
     wanted = [path for path, layer in resnet18.named_modules() if expected(path, layer)]
     assert wanted
     assert select(resnet18, pattern) == wanted
 
 
-def test_several_patterns_are_united_in_registration_order(resnet18: nn.Module) -> None:
+def test_select_unites_several_patterns_in_registration_order(resnet18: nn.Module) -> None:
     assert select(resnet18, "fc", "type:Linear", "conv1") == ["conv1", "fc"]
 
 
-def test_no_pattern_selects_nothing(resnet18: nn.Module) -> None:
+def test_select_takes_nothing_for_no_pattern(resnet18: nn.Module) -> None:
     assert select(resnet18) == []
 
 
-def test_a_layer_with_two_names_is_selected_under_both() -> None:
+def test_select_takes_a_layer_with_two_names_under_both() -> None:
     assert select(tiny.build("sequential"), "type:ReLU") == ["2", "3.1", "8"]
 
 
@@ -64,7 +64,7 @@ def test_a_layer_with_two_names_is_selected_under_both() -> None:
         ("children[]", "'children[]' selects nothing"),
     ],
 )
-def test_a_pattern_that_matches_nothing_is_an_error(resnet18: nn.Module, pattern: str, message: str) -> None:
+def test_select_refuses_a_pattern_that_matches_nothing(resnet18: nn.Module, pattern: str, message: str) -> None:
     with pytest.raises(SelectionError) as caught:
         select(resnet18, "conv1", pattern)
     assert message in str(caught.value)
@@ -78,7 +78,7 @@ def test_a_pattern_that_matches_nothing_is_an_error(resnet18: nn.Module, pattern
         ({"patterns": ("conv1", "conv3")}, "no layer 'conv3' in PlainCnn. Nearest: 'conv2', 'conv1'."),
     ],
 )
-def test_a_failed_freeze_changes_nothing(options: dict[str, object], message: str) -> None:
+def test_freeze_that_fails_changes_nothing(options: dict[str, object], message: str) -> None:
     model = tiny.build("plain")
     flags = [parameter.requires_grad for parameter in model.parameters()]
     with pytest.raises(SelectionError) as caught:

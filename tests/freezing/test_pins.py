@@ -52,7 +52,7 @@ SURVIVED: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 @pytest.mark.parametrize("act", SURVIVED.values(), ids=list(SURVIVED))
-def test_pins_survive(frozen: nn.Module, act: Callable[[nn.Module], nn.Module]) -> None:
+def test_freeze_pins_survive(frozen: nn.Module, act: Callable[[nn.Module], nn.Module]) -> None:
     model = act(frozen)
     if act is not assigned_by_hand:
         model.train()
@@ -65,7 +65,7 @@ def test_pins_survive(frozen: nn.Module, act: Callable[[nn.Module], nn.Module]) 
     assert model.dropout.training
 
 
-def test_a_copy_is_pinned_by_itself(frozen: nn.Module) -> None:
+def test_unfreeze_of_a_copy_leaves_the_original_pinned(frozen: nn.Module) -> None:
     copied = copy.deepcopy(frozen)
     unfreeze(frozen)
     frozen.train()
@@ -78,7 +78,7 @@ def test_a_copy_is_pinned_by_itself(frozen: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("act", [copy.deepcopy, saved_and_loaded], ids=["deepcopy", "torch.save"])
-def test_what_was_copied_can_be_unfrozen(frozen: nn.Module, act: Callable[[nn.Module], nn.Module]) -> None:
+def test_unfreeze_takes_what_was_copied(frozen: nn.Module, act: Callable[[nn.Module], nn.Module]) -> None:
     model = act(frozen)
     unfreeze(model)
     model.train()
@@ -86,13 +86,13 @@ def test_what_was_copied_can_be_unfrozen(frozen: nn.Module, act: Callable[[nn.Mo
     assert not any(is_pinned(module) for module in model.modules())
 
 
-def test_export_takes_pinned_layers_in_evaluation_mode(frozen: nn.Module) -> None:
+def test_freeze_lets_export_take_pinned_layers_in_evaluation_mode(frozen: nn.Module) -> None:
     inputs = tiny.batch("plain")
     program = torch.export.export(frozen.eval(), (inputs,))
     assert torch.allclose(program.module()(inputs), frozen(inputs), atol=1e-6)
 
 
-def test_export_in_training_mode_keeps_frozen_statistics(frozen: nn.Module) -> None:
+def test_freeze_keeps_statistics_in_an_export_in_training_mode(frozen: nn.Module) -> None:
     inputs = tiny.batch("plain")
     frozen.dropout.p = 0.0
     module = torch.export.export(frozen.train(), (inputs,)).module()
@@ -102,14 +102,14 @@ def test_export_in_training_mode_keeps_frozen_statistics(frozen: nn.Module) -> N
     assert all(identical(before[name], buffer) for name, buffer in module.named_buffers())
 
 
-def test_symbolic_trace_of_a_frozen_block_has_no_dropout() -> None:
+def test_freeze_leaves_no_dropout_in_a_symbolic_trace_of_a_frozen_block() -> None:
     model, inputs = tiny.build("functional-dropout"), tiny.batch("functional-dropout")
     freeze(model, "block1", "block2")
     traced = fx.symbolic_trace(model.train())
     assert identical(traced(inputs), traced(inputs))
 
 
-def test_the_users_own_hooks_are_kept() -> None:
+def test_freeze_keeps_the_users_own_hooks() -> None:
     model, calls = tiny.build("plain"), []
     model.bn1.register_forward_pre_hook(lambda *_: calls.append(1))
     freeze(model)
@@ -130,7 +130,7 @@ def test_the_users_own_hooks_are_kept() -> None:
         ("frozen drop frozen drop", (), [0, 1, 2, 3]),
     ],
 )
-def test_a_layer_without_parameters_goes_with_its_neighbours(
+def test_freeze_takes_a_layer_without_parameters_with_its_neighbours(
     layers: str, patterns: tuple[str, ...], expected: list[int]
 ) -> None:
     words = layers.split()
@@ -141,7 +141,7 @@ def test_a_layer_without_parameters_goes_with_its_neighbours(
     assert dropped == [position for position in expected if words[position] == "drop"]
 
 
-def test_dropout_before_a_block_that_opens_with_frozen_layers_is_off() -> None:
+def test_freeze_turns_dropout_off_before_a_block_that_opens_with_frozen_layers() -> None:
     blocks = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 4))
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), blocks)
     freeze(model, until="2.2")

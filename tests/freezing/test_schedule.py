@@ -17,11 +17,11 @@ EPOCHS_OF = {"head:2": 2, "head:3,layer4:5,all:10": 18, " fc : 1 , conv2+bn2:2 "
 
 
 @pytest.mark.parametrize(("text", "epochs"), EPOCHS_OF.items())
-def test_epochs_are_the_sum_of_the_stages(text: str, epochs: int) -> None:
+def test_schedule_epochs_are_the_sum_of_the_stages(text: str, epochs: int) -> None:
     assert Schedule.parse(text).epochs == epochs
 
 
-def test_stages_are_read_in_order_with_their_patterns() -> None:
+def test_schedule_parse_reads_stages_in_order_with_their_patterns() -> None:
     stages = Schedule.parse("head:3, layer4+type:BatchNorm2d:5,children[1:]:2").stages
     assert stages == (Stage(("head",), 3), Stage(("layer4", "type:BatchNorm2d"), 5), Stage(("children[1:]",), 2))
 
@@ -30,7 +30,7 @@ def test_stages_are_read_in_order_with_their_patterns() -> None:
     "text",
     ["", "head", ":3", "head:", "head:0", "head:-1", "head:1.5", "head:three", "head:²", "head:3,", "head+:3", "+:1"],
 )
-def test_what_is_no_schedule_is_refused_with_an_example(text: str) -> None:
+def test_schedule_parse_refuses_what_is_no_schedule_with_an_example(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Schedule.parse(text)
     assert f"in the schedule '{text}' is no stage" in str(caught.value)
@@ -58,13 +58,13 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "head"), [("plain", "fc"), ("residual", "head"), ("sequential", "7")])
-def test_head_is_the_classifier_whatever_its_name(name: str, head: str) -> None:
+def test_schedule_head_is_the_classifier_whatever_its_name(name: str, head: str) -> None:
     model = tiny.build(name)
     Schedule.parse("head:1,all:1").start(model)
     assert trainable(model) == within(model, head)
 
 
-def test_the_start_freezes_all_but_the_first_stage_whatever_was_frozen_before() -> None:
+def test_schedule_start_freezes_all_but_the_first_stage_whatever_was_frozen_before() -> None:
     model = tiny.build("plain")
     freeze(model, "fc")
     report = Schedule.parse("fc+bn2:1,all:1").start(model)
@@ -73,7 +73,7 @@ def test_the_start_freezes_all_but_the_first_stage_whatever_was_frozen_before() 
 
 
 @pytest.mark.parametrize("text", ["head:1,conv9:1", "conv9:1,all:1", "dropout:1,all:1", "head:1,dropout:1"])
-def test_a_stage_that_selects_nothing_is_refused_before_anything_changes(text: str) -> None:
+def test_schedule_start_refuses_a_stage_that_selects_nothing_before_anything_changes(text: str) -> None:
     model = tiny.build("plain")
     before = snapshot(model)
     with pytest.raises(SelectionError, match=r"no layer 'conv9' in PlainCnn|'dropout' selects no parameters"):
@@ -81,7 +81,7 @@ def test_a_stage_that_selects_nothing_is_refused_before_anything_changes(text: s
     assert same(before, snapshot(model))
 
 
-def test_layers_join_with_the_first_epoch_of_their_stage_and_stay() -> None:
+def test_schedule_advance_lets_layers_join_with_the_first_epoch_of_their_stage() -> None:
     model, schedule = tiny.build("plain"), Schedule.parse("head:2,conv2:1,all:2")
     schedule.start(model)
     optimizer = build_optimizer("sgd", model, lr=0.1, momentum=0.9)
@@ -97,7 +97,7 @@ def test_layers_join_with_the_first_epoch_of_their_stage_and_stay() -> None:
     assert changed == [None, None, conv2, everything - head - conv2, None]
 
 
-def test_what_trains_already_keeps_its_momentum() -> None:
+def test_schedule_advance_keeps_the_momentum_of_what_trains_already() -> None:
     model, schedule = tiny.build("plain"), Schedule.parse("head:1,all:1")
     schedule.start(model)
     optimizer = build_optimizer("sgd", model, lr=0.1, momentum=0.9)
@@ -114,7 +114,7 @@ def test_what_trains_already_keeps_its_momentum() -> None:
     assert optimizer.state.keys() == set(model.parameters())
 
 
-def test_a_parameter_joins_once_and_by_identity() -> None:
+def test_add_trainable_lets_a_parameter_join_once_and_by_identity() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     for layer in model:
         nn.init.zeros_(layer.bias)
@@ -137,7 +137,7 @@ RATES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("rates", RATES.values(), ids=list(RATES))
-def test_rates_and_decays_are_those_of_param_groups_on_the_whole(rates: dict[str, Any]) -> None:
+def test_schedule_rates_and_decays_are_those_of_param_groups_on_the_whole(rates: dict[str, Any]) -> None:
     model, schedule = tiny.build("plain"), Schedule.parse("head:1,conv2+bn2:1,all:1")
     expected = {
         id(parameter): (group["lr"], group["weight_decay"])
@@ -158,7 +158,7 @@ def test_rates_and_decays_are_those_of_param_groups_on_the_whole(rates: dict[str
 
 
 @pytest.mark.parametrize("rates", [{}, {"backbone_lr": 0.02}, {"layer_decay": 0.5}], ids=["one", "backbone", "decay"])
-def test_a_running_learning_rate_schedule_goes_on_for_old_and_new_groups(rates: dict[str, float]) -> None:
+def test_schedule_advance_goes_on_with_a_running_learning_rate_for_old_and_new_groups(rates: dict[str, float]) -> None:
     model, schedule = tiny.build("plain"), Schedule.parse("head:2,conv2:2,all:3")
     base = {id(p): group["lr"] for group in param_groups(model, 0.1, 0.3, **rates) for p in group["params"]}
     schedule.start(model)
@@ -176,7 +176,7 @@ def test_a_running_learning_rate_schedule_goes_on_for_old_and_new_groups(rates: 
     assert falling.get_last_lr() == pytest.approx([0.0] * len(optimizer.param_groups), abs=1e-12)
 
 
-def test_gradual_unfreezing_equals_a_loop_written_by_hand() -> None:
+def test_schedule_advance_equals_a_loop_written_by_hand() -> None:
     ours, schedule = tiny.build("plain"), Schedule.parse("head:2,conv2+bn2:2,all:2")
     ours.dropout.p = 0.0
     schedule.start(ours)
@@ -222,7 +222,7 @@ def test_gradual_unfreezing_equals_a_loop_written_by_hand() -> None:
     ],
     ids=["cosine", "step", "exponential"],
 )
-def test_other_schedules_run_on_with_new_groups(make: Callable[[torch.optim.Optimizer], Any]) -> None:
+def test_schedule_advance_goes_on_with_other_schedules_of_rates(make: Callable[[torch.optim.Optimizer], Any]) -> None:
     model, schedule = tiny.build("plain"), Schedule.parse("head:3,all:2")
     schedule.start(model)
     optimizer = build_optimizer("sgd", model, lr=0.1, backbone_lr=0.01)
@@ -244,7 +244,7 @@ def test_other_schedules_run_on_with_new_groups(make: Callable[[torch.optim.Opti
     ],
     ids=["one cycle", "plateau"],
 )
-def test_a_schedule_of_rates_that_cannot_grow_is_refused_before_anything_changes(
+def test_schedule_advance_refuses_a_schedule_of_rates_that_cannot_grow(
     make: Callable[[torch.optim.Optimizer], Any],
 ) -> None:
     model, schedule = tiny.build("plain"), Schedule.parse("head:1,all:1")
@@ -258,7 +258,7 @@ def test_a_schedule_of_rates_that_cannot_grow_is_refused_before_anything_changes
     assert len(optimizer.param_groups) == groups
 
 
-def test_advance_gives_the_flags_back_where_the_rates_contradict_each_other() -> None:
+def test_schedule_advance_gives_the_flags_back_where_the_rates_contradict_each_other() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     schedule = Schedule.parse("head:1,all:2")
     schedule.start(model)
@@ -287,7 +287,7 @@ OPEN = {
 
 
 @pytest.mark.parametrize("kind", CLOSED)
-def test_advance_refuses_schedules_that_new_groups_cannot_join_before_anything_is_thawed(kind: str) -> None:
+def test_schedule_advance_refuses_what_new_groups_cannot_join_before_anything_is_thawed(kind: str) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     schedule = Schedule.parse("head:1,all:2")
     schedule.start(model)
@@ -300,7 +300,7 @@ def test_advance_refuses_schedules_that_new_groups_cannot_join_before_anything_i
 
 
 @pytest.mark.parametrize("kind", OPEN)
-def test_advance_keeps_the_rates_of_new_groups_in_proportion(kind: str) -> None:
+def test_schedule_advance_keeps_the_rates_of_new_groups_in_proportion(kind: str) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     schedule = Schedule.parse("head:1,all:2")
     schedule.start(model)
@@ -323,7 +323,9 @@ def test_advance_keeps_the_rates_of_new_groups_in_proportion(kind: str) -> None:
         ("head+re:layer4:2", [(("head", "re:layer4"), 2)]),
     ],
 )
-def test_parse_reads_regular_expressions_in_quotes(text: str, stages: list[tuple[tuple[str, ...], int]]) -> None:
+def test_schedule_parse_reads_regular_expressions_in_quotes(
+    text: str, stages: list[tuple[tuple[str, ...], int]]
+) -> None:
     assert [(stage.patterns, stage.epochs) for stage in Schedule.parse(text).stages] == stages
 
 
@@ -336,7 +338,7 @@ def test_parse_reads_regular_expressions_in_quotes(text: str, stages: list[tuple
         ("'':3", "is no stage"),
     ],
 )
-def test_parse_refuses_regular_expressions_that_can_be_read_in_two_ways(text: str, message: str) -> None:
+def test_schedule_parse_refuses_regular_expressions_that_can_be_read_in_two_ways(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Schedule.parse(text)
     assert message in str(caught.value)

@@ -38,7 +38,7 @@ def nested(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("act", ACTS.values(), ids=list(ACTS))
-def test_flags_pins_and_modes_are_put_back(mixed: nn.Module, act: object) -> None:
+def test_freeze_state_puts_flags_pins_and_modes_back(mixed: nn.Module, act: object) -> None:
     before, pinned = snapshot(mixed), [is_pinned(layer) for layer in mixed.modules()]
     with freeze_state(mixed):
         act(mixed)
@@ -53,14 +53,14 @@ def act_and_fail(model: nn.Module, act: object) -> None:
 
 
 @pytest.mark.parametrize("act", ACTS.values(), ids=list(ACTS))
-def test_an_exception_passes_and_all_is_put_back(mixed: nn.Module, act: object) -> None:
+def test_freeze_state_lets_an_exception_pass_and_puts_all_back(mixed: nn.Module, act: object) -> None:
     before = snapshot(mixed)
     with pytest.raises(KeyError, match="halfway"):
         act_and_fail(mixed, act)
     assert same(before, snapshot(mixed))
 
 
-def test_what_was_pinned_before_still_holds_afterwards(mixed: nn.Module) -> None:
+def test_freeze_state_leaves_what_was_pinned_before_pinned(mixed: nn.Module) -> None:
     with freeze_state(mixed):
         unfreeze(mixed)
     mixed.train()
@@ -70,7 +70,7 @@ def test_what_was_pinned_before_still_holds_afterwards(mixed: nn.Module) -> None
     assert mixed.bn2.training
 
 
-def test_what_was_not_pinned_before_follows_train_again() -> None:
+def test_freeze_state_lets_what_was_not_pinned_before_follow_train_again() -> None:
     model = tiny.build("plain")
     with freeze_state(model):
         freeze(model)
@@ -78,7 +78,7 @@ def test_what_was_not_pinned_before_follows_train_again() -> None:
     assert all(layer.training for layer in model.modules())
 
 
-def test_layers_that_are_new_keep_what_they_have_and_lost_ones_are_passed_over(mixed: nn.Module) -> None:
+def test_freeze_state_leaves_new_layers_as_they_are_and_passes_over_lost_ones(mixed: nn.Module) -> None:
     lost = mixed.fc
     with freeze_state(mixed):
         mixed.fc = nn.Linear(lost.in_features, 2).requires_grad_(False).eval()
@@ -88,14 +88,14 @@ def test_layers_that_are_new_keep_what_they_have_and_lost_ones_are_passed_over(m
     assert not lost.bias.requires_grad
 
 
-def test_an_untouched_model_stays_as_it_is(mixed: nn.Module) -> None:
+def test_freeze_state_leaves_an_untouched_model_as_it_is(mixed: nn.Module) -> None:
     before = snapshot(mixed)
     with freeze_state(mixed):
         pass
     assert same(before, snapshot(mixed))
 
 
-def test_a_state_can_be_put_back_more_than_once(mixed: nn.Module) -> None:
+def test_freeze_state_can_be_put_back_more_than_once(mixed: nn.Module) -> None:
     before = snapshot(mixed)
     with freeze_state(mixed) as state:
         for act in (freeze, unfreeze):

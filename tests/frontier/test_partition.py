@@ -27,7 +27,7 @@ def run(model: Callable[..., Any], *inputs: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in ("resnet18", "swin_t") else pytest.mark.slow) for n in NETS]
 )
-def test_two_parts_are_the_whole_in_either_mode(name: str, pattern: str) -> None:
+def test_partition_gives_two_parts_that_are_the_whole_in_either_mode(name: str, pattern: str) -> None:
     model = make(name)
     PATTERNS[pattern](model)
     inputs = torch.randn(3, 3, NETS[name], NETS[name])
@@ -56,7 +56,7 @@ def prove_constant(model: nn.Module, prefix: nn.Module, inputs: torch.Tensor) ->
         assert all(identical(a, b) for a, b in zip(before, prefix(inputs), strict=True))
 
 
-def test_the_frontier_of_a_resnet_is_the_last_frozen_block() -> None:
+def test_partition_of_a_resnet_ends_at_the_last_frozen_block() -> None:
     model = models.resnet18()
     regraft.freeze(model, until="layer3.0")
     parts = partition(model, torch.zeros(1, 3, 224, 224))
@@ -65,7 +65,7 @@ def test_the_frontier_of_a_resnet_is_the_last_frozen_block() -> None:
     assert sum(parts.multiply_adds) == pytest.approx(1_814_073_344)
 
 
-def test_dropout_that_nothing_pins_is_live() -> None:
+def test_partition_takes_dropout_that_nothing_pins_as_live() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     for layer in (model[0], model[2]):
         layer.requires_grad_(False)  # by hand: nothing is pinned
@@ -74,7 +74,7 @@ def test_dropout_that_nothing_pins_is_live() -> None:
     assert [cut.layer for cut in partition(model, torch.zeros(1, 4)).frontier] == ["3"]
 
 
-def test_batch_norm_that_nothing_pins_is_live() -> None:
+def test_partition_takes_batch_norm_that_nothing_pins_as_live() -> None:
     model = models.resnet18()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -85,7 +85,7 @@ def test_batch_norm_that_nothing_pins_is_live() -> None:
     assert [cut.shape for cut in partition(model, torch.zeros(1, 3, 64, 64)).frontier] == [(512,)]
 
 
-def test_functional_dropout_follows_its_block() -> None:
+def test_partition_takes_functional_dropout_as_its_block() -> None:
     model = tiny.build("functional-dropout")
     regraft.freeze(model, "block1")
     assert [cut.layer for cut in partition(model, torch.zeros(1, 12)).frontier] == ["block1"]
@@ -99,7 +99,7 @@ def test_functional_dropout_follows_its_block() -> None:
     )
 
 
-def test_a_smaller_tensor_before_the_frontier_is_taken() -> None:
+def test_partition_takes_a_smaller_tensor_before_the_frontier() -> None:
     model = nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 4096), nn.ReLU(), nn.Linear(4096, 2))
     regraft.freeze(model, "0", "1")
     parts = partition(model, torch.zeros(1, 8))
@@ -111,14 +111,14 @@ def test_a_smaller_tensor_before_the_frontier_is_taken() -> None:
     ("prepare", "message"),
     [(regraft.freeze, "nothing of this .* is live"), (regraft.unfreeze, "nothing of this .* is constant")],
 )
-def test_there_have_to_be_two_parts(prepare: Callable[[nn.Module], object], message: str) -> None:
+def test_partition_needs_two_parts(prepare: Callable[[nn.Module], object], message: str) -> None:
     model = tiny.build("plain")
     prepare(model)
     with pytest.raises(EditError, match=message):
         partition(model, tiny.batch("plain"))
 
 
-def test_a_forward_that_looks_at_values_says_so() -> None:
+def test_partition_says_that_a_forward_looks_at_values() -> None:
     class Branching(nn.Sequential):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return super().forward(input) if input.sum() > 0 else input
@@ -129,7 +129,7 @@ def test_a_forward_that_looks_at_values_says_so() -> None:
         partition(model, torch.zeros(1, 4))
 
 
-def test_images_that_are_mixed_are_not_kept_apart() -> None:
+def test_partition_does_not_keep_images_apart_that_are_mixed() -> None:
     class Mixing(nn.Module):
         def __init__(self) -> None:
             super().__init__()

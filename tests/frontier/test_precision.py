@@ -12,7 +12,9 @@ BOUNDS = {"full": 0.0, "bf16": 2**-8, "fp16": 2**-11, "int8": 1 / 254 + 1e-6}  #
 
 @pytest.mark.parametrize("precision", BOUNDS)
 @given(seed=st.integers(0, 1000), scale=st.floats(1e-3, 1e3), rows=st.integers(1, 5))
-def test_the_error_stays_below_its_bound(precision: Precision, seed: int, scale: float, rows: int) -> None:
+def test_packed_and_unpacked_differ_by_less_than_the_bound(
+    precision: Precision, seed: int, scale: float, rows: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     tensors = [
         torch.randn(rows, 3, 4, generator=generator) * scale,

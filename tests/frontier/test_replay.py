@@ -58,7 +58,7 @@ def frozen(model: nn.Module, *layers: str) -> nn.Module:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kind", [Scaled, Reused])
-def test_two_parts_are_the_whole(kind: type[nn.Module], training: bool) -> None:
+def test_partition_by_recording_gives_two_parts_that_are_the_whole(kind: type[nn.Module], training: bool) -> None:
     model = frozen(kind(), "first", "second").train(training)
     inputs = torch.randn(5, 3, 8, 8)
     before = snapshot(model)
@@ -74,7 +74,7 @@ def test_two_parts_are_the_whole(kind: type[nn.Module], training: bool) -> None:
     assert same(before, snapshot(model))
 
 
-def test_the_frozen_layers_are_not_run_again() -> None:
+def test_partition_by_recording_does_not_run_the_frozen_layers_again() -> None:
     model = frozen(Scaled(), "first", "second")
     parts = partition(model, torch.zeros(1, 3, 8, 8))
     assert [(cut.layer, cut.shape) for cut in parts.frontier] == [("drop", (4,))]
@@ -95,7 +95,7 @@ def test_the_frozen_layers_are_not_run_again() -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:Converting a tensor")
-def test_what_else_is_taken_from_before_is_noticed(kind: type[nn.Module], message: str) -> None:
+def test_partition_by_recording_notices_what_else_is_taken_from_before(kind: type[nn.Module], message: str) -> None:
     model = frozen(kind(), "first", "second")
     before = snapshot(model)
     with pytest.raises(ModelError, match=message):
@@ -103,7 +103,7 @@ def test_what_else_is_taken_from_before_is_noticed(kind: type[nn.Module], messag
     assert same(before, snapshot(model))
 
 
-def test_the_digest_knows_the_constant_part_alone() -> None:
+def test_network_digest_knows_the_constant_part_alone() -> None:
     model = frozen(Scaled(), "first", "second")
     digest = network_digest(partition(model, torch.zeros(1, 3, 8, 8)).prefix)
     nn.init.zeros_(model.get_parameter("head.weight"))

@@ -37,7 +37,7 @@ class Reused(Branched):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "densenet121", "swin_t"])
-def test_the_faster_copy_gives_the_same_and_leaves_the_original(name: str) -> None:
+def test_faster_gives_the_same_and_leaves_the_original(name: str) -> None:
     model = models.get_model(name, weights=None)
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -61,7 +61,9 @@ def test_the_faster_copy_gives_the_same_and_leaves_the_original(name: str) -> No
 @pytest.mark.parametrize(
     ("make", "writes"), [(Branched, {"act": False, "inner_act": True}), (Reused, {"inner_act": False})]
 )
-def test_an_activation_writes_over_what_nothing_else_reads(make: type[Branched], writes: dict[str, bool]) -> None:
+def test_faster_lets_an_activation_write_over_what_nothing_else_reads(
+    make: type[Branched], writes: dict[str, bool]
+) -> None:
     model = make()
     regraft.freeze(model, "conv", "act", "inner", "inner_act")
     inputs = torch.randn(2, 3, 8, 8)

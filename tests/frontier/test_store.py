@@ -28,7 +28,7 @@ def write(store: Store, key: str = KEY, rows: int = 10) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_what_is_written_is_found(tmp_path: Path, in_memory: bool) -> None:
+def test_store_finds_what_is_written(tmp_path: Path, in_memory: bool) -> None:
     store = Store(tmp_path)
     tensors = write(store)
     entry = store.find(KEY)
@@ -40,7 +40,7 @@ def test_what_is_written_is_found(tmp_path: Path, in_memory: bool) -> None:
     assert all(identical(kept[rows], tensor[rows]) for kept, tensor in zip(found, tensors, strict=True))
 
 
-def test_stretches_are_read_from_the_disk_and_a_file_that_is_cut_off_is_an_error(tmp_path: Path) -> None:
+def test_store_reads_chunks_from_the_disk_and_refuses_a_file_that_is_cut_off(tmp_path: Path) -> None:
     store = Store(tmp_path)
     tensors = write(store)
     entry = store.find(KEY)
@@ -54,7 +54,7 @@ def test_stretches_are_read_from_the_disk_and_a_file_that_is_cut_off_is_an_error
         found[0][torch.tensor([5])]
 
 
-def test_an_interrupted_write_is_no_entry(tmp_path: Path) -> None:
+def test_store_takes_an_interrupted_write_for_no_entry(tmp_path: Path) -> None:
     store = Store(tmp_path)
     writing = store.write(KEY)
     writing.append([torch.zeros(3, 2)])
@@ -64,7 +64,7 @@ def test_an_interrupted_write_is_no_entry(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["0.bin", "1.bin", ENTRY])
-def test_a_damaged_entry_is_noticed_and_deleted(tmp_path: Path, file: str) -> None:
+def test_store_notices_a_damaged_entry_and_deletes_it(tmp_path: Path, file: str) -> None:
     store = Store(tmp_path)
     write(store)
     path = tmp_path / KEY / file
@@ -75,7 +75,7 @@ def test_a_damaged_entry_is_noticed_and_deleted(tmp_path: Path, file: str) -> No
     assert not (tmp_path / KEY).exists()
 
 
-def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
+def test_store_drops_the_least_recently_used_first(tmp_path: Path) -> None:
     store = Store(tmp_path)
     for number in range(3):
         write(store, str(number))
@@ -89,7 +89,7 @@ def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
     assert store.entries() == []
 
 
-def test_a_write_that_nobody_finished_is_cleared_away_after_a_day(tmp_path: Path) -> None:
+def test_store_clears_a_write_away_that_nobody_finished_after_a_day(tmp_path: Path) -> None:
     store = Store(tmp_path)
     unfinished = tmp_path / f"{KEY}.1.2.tmp"
     unfinished.mkdir()
@@ -100,7 +100,7 @@ def test_a_write_that_nobody_finished_is_cleared_away_after_a_day(tmp_path: Path
     assert not unfinished.exists()
 
 
-def test_two_processes_may_write_the_same(tmp_path: Path) -> None:
+def test_store_lets_two_processes_write_the_same(tmp_path: Path) -> None:
     context = get_context("fork")
     processes = [context.Process(target=write, args=(Store(tmp_path), KEY, 5000)) for _ in range(2)]
     for process in processes:
@@ -112,12 +112,12 @@ def test_two_processes_may_write_the_same(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [KEY]
 
 
-def test_no_room_is_said_before_anything_is_written(tmp_path: Path) -> None:
+def test_store_says_that_there_is_no_room_before_anything_is_written(tmp_path: Path) -> None:
     assert not Store(tmp_path, limit_bytes=10).has_room(100)
     assert not Store(tmp_path).has_room(shutil.disk_usage(tmp_path).free)
 
 
-def test_a_key_depends_on_weights_files_and_circumstances(tmp_path: Path) -> None:
+def test_features_key_depends_on_weights_files_and_circumstances(tmp_path: Path) -> None:
     file = tmp_path / "photo.jpg"
     file.write_bytes(b"one")
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))

@@ -40,7 +40,7 @@ def worker(originals: Originals, tmp_path_factory: pytest.TempPathFactory) -> It
     found.close()
 
 
-def test_the_originals_are_read(worker: Worker, originals: Originals) -> None:
+def test_fuzz_originals_are_read(worker: Worker, originals: Originals) -> None:
     read = {"load", "load_weights", "diff", "diff with itself", "read_header", "inspect"}
     for name, content in originals[1].items():
         verdict = worker.judged(content, name)
@@ -63,12 +63,12 @@ def test_the_originals_are_read(worker: Worker, originals: Originals) -> None:
         pytest.param("dies", "the process died", marks=pytest.mark.slow),
     ],
 )
-def test_what_must_not_happen_is_noticed(planted: str, found: str, worker: Worker) -> None:
+def test_fuzz_notices_what_must_not_happen(planted: str, found: str, worker: Worker) -> None:
     wrong = worker.judged(b"", f"planted: {planted}", limit_s=3)["wrong"]
     assert any(found in one for one in wrong), wrong
 
 
-def test_no_name_that_is_not_allowed_runs(worker: Worker, originals: Originals) -> None:
+def test_fuzz_finds_no_name_that_is_not_allowed_and_runs(worker: Worker, originals: Originals) -> None:
     magic = b"".join(assembled(value) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
     for module, name, arguments in CALLS:
         pickled = assembled({"0.bias": Reduced(Global(module, name), arguments)})
@@ -79,7 +79,7 @@ def test_no_name_that_is_not_allowed_runs(worker: Worker, originals: Originals) 
             assert set(verdict["outcomes"].values()) == {"CheckpointError"}, (module, name)
 
 
-def test_hostile_files(worker: Worker, originals: Originals) -> None:
+def test_fuzz_hostile_files(worker: Worker, originals: Originals) -> None:
     folder, files = originals
 
     @settings(
@@ -97,7 +97,7 @@ def test_hostile_files(worker: Worker, originals: Originals) -> None:
 @pytest.mark.parametrize(
     "count", [pytest.param(LONG, marks=pytest.mark.slow), pytest.param(MAX_LENGTH, marks=pytest.mark.fuzz)]
 )
-def test_thousands_of_hostile_files(count: int, originals: Originals, tmp_path: Path) -> None:
+def test_fuzz_thousands_of_hostile_files(count: int, originals: Originals, tmp_path: Path) -> None:
     folder, files = originals
 
     def run(part: int) -> tuple[list[str], Counter[str], int]:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scene import TINY_NET, write_folder
 from torch import nn
 
 import regraft
+from scene import TINY_NET, write_folder
 
 Make = Callable[[], Any]
 

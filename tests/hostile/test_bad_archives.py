@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from scene import nothing_written
 from torch import nn
 
 import regraft
 from regraft.errors import CheckpointError
+from scene import nothing_written
 
 
 def with_pickle(change: Callable[[bytes], bytes]) -> bytes:
@@ -65,7 +65,7 @@ PICKLES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 }
 
 
-def test_one_number_with_an_endless_stride_is_read(workplace: Path) -> None:
+def test_load_weights_reads_one_number_with_an_endless_stride(workplace: Path) -> None:
     torch.save({"weight": torch.ones(1).as_strided((1, 1), (2**40, 2**40))}, "strided.pt")
     assert regraft.diff("strided.pt", "strided.pt").identical
     model = nn.Linear(1, 1, bias=False)
@@ -73,7 +73,7 @@ def test_one_number_with_an_endless_stride_is_read(workplace: Path) -> None:
     assert model.weight.item() == 1
 
 
-def test_a_zip_file_that_says_it_is_one_of_several_is_refused(workplace: Path) -> None:
+def test_load_weights_refuses_a_zip_file_that_says_it_is_one_of_several(workplace: Path) -> None:
     torch.save({"weight": torch.ones(1, 1)}, "split.pt")
     content = bytearray(Path("split.pt").read_bytes())
     content[content.rindex(b"PK\x06\x07") + 16] = 2  # the number of disks
@@ -82,7 +82,7 @@ def test_a_zip_file_that_says_it_is_one_of_several_is_refused(workplace: Path) -
         regraft.load_weights(nn.Linear(1, 1), "split.pt")
 
 
-def test_a_message_that_quotes_a_page_is_cut_in_its_middle() -> None:
+def test_checkpoint_error_cuts_a_message_that_quotes_a_page_in_its_middle() -> None:
     message = str(CheckpointError(f"the name '{'a' * 20_000}' is no name. Get the file again."))
     assert len(message) < 4_000
     assert message.startswith("the name 'aaa")
@@ -91,7 +91,7 @@ def test_a_message_that_quotes_a_page_is_cut_in_its_middle() -> None:
 
 
 @pytest.mark.parametrize("case", PICKLES)
-def test_a_hostile_pickle_is_refused(case: str, workplace: Path) -> None:
+def test_load_weights_refuses_a_hostile_pickle(case: str, workplace: Path) -> None:
     change, message = PICKLES[case]
     Path("hostile.pt").write_bytes(with_pickle(change))
     model = nn.Linear(2, 1, bias=False)
@@ -147,7 +147,7 @@ ARCHIVES: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("case", ARCHIVES)
-def test_a_hostile_archive_is_refused(case: str, workplace: Path) -> None:
+def test_load_weights_refuses_a_hostile_archive(case: str, workplace: Path) -> None:
     make, message = ARCHIVES[case]
     Path("hostile.pt").write_bytes(make())
     with nothing_written(), pytest.raises(CheckpointError) as caught:

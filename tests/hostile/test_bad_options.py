@@ -1,22 +1,16 @@
 """Options, configurations, output folders, names and losses that cannot work: said before anything is written."""
 
-import urllib.error
 from collections.abc import Callable
-from email.message import Message
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import typer.testing
-from scene import Recorder, assert_refused, listing, nothing_written, only_json
 from torch.utils.data import TensorDataset
 
 import regraft
 from regraft.errors import ConfigError, DataError, LossError, ModelError, SelectionError, TrustError
-
-Cli = Callable[..., typer.testing.Result]
-Fit = Callable[..., regraft.FitResult]
+from scene import Cli, Fit, Recorder, listing, nothing_written
 
 VALUES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"epochs": 0}, ConfigError, r"the options: 'epochs' cannot be 0: input should be greater than or equal to 1"),
@@ -74,7 +68,7 @@ VALUES: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("options", "kind", "message"), VALUES, ids=lambda value: str(value)[:40])
-def test_a_value_that_cannot_work_is_refused(
+def test_fit_refuses_a_value_that_cannot_work(
     options: dict[str, Any], kind: type[Exception], message: str, fit: Fit
 ) -> None:
     with nothing_written(), pytest.raises(kind, match=message) as caught:
@@ -92,7 +86,7 @@ def test_a_value_that_cannot_work_is_refused(
     ],
     ids=str,
 )
-def test_a_module_is_as_before_when_fit_refuses(options: dict[str, Any], fit: Fit, tiny_net: str) -> None:
+def test_fit_leaves_a_module_as_before_where_it_refuses(options: dict[str, Any], fit: Fit, tiny_net: str) -> None:
     model = regraft.create_model(tiny_net, weights="none", num_classes=2, trust_code=True)
     regraft.freeze(model, "norm")
     for parameter in model.parameters():
@@ -119,44 +113,13 @@ def test_a_module_is_as_before_when_fit_refuses(options: dict[str, Any], fit: Fi
     ],
     ids=str,
 )
-def test_data_of_the_wrong_kind_is_refused(data: Any, message: str, fit: Fit, tiny_net: str) -> None:
+def test_fit_refuses_data_of_the_wrong_kind(data: Any, message: str, fit: Fit, tiny_net: str) -> None:
     model = regraft.create_model(tiny_net, weights="none", trust_code=True)
     with nothing_written(), pytest.raises(DataError, match=message):
         fit(data, model=model, out="run")
 
 
-@pytest.mark.parametrize(
-    ("loss", "message"),
-    [
-        ("vector", r"the loss returned a tensor of shape \(4,\), expected one number\. Reduce it"),
-        ("number", r"the loss returned a float, expected a tensor with one number"),
-        (
-            "nan",
-            r"epoch 1: the loss is nan at step 1 of this epoch \(learning rate .*\)\. Every layer.*Nothing was writ",
-        ),
-    ],
-)
-def test_a_loss_that_is_no_finite_number_stops_the_run(
-    loss: str, message: str, net_file: Path, cli: Cli, fit: Fit, train_words: list[object]
-) -> None:
-    with nothing_written(), pytest.raises(LossError, match=message):
-        fit(loss=f"py:{net_file}:{loss}", out="run")
-    with nothing_written():
-        assert cli(*train_words, "--loss", f"py:{net_file}:{loss}", "--out", "run").exit_code == 2
-
-
-def test_a_learning_rate_that_explodes_says_when_and_what_to_try(cli: Cli, train_words: list[object]) -> None:
-    with nothing_written():
-        result = cli(*train_words, "--lr", 1e30, "--out", "run")
-        assert_refused(
-            result,
-            "epoch 1: the loss is nan at step 2 of this epoch (learning rate 1e+30)",
-            "Try a tenth of the learning rate",
-            "Nothing was written",
-        )
-
-
-def test_weights_that_explode_in_the_last_step_of_an_epoch_are_not_kept(fit: Fit) -> None:
+def test_fit_does_not_keep_weights_that_explode_in_the_last_step_of_an_epoch(fit: Fit) -> None:
     with (
         nothing_written(),
         pytest.raises(LossError, match=r"epoch 1: the validation loss is nan \(learning rate 1e\+30\)"),
@@ -164,7 +127,7 @@ def test_weights_that_explode_in_the_last_step_of_an_epoch_are_not_kept(fit: Fit
         fit(lr=1e30, batch_size=32, out="run")
 
 
-def test_a_loss_that_turns_nan_leaves_the_best_epoch(fit: Fit) -> None:
+def test_fit_keeps_the_best_epoch_where_a_loss_turns_nan(fit: Fit) -> None:
     steps = 0
 
     def explode(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -188,17 +151,8 @@ def test_a_loss_that_turns_nan_leaves_the_best_epoch(fit: Fit) -> None:
     )
 
 
-def test_a_used_output_folder_is_left_alone(fit: Fit, cli: Cli, train_words: list[object]) -> None:
-    Path("run").mkdir()
-    Path("run/thesis.txt").write_text("mine")
-    with nothing_written():
-        assert_refused(cli(*train_words, "--out", "run"), "'run' exists and is not empty", "--out", "--overwrite")
-    with nothing_written(), pytest.raises(ConfigError, match="exists and is not empty"):
-        fit(out="run")
-
-
 @pytest.mark.parametrize("out", ["taken", "taken/run", "taken/run/1"])
-def test_an_output_folder_inside_a_file_is_refused_before_training(out: str, fit: Fit) -> None:
+def test_fit_refuses_an_output_folder_inside_a_file_before_training(out: str, fit: Fit) -> None:
     Path("taken").write_text("mine")
     told = Recorder()
     with nothing_written(), pytest.raises(ConfigError, match=r"'taken' is a file, expected a folder .*--out"):
@@ -206,25 +160,14 @@ def test_an_output_folder_inside_a_file_is_refused_before_training(out: str, fit
     assert told.lines == []
 
 
-def test_a_name_too_long_for_a_folder_is_refused_before_training(fit: Fit, cli: Cli) -> None:
-    Path("taken").write_text("mine")
-    with nothing_written(), pytest.raises(ConfigError, match=r"cannot be a folder for the results: .*Choose another"):
-        fit(out="x" * 5000)
-    with nothing_written():
-        assert_refused(cli("train", "x" * 5000), "the data is 'xxx", "a name of more than 255 bytes")
-        assert_refused(cli("train", "photos", "--config", "x" * 5000), "cannot be used as a path: File name too long")
-        assert_refused(cli("demo", "--out", "taken/demo"), "cannot be used as a path: Not a directory")
-        assert_refused(cli("inspect", "x" * 5000), "cannot be used as a path: File name too long")
-
-
-def test_old_results_stay_until_the_first_new_checkpoint(fit: Fit, cli: Cli, train_words: list[object]) -> None:
+def test_fit_leaves_old_results_until_the_first_new_checkpoint(fit: Fit, cli: Cli, train_words: list[object]) -> None:
     assert cli(*train_words, "--out", "run").exit_code == 0
     for options in ({"lr": 1e30}, {"freeze": ("*",)}, {"loss": "no-such-loss"}):
         with nothing_written(), pytest.raises(regraft.RegraftError):
             fit(out="run", overwrite=True, **options)
 
 
-def test_new_results_never_stand_beside_an_old_report(fit: Fit, cli: Cli, train_words: list[object]) -> None:
+def test_fit_leaves_no_old_report_beside_new_results(fit: Fit, cli: Cli, train_words: list[object]) -> None:
     assert cli(*train_words, "--out", "run").exit_code == 0
     Path("run/thesis.txt").write_text("mine")
     old = listing(Path("run"))
@@ -233,135 +176,6 @@ def test_new_results_never_stand_beside_an_old_report(fit: Fit, cli: Cli, train_
     assert {*new} == {"model.safetensors", "metrics.csv", "config.toml", "thesis.txt"}
     assert new["thesis.txt"] == b"mine"
     assert all(new[name] != old[name] for name in new if name != "thesis.txt")
-
-
-def test_the_written_options_reproduce_the_run_bit_for_bit(cli: Cli, train_words: list[object]) -> None:
-    words = ("--epochs", 2, "--augment", "standard", "--seed", 3, "--freeze", "conv", "--lr", 0.01)
-    assert cli(*train_words, *words, "--out", "first").exit_code == 0
-    again = cli("train", "--config", "first/config.toml", "--trust-code", "--out", "second")
-    assert again.exit_code == 0, again.stderr
-    first, second = (regraft.load(f"{name}/model.safetensors", trust_code=True) for name in ("first", "second"))
-    assert [name for name, parameter in first.named_parameters() if not parameter.requires_grad] == ["conv.weight"]
-    assert first.state_dict().keys() == second.state_dict().keys()
-    for name, tensor in first.state_dict().items():
-        assert torch.equal(tensor, second.state_dict()[name]), name
-    assert Path("first/config.toml").read_text().replace("first", "second") == Path("second/config.toml").read_text()
-
-
-def test_flags_win_over_the_configuration(cli: Cli, train_words: list[object]) -> None:
-    Path("options.toml").write_text('epochs = 7\nseed = 5\nfreeze = ["conv"]\naugment = "none"\n')
-    result = only_json(cli(*train_words, "--config", "options.toml", "--seed", 6, "--out", "run", "--json").stdout)
-    assert len(result["epochs"]) == 1
-    assert {name: result["config"][name] for name in ("seed", "freeze", "augment")} == {
-        "seed": 6,
-        "freeze": ["conv"],
-        "augment": "none",
-    }
-
-
-@pytest.mark.parametrize(
-    ("content", "parts"),
-    [
-        (b"epoch = 3", ("no option 'epoch'", "Nearest: 'epochs'")),
-        (b"[train]\nepochs = 3", ("no option 'train'", "--help")),
-        (b'epochs = "many"', ("'epochs' cannot be 'many'", "valid integer")),
-        (b'freeze = "conv"', ("'freeze' cannot be 'conv'", 'expected a list, as in ["layer1"')),
-        (b"data = 3", ("'data' cannot be 3", "valid string")),
-        (b"epochs = [", ("is not TOML", "Invalid value")),
-        (b'model = "\xff"', ("is not TOML", "0xff")),
-    ],
-    ids=lambda value: value.decode("latin-1") if isinstance(value, bytes) else "",
-)
-def test_a_bad_configuration_is_refused(
-    content: bytes, parts: tuple[str, ...], cli: Cli, train_words: list[object]
-) -> None:
-    Path("options.toml").write_bytes(content)
-    with nothing_written():
-        assert_refused(cli(*train_words, "--config", "options.toml"), "'options.toml'", *parts)
-
-
-def test_a_missing_configuration_or_no_data_is_refused(cli: Cli, train_words: list[object]) -> None:
-    with nothing_written():
-        assert_refused(
-            cli(*train_words, "--config", "no.toml"), "no configuration file 'no.toml' (looked from ", "Give the path"
-        )
-        assert_refused(cli("train"), "no data given", "regraft train photos/")
-
-
-@pytest.mark.parametrize("words", [("train", "--epochs", "x"), ("predict",), ("no-such-command",), ("train", "--nope")])
-def test_bad_usage_exits_with_2(words: tuple[str, ...], cli: Cli) -> None:
-    with nothing_written():
-        result = cli(*words)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert "Usage: " in result.stderr
-
-
-def no_network(*_: object, **__: object) -> None:
-    raise urllib.error.URLError("no route to host")
-
-
-class CutOff:
-    """A server's answer that is not the file that was asked for."""
-
-    def __init__(self, *_: object, **__: object) -> None:
-        self.rest = [b"half a fi", b""]
-
-    def info(self) -> Message:
-        return Message()
-
-    def read(self, _: int) -> bytes:
-        return self.rest.pop(0)
-
-    def __enter__(self) -> "CutOff":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-@pytest.mark.parametrize(("answer", "reason"), [(no_network, "no route to host"), (CutOff, "invalid hash value")])
-def test_weights_that_cannot_be_downloaded_say_how_to_go_on(
-    answer: Any, reason: str, cli: Cli, photos: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(workplace / "cache"))
-    monkeypatch.setattr("torch.hub.urlopen", answer)
-    result = cli("train", photos, "--model", "squeezenet1_1", "--out", "run")
-    assert_refused(
-        result,
-        "the weights of 'squeezenet1_1' cannot be downloaded",
-        reason,
-        "--weights FILE",
-        "--weights none",
-    )
-    assert not Path("run").exists()
-    assert [path for path in (workplace / "cache").rglob("*") if path.is_file()] == []
-
-
-def test_weights_of_timm_without_a_network_say_how_to_go_on(
-    cli: Cli, photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    def offline(*_: object, **__: object) -> None:
-        raise LocalEntryNotFoundError("outgoing traffic has been disabled")
-
-    monkeypatch.setattr("timm.models._hub.hf_hub_download", offline)
-    with nothing_written():
-        assert_refused(
-            cli("train", photos, "--model", "timm/mobilenetv3_small_050"),
-            "the weights of 'timm/mobilenetv3_small_050' cannot be downloaded",
-            "--weights none",
-        )
-
-
-def test_real_weights_of_another_architecture_are_refused(
-    shared: Path, cli: Cli, photos: Path, workplace: Path
-) -> None:
-    example = Path(__file__).parents[2] / "examples" / "mobilenet_v1.py"
-    file = shared / "weights" / "resnet56-4bfd9763.th"
-    with nothing_written():
-        result = cli("train", photos, "--model", f"py:{example}:MobileNetV1", "--weights", file, "--trust-code")
-        assert_refused(result, f"'{file}'", "MobileNetV1")
 
 
 @pytest.mark.parametrize(
@@ -387,7 +201,7 @@ def test_real_weights_of_another_architecture_are_refused(
     ],
     ids=["other names", "a layer less", "another width", "a tensor more", "no tensors"],
 )
-def test_weights_of_another_architecture_are_refused(
+def test_fit_and_create_model_refuse_weights_of_another_architecture(
     change: Callable[[dict[str, torch.Tensor]], Any], parts: tuple[str, ...], fit: Fit, tiny_net: str
 ) -> None:
     state = regraft.create_model(tiny_net, weights="none", trust_code=True).state_dict()

@@ -1,56 +1,24 @@
 """Ctrl-C at every moment: the best weights so far and the state to go on from are kept; never anything between."""
 
-import os
-import shlex
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import typer.testing
-from scene import assert_refused, listing, nothing_written, only_json
 
 import regraft
 from regraft.errors import Interrupted, LossError
-
-Cli = Callable[..., typer.testing.Result]
-Fit = Callable[..., regraft.FitResult]
+from scene import Cli, Fit, interrupting, listing, nothing_written, results
 
 STEPS = 3  # of an epoch
 
 
-def results() -> set[str]:
-    """List what is in the folder of the run, without the states to go on from, of which there must be one."""
-    found = {*listing(Path("run"))}
-    states = {name for name in found if name.startswith("last/state-")}
-    assert states
-    return found - states - {"last"}
-
-
-def interrupting(step: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return a loss that stops the run at a step, counted from 1 over all epochs."""
-    calls = 0
-
-    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 1 + step:  # the first call tries a batch
-            raise KeyboardInterrupt
-        return torch.nn.functional.cross_entropy(outputs, targets)
-
-    return loss
-
-
-def test_nothing_is_written_before_training_begins(fit: Fit) -> None:
+def test_fit_interrupted_before_training_writes_nothing(fit: Fit) -> None:
     with nothing_written(), pytest.raises(KeyboardInterrupt):
         fit(loss=interrupting(0), epochs=3, out="run")
 
 
 @pytest.mark.parametrize("step", [1, 2, STEPS])
-def test_before_the_first_epoch_is_complete_its_beginning_is_kept(step: int, fit: Fit) -> None:
+def test_fit_interrupted_before_the_first_epoch_is_complete_keeps_its_beginning(step: int, fit: Fit) -> None:
     with pytest.raises(Interrupted) as caught:
         fit(loss=interrupting(step), epochs=3, out="run")
     assert str(caught.value) == (
@@ -61,7 +29,7 @@ def test_before_the_first_epoch_is_complete_its_beginning_is_kept(step: int, fit
 
 
 @pytest.mark.parametrize("step", [STEPS + 1, 2 * STEPS])
-def test_the_best_epoch_so_far_is_kept(step: int, fit: Fit) -> None:
+def test_fit_interrupted_keeps_the_best_epoch_so_far(step: int, fit: Fit) -> None:
     options = {"seed": 4, "schedule": "constant"}  # whose first epoch does not depend on how many there are
     message = (
         r"^stopped by Ctrl-C\. The best so far \(epoch 1, accuracy .*\) is kept in 'run/model\.safetensors'\. To c"
@@ -75,7 +43,7 @@ def test_the_best_epoch_so_far_is_kept(step: int, fit: Fit) -> None:
         assert torch.equal(tensor, one_epoch[name]), name
 
 
-def test_the_best_epoch_is_kept_in_the_module_where_nothing_is_written(fit: Fit, tiny_net: str) -> None:
+def test_fit_interrupted_keeps_the_best_epoch_in_the_module_where_nothing_is_written(fit: Fit, tiny_net: str) -> None:
     model = regraft.create_model(tiny_net, weights="none", num_classes=2, trust_code=True)
     with (
         nothing_written(),
@@ -87,7 +55,7 @@ def test_the_best_epoch_is_kept_in_the_module_where_nothing_is_written(fit: Fit,
 @pytest.mark.parametrize(
     "moment", ["regraft.training.resume.run_folder.save", "regraft.training.resume.run_folder.write_config"]
 )
-def test_an_interruption_while_saving_still_keeps_the_epoch(
+def test_fit_interrupted_while_saving_still_keeps_the_epoch(
     moment: str, fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from regraft.training.resume import run_folder
@@ -108,7 +76,7 @@ def test_an_interruption_while_saving_still_keeps_the_epoch(
     assert regraft.evaluate(regraft.load("run/model.safetensors", trust_code=True), "photos").count == 12
 
 
-def test_old_results_survive_an_interruption_of_the_first_epoch(cli: Cli, fit: Fit, train_words: list[object]) -> None:
+def test_fit_interrupted_in_the_first_epoch_leaves_old_results(cli: Cli, fit: Fit, train_words: list[object]) -> None:
     assert cli(*train_words, "--out", "run").exit_code == 0
     before = listing(Path("run"))
     with pytest.raises(Interrupted):
@@ -116,157 +84,13 @@ def test_old_results_survive_an_interruption_of_the_first_epoch(cli: Cli, fit: F
     assert {name: content for name, content in listing(Path("run")).items() if not name.startswith("last")} == before
 
 
-@pytest.mark.parametrize("phase", ["regraft.data.photos.decode_all", "regraft.training.setup.create_model"])
-def test_an_interruption_before_training_writes_nothing(
-    phase: str, cli: Cli, train_words: list[object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(phase, stop)
-    with nothing_written():
-        result = cli(*train_words, "--out", "run")
-    assert (result.exit_code, result.stdout) == (130, "")
-    assert result.stderr.splitlines()[-1] == "stopped by Ctrl-C. Nothing was written."
-
-
-def test_an_interruption_of_the_report_says_where_the_model_is(
-    cli: Cli, train_words: list[object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("regraft.report.write_report", stop)
-    result = cli(*train_words, "--out", "run")
-    assert (result.exit_code, result.stdout) == (130, "")
-    assert result.stderr.splitlines()[-1] == "stopped by Ctrl-C. The model is kept in 'run/model.safetensors'."
-    assert Path("run/model.safetensors").exists()
-
-
-SLOW_LOSS = """
-import time
-import torch
-
-def slow(outputs, targets):
-    time.sleep(0.02)
-    return torch.nn.functional.cross_entropy(outputs, targets)
-"""
-
-
-def test_a_real_signal_keeps_everything_and_the_command_it_prints_goes_on(cli: Cli, train_words: list[object]) -> None:
-    Path("slow.py").write_text(SLOW_LOSS)
-    words = [*train_words, "--epochs", 40, "--loss", "py:slow.py:slow", "--out", "my run"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "regraft", *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-    assert process.stderr is not None
-    try:
-        while not process.stderr.readline().startswith("epoch "):
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert (process.returncode, stdout) == (130, "")
-    last = stderr.splitlines()[-1]
-    assert last.startswith("stopped by Ctrl-C. The best so far (epoch ")
-    assert "is kept in 'my run/model.safetensors'. To continue: " in last
-    assert "Traceback" not in stderr
-    assert regraft.evaluate(regraft.load("my run/model.safetensors", trust_code=True), "photos").count == 12
-    command = shlex.split(last.partition("To continue: ")[2])
-    assert command == ["regraft", "train", "--resume", "my run", "--trust-code"]
-    found = cli(*command[1:], "--json")
-    assert found.exit_code == 0, found.stderr
-    assert len(only_json(found.stdout)["epochs"]) == 40
-    assert {*listing(Path("my run"))} == {"model.safetensors", "metrics.csv", "config.toml", "report.html"}
-
-
-TERMINATED = """
-import signal
-import torch
-
-calls = []
-
-def loss(outputs, targets):
-    calls.append(1)
-    if len(calls) == 6:
-        signal.raise_signal(signal.SIGTERM)
-    return torch.nn.functional.cross_entropy(outputs, targets)
-"""
-
-
-def test_sigterm_does_the_same_and_exits_with_143(cli: Cli, train_words: list[object]) -> None:
-    Path("term.py").write_text(TERMINATED)
-    result = cli(*train_words, "--epochs", 3, "--loss", "py:term.py:loss", "--out", "run")
-    assert (result.exit_code, result.stdout) == (143, "")
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("stopped by SIGTERM. The best so far (epoch 1, ")
-    assert last.endswith("To continue: regraft train --resume run --trust-code")
-    assert results() == {"model.safetensors", "metrics.csv", "config.toml"}
-    result = cli("train", "--resume", "run", "--trust-code", "--json")
-    assert len(only_json(result.stdout)["epochs"]) == 3
-    assert {*listing(Path("run"))} == {"model.safetensors", "metrics.csv", "config.toml", "report.html"}
-
-
-def test_sigterm_before_training_leaves_nothing(
-    cli: Cli, train_words: list[object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(*_: object, **__: object) -> None:
-        signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr("regraft.training.setup.create_model", stop)
-    with nothing_written():
-        result = cli(*train_words, "--out", "run")
-    assert (result.exit_code, result.stderr.splitlines()[-1]) == (143, "stopped by SIGTERM. Nothing was written.")
-
-
-def test_what_cannot_be_continued_is_said(cli: Cli, fit: Fit, train_words: list[object]) -> None:
-    with nothing_written():
-        assert_refused(cli("train", "--resume", "nowhere"), "nothing to continue: there is no folder 'nowhere'")
-        assert_refused(cli("train", "--resume", "photos"), "nothing to continue: no run has begun in 'photos'")
-        for words in (("photos",), ("--epochs", 3), ("--overwrite",), ("--config", "x.toml"), ("--freeze", "conv")):
-            assert_refused(
-                cli("train", "--resume", "photos", *words),
-                "--resume continues a run with its own options: leave out ",
-                "DATA" if words == ("photos",) else str(words[0]),
-            )
-    assert cli(*train_words, "--out", "run").exit_code == 0
-    with nothing_written():
-        assert_refused(
-            cli("train", "--resume", "run"), "the run in 'run' has ended: its model is 'run/model.safetensors'"
-        )
-    with pytest.raises(Interrupted):
-        fit(loss=interrupting(2), out="python")
-    with nothing_written():
-        assert_refused(
-            cli("train", "--resume", "python"), "begun in Python", "regraft.fit(…, out='python', resume=True)"
-        )
-
-
-def test_two_runs_in_one_folder_are_one_too_many(cli: Cli, fit: Fit, train_words: list[object]) -> None:
-    refused: list[typer.testing.Result] = []
-
-    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        if not refused:
-            refused.append(cli(*train_words, "--out", "run", "--overwrite"))
-        return torch.nn.functional.cross_entropy(outputs, targets)
-
-    fit(loss=loss, out="run")
-    assert_refused(refused[0], f"another run is writing into 'run': process {os.getpid()}", "Choose another --out")
-    assert {*listing(Path("run"))} == {"model.safetensors", "metrics.csv", "config.toml"}
-
-
-def test_the_lock_of_a_process_that_was_killed_is_no_obstacle(fit: Fit) -> None:
+def test_fit_takes_the_lock_of_a_process_that_was_killed_for_no_obstacle(fit: Fit) -> None:
     Path("run").mkdir()
     Path("run/run.lock").write_text("999999")
     fit(out="run")
     assert {*listing(Path("run"))} == {"model.safetensors", "metrics.csv", "config.toml"}
 
 
-def test_folders_that_were_made_for_nothing_go_again(fit: Fit) -> None:
+def test_fit_removes_folders_that_were_made_for_nothing(fit: Fit) -> None:
     with nothing_written(), pytest.raises(LossError):
         fit(loss=lambda outputs, targets: outputs.sum() * float("nan"), out="some/where/else")

@@ -2,26 +2,22 @@
 
 import contextlib
 import json
-import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import typer.testing
 from safetensors.torch import save_file
-from scene import assert_refused, listing, nothing_written, only_json
 from torch import nn
 
 import regraft
 from hostile.crafted import document, write_with
-from regraft.checkpoint import Plan, build_plan, read_header, read_plan
+from regraft.checkpoint import Plan, build_plan, read_plan
 from regraft.errors import ConfigError, InputError, TrustError
 from regraft.frontier.cache.store import Store
-
-Cli = Callable[..., typer.testing.Result]
+from scene import nothing_written
 
 SECRET = "secret"  # stands in the name of every file that nothing may open
 _opened: list[str] = []
@@ -96,7 +92,7 @@ def with_source(small: Path, target: Path, **source: Any) -> Path:
 
 
 @pytest.mark.parametrize("index", range(12))
-def test_the_name_of_a_source_opens_nothing(index: int, small: Path, outside: Path) -> None:
+def test_load_opens_nothing_by_the_name_of_a_source(index: int, small: Path, outside: Path) -> None:
     path = with_source(small, Path("named.safetensors"), name=names(outside)[index])
     with nothing_written(outside), listening() as opened, pytest.raises(InputError):
         regraft.load(path)
@@ -104,7 +100,7 @@ def test_the_name_of_a_source_opens_nothing(index: int, small: Path, outside: Pa
 
 
 @pytest.mark.parametrize("index", range(12))
-def test_the_name_of_weights_is_for_information(index: int, small: Path, outside: Path) -> None:
+def test_load_takes_the_name_of_weights_for_information(index: int, small: Path, outside: Path) -> None:
     path = with_source(
         small, Path("named.safetensors"), weights=names(outside)[index], layers="Sequential(Linear(4, 3))"
     )
@@ -116,7 +112,7 @@ def test_the_name_of_weights_is_for_information(index: int, small: Path, outside
 @pytest.mark.parametrize(
     "name", ["../secret.safetensors", "/secret.safetensors", "a/../../secret.safetensors", "..", "link.safetensors"]
 )
-def test_an_index_names_files_beside_it_alone(name: str, outside: Path) -> None:
+def test_load_weights_follows_an_index_to_files_beside_it_alone(name: str, outside: Path) -> None:
     Path("link.safetensors").symlink_to(outside / f"{SECRET}.safetensors")
     index = Path("model.safetensors.index.json")
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"weight": name}}))
@@ -127,7 +123,7 @@ def test_an_index_names_files_beside_it_alone(name: str, outside: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/secret.safetensors", "..", "a\\b", ""])
-def test_a_delta_names_a_file_beside_it_alone(name: str, small: Path, outside: Path) -> None:
+def test_load_follows_a_delta_to_a_file_beside_it_alone(name: str, small: Path, outside: Path) -> None:
     base = {"kind": "file", "name": name, "digest": "0" * 64}
     write_with(small, Path("delta.safetensors"), document(base=base, whole="0" * 64))
     with nothing_written(outside), listening() as opened, pytest.raises(InputError, match="does not fit the format"):
@@ -136,7 +132,7 @@ def test_a_delta_names_a_file_beside_it_alone(name: str, small: Path, outside: P
 
 
 @pytest.mark.parametrize("where", ["header", "card", "recipe", "metadata"])
-def test_no_file_gives_leave_to_import(where: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_takes_from_no_file_the_leave_to_import(where: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def change(known: dict[str, Any]) -> dict[str, str]:
         place = {
             "header": known,
@@ -153,38 +149,10 @@ def test_no_file_gives_leave_to_import(where: str, saved: Path, monkeypatch: pyt
         regraft.load("trusting.safetensors")
 
 
-def test_leave_to_import_is_kept_nowhere(train_words: list[object], cli: Cli) -> None:
-    result = cli(*train_words, "--out", "run")
-    assert result.exit_code == 0, result.stderr
-    for name, content in listing(Path("run")).items():
-        assert content is None or b"trust" not in content, name
-    assert "trust" not in read_header(Path("run/model.safetensors")).model_dump_json()
-    with pytest.raises(TrustError):
-        regraft.load("run/model.safetensors")
-
-
-@pytest.mark.parametrize("option", ["trust_code = true", "trust-code = true", "overwrite = true"])
-def test_no_configuration_gives_leave(option: str, train_words: list[object], cli: Cli) -> None:
-    Path("config.toml").write_text(option)
-    with nothing_written():
-        assert_refused(cli(*train_words[:2], "--config", "config.toml"), "no option '")
-
-
-def test_a_configuration_does_not_write_into_what_is_there(
-    train_words: list[object], cli: Cli, workplace: Path
-) -> None:
-    full = workplace / "full"
-    full.mkdir()
-    (full / "letter.txt").write_text("mine")
-    (workplace / "link").symlink_to(full)
-    for out in ("full", "link", "photos/../full", str(full)):
-        Path("config.toml").write_text(f"out = {json.dumps(out)}")
-        with nothing_written(full):
-            assert_refused(cli(*train_words, "--config", "config.toml"), "exists and is not empty", "--overwrite")
-
-
 @pytest.mark.parametrize("line", ["trust_code = true", "[freeze]\ntrust_code = true"])
-def test_no_plan_gives_leave(line: str, tiny_net: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_plan_and_build_plan_take_no_leave_from_a_plan(
+    line: str, tiny_net: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("regraft.zoo._import_file", lambda *_: pytest.fail("imported"))
     Path("plan.toml").write_text(f"source = {json.dumps(tiny_net)}\n{line}\n")
     with pytest.raises(ConfigError, match="trust_code"):
@@ -196,7 +164,7 @@ def test_no_plan_gives_leave(line: str, tiny_net: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("key", ["../victim", "/victim", "a/b", "..", "", "."])
-def test_a_cache_key_is_a_plain_name(key: str, workplace: Path) -> None:
+def test_store_takes_plain_names_alone_as_keys(key: str, workplace: Path) -> None:
     store = Store(workplace / "cache")
     (workplace / "cache").mkdir()
     (workplace / "victim").mkdir()
@@ -221,7 +189,7 @@ def test_a_cache_key_is_a_plain_name(key: str, workplace: Path) -> None:
     ],
     ids=str,
 )
-def test_an_entry_of_the_cache_that_lies_is_none(change: dict[str, Any], workplace: Path) -> None:
+def test_store_takes_an_entry_that_lies_for_none(change: dict[str, Any], workplace: Path) -> None:
     store = Store(workplace / "cache")
     writing = store.write("key")
     writing.append([torch.ones(2, 3)])
@@ -232,7 +200,7 @@ def test_an_entry_of_the_cache_that_lies_is_none(change: dict[str, Any], workpla
     assert store.find("key") is None
 
 
-def test_clearing_the_cache_follows_no_link(workplace: Path) -> None:
+def test_store_clear_follows_no_link(workplace: Path) -> None:
     store = Store(workplace / "cache")
     store.write("key").finish({})
     victim = workplace / "victim"
@@ -242,34 +210,3 @@ def test_clearing_the_cache_follows_no_link(workplace: Path) -> None:
     store.clear()
     assert (victim / "entry.json").exists()
     assert not (workplace / "cache" / "key").exists()
-
-
-def test_class_names_are_text_and_no_paths(saved: Path, photos: Path, cli: Cli) -> None:
-    hostile = ["../outside", "\x1b[1mbold\x1b[0m <mark>1</mark>"]
-
-    def change(known: dict[str, Any]) -> dict[str, str]:
-        known["card"]["classes"] = hostile
-        return {"regraft": json.dumps(known)}
-
-    write_with(saved, Path("named.safetensors"), change)
-    with nothing_written():
-        words = ("named.safetensors", photos / "cats", "--trust-code")
-        found = only_json(cli("predict", *words, "--json").stdout)
-        assert {one["label"] for one in found} <= set(hostile)
-        shown = cli("predict", *words)
-        described = cli("inspect", "named.safetensors", "--trust-code")
-        for result in (shown, described):
-            assert result.exit_code == 0, result.stderr
-            assert "\x1b" not in result.stdout
-
-
-ROOT = Path(__file__).parents[2]
-
-
-def test_the_security_page_names_tests_that_exist() -> None:
-    page = (ROOT / "SECURITY.md").read_text()
-    named = re.findall(r"`(tests/[\w/.]+\.py)(?:::(\w+))?`", page)
-    assert len(named) > 10
-    for file, test in named:
-        assert (ROOT / file).is_file(), file
-        assert f"def {test}(" in (ROOT / file).read_text() if test else True, f"{file}::{test}"

@@ -21,7 +21,6 @@ from typing import Any
 import pytest
 import torch
 from public_calls import Call, Scene, calls
-from scene import listing
 from torch import nn
 from torch.nn.parameter import is_lazy
 from wrong_values import all_values
@@ -29,6 +28,7 @@ from wrong_values import all_values
 import oracles
 import regraft
 from regraft.errors import ArgumentError, ConfigError, RegraftError
+from scene import listing
 
 TRIES, SLOW_TRIES = 300, 5_000
 RESULTS = {
@@ -61,24 +61,26 @@ def values(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Callab
     return all_values(inner)
 
 
-def test_every_public_name_that_takes_arguments_has_a_call(scene: Scene) -> None:
+def test_wrong_arguments_are_tried_on_every_public_name_that_takes_arguments(scene: Scene) -> None:
     known = {call.name.partition(".")[0] for call in calls(scene)}
     assert known | RESULTS == set(regraft.__all__) | {"Metrics", "Partition"}
 
 
-def test_the_calls_are_valid(scene: Scene, values: dict[str, Callable[[], Any]]) -> None:
+def test_wrong_arguments_start_from_calls_that_are_valid(scene: Scene, values: dict[str, Callable[[], Any]]) -> None:
     for call in calls(scene):
         call.function(**{name: make() for name, make in call.arguments.items()})
 
 
-def test_no_bare_error(scene: Scene, values: dict[str, Callable[[], Any]], random_state: Callable[[], object]) -> None:
+def test_wrong_arguments_end_in_no_bare_error(
+    scene: Scene, values: dict[str, Callable[[], Any]], random_state: Callable[[], object]
+) -> None:
     listed = [call for call in calls(scene) if call.name not in SLOW]
     _sweep(drawn(listed, values, TRIES, seed=0), values, random_state)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 6))
-def test_no_bare_error_in_5000_tries(
+def test_wrong_arguments_end_in_no_bare_error_in_5000_tries(
     seed: int, scene: Scene, values: dict[str, Callable[[], Any]], random_state: Callable[[], object]
 ) -> None:
     _sweep(drawn(calls(scene), values, SLOW_TRIES // 5, seed), values, random_state)
@@ -209,7 +211,7 @@ def same(before: Any, after: Any) -> bool:
         (lambda: regraft.evaluate(nn.ReLU(), [], batch_size=0), r"batch_size is 0, expected at least 1\. Nothing was"),
     ],
 )
-def test_a_wrong_kind_is_named_with_what_to_write_instead(call: Callable[[], Any], message: str) -> None:
+def test_argument_error_names_a_wrong_kind_with_what_to_write_instead(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message) as caught:
         call()
     assert caught.value.exit_code == 2
@@ -258,7 +260,7 @@ def test_fit_says_how_to_write_what_other_libraries_call_otherwise(option: str, 
         (lambda: regraft.Plan(source="resnet18", edit=()), r"Plan: no option 'edit'\. Nearest: 'edits'"),
     ],
 )
-def test_a_value_of_ours_that_is_constructed_wrongly_is_a_config_error(make: Callable[[], Any], message: str) -> None:
+def test_config_error_where_a_value_of_ours_is_constructed_wrongly(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
 
@@ -270,7 +272,7 @@ def test_build_optimizer_names_the_options_that_were_meant() -> None:
         regraft.build_optimizer(lambda groups, lr: {}, nn.Linear(2, 2), lr=1.0)  # type: ignore[arg-type, return-value]
 
 
-def test_batches_that_do_not_fit_are_refused() -> None:
+def test_fit_and_evaluate_refuse_batches_that_do_not_fit() -> None:
     model = nn.Linear(4, 3)
     x, y = torch.zeros(4, 4), torch.tensor([0, 1, 2, 0])
     cases: list[tuple[Any, str]] = [
@@ -294,7 +296,7 @@ def test_batches_that_do_not_fit_are_refused() -> None:
         regraft.evaluate(three_dimensional, [(x, y)])
 
 
-def test_numbers_of_numpy_are_numbers() -> None:
+def test_replace_head_and_param_groups_take_numbers_of_numpy() -> None:
     import numpy as np
 
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
@@ -302,7 +304,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert regraft.param_groups(model, np.float32(0.5))[0]["lr"] == 0.5  # type: ignore[arg-type]
 
 
-def test_every_public_function_checks_its_arguments_first() -> None:
+def test_wrong_arguments_are_checked_first_by_every_public_function() -> None:
     for name in regraft.__all__:
         function = getattr(regraft, name)
         if inspect.isfunction(function):

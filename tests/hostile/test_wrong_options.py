@@ -15,13 +15,13 @@ import pytest
 import typer
 import typer.testing
 from public_calls import Scene
-from scene import listing
 from wrong_values import write_files
 
 import regraft
 from regraft.cli.app import app
 from regraft.cli.output import printable
 from regraft.errors import RunError
+from scene import listing
 
 TRIES = 40
 NUMBERS = ("0", "-1", "7", "1.5", "1e-3", "nan", "inf", "1e400", "9" * 30, "0x10", "1,2", "True", "¼")
@@ -143,12 +143,12 @@ def tries(lines: list[CommandLine], files: list[str]) -> list[tuple[list[str], s
     return listed
 
 
-def test_every_command_is_tried(scene: Scene, classifier: Path) -> None:
+def test_cli_commands_are_all_tried(scene: Scene, classifier: Path) -> None:
     assert {line.command for line in command_lines(scene, classifier)} == set(commands())
 
 
 @pytest.mark.slow
-def test_the_command_lines_work(scene: Scene, classifier: Path, cli: Callable[..., typer.testing.Result]) -> None:
+def test_cli_command_lines_work(scene: Scene, classifier: Path, cli: Callable[..., typer.testing.Result]) -> None:
     for line in command_lines(scene, classifier):
         result = cli(*line.words({}))
         assert result.exit_code == (1 if line.command == "demo" else 0), (line.words({}), result.stderr)
@@ -156,7 +156,7 @@ def test_the_command_lines_work(scene: Scene, classifier: Path, cli: Callable[..
             remove(path)
 
 
-def test_no_wrong_option_ends_in_a_bare_error(
+def test_cli_ends_no_wrong_option_in_a_bare_error(
     scene: Scene, classifier: Path, workplace: Path, cli: Callable[..., typer.testing.Result]
 ) -> None:
     listed = tries(command_lines(scene, classifier), own_files(workplace))
@@ -166,7 +166,7 @@ def test_no_wrong_option_ends_in_a_bare_error(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(SLOW_PARTS))
-def test_no_wrong_option_of_any_command_ends_in_a_bare_error(
+def test_cli_ends_no_wrong_option_of_any_command_in_a_bare_error(
     part: int, scene: Scene, classifier: Path, workplace: Path, cli: Callable[..., typer.testing.Result]
 ) -> None:
     sweep(tries(command_lines(scene, classifier), own_files(workplace))[part::PARTS], cli)

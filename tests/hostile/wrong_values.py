@@ -11,9 +11,10 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from scene import write_photo
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from scene import write_photo
 
 
 class Odd(nn.Module):

@@ -54,7 +54,7 @@ def existing(name: str, path: str) -> str:
 
 
 @pytest.mark.parametrize(("name", "path"), CUTS)
-def test_a_cut_gives_what_the_layer_gave(name: str, path: str) -> None:
+def test_truncate_gives_what_the_layer_gave(name: str, path: str) -> None:
     model, inputs = tiny.build(name), tiny.batch(name)
     path = existing(name, path)
     before = snapshot(model)
@@ -66,7 +66,7 @@ def test_a_cut_gives_what_the_layer_gave(name: str, path: str) -> None:
 
 
 @pytest.mark.parametrize("name", tiny.ALL)
-def test_an_identity_changes_nothing_in_either_mode(name: str) -> None:
+def test_insert_of_an_identity_changes_nothing_in_either_mode(name: str) -> None:
     model, inputs = tiny.build(name), tiny.batch(name)
     path = [name for name, layer in model.named_children() if next(layer.parameters(), None) is not None][1]
     edited = regraft.insert(model, nn.Identity(), after=path)
@@ -80,7 +80,7 @@ def test_an_identity_changes_nothing_in_either_mode(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", tiny.ALL)
-def test_layers_on_top_take_the_output(name: str) -> None:
+def test_append_takes_the_output(name: str) -> None:
     model, inputs = tiny.build(name), tiny.batch(name)
     top = nn.Linear(tiny.CLASSES, 3)
     edited = regraft.append(model, top, nn.Tanh())
@@ -93,7 +93,7 @@ def test_layers_on_top_take_the_output(name: str) -> None:
 
 @pytest.mark.parametrize("name", tiny.ALL)
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
-def test_an_edited_network_can_be_copied(name: str, way: str) -> None:
+def test_append_and_insert_give_a_network_that_can_be_copied(name: str, way: str) -> None:
     model, inputs = tiny.build(name), tiny.batch(name)
     edited = regraft.append(regraft.insert(model, nn.Identity(), after=existing(name, "conv1")), nn.ReLU())
     again = copy.deepcopy(edited) if way == "deepcopy" else pickle.loads(pickle.dumps(edited))
@@ -102,7 +102,7 @@ def test_an_edited_network_can_be_copied(name: str, way: str) -> None:
     assert not {id(p) for p in again.parameters()} & {id(p) for p in edited.parameters()}
 
 
-def test_edits_of_edits() -> None:
+def test_truncate_append_insert_and_replace_head_edit_edited_networks() -> None:
     model = models.resnet18().eval()
     inputs = torch.randn(2, 3, 64, 64)
     features = regraft.truncate(model, after="layer3.0")
@@ -116,12 +116,17 @@ def test_edits_of_edits() -> None:
     assert regraft.replace_head(regraft.append(features, 5), 7)(inputs).shape == (2, 7)
 
 
-@pytest.mark.parametrize(("drop", "shape"), [(1, (2, 512)), (2, (2, 512, 2, 2)), (3, (2, 256, 4, 4))])
-def test_functional_steps_stay_with_the_layer_that_they_follow(drop: int, shape: tuple[int, ...]) -> None:
-    assert regraft.truncate(models.resnet18(), drop=drop)(torch.zeros(2, 3, 64, 64)).shape == shape
+@pytest.mark.parametrize(
+    ("drop", "last", "shape"), [(1, "avgpool", (2, 512)), (2, "layer4", (2, 512, 2, 2)), (3, "layer3", (2, 256, 4, 4))]
+)
+def test_truncate_leaves_functional_steps_with_the_layer_that_they_follow(
+    drop: int, last: str, shape: tuple[int, ...]
+) -> None:
+    model, inputs = models.resnet18().eval(), torch.randn(2, 3, 64, 64)
+    assert identical(run(regraft.truncate(model, drop=drop), inputs), tapped(model, last, inputs).reshape(shape))
 
 
-def test_a_layer_that_is_called_twice_is_followed_twice() -> None:
+def test_insert_after_a_layer_that_is_called_twice_follows_it_twice() -> None:
     model = models.resnet18().eval()
     calls: list[int] = []
 
@@ -136,7 +141,7 @@ def test_a_layer_that_is_called_twice_is_followed_twice() -> None:
     assert len(calls) == 2
 
 
-def test_lazy_layers_get_their_widths() -> None:
+def test_append_and_insert_give_lazy_layers_their_widths() -> None:
     model = regraft.truncate(models.resnet18(), after="layer2")
     edited = regraft.append(model, nn.LazyConv2d(7, 1), nn.Flatten(), nn.LazyLinear(3))
     assert (edited.appended_1.in_channels, edited.appended_3.in_features) == (128, 7 * 28 * 28)
@@ -145,7 +150,7 @@ def test_lazy_layers_get_their_widths() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_new_layers_have_the_dtype_and_the_mode_of_the_old(dtype: torch.dtype) -> None:
+def test_append_gives_new_layers_the_dtype_and_the_mode_of_the_old(dtype: torch.dtype) -> None:
     model = tiny.build("plain").to(dtype).eval()
     edited = regraft.append(model, nn.Linear(tiny.CLASSES, 2), nn.Dropout())
     assert edited.appended_1.weight.dtype == dtype
@@ -153,7 +158,7 @@ def test_new_layers_have_the_dtype_and_the_mode_of_the_old(dtype: torch.dtype) -
     assert edited(tiny.batch("plain").to(dtype)).dtype == dtype
 
 
-def test_what_is_frozen_stays_frozen_and_what_is_new_trains() -> None:
+def test_append_leaves_what_is_frozen_frozen_and_what_is_new_trains() -> None:
     model = tiny.build("plain")
     regraft.freeze(model)
     top = nn.Sequential(nn.BatchNorm1d(tiny.CLASSES), nn.Dropout(), nn.Linear(tiny.CLASSES, 2))
@@ -171,18 +176,16 @@ def test_what_is_frozen_stays_frozen_and_what_is_new_trains() -> None:
 
 
 @pytest.mark.parametrize("name", ["inception_v3", "googlenet"])
-def test_auxiliary_scores_end_with_the_cut(name: str) -> None:
+def test_append_and_insert_end_auxiliary_scores_with_the_cut(name: str) -> None:
     model = models.get_model(name, weights=None, init_weights=False)
+    images = torch.randn(2, 3, *[299 if name == "inception_v3" else 64] * 2)
     edited = regraft.append(model, nn.Linear(1000, 3)).train()
-    assert edited(torch.randn(2, 3, 299, 299)).shape == (2, 3)
+    assert edited(images).shape == (2, 3)
     inserted = regraft.insert(model, nn.Identity(), after="avgpool").train()
-    assert (
-        type(inserted(torch.randn(2, 3, 299, 299))).__name__
-        == type(model.train()(torch.randn(2, 3, 299, 299))).__name__
-    )
+    assert type(inserted(images)).__name__ == type(model.train()(images)).__name__
 
 
-def test_every_kind_of_layer_is_replaced_and_keeps_what_fits() -> None:
+def test_replace_takes_every_kind_of_layer_and_keeps_what_fits() -> None:
     model = models.resnet18().eval()
     with torch.no_grad():
         model.bn1.weight.uniform_()
@@ -195,7 +198,7 @@ def test_every_kind_of_layer_is_replaced_and_keeps_what_fits() -> None:
     assert len(kinds) == sum(isinstance(layer, nn.ReLU) for layer in model.modules())
 
 
-def test_a_layer_that_is_removed_is_passed_by() -> None:
+def test_remove_passes_a_layer_by() -> None:
     model = models.resnet18().eval()
     inputs = torch.randn(1, 3, 64, 64)
     edited = regraft.remove(model, "layer3.1")
@@ -204,7 +207,7 @@ def test_a_layer_that_is_removed_is_passed_by() -> None:
 
 
 @pytest.mark.parametrize("edit", ["truncate", "append", "insert", "remove", "replace", "replace_head", "replace_stem"])
-def test_networks_without_weights_are_edited_without_memory(edit: str) -> None:
+def test_edits_take_networks_without_weights_without_memory(edit: str) -> None:
     with torch.device("meta"):
         config = {"image_size": 224, "patch_size": 16, "num_heads": 16, "mlp_dim": 8192}
         model = models.VisionTransformer(num_layers=20, hidden_dim=2048, **config)
@@ -274,7 +277,7 @@ WRONG: list[tuple[str, Callable[[nn.Module], object], str]] = [
 
 
 @pytest.mark.parametrize(("edit", "message"), [pytest.param(e, m, id=name) for name, e, m in WRONG])
-def test_an_edit_that_cannot_be_made_changes_nothing(edit: Callable[[nn.Module], object], message: str) -> None:
+def test_edits_that_cannot_be_made_change_nothing(edit: Callable[[nn.Module], object], message: str) -> None:
     model = resnet()
     before = snapshot(model)
     with pytest.raises((EditError, SelectionError)) as caught:
@@ -283,7 +286,7 @@ def test_an_edit_that_cannot_be_made_changes_nothing(edit: Callable[[nn.Module],
     assert same(before, snapshot(model))
 
 
-def test_the_ways_out_that_are_named_work() -> None:
+def test_edits_work_by_the_ways_out_that_are_named() -> None:
     model = resnet()
     features = regraft.truncate(model, after="layer4")
     assert regraft.append(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))(zeros()).shape == (1, 10)
@@ -298,7 +301,7 @@ def zeros() -> torch.Tensor:
     return torch.zeros(1, 3, 64, 64)
 
 
-def test_a_cut_that_leaves_only_what_is_frozen_is_refused_unless_all_was() -> None:
+def test_truncate_refuses_to_leave_only_what_is_frozen_unless_all_was() -> None:
     model = resnet()
     regraft.freeze(model, until="layer2")
     with pytest.raises(EditError, match="all that would be left is frozen"):
@@ -309,7 +312,7 @@ def test_a_cut_that_leaves_only_what_is_frozen_is_refused_unless_all_was() -> No
     assert regraft.append(regraft.truncate(model, after="layer1"), 3)(zeros()).shape == (1, 3)
 
 
-def test_scripted_and_compiled_networks_are_refused() -> None:
+def test_truncate_and_append_refuse_scripted_and_compiled_networks() -> None:
     small = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     with pytest.warns(FutureWarning, match="deprecated"):
         scripted = torch.jit.script(small)
@@ -319,7 +322,7 @@ def test_scripted_and_compiled_networks_are_refused() -> None:
         regraft.append(torch.compile(small), nn.ReLU())
 
 
-def test_every_edit_is_a_step_of_the_recipe() -> None:
+def test_edits_are_steps_of_the_recipe() -> None:
     model = regraft.create_model("resnet18", weights="none")
     model = regraft.replace_stem(model, 1)
     model = regraft.remove(model, "layer4.1")
@@ -336,7 +339,7 @@ def test_every_edit_is_a_step_of_the_recipe() -> None:
     ]
 
 
-def test_the_half_new_network_trains_saves_and_loads(tmp_path: Any) -> None:
+def test_append_gives_a_half_new_network_that_trains_saves_and_loads(tmp_path: Any) -> None:
     loaded = regraft.create_model("resnet18", weights="none", num_classes=300)
     file = regraft.save(loaded, tmp_path / "300.safetensors")
     model = regraft.truncate(regraft.load(file), drop=1)

@@ -32,7 +32,7 @@ WITHOUT_STEM = {  # what is refused, and why
 
 
 @pytest.mark.parametrize("name", SOME_NAMES)
-def test_the_new_head_is_that_of_the_library_and_nothing_else_changes(name: str) -> None:
+def test_replace_head_gives_the_head_of_the_library_and_nothing_else_changes(name: str) -> None:
     model = build(name)
     inputs = images(model)
     model.eval()
@@ -66,7 +66,7 @@ def test_the_new_head_is_that_of_the_library_and_nothing_else_changes(name: str)
 
 
 @pytest.mark.parametrize("name", sorted({*SOME_NAMES, *WITHOUT_STEM}))
-def test_the_new_stem_answers_as_the_old_one_did(name: str) -> None:
+def test_replace_stem_answers_as_the_old_one_did(name: str) -> None:
     model = build(name)
     inputs = images(model)
     model.eval()

@@ -176,7 +176,7 @@ def outputs(layer: nn.Module, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("text", "sizes"), LAYERS.items(), ids=list(LAYERS))
-def test_a_description_is_a_fixed_point_and_builds_an_equal_layer(text: str, sizes: tuple[Any, ...]) -> None:
+def test_describe_is_a_fixed_point_and_construct_builds_an_equal_layer(text: str, sizes: tuple[Any, ...]) -> None:
     # Python itself says which layer a text stands for.
     layer = eval(text.replace("Sequential(first", "named(first").replace("Sequential({", "named(**{"), SCOPE)
     assert describe(layer) == text
@@ -210,7 +210,7 @@ SCOPE = {
 }
 
 
-def test_every_class_of_torch_nn_is_looked_at() -> None:
+def test_describe_cases_cover_every_class_of_torch_nn() -> None:
     kinds = {name for name, kind in vars(nn).items() if isinstance(kind, type) and issubclass(kind, nn.Module)}
     named = {name for name in kinds if any(f"{name}(" in text for text in LAYERS)}
     rest = kinds - named

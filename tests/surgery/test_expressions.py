@@ -77,7 +77,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("text", "message"), REFUSED.items(), ids=[text[:40] for text in REFUSED])
-def test_anything_else_is_refused_and_nothing_is_executed(
+def test_construct_all_refuses_anything_else_and_executes_nothing(
     text: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -97,12 +97,12 @@ def test_anything_else_is_refused_and_nothing_is_executed(
     ],
     ids=lambda text: text[:6],
 )
-def test_deep_text_is_refused(text: str) -> None:
+def test_construct_refuses_deep_text(text: str) -> None:
     with pytest.raises(EditError, match=r"is too deep|nested more than 50 deep|malformed|computation|call"):
         construct(text)
 
 
-def test_the_limits_are_named() -> None:
+def test_parsed_names_its_limits() -> None:
     with pytest.raises(EditError, match=f"has 100,001 characters, and no more than {MAX_LENGTH:,} are read"):
         parsed("ReLU()" + " " * (MAX_LENGTH - 5))
     with pytest.raises(EditError, match=f"has more than {MAX_NODES:,} parts"):
@@ -112,7 +112,7 @@ def test_the_limits_are_named() -> None:
     assert str(parsed("f(" * MAX_DEPTH + ")" * MAX_DEPTH)) == "f(" * MAX_DEPTH + ")" * MAX_DEPTH
 
 
-def test_odd_text_gives_no_warning() -> None:
+def test_parsed_gives_no_warning_for_odd_text() -> None:
     assert parsed(r"f('\d')") == LayerCall("f", (r"\d",))
 
 
@@ -137,12 +137,12 @@ values = st.recursive(
 
 
 @given(st.builds(LayerCall, names, st.lists(values, max_size=3).map(tuple), st.dictionaries(names, values, max_size=3)))
-def test_what_is_written_is_read_back(call: LayerCall) -> None:
+def test_written_is_read_back_by_parsed(call: LayerCall) -> None:
     assert parsed(written(call)) == call
     assert written(parsed(written(call))) == written(call)  # which tells True from 1, and -0.0 from 0
 
 
-def test_what_no_text_stands_for_is_not_written() -> None:
+def test_written_refuses_what_no_text_stands_for() -> None:
     assert written((math.inf, -math.inf)) == "(1e999, -1e999)"
     for value in (math.nan, object(), b"", {1: math.nan}):
         with pytest.raises(EditError, match="which no text stands for"):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torchvision import models
 
@@ -26,7 +27,7 @@ def small_vit() -> nn.Module:
 
 NETS: dict[str, tuple[Callable[[], nn.Module], int, tuple[str, ...]]] = {
     "resnet18": (models.resnet18, 64, ("fc",)),
-    "vgg11": (lambda: without_init(models.vgg11), 32, ("classifier.6",)),
+    "alexnet": (lambda: without_init(models.alexnet), 64, ("classifier.6",)),
     "squeezenet1_1": (models.squeezenet1_1, 64, ("classifier.1",)),
     "mobilenet_v3_small": (models.mobilenet_v3_small, 64, ("classifier.3",)),
     "densenet121": (lambda: without_init(models.densenet121), 64, ("classifier",)),
@@ -42,7 +43,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], int, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_features_are_bit_equal_and_the_original_is_untouched(name: str) -> None:
+def test_replace_head_leaves_features_bit_equal_and_the_original_untouched(name: str) -> None:
     make, side, heads = NETS[name]
     model = make().eval()
     before = snapshot(model)
@@ -73,7 +74,7 @@ def test_features_are_bit_equal_and_the_original_is_untouched(name: str) -> None
 
 
 @pytest.mark.parametrize("name", tiny.ALL)
-def test_every_tiny_network_gets_a_head(name: str) -> None:
+def test_replace_head_of_every_tiny_network(name: str) -> None:
     model = tiny.build(name).eval()
     before = snapshot(model)
     edited = replace_head(model, NEW)
@@ -81,25 +82,25 @@ def test_every_tiny_network_gets_a_head(name: str) -> None:
     assert same(before, snapshot(model))
 
 
-def test_the_head_is_the_layer_executed_last_and_not_registered_last() -> None:
+def test_find_heads_takes_the_layer_executed_last_and_not_registered_last() -> None:
     assert find_heads(tiny.build("residual")) == ["head"]
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-def test_the_new_head_has_the_mode_and_the_dtype_of_the_old(training: bool, dtype: torch.dtype) -> None:
+def test_replace_head_has_the_mode_and_the_dtype_of_the_old(training: bool, dtype: torch.dtype) -> None:
     model = tiny.build("plain").to(dtype).train(training)
     head = replace_head(model, NEW).fc
     assert (head.training, head.weight.dtype, head.bias.dtype) == (training, dtype, dtype)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_new_head_has_a_bias_where_the_old_had_one(bias: bool) -> None:
+def test_replace_head_has_a_bias_where_the_old_had_one(bias: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3, bias=bias))
     assert (replace_head(model, NEW)[1].bias is not None) == bias
 
 
-def test_a_module_can_be_the_head() -> None:
+def test_replace_head_takes_a_module() -> None:
     model = tiny.build("residual").eval()
     head = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, NEW))
     edited = replace_head(model, head)
@@ -108,14 +109,14 @@ def test_a_module_can_be_the_head() -> None:
     assert edited(tiny.batch("residual")).shape == (6, NEW)
 
 
-def test_two_heads_get_modules_of_their_own() -> None:
+def test_replace_head_gives_two_heads_modules_of_their_own() -> None:
     model = timm.create_model("deit_tiny_distilled_patch16_224", depth=1)
     edited = replace_head(model, nn.Linear(192, NEW))
     assert edited.head.weight is not edited.head_dist.weight
     assert edited.head.weight.shape == edited.head_dist.weight.shape == (NEW, 192)
 
 
-def test_a_network_that_came_without_a_head_gets_one() -> None:
+def test_replace_head_gives_a_network_that_came_without_a_head_one() -> None:
     model = timm.create_model("test_vit", num_classes=0).eval()
     inputs = torch.randn(2, *model.pretrained_cfg["input_size"])
     assert find_heads(model) == ["head"]
@@ -124,19 +125,25 @@ def test_a_network_that_came_without_a_head_gets_one() -> None:
     assert identical(edited(inputs), edited.head(features))
     assert edited(inputs).shape == (2, NEW)
     assert edited.num_classes == NEW
-    assert isinstance(model.head, nn.Identity)
+    assert identical(model(inputs), features)
+    assert features.shape == (2, model.num_features)
 
 
-def test_a_path_says_which_layer_to_replace() -> None:
+def test_replace_head_takes_a_path_of_the_layer_to_replace() -> None:
     model = tiny.build("aux-head")
     edited = replace_head(model, NEW, path="aux")
     assert edited.aux.out_features == NEW
     assert edited.fc.out_features == tiny.CLASSES
 
 
-def test_a_layer_without_parameters_can_make_place_for_a_module() -> None:
-    model = tiny.build("plain")
-    assert isinstance(replace_head(model, nn.Identity(), path="dropout").dropout, nn.Identity)
+def test_replace_head_puts_a_module_in_the_place_of_a_layer_without_parameters() -> None:
+    model, inputs = tiny.build("plain").eval(), tiny.batch("plain")
+    bounds = nn.Hardtanh(-0.1, 0.1)
+    edited = replace_head(model, bounds, path="dropout")
+    handle = model.dropout.register_forward_hook(lambda _, args, __: bounds(args[0]))
+    assert identical(edited(inputs), model(inputs))
+    handle.remove()
+    assert not identical(edited(inputs), model(inputs))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +156,9 @@ def test_a_layer_without_parameters_can_make_place_for_a_module() -> None:
         (NEW, "head", SelectionError, "no layer 'head' in PlainCnn."),
     ],
 )
-def test_a_failed_edit_changes_nothing(new: int, path: str | None, error: type[Exception], message: str) -> None:
+def test_replace_head_that_fails_changes_nothing(
+    new: int, path: str | None, error: type[Exception], message: str
+) -> None:
     model = tiny.build("plain")
     before = snapshot(model)
     with pytest.raises(error) as caught:
@@ -158,12 +167,12 @@ def test_a_failed_edit_changes_nothing(new: int, path: str | None, error: type[E
     assert same(before, snapshot(model))
 
 
-def test_a_network_without_parameters_has_no_head() -> None:
+def test_replace_head_finds_no_head_in_a_network_without_parameters() -> None:
     with pytest.raises(EditError, match="ReLU has no layer with parameters, so it has no head to replace"):
         replace_head(nn.ReLU(), NEW)
 
 
-def test_the_recipe_records_the_edit() -> None:
+def test_replace_head_is_recorded_in_the_recipe() -> None:
     model = create_model("mobilenet_v3_small", weights="none", num_classes=4)
     recipe = card_of(replace_head(model, NEW)).recipe
     assert recipe is not None
@@ -177,7 +186,7 @@ def test_the_recipe_records_the_edit() -> None:
     assert len(original.steps) == 1
 
 
-def test_a_head_that_cannot_be_described_ends_the_recipe() -> None:
+def test_replace_head_with_a_head_that_cannot_be_described_ends_the_recipe() -> None:
     model = create_model("squeezenet1_1", weights="none")
 
     class Local(nn.Dropout):
@@ -189,7 +198,7 @@ def test_a_head_that_cannot_be_described_ends_the_recipe() -> None:
 
 
 @pytest.mark.parametrize("has_recipe", [True, False])
-def test_the_old_heads_classes_are_forgotten(has_recipe: bool) -> None:
+def test_replace_head_forgets_the_classes_of_the_old_head(has_recipe: bool) -> None:
     model = create_model("squeezenet1_1", weights="none") if has_recipe else tiny.build("plain")
     attach(model, classes=("ants", "bees"), task="classification", metrics={"accuracy": 1.0})
     edited = replace_head(model, 3)
@@ -197,7 +206,7 @@ def test_the_old_heads_classes_are_forgotten(has_recipe: bool) -> None:
     assert card_of(model).classes == ("ants", "bees")
 
 
-def test_the_head_follows_the_random_state() -> None:
+def test_replace_head_follows_the_random_state() -> None:
     weights = []
     for _ in range(2):
         torch.manual_seed(5)
@@ -206,7 +215,7 @@ def test_the_head_follows_the_random_state() -> None:
     assert not identical(weights[0], replace_head(tiny.build("plain"), NEW).fc.weight)
 
 
-def test_training_the_edited_network_trains_the_original_body() -> None:
+def test_replace_head_shares_the_body_that_trains_with_the_original() -> None:
     model = tiny.build("plain")
     head = copy.deepcopy(model.fc)
     edited = replace_head(model, NEW)
@@ -217,7 +226,7 @@ def test_training_the_edited_network_trains_the_original_body() -> None:
     assert identical(model.fc.weight, head.weight)
 
 
-def test_a_network_that_cannot_run_on_shapes_gets_its_head_by_registration(tmp_path: object) -> None:
+def test_replace_head_goes_by_registration_where_a_network_cannot_run_on_shapes() -> None:
     class Branches(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -229,24 +238,30 @@ def test_a_network_that_cannot_run_on_shapes_gets_its_head_by_registration(tmp_p
                 x = self.body(x)
             return self.head(x)
 
-    edited = replace_head(Branches(), NEW)
-    assert edited(torch.randn(3, 4)).shape == (3, NEW)
+    model, inputs = Branches(), torch.ones(3, 4)
+    edited = replace_head(model, NEW)
+    assert edited.head.weight.shape == (NEW, 4)
+    assert identical(edited(inputs), edited.head(model.body(inputs)))
 
 
-def test_names_that_do_not_exist_are_refused_before_anything_is_built() -> None:
+def test_create_model_refuses_names_that_do_not_exist_before_anything_is_built() -> None:
     with pytest.raises(ModelError, match="no model 'resnet81'"):
         create_model("resnet81", weights="none", num_classes=NEW)
 
 
-def test_save_follows_an_edit(tmp_path: object) -> None:
-    assert save(replace_head(tiny.sequential(), NEW), tmp_path / "edited.safetensors").exists()
+def test_save_follows_replace_head(tmp_path: Path) -> None:
+    edited = replace_head(tiny.sequential(), NEW)
+    tensors = load_file(save(edited, tmp_path / "edited.safetensors"))
+    assert tensors.keys() == edited.state_dict().keys()
+    assert all(identical(tensors[name], tensor) for name, tensor in edited.state_dict().items())
+    assert len(list(tensors.values())[-1]) == NEW
 
 
 KEPT = {0: 2, 3: 0, 4: 6}
 
 
 @pytest.mark.parametrize("name", [*NETS, *tiny.ALL])
-def test_the_rows_of_kept_classes_are_bit_identical_and_their_scores_equal(name: str) -> None:
+def test_replace_head_keeps_rows_of_kept_classes_bit_identical_and_their_scores_equal(name: str) -> None:
     make, side, heads = NETS[name] if name in NETS else (lambda: tiny.build(name), 0, ())
     model = make().eval()
     torch.manual_seed(5)  # not that of the old head
@@ -265,14 +280,14 @@ def test_the_rows_of_kept_classes_are_bit_identical_and_their_scores_equal(name:
     assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
 
 
-def test_a_class_that_joins_leaves_a_trained_network_as_good_as_it_was() -> None:
+def test_replace_head_with_a_class_that_joins_leaves_a_trained_network_as_good() -> None:
     model = tiny.build("plain").eval()
     inputs = tiny.batch("plain", 64)
     scores = replace_head(model, tiny.CLASSES + 1, keep={k: k for k in range(tiny.CLASSES)}).eval()(inputs)
     assert torch.equal(scores[:, : tiny.CLASSES].argmax(1), model(inputs).argmax(1))
 
 
-def test_classes_can_be_kept_by_their_names() -> None:
+def test_replace_head_keeps_classes_by_their_names() -> None:
     model = attach(tiny.build("plain"), classes=("ant", "bee", "cat", "dog", "elk"))
     edited = replace_head(model, 2, keep={"dog": 0, "bee": 1})
     assert identical(edited.fc.weight, model.fc.weight[[3, 1]])
@@ -282,7 +297,7 @@ def test_classes_can_be_kept_by_their_names() -> None:
         replace_head(model, 2, keep={"bee": 0, 1: 1})
 
 
-def test_kept_classes_are_no_part_of_the_recipe_as_the_weights_come_from_the_file(tmp_path: Path) -> None:
+def test_replace_head_kept_classes_are_no_part_of_the_recipe(tmp_path: Path) -> None:
     model = create_model("squeezenet1_1", weights="none", num_classes=4)
     edited = replace_head(model, 3, keep={0: 0, 2: 1})
     recipe = card_of(edited).recipe
@@ -302,7 +317,7 @@ def test_kept_classes_are_no_part_of_the_recipe_as_the_weights_come_from_the_fil
         ({"ant": 1}, "keep names the old class 'ant', which is unknown: the model's card has no names of classes"),
     ],
 )
-def test_classes_that_cannot_be_kept_are_named(keep: Any, message: str) -> None:
+def test_replace_head_names_classes_that_cannot_be_kept(keep: Any, message: str) -> None:
     model = tiny.build("plain")
     before = snapshot(model)
     with pytest.raises(EditError) as caught:
@@ -312,7 +327,7 @@ def test_classes_that_cannot_be_kept_are_named(keep: Any, message: str) -> None:
     assert same(before, snapshot(model))
 
 
-def test_a_module_keeps_rows_where_they_fit_and_stays_as_it_was_where_they_do_not() -> None:
+def test_replace_head_with_a_module_keeps_rows_where_they_fit_and_changes_none_elsewhere() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5))
     edited = replace_head(model, nn.LazyLinear(3), keep={4: 2})
     assert identical(edited[1].weight[2], model[1].weight[4])
@@ -325,7 +340,7 @@ def test_a_module_keeps_rows_where_they_fit_and_stays_as_it_was_where_they_do_no
 
 
 @pytest.mark.parametrize("new", [True, "7", 2.0, nn.Linear])
-def test_what_is_no_head_is_refused(new: Any) -> None:
+def test_replace_head_refuses_what_is_no_head(new: Any) -> None:
     with pytest.raises(ArgumentError, match=r"replace_head: new is .*expected a whole number .*or a torch\.nn\.Module"):
         replace_head(tiny.build("plain"), new)
 

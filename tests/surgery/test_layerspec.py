@@ -73,16 +73,16 @@ def own(tmp_path: Path) -> Path:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_description_is_minimal(layer: nn.Module, text: str) -> None:
+def test_describe_is_minimal(layer: nn.Module, text: str) -> None:
     assert describe(layer) == text
 
 
-def test_what_is_short_or_long_is_read_alike() -> None:
+def test_construct_reads_short_and_long_alike() -> None:
     for text in ("nn.Linear(3,4)", " torch.nn.Linear(in_features=3,\n out_features=4) ", "Linear(3, 4, True,)"):
         assert describe(construct(text)) == "Linear(3, 4)"
 
 
-def test_several_layers_stand_between_commas() -> None:
+def test_construct_all_reads_several_layers_between_commas() -> None:
     layers = construct_all("Linear(512,400), ReLU(), Linear(400,300)")
     assert [describe(layer) for layer in layers] == ["Linear(512, 400)", "ReLU()", "Linear(400, 300)"]
     assert [describe(layer) for layer in construct_all("ReLU()")] == ["ReLU()"]
@@ -90,7 +90,7 @@ def test_several_layers_stand_between_commas() -> None:
         construct("ReLU(), Tanh()")
 
 
-def test_shared_layers_are_described_in_each_place_where_nothing_is_tied() -> None:
+def test_describe_takes_shared_layers_in_each_place_where_nothing_is_tied() -> None:
     model = tiny.sequential()
     text = describe(model)
     assert text.count("ReLU()") == 3
@@ -98,7 +98,7 @@ def test_shared_layers_are_described_in_each_place_where_nothing_is_tied() -> No
 
 
 @pytest.mark.parametrize("kind", ["layer", "weight", "buffers"])
-def test_tied_layers_are_refused(kind: str) -> None:
+def test_describe_refuses_tied_layers(kind: str) -> None:
     first, second = nn.Linear(2, 2), nn.Linear(2, 2)
     second.weight = first.weight
     norm = nn.BatchNorm1d(2, affine=False)
@@ -159,7 +159,9 @@ UNDESCRIBABLE = {
 
 
 @pytest.mark.parametrize(("layer", "message"), UNDESCRIBABLE.values(), ids=list(UNDESCRIBABLE))
-def test_what_cannot_be_described_is_an_error(layer: nn.Module, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_describe_refuses_what_it_cannot_describe(
+    layer: nn.Module, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(__main__, "Script", type(layer), raising=False)
     with pytest.raises(EditError) as caught:
         describe(layer)
@@ -205,13 +207,13 @@ def test_what_cannot_be_described_is_an_error(layer: nn.Module, message: str, mo
         ("py(3)", "'py(3)' does not name a class"),
     ],
 )
-def test_a_description_of_anything_else_is_refused(text: str, message: str) -> None:
+def test_construct_refuses_a_description_of_anything_else(text: str, message: str) -> None:
     with pytest.raises(EditError) as caught:
         construct(text)
     assert message in str(caught.value)
 
 
-def test_building_draws_no_more_than_the_weights() -> None:
+def test_construct_draws_no_more_than_the_weights() -> None:
     torch.manual_seed(1)
     built: Any = construct("Sequential(Linear(3, 2), LazyLinear(3))")
     torch.manual_seed(1)
@@ -222,7 +224,7 @@ def test_building_draws_no_more_than_the_weights() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_class_of_ones_own_is_described_by_its_file_and_built_with_trust_alone(own: Path) -> None:
+def test_describe_names_the_file_of_a_class_and_construct_builds_it_with_trust_alone(own: Path) -> None:
     kind = import_object(f"py:{own}:Block", trust_code=True)
     layer = nn.Sequential(kind(3, act=nn.Tanh(), sizes=[4]), kind(2, bias=False))
     text = f"Sequential(py('{own}:Block', 3, act=Tanh(), sizes=[4]), py('{own}:Block', 2, act=ReLU(), bias=False))"
@@ -238,7 +240,7 @@ def test_a_class_of_ones_own_is_described_by_its_file_and_built_with_trust_alone
         describe(layer)
 
 
-def test_nothing_is_imported_without_trust(tmp_path: Path) -> None:
+def test_construct_imports_nothing_without_trust(tmp_path: Path) -> None:
     marker = tmp_path / "imported"
     (tmp_path / "bad.py").write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n")
     for text in (f"py('{tmp_path}/bad.py:Block')", f"Sequential(Linear(1, 1), py('{tmp_path}/bad.py:Block', 3))"):
@@ -249,13 +251,13 @@ def test_nothing_is_imported_without_trust(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_a_class_in_a_module_is_described_by_its_module() -> None:
+def test_describe_names_the_module_of_a_class_in_a_module() -> None:
     assert describe(nn.Sequential(tiny.RootToken())) == "Sequential(py('tiny:RootToken'))"
     assert isinstance(construct("py('tiny:RootToken')", trust_code=True), tiny.RootToken)
     assert describe(tiny.Tied()) == "py('tiny:Tied')"  # its constructor ties what it ties
 
 
-def test_what_a_class_of_ones_own_keeps_is_proved(own: Path) -> None:
+def test_describe_proves_what_a_class_of_ones_own_keeps(own: Path) -> None:
     with pytest.raises(EditError, match=r"its 'width' is 4, and that of .* is 8"):
         describe(import_object(f"py:{own}:Doubled", trust_code=True)())
     with pytest.raises(EditError, match=r"\*sizes does not say which arguments it was built with"):
@@ -269,7 +271,7 @@ def test_what_a_class_of_ones_own_keeps_is_proved(own: Path) -> None:
         describe(values)
 
 
-def test_a_class_that_was_imported_by_name_alone_is_found(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_describe_finds_a_class_that_was_imported_by_name_alone(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(own.parent))
     layer = construct("py('own:Block', 3)", trust_code=True)
     assert describe(layer) == "py('own:Block', 3, act=ReLU())"

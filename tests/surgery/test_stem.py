@@ -16,11 +16,12 @@ from oracles import identical, same, snapshot
 from regraft.card import Preprocessing, attach, card_of
 from regraft.errors import EditError
 from regraft.zoo import preprocessing_of
+from surgery.models import without_init
 
 NETS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": models.resnet18,
     "mobilenet_v3_small": models.mobilenet_v3_small,
-    "vit_b_32": models.vit_b_32,
+    "vit_b_32": lambda: without_init(models.vit_b_32),
     "convnext_atto": lambda: timm.create_model("convnext_atto"),
     "levit_128s": lambda: timm.create_model("levit_128s"),
     "crossvit_tiny_240": lambda: timm.create_model("crossvit_tiny_240"),  # two stems
@@ -30,7 +31,7 @@ TINY = ("plain", "residual", "root-token", "aux-head", "sequential")
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_a_gray_image_gives_what_three_equal_channels_gave(name: str) -> None:
+def test_replace_stem_gives_for_a_gray_image_what_three_equal_channels_gave(name: str) -> None:
     model = NETS[name]().eval()
     before = snapshot(model)
     side = preprocessing_of(model).size
@@ -44,7 +45,9 @@ def test_a_gray_image_gives_what_three_equal_channels_gave(name: str) -> None:
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 7])
 @pytest.mark.parametrize("name", TINY)
-def test_tiny_networks_in_double_precision_answer_as_before_up_to_rounding(name: str, channels: int) -> None:
+def test_replace_stem_of_tiny_networks_in_double_precision_answers_as_before_up_to_rounding(
+    name: str, channels: int
+) -> None:
     model = tiny.build(name).eval().double()
     before = snapshot(model)
     edited = regraft.replace_stem(model, channels)
@@ -62,7 +65,7 @@ def test_tiny_networks_in_double_precision_answer_as_before_up_to_rounding(name:
 
 
 @pytest.mark.parametrize("channels", [4, 7, 20])
-def test_new_channels_change_nothing_until_they_have_learned(channels: int) -> None:
+def test_replace_stem_adds_channels_that_change_nothing_until_they_have_learned(channels: int) -> None:
     model = models.resnet18().eval()
     edited = regraft.replace_stem(model, channels)
     inputs = torch.randn(2, channels, 64, 64)
@@ -73,14 +76,14 @@ def test_new_channels_change_nothing_until_they_have_learned(channels: int) -> N
     assert edited.conv1.weight.grad[:, 3:].abs().sum() > 0
 
 
-def test_as_many_channels_as_before_change_nothing() -> None:
+def test_replace_stem_with_as_many_channels_as_before_changes_nothing() -> None:
     model = tiny.build("plain")
     assert regraft.replace_stem(model, 3).conv1.weight is model.conv1.weight
 
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
 @pytest.mark.parametrize("channels", [1, 2, 5])
-def test_convolutions_of_every_dimension_keep_all_of_their_settings(dimensions: int, channels: int) -> None:
+def test_replace_stem_keeps_all_settings_of_convolutions_of_every_dimension(dimensions: int, channels: int) -> None:
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
     settings: dict[str, Any] = {"stride": 2, "padding": 2, "dilation": 2, "padding_mode": "circular"}
     model = nn.Sequential(kind(3, 6, 3, **settings), nn.ReLU())
@@ -94,7 +97,7 @@ def test_convolutions_of_every_dimension_keep_all_of_their_settings(dimensions: 
 
 
 @pytest.mark.parametrize("groups", [2, 4])
-def test_groups_can_be_given_a_gray_image(groups: int) -> None:
+def test_replace_stem_gives_groups_a_gray_image(groups: int) -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=groups), nn.ReLU())
     edited = regraft.replace_stem(model, 1)
     gray = torch.randn(2, 1, 9, 9)
@@ -102,7 +105,7 @@ def test_groups_can_be_given_a_gray_image(groups: int) -> None:
     assert torch.allclose(edited(gray), model(gray.expand(-1, 4, -1, -1)), atol=1e-5)
 
 
-def test_what_was_frozen_stays_frozen_and_pinned_and_the_rest_is_shared() -> None:
+def test_replace_stem_leaves_what_was_frozen_frozen_and_pinned_and_shares_the_rest() -> None:
     class Stem(nn.Conv2d):  # of a class of one's own, which a freeze pins
         pass
 
@@ -133,7 +136,9 @@ def test_what_was_frozen_stays_frozen_and_pinned_and_the_rest_is_shared() -> Non
         (Preprocessing(), 2, None),
     ],
 )
-def test_the_preprocessing_follows(known: Preprocessing, channels: int, expected: Preprocessing | None) -> None:
+def test_replace_stem_changes_the_preprocessing(
+    known: Preprocessing, channels: int, expected: Preprocessing | None
+) -> None:
     found = card_of(regraft.replace_stem(attach(models.resnet18(), preprocessing=known), channels)).preprocessing
     assert (found is None) == (expected is None)
     if found is not None and expected is not None:
@@ -142,7 +147,7 @@ def test_the_preprocessing_follows(known: Preprocessing, channels: int, expected
         assert (found.size, found.resize) == (expected.size, expected.resize)
 
 
-def test_a_gray_network_can_be_given_colours() -> None:
+def test_replace_stem_gives_a_gray_network_colours() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
     found = card_of(regraft.replace_stem(model, 3)).preprocessing
     assert found is not None
@@ -150,7 +155,7 @@ def test_a_gray_network_can_be_given_colours() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_what_timm_says_of_a_network_follows(channels: int) -> None:
+def test_replace_stem_changes_what_timm_says_of_a_network(channels: int) -> None:
     model = timm.create_model("test_vit")
     size = model.pretrained_cfg["input_size"]
     edited = regraft.replace_stem(model, channels)
@@ -163,7 +168,7 @@ def test_what_timm_says_of_a_network_follows(channels: int) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of transformers' own modules
 @pytest.mark.parametrize("channels", [1, 4])
-def test_a_network_of_hugging_face_accepts_the_new_channels(channels: int) -> None:
+def test_replace_stem_of_a_network_of_hugging_face_accepts_the_new_channels(channels: int) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     options = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = transformers.ViTConfig(**options, image_size=16, patch_size=8)
@@ -175,7 +180,7 @@ def test_a_network_of_hugging_face_accepts_the_new_channels(channels: int) -> No
     assert (edited.config.num_channels, model.config.num_channels) == (channels, 3)
 
 
-def test_the_recipe_rebuilds_it(tmp_path: Any) -> None:
+def test_replace_stem_is_rebuilt_by_the_recipe(tmp_path: Any) -> None:
     model = regraft.create_model("mobilenet_v3_small", weights="none", num_classes=3)
     edited = regraft.replace_stem(model, 1).eval()
     recipe = card_of(edited).recipe
@@ -208,7 +213,9 @@ class Standardized(nn.Sequential):
     ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_network_without_channels_to_change_is_refused(model: nn.Module, channels: Any, message: str) -> None:
+def test_replace_stem_refuses_a_network_without_channels_to_change(
+    model: nn.Module, channels: Any, message: str
+) -> None:
     before = snapshot(model)
     with pytest.raises(EditError) as caught:
         regraft.replace_stem(model, channels)
@@ -217,7 +224,7 @@ def test_a_network_without_channels_to_change_is_refused(model: nn.Module, chann
     assert same(before, snapshot(model))
 
 
-def test_what_needs_three_channels_later_on_is_named() -> None:
+def test_replace_stem_names_what_needs_three_channels_later_on() -> None:
     model = models.googlenet(init_weights=False, aux_logits=False, transform_input=True)
     with pytest.raises(EditError, match=r"cannot give 'conv1.conv' 1 channels: "):
         regraft.replace_stem(model, 1)

@@ -61,7 +61,7 @@ def loader() -> Iterator[Loader]:
 
 
 @pytest.mark.parametrize("name", SOME_NAMES)
-def test_every_edit_of_every_family(name: str, rows: dict[str, Row], loader: Loader, tmp_path: Path) -> None:
+def test_surgery_families_take_every_edit(name: str, rows: dict[str, Row], loader: Loader, tmp_path: Path) -> None:
     rows[name] = row = Row(name, family(name))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of constructors

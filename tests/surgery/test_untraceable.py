@@ -45,7 +45,7 @@ UNTRACEABLE: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
 
 
 @pytest.mark.parametrize("name", UNTRACEABLE)
-def test_what_cannot_be_traced_is_cut_and_extended_by_hooks(name: str) -> None:
+def test_truncate_and_append_use_hooks_where_a_network_cannot_be_traced(name: str) -> None:
     make, inputs, path = UNTRACEABLE[name]
     model = make().eval()
     given = inputs if isinstance(inputs, dict) else {"x": inputs}
@@ -123,8 +123,11 @@ def test_insert_into_bert_with_its_inputs_is_a_hook_that_does_the_same() -> None
     assert not torch.allclose(plain, expected, atol=1e-3)
 
 
-def test_layers_of_what_cannot_be_traced_are_replaced() -> None:
-    model = Branching()
-    edited = regraft.replace(model, "middle", nn.Linear(6, 6, bias=False))
-    assert edited(torch.ones(1, 4)).shape == (1, 3)
-    assert regraft.replace_head(model, 5)(torch.ones(1, 4)).shape == (1, 5)
+def test_replace_and_replace_head_take_layers_of_what_cannot_be_traced() -> None:
+    model, inputs = Branching(), torch.ones(1, 4)
+    middle = nn.Linear(6, 6, bias=False)
+    edited = regraft.replace(model, "middle", middle)
+    assert identical(edited(inputs), model.head(middle(model.body(inputs)).relu()))
+    wider = regraft.replace_head(model, 5)
+    assert wider(inputs).shape == (1, 5)
+    assert identical(wider(inputs), wider.head(model.middle(model.body(inputs)).relu()))

@@ -13,7 +13,8 @@ from torchvision import models
 import tiny
 from oracles import identical, same, snapshot
 from regraft import replace_head
-from regraft.anatomy.heads import find_auxiliary_heads
+from regraft.anatomy.heads import find_heads
+from regraft.anatomy.model_facts import ModelFacts
 from regraft.training.loop import ComputeContext, train_epoch
 from surgery.models import NEW, without_init
 
@@ -24,10 +25,10 @@ AUXILIARY: dict[str, tuple[Callable[[], nn.Module], int, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", AUXILIARY)
-def test_auxiliary_classifiers_get_as_many_classes_and_train(name: str) -> None:
+def test_replace_head_gives_auxiliary_classifiers_as_many_classes_and_they_train(name: str) -> None:
     make, side, auxiliary = AUXILIARY[name]
     model = make()
-    assert find_auxiliary_heads(model) == auxiliary
+    assert ModelFacts(model).auxiliary_heads(find_heads(model)) == auxiliary
     edited = replace_head(model, 2, keep={5: 1})
     for path in [*auxiliary, "fc"]:
         assert identical(edited.get_submodule(path).weight[1], model.get_submodule(path).weight[5])
@@ -44,15 +45,15 @@ def test_auxiliary_classifiers_get_as_many_classes_and_train(name: str) -> None:
     assert edited.eval()(images).shape == (2, 2)
 
 
-def test_a_layer_that_never_runs_and_has_another_width_is_no_auxiliary_head() -> None:
+def test_model_facts_auxiliary_heads_leave_out_a_layer_that_never_runs_and_has_another_width() -> None:
     model = tiny.build("aux-head")
-    assert find_auxiliary_heads(model) == ["aux"]
+    assert ModelFacts(model).auxiliary_heads(find_heads(model)) == ["aux"]
     model.aux = nn.Linear(6, tiny.CLASSES + 1)
-    assert find_auxiliary_heads(model) == []
+    assert ModelFacts(model).auxiliary_heads(find_heads(model)) == []
 
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
-def test_a_convolution_as_the_head_keeps_all_of_its_settings(dimensions: int) -> None:
+def test_replace_head_keeps_all_settings_of_a_convolution_as_the_head(dimensions: int) -> None:
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
     settings: dict[str, Any] = {"stride": 2, "padding": 2, "dilation": 2, "padding_mode": "reflect"}
     model = nn.Sequential(kind(3, 4, 3), kind(4, 5, 3, **settings))
@@ -62,7 +63,7 @@ def test_a_convolution_as_the_head_keeps_all_of_its_settings(dimensions: int) ->
     assert all(getattr(edited[1], key) == getattr(model[1], key) for key in settings)
 
 
-def test_inputs_say_which_layer_is_the_head() -> None:
+def test_replace_head_takes_inputs_that_say_which_layer_is_the_head() -> None:
     class TwoInputs(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -77,7 +78,7 @@ def test_inputs_say_which_layer_is_the_head() -> None:
 
 
 @pytest.mark.parametrize("name", ["dla34", "resnetv2_18", "repvit_m1", "efficientvim_m1", "cpubone_nano"])
-def test_timms_networks_without_a_head_get_the_one_that_their_class_builds(name: str) -> None:
+def test_replace_head_gives_timms_networks_without_a_head_the_one_that_their_class_builds(name: str) -> None:
     model = timm.create_model(name, num_classes=0).half().eval()
     before = snapshot(model)
     edited = replace_head(model, NEW)
@@ -115,7 +116,7 @@ HUGGING_FACE: dict[str, tuple[str, str, dict[str, Any], int]] = {  # the class, 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of transformers' own modules
 @pytest.mark.parametrize("before", [1, 2, NEW])
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_the_loss_of_hugging_face_networks_goes_on_with_the_new_labels(name: str, before: int) -> None:
+def test_replace_head_lets_the_loss_of_hugging_face_networks_go_on_with_the_new_labels(name: str, before: int) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     kind, config_kind, options, side = HUGGING_FACE[name]
     labels = {index: f"animal {index}" for index in range(before)}

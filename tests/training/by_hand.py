@@ -55,6 +55,7 @@ def without_cuda() -> bool:
     return not torch.cuda.is_available()
 
 
+HALF_SIZE = {"size": tiny.SIDE, "resize": tiny.SIDE, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 DEVICES = [
     "cpu",
     pytest.param(

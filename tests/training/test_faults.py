@@ -42,7 +42,7 @@ class Small(nn.Module):
 
 @pytest.mark.parametrize("mixup", [0.0, 0.3])
 @pytest.mark.parametrize("most", [1, 3, 4, 5])
-def test_a_batch_that_does_not_fit_is_learned_from_in_parts(most: int, mixup: float) -> None:
+def test_fit_learns_from_a_batch_that_does_not_fit_in_parts(most: int, mixup: float) -> None:
     torch.manual_seed(0)
     short = Small(most)
     roomy = copy.deepcopy(short)
@@ -63,13 +63,13 @@ def test_a_batch_that_does_not_fit_is_learned_from_in_parts(most: int, mixup: fl
     assert max(training) <= most
 
 
-def test_no_memory_for_a_single_photo_is_an_error() -> None:
+def test_fit_refuses_to_run_without_memory_for_a_single_photo() -> None:
     with pytest.raises(RunError, match=r"cpu has no memory for a single photo \(CUDA out of memory.*--image-size"):
         regraft.fit(Small(0), (dataset(20), dataset(9, 1)), **OPTIONS)
 
 
 @pytest.mark.parametrize("most", [1, 3, 4])
-def test_a_batch_that_does_not_fit_is_measured_in_parts(most: int) -> None:
+def test_score_measures_a_batch_that_does_not_fit_in_parts(most: int) -> None:
     class Wide(Small):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if len(x) > self.most:
@@ -98,7 +98,7 @@ def step(model: nn.Module, loss: Any = F.cross_entropy, on_nan: Any = "stop", co
 
 
 @pytest.mark.parametrize("layer", ["conv1", "bn1", "conv2", "fc"])
-def test_the_first_layer_at_fault_is_named_and_nothing_else_changes(layer: str) -> None:
+def test_train_epoch_names_the_first_layer_at_fault_and_nothing_else_changes(layer: str) -> None:
     model = tiny.build("plain")
     with torch.no_grad():
         model.get_submodule(layer).weight.view(-1)[0] = math.inf
@@ -112,14 +112,14 @@ def test_the_first_layer_at_fault_is_named_and_nothing_else_changes(layer: str) 
     assert before["hooks"] == after["hooks"]
 
 
-def test_a_loss_at_fault_is_told_from_a_layer() -> None:
+def test_train_epoch_tells_a_loss_at_fault_from_a_layer() -> None:
     with pytest.raises(LossError, match=r"Every layer's output is finite, so it is the loss itself.*--on-nan skip"):
         step(tiny.build("plain"), lambda outputs, targets: outputs.sum() * math.nan)
 
 
 @pytest.mark.parametrize("bad", [{0}, {1}, {0, 2}])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_can_be_left_out(what: str, bad: set[int]) -> None:
+def test_train_epoch_can_leave_a_step_out_that_is_not_finite(what: str, bad: set[int]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * tiny.SIDE**2, tiny.CLASSES))
     by_hand, calls = copy.deepcopy(model), [0]
@@ -142,12 +142,12 @@ def test_a_step_that_is_not_finite_can_be_left_out(what: str, bad: set[int]) -> 
     assert all(torch.allclose(a, b) for a, b in zip(model.parameters(), by_hand.parameters(), strict=True))
 
 
-def test_an_epoch_of_nothing_else_is_an_error() -> None:
+def test_train_epoch_refuses_an_epoch_of_nothing_but_steps_left_out() -> None:
     with pytest.raises(LossError, match="no step of this epoch had a finite loss and gradient"):
         step(tiny.build("plain"), lambda outputs, targets: outputs.sum() * math.nan, "skip")
 
 
-def test_steps_left_out_are_counted_in_the_line_of_the_epoch() -> None:
+def test_fit_counts_steps_left_out_in_the_line_of_the_epoch() -> None:
     calls, lines = [0], Lines()
 
     def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -187,7 +187,7 @@ class Arms(Lines):
         yield from items
 
 
-def test_a_worker_that_dies_is_done_without(tmp_path: Path) -> None:
+def test_fit_does_without_a_worker_that_dies(tmp_path: Path) -> None:
     lines, data = Arms(tmp_path / "armed"), (Deadly(tmp_path / "armed"), dataset(9, 1))
     options = OPTIONS | {"batch_size": 4, "epochs": 3}
     found = regraft.fit(three_classes(), data, workers=1, progress=lines, **options)
@@ -219,7 +219,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_photo_that_vanishes_is_left_out_of_its_batch(photos: Path, workers: int) -> None:
+def test_fit_leaves_a_photo_that_vanishes_out_of_its_batch(photos: Path, workers: int) -> None:
     options = {"epochs": 3, "batch_size": 5, "image_size": tiny.SIDE, "cache": False, "workers": workers, "lr": 0.01}
     gone = photos / "train/dark/1.png", photos / "val/light/2.png"
     lines = Deletes(*gone)
@@ -232,14 +232,14 @@ def test_a_photo_that_vanishes_is_left_out_of_its_batch(photos: Path, workers: i
         assert sum(line.startswith(f"skipped    '{photo}': ") for line in lines.lines) == 1
 
 
-def test_too_many_of_them_stop_the_run(photos: Path) -> None:
+def test_fit_stops_at_too_many_photos_that_vanish(photos: Path) -> None:
     lines = Deletes(*sorted((photos / "train/dark").iterdir())[:4])
     options = {"epochs": 3, "batch_size": 5, "image_size": tiny.SIDE, "cache": False, "workers": 0}
     with pytest.raises(DataError, match=r"3 of 24 photos cannot be read any more \('.*png': no such file\).*--max-unr"):
         regraft.fit(tiny.PlainCnn(num_classes=2), photos, progress=lines, **options)
 
 
-def test_a_module_is_as_before_where_nothing_goes_wrong() -> None:
+def test_train_epoch_leaves_a_module_as_before_where_nothing_goes_wrong() -> None:
     model = tiny.build("plain")
     regraft.freeze(model, "conv1", "bn1")
     frozen = snapshot(model.conv1), snapshot(model.bn1)

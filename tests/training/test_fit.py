@@ -75,7 +75,7 @@ DATA: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("data", DATA.values(), ids=list(DATA))
-def test_it_learns_and_the_same_seed_gives_the_same_weights(data: Callable[[Path], object], photos: Path) -> None:
+def test_fit_learns_and_the_same_seed_gives_the_same_weights(data: Callable[[Path], object], photos: Path) -> None:
     results = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(results))  # what was drawn before must not matter
@@ -88,7 +88,9 @@ def test_it_learns_and_the_same_seed_gives_the_same_weights(data: Callable[[Path
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
-def test_the_global_random_state_is_as_before(fails: bool, random_state: Callable[[], tuple[object, ...]]) -> None:
+def test_fit_leaves_the_global_random_state_as_before(
+    fails: bool, random_state: Callable[[], tuple[object, ...]]
+) -> None:
     def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         random.random(), np.random.rand(), torch.rand(1)
         return nn.functional.cross_entropy(outputs, targets) * (float("nan") if fails else 1)
@@ -101,7 +103,7 @@ def test_the_global_random_state_is_as_before(fails: bool, random_state: Callabl
     assert random_state() == before
 
 
-def test_the_best_epoch_is_kept_and_not_the_last() -> None:
+def test_fit_keeps_the_best_epoch_and_not_the_last() -> None:
     result = fit(three_classes(), (dataset(), dataset(30, 1)), **OPTIONS | {"epochs": 8, "lr": 0.3})
     best = result.history[result.best_epoch - 1].validation
     assert best == result.validation
@@ -114,7 +116,7 @@ def test_the_best_epoch_is_kept_and_not_the_last() -> None:
 
 
 @pytest.mark.parametrize("patterns", [("conv1", "bn1"), ("conv*", "bn*")])
-def test_what_is_frozen_is_bit_identical_afterwards(patterns: tuple[str, ...], photos: Path) -> None:
+def test_fit_leaves_what_is_frozen_bit_identical(patterns: tuple[str, ...], photos: Path) -> None:
     model = three_classes()
     freeze(model, *patterns)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -124,18 +126,18 @@ def test_what_is_frozen_is_bit_identical_afterwards(patterns: tuple[str, ...], p
         assert identical(before[name], tensor) == (name.partition(".")[0] in layers), name
 
 
-def test_freezing_can_be_an_option(photos: Path) -> None:
+def test_fit_freezes_by_an_option(photos: Path) -> None:
     result = fit(three_classes(), photos, freeze_until="bn2", **OPTIONS)
     assert {name for name, p in result.model.named_parameters() if p.requires_grad} == {"fc.weight", "fc.bias"}
     assert result.plan.trained_layers == ("fc",)
 
 
-def test_the_module_that_was_given_is_trained_in_place() -> None:
+def test_fit_trains_the_module_that_was_given_in_place() -> None:
     model = three_classes()
     assert fit(model, (dataset(), dataset(12, 1)), **OPTIONS).model is model
 
 
-def test_figures_are_those_of_the_run(photos: Path, tmp_path: Path) -> None:
+def test_fit_result_figures_are_those_of_the_run(photos: Path, tmp_path: Path) -> None:
     result = fit(three_classes(), photos, out=str(tmp_path / "run"), **OPTIONS)
     assert [record.epoch for record in result.history] == [1, 2, 3]
     assert result.plan.counts == (("blue", 8, 4), ("green", 8, 4), ("red", 8, 4))
@@ -147,7 +149,7 @@ def test_figures_are_those_of_the_run(photos: Path, tmp_path: Path) -> None:
     assert [float(row["train_loss"]) for row in rows] == [record.train_loss for record in result.history]
 
 
-def test_a_table_of_numbers_is_learned(brightness: Path, tmp_path: Path) -> None:
+def test_fit_learns_a_table_of_numbers(brightness: Path, tmp_path: Path) -> None:
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1))
     model.preprocessing = tiny.PlainCnn.preprocessing
     result = fit(model, brightness, epochs=30, lr=0.02, weight_decay=0.0, out=str(tmp_path / "run"))
@@ -161,14 +163,14 @@ def test_a_table_of_numbers_is_learned(brightness: Path, tmp_path: Path) -> None
     assert [found.label for found in predict(loaded, brightness.parent)] == [None] * 40
 
 
-def test_numbers_in_datasets_are_a_regression() -> None:
+def test_fit_takes_numbers_in_datasets_as_a_regression() -> None:
     inputs = torch.randn(64, 12)
     data = TensorDataset(inputs, inputs.sum(1))
     result = fit(nn.Linear(12, 1), (data, data), epochs=40, lr=0.05, weight_decay=0.0)
     assert result.validation.r2 > 0.9
 
 
-def test_evaluating_the_folder_again_gives_the_same_accuracy(photos: Path, tmp_path: Path) -> None:
+def test_evaluate_gives_the_accuracy_of_fit_for_the_folder_again(photos: Path, tmp_path: Path) -> None:
     result = fit(three_classes(), photos, out=str(tmp_path / "run"), **OPTIONS)
     assert evaluate(result.model, photos).accuracy == result.validation.accuracy
     assert evaluate(result.model, photos).confusion == result.validation.confusion
@@ -176,7 +178,7 @@ def test_evaluating_the_folder_again_gives_the_same_accuracy(photos: Path, tmp_p
     assert labels == [tuple(COLOURS)[place] for place in result.outputs.argmax(1)]
 
 
-def test_images_paths_and_tensors_are_predicted_alike(photos: Path) -> None:
+def test_predict_takes_images_paths_and_tensors_alike(photos: Path) -> None:
     model = fit(three_classes(), photos, **OPTIONS).model
     paths = sorted((photos / "val" / "red").iterdir())
     pictures = [Image.open(path).convert("RGB") for path in paths]
@@ -201,7 +203,7 @@ class StopsAfter(Progress):
         yield from items
 
 
-def test_ctrl_c_keeps_the_best_weights_so_far(tmp_path: Path) -> None:
+def test_fit_keeps_the_best_weights_so_far_at_ctrl_c(tmp_path: Path) -> None:
     model = three_classes()
     data = (dataset(), dataset(12, 1))
     with pytest.raises(Interrupted, match=r"stopped by Ctrl-C\. The best so far \(epoch 1, .*is kept in the model"):
@@ -212,7 +214,7 @@ def test_ctrl_c_keeps_the_best_weights_so_far(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [9, 17])
-def test_a_last_batch_of_one_photo_does_not_stop_batch_norm(length: int) -> None:
+def test_fit_before_batch_norm_is_not_stopped_by_a_last_batch_of_one_photo(length: int) -> None:
     model = nn.Sequential(nn.Linear(12, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
     data = TensorDataset(torch.randn(length, 12), torch.arange(length) % 3)
     assert len(fit(model, (data, data), **OPTIONS).history) == 3
@@ -282,7 +284,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[], object], dict[str
 
 
 @pytest.mark.parametrize(("make", "data", "options", "error", "message"), REFUSED.values(), ids=list(REFUSED))
-def test_what_cannot_work_is_said_before_anything_changes(
+def test_fit_refuses_what_cannot_work_before_anything_changes(
     make: Callable[[], nn.Module],
     data: Callable[[], object],
     options: dict[str, object],
@@ -299,7 +301,7 @@ def test_what_cannot_work_is_said_before_anything_changes(
     assert not (tmp_path / "run").exists()
 
 
-def test_an_exploding_loss_keeps_what_was_best() -> None:
+def test_fit_keeps_what_was_best_where_a_loss_explodes() -> None:
     model, calls = three_classes(), []
 
     def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -311,6 +313,6 @@ def test_an_exploding_loss_keeps_what_was_best() -> None:
     assert card_of(model).metrics["count"] == 12
 
 
-def test_options_win_over_the_configuration() -> None:
+def test_fit_options_win_over_the_configuration() -> None:
     result = fit(three_classes(), (dataset(), dataset(9)), config=TrainConfig(epochs=9, lr=0.1), epochs=1)
     assert (result.config.epochs, result.config.lr, len(result.history)) == (1, 0.1, 1)

@@ -171,7 +171,7 @@ def test_sweep_heads_on_numbers(loss: str, is_constant: bool) -> None:
     assert min(found.losses) < 0.1
 
 
-def test_features_that_never_change_or_are_not_finite() -> None:
+def test_ridge_start_takes_features_that_never_change_or_are_not_finite() -> None:
     targets = torch.arange(60) % 3
     start = ridge_start(nn.Linear(WIDTH, 3), batches(targets, torch.ones(60, WIDTH)), torch.arange(60))
     assert start is not None
@@ -275,7 +275,7 @@ def test_fit_refuses_several_outputs_for_a_number(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("shift", [-1, 0, 1])
-def test_features_around_what_memory_takes(
+def test_fit_keeps_features_around_what_memory_takes(
     precision: str, shift: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photos = write_photos(tmp_path, 10, measured=4)

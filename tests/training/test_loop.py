@@ -27,7 +27,7 @@ def run(model: nn.Module, data: list[tuple[torch.Tensor, torch.Tensor]], loss: o
 
 @pytest.mark.parametrize("frozen", [None, "children[:1]"])
 @pytest.mark.parametrize("name", ["plain", "residual", "root-token", "tied", "functional-dropout", "aux-head"])
-def test_an_epoch_equals_a_loop_by_hand_bit_for_bit(name: str, frozen: str | None) -> None:
+def test_train_epoch_equals_a_loop_by_hand_bit_for_bit(name: str, frozen: str | None) -> None:
     model = tiny.build(name)
     if frozen is not None:
         freeze(model, frozen)
@@ -53,7 +53,7 @@ def test_an_epoch_equals_a_loop_by_hand_bit_for_bit(name: str, frozen: str | Non
     assert all(identical(t, by_hand.state_dict()[key]) for key, t in model.state_dict().items())
 
 
-def test_the_mean_loss_weighs_photos_and_not_batches() -> None:
+def test_train_epoch_weighs_photos_and_not_batches_in_the_mean_loss() -> None:
     model = nn.Linear(12, tiny.CLASSES)
     uneven = [(torch.randn(size, 12), torch.zeros(size, dtype=torch.long)) for size in (1, 7)]
     losses = iter([torch.tensor(8.0), torch.tensor(0.0)])
@@ -61,7 +61,7 @@ def test_the_mean_loss_weighs_photos_and_not_batches() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_before_the_step(bad: float) -> None:
+def test_train_epoch_stops_before_the_step_at_a_loss_that_is_not_finite(bad: float) -> None:
     model, calls = nn.Linear(12, tiny.CLASSES), []
     states = []
 
@@ -76,7 +76,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(bad: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "root-token", "aux-head", "functional-dropout"])
-def test_scoring_equals_a_forward_by_hand_and_changes_nothing(name: str) -> None:
+def test_score_equals_a_forward_by_hand_and_changes_nothing(name: str) -> None:
     model, data = tiny.build(name), batches(name)
     next(model.children()).eval()
     before = snapshot(model)
@@ -101,17 +101,17 @@ def test_scoring_equals_a_forward_by_hand_and_changes_nothing(name: str) -> None
         SimpleNamespace(logits=torch.ones(2, 3)),
     ],
 )
-def test_scores_are_found_in_whatever_a_model_returns(output: object) -> None:
+def test_main_output_finds_scores_in_whatever_a_model_returns(output: object) -> None:
     assert torch.equal(main_output(output), torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("output", [None, (), {"out": torch.ones(1)}, 3.0, ("text",)])
-def test_anything_else_is_an_error(output: object) -> None:
+def test_main_output_refuses_anything_else(output: object) -> None:
     with pytest.raises(ModelError, match=f"the model returned a {type(output).__name__}, expected a tensor of scores"):
         main_output(output)
 
 
-def test_mixed_precision_is_torchs_autocast() -> None:
+def test_score_in_mixed_precision_is_torchs_autocast() -> None:
     compute, model, data = choose_compute("cpu", "bf16"), nn.Linear(12, 3), batches("tied", 1)
     outputs, _ = score(model, data, compute)
     with torch.autocast("cpu", torch.bfloat16):
@@ -120,12 +120,12 @@ def test_mixed_precision_is_torchs_autocast() -> None:
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "abacus", "mps:x"])
-def test_a_device_that_does_not_exist_is_an_error(device: str) -> None:
+def test_choose_compute_refuses_a_device_that_does_not_exist(device: str) -> None:
     with pytest.raises(ModelError, match=f"the device '{device}' cannot be used: .*Try --device cpu"):
         choose_compute(device, "auto")
 
 
-def test_mixup_is_what_its_paper_says() -> None:
+def test_train_epoch_mixes_as_the_paper_of_mixup_says() -> None:
     torch.manual_seed(0)
     model, inputs, targets = nn.Linear(6, 3), torch.randn(8, 6), torch.arange(8) % 3
     by_hand = copy.deepcopy(model)

@@ -45,12 +45,12 @@ def test_focal_loss_has_finite_gradients_where_a_prediction_is_certain() -> None
         ("huber", "regression", F.huber_loss(NUMBERS[:, 0], TARGETS)),
     ],
 )
-def test_a_name_gives_torchs_loss(name: str | None, task: str, expected: torch.Tensor) -> None:
+def test_build_loss_gives_torchs_loss_for_a_name(name: str | None, task: str, expected: torch.Tensor) -> None:
     arguments = (SCORES, CLASSES) if task == "classification" else (NUMBERS, TARGETS)
     assert identical(build_loss(name, task)(*arguments), expected)
 
 
-def test_labels_can_be_smoothed() -> None:
+def test_build_loss_smooths_labels() -> None:
     smoothed = build_loss("cross-entropy", "classification", label_smoothing=0.1)(SCORES, CLASSES)
     assert identical(smoothed, F.cross_entropy(SCORES, CLASSES, label_smoothing=0.1))
 
@@ -67,7 +67,7 @@ def test_labels_can_be_smoothed() -> None:
         ("cross-entropy", "regression", "no loss 'cross-entropy' for regression."),
     ],
 )
-def test_an_unknown_name_is_an_error(name: str, task: str, message: str) -> None:
+def test_build_loss_refuses_an_unknown_name(name: str, task: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build_loss(name, task)
     assert message in str(caught.value)
@@ -76,7 +76,7 @@ def test_an_unknown_name_is_an_error(name: str, task: str, message: str) -> None
 @pytest.mark.parametrize(
     "source", ["def made(outputs, targets): return outputs.mean()", "import torch\nmade = torch.nn.CrossEntropyLoss"]
 )
-def test_a_loss_of_ones_own_is_a_function_or_a_class(source: str, tmp_path: Path) -> None:
+def test_build_loss_takes_a_function_or_a_class_of_ones_own(source: str, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(source)
     name = f"py:{tmp_path / 'own.py'}:made"
     with pytest.raises(TrustError):
@@ -93,7 +93,7 @@ def test_a_loss_of_ones_own_is_a_function_or_a_class(source: str, tmp_path: Path
         (nn.CrossEntropyLoss(reduction="none")(SCORES, CLASSES), "a tensor of shape (9,)"),
     ],
 )
-def test_what_is_no_single_number_is_an_error(value: object, message: str) -> None:
+def test_check_loss_refuses_what_is_no_single_number(value: object, message: str) -> None:
     with pytest.raises(LossError) as caught:
         check_loss(value)
     assert message in str(caught.value)

@@ -19,7 +19,7 @@ def draw(seed: int, count: int = 97, classes: int = 4) -> tuple[torch.Tensor, to
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_classification_figures_are_scikit_learns(seed: int) -> None:
+def test_measure_classification_figures_are_scikit_learns(seed: int) -> None:
     scores, targets = draw(seed)
     found, predicted = measure(scores, targets, NAMES), scores.argmax(1)
     report = sklearn.metrics.classification_report(
@@ -36,7 +36,7 @@ def test_classification_figures_are_scikit_learns(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_calibration_error_is_its_definition(seed: int) -> None:
+def test_measure_calibration_error_is_its_definition(seed: int) -> None:
     scores, targets = draw(seed)
     probabilities = scores.softmax(1).tolist()
     members: dict[int, list[tuple[float, bool]]] = {}
@@ -52,18 +52,18 @@ def test_the_calibration_error_is_its_definition(seed: int) -> None:
     assert sum(count for _, _, count in reliability(scores, targets)) == len(targets)
 
 
-def test_a_certain_prediction_is_in_the_last_bin() -> None:
+def test_reliability_puts_a_certain_prediction_in_the_last_bin() -> None:
     assert reliability(torch.tensor([[100.0, 0.0]]), torch.tensor([0])) == [(1.0, 1.0, 1)]
 
 
-def test_a_class_that_is_never_predicted_and_one_that_never_occurs_count_as_zero() -> None:
+def test_measure_counts_a_class_as_zero_that_is_never_predicted_or_never_occurs() -> None:
     found = measure(torch.tensor([[1.0, 0.0, 0.0]] * 2), torch.tensor([0, 1]), ("a", "b", "c"))
     assert [(one.precision, one.recall, one.count) for one in found.per_class] == [(0.5, 1, 1), (0, 0, 1), (0, 0, 0)]
     assert found.confusion == ((1, 0, 0), (1, 0, 0), (0, 0, 0))
 
 
 @pytest.mark.parametrize("columns", [False, True], ids=["(N,)", "(N, 1)"])
-def test_regression_figures_are_scikit_learns(columns: bool) -> None:
+def test_measure_regression_figures_are_scikit_learns(columns: bool) -> None:
     targets = torch.randn(50)
     outputs = targets + torch.randn(50) / 3
     found = measure(outputs[:, None] if columns else outputs, targets, None)
@@ -74,14 +74,14 @@ def test_regression_figures_are_scikit_learns(columns: bool) -> None:
     assert (found.accuracy, found.per_class, found.confusion) == (None, (), ())
 
 
-def test_equal_targets_have_no_explained_variance() -> None:
+def test_measure_has_no_explained_variance_of_equal_targets() -> None:
     found = measure(torch.randn(4), torch.ones(4), None)
     assert found.r2 is None
     assert "R²" not in found.headline()
 
 
 @pytest.mark.parametrize("numbers", [True, False])
-def test_figures_are_json(numbers: bool) -> None:
+def test_measure_figures_are_json(numbers: bool) -> None:
     found = measure(torch.randn(5), torch.randn(5), None) if numbers else measure(*draw(1), NAMES)
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert data["count"] == found.count
@@ -104,7 +104,7 @@ def metrics(accuracy: float | None, loss: float) -> Metrics:
         (metrics(0.9, 1.0), metrics(0.9, math.nan)),
     ],
 )
-def test_better_is_more_accurate_then_lower_loss(better: Metrics, worse: Metrics | None) -> None:
+def test_metrics_are_better_when_more_accurate_then_by_lower_loss(better: Metrics, worse: Metrics | None) -> None:
     assert better.is_better_than(worse)
     if worse is not None:
         assert not worse.is_better_than(better)

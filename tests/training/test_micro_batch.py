@@ -140,7 +140,7 @@ def test_fit_in_parts_draws_the_same_dropout_twice() -> None:
 
 
 @pytest.mark.parametrize(("count", "size"), [(8, 3), (7, 7), (5, 2), (1, 1), (9, 1)])
-def test_split_gives_parts_of_nearly_equal_sizes(count: int, size: int) -> None:
+def test_batch_split_gives_parts_of_nearly_equal_sizes(count: int, size: int) -> None:
     numbers = torch.arange(count)
     parts = Batch(numbers, numbers, numbers).split(size)
     assert torch.equal(torch.cat([part.targets for part in parts]), numbers)

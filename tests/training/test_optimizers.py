@@ -37,7 +37,7 @@ def test_fit_trains_with_an_optimizer_or_refuses_it_before_training(name: str) -
 
 
 @pytest.mark.parametrize("frozen", [(), ("0",)])
-def test_muon_names_the_parameter_that_is_no_matrix(frozen: tuple[str, ...]) -> None:
+def test_build_optimizer_names_the_parameter_that_is_no_matrix_for_muon(frozen: tuple[str, ...]) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2))
     regraft.freeze(model, *frozen) if frozen else None
     name = "2.bias" if frozen else "0.weight"
@@ -46,7 +46,7 @@ def test_muon_names_the_parameter_that_is_no_matrix(frozen: tuple[str, ...]) -> 
     assert regraft.build_optimizer("muon", nn.Linear(4, 2, bias=False), lr=0.1).param_groups[0]["lr"] == 0.1
 
 
-def test_timms_optimizers_have_the_momentum_that_its_own_factory_gives_them() -> None:
+def test_build_optimizer_gives_timms_optimizers_the_momentum_of_its_own_factory() -> None:
     model = nn.Linear(4, 2)
     for name in ("sgd", "sgdw", "momentum", "rmsproptf", "lars"):
         expected = timm.optim.create_optimizer_v2(model, name, lr=0.1).param_groups[0]["momentum"]

@@ -37,7 +37,7 @@ def losses(result: regraft.FitResult) -> list[float]:
     return [record.train_loss for record in result.history]
 
 
-def test_photos_in_a_file_are_learned_from_as_those_in_memory(
+def test_fit_learns_from_photos_in_a_file_as_from_those_in_memory(
     photos: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[Path]
 ) -> None:
     in_memory, _ = run(photos)
@@ -72,7 +72,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 @pytest.mark.usefixtures("little_memory")
-def test_a_full_disk_costs_the_file_alone(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_loses_the_file_of_photos_alone_to_a_full_disk(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = [0]
     append = EntryWriter.append
 
@@ -91,6 +91,6 @@ def test_a_full_disk_costs_the_file_alone(photos: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("little_memory")
-def test_nothing_is_written_without_the_cache(photos: Path) -> None:
+def test_fit_writes_nothing_without_the_cache(photos: Path) -> None:
     run(photos, cache=False, workers=0)
     assert not list(Store().folder.glob("*"))

@@ -1,16 +1,14 @@
 """A run that is stopped and continued ends with the weights, bit for bit, of one that was never stopped."""
 
-import random
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, TensorDataset
 
 import regraft
 import tiny
@@ -20,22 +18,7 @@ from regraft.errors import CheckpointError, ConfigError, DataError, Interrupted,
 from regraft.progress import SILENT, Progress
 from regraft.training.config import read_config
 from training.factories import StopsAt, assert_same, dataset, write_photos
-
-Stop = tuple[int, int]  # epoch and step, from 1
-
-
-class Noisy(Dataset):
-    """Draws from every global generator for each item, as augmentations do."""
-
-    def __init__(self, count: int, seed: int = 0) -> None:
-        self.images, self.targets = dataset(count, seed).tensors
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        drawn = torch.rand(()) + random.random() + float(np.random.rand())
-        return self.images[index] * drawn, self.targets[index]
+from training.runs import OPTIMIZERS, RUNS, SMALL, STOPS, Noisy, Stop, generator, net
 
 
 @pytest.fixture(scope="module")
@@ -55,59 +38,10 @@ def table(photos: Path) -> Path:
     return photos / "table.csv"
 
 
-def net(classes: int = 2, frozen: tuple[str, ...] = ()) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        model = tiny.PlainCnn(num_classes=classes)
-    if frozen:
-        regraft.freeze(model, *frozen)
-    return model
-
-
-def generator(seed: int = 3) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def weighted() -> DataLoader:
-    sampler = WeightedRandomSampler(torch.arange(1.0, 25.0), 20, generator=generator())
-    return DataLoader(Noisy(24), 6, sampler=sampler)
-
-
-SMALL: dict[str, Any] = {"epochs": 3, "batch_size": 6, "lr": 0.02}
-HEAD = ("conv*", "bn*")
-OPTIMIZERS = ("sgd", "rmsprop", "adagrad", "nadam", "rprop", "asgd", "adadelta")
-STOPS: list[list[Stop]] = [[(1, 2)], [(2, 1), (2, 2)], [(1, 3), (3, 1)]]
-RUNS: dict[str, Callable[[Any], tuple[nn.Module, Any, dict[str, Any]]]] = {
-    "datasets": lambda _: (net(3), (dataset(20), dataset(9, 1)), {}),
-    "mixup": lambda _: (net(3), (dataset(20), dataset(9, 1)), {"mixup": 0.4}),
-    "loaders that draw from the global generator": lambda _: (
-        net(3),
-        (DataLoader(Noisy(22), 6, shuffle=True), DataLoader(Noisy(9, 1), 4, shuffle=True)),
-        {},
-    ),
-    "loaders with generators": lambda _: (
-        net(3),
-        (weighted(), DataLoader(dataset(9, 1), 4, shuffle=True, generator=generator())),
-        {},
-    ),
-    "batches in a list": lambda _: (net(3), ([dataset()[:9], dataset()[9:], dataset()[4:16]], [dataset(9, 1)[:]]), {}),
-    "photos, each time anew": lambda f: (net(), f("photos"), {"augment": "standard"}),
-    "cached features": lambda f: (net(frozen=("conv1", "bn1")), f("photos"), {"augment": "flip"}),
-    "a head that is chosen": lambda f: (net(frozen=HEAD), f("more_photos"), {"lr": None, "views": 3}),
-    "gradual unfreezing": lambda f: (net(), f("photos"), {"unfreeze": "head:1,conv2:1,all:2"}),
-    "gradual unfreezing, not cached": lambda f: (net(), f("photos"), {"unfreeze": "head:1,all:2", "cache": False}),
-    "numbers": lambda f: (net(1), f("table"), {"loss": "huber"}),
-    "bf16": lambda _: (net(3), (dataset(20), dataset(9, 1)), {"precision": "bf16"}),
-    "fp16, with a scaler": lambda _: (net(3), (dataset(20), dataset(9, 1)), {"precision": "fp16"}),
-    "cached features in bf16": lambda f: (net(frozen=("conv1", "bn1")), f("photos"), {"precision": "bf16"}),
-    "a head that is chosen in bf16": lambda f: (
-        net(frozen=HEAD),
-        f("more_photos"),
-        {"lr": None, "precision": "bf16", "cache_precision": "int8"},
-    ),
-    "weights in bfloat16": lambda f: (net(frozen=("conv1", "bn1")).bfloat16(), f("photos"), {}),
-    "weights in float64": lambda _: (net(3).double(), (dataset(20), dataset(9, 1)), {"mixup": 0.4}),
-} | {name: lambda _, name=name: (net(3), (dataset(20), dataset(9, 1)), {"optimizer": name}) for name in OPTIMIZERS}
+@pytest.fixture(scope="module")
+def whole() -> dict[str, tuple[Any, Path]]:
+    """Keep the results and folders of runs that were never stopped, by name: one for all ways to stop it."""
+    return {}
 
 
 @pytest.fixture
@@ -129,10 +63,12 @@ CASES = [(name, stops) for name in RUNS for stops in STOPS if name not in OPTIMI
 
 
 @pytest.mark.parametrize(("name", "stops"), CASES, ids=str)
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
-    name: str, stops: list[Stop], make: Any, tmp_path: Path
+def test_fit_resume_goes_on_as_if_nothing_had_happened(
+    name: str, stops: list[Stop], make: Any, whole: dict[str, tuple[Any, Path]], tmp_path: Path
 ) -> None:
-    undisturbed = train(make(name), tmp_path / "whole")
+    if name not in whole:
+        whole[name] = train(make(name), tmp_path / "whole"), tmp_path / "whole"
+    undisturbed, folder = whole[name]
     out = tmp_path / "stopped"
     for number, (epoch, step) in enumerate(stops):
         begun = step - sum(s for e, s in stops[:number] if e == epoch)  # of the steps that are left of that epoch
@@ -143,14 +79,14 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     assert_same(found, undisturbed)
     left = {"model.safetensors", "metrics.csv", "config.toml"}
     assert {child.name for child in out.iterdir()} == left
-    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
-    options = [read_config(folder / "config.toml") | {"out": ""} for folder in (out, tmp_path / "whole")]
+    assert (out / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    options = [read_config(path / "config.toml") | {"out": ""} for path in (out, folder)]
     assert options[0] == options[1]
     ours = [line.rsplit(",", 1)[0] for line in (out / "metrics.csv").read_text().splitlines()]
-    assert ours == [line.rsplit(",", 1)[0] for line in (tmp_path / "whole/metrics.csv").read_text().splitlines()]
+    assert ours == [line.rsplit(",", 1)[0] for line in (folder / "metrics.csv").read_text().splitlines()]
 
 
-def test_with_two_workers(tmp_path: Path) -> None:
+def test_fit_resume_with_two_workers(tmp_path: Path) -> None:
     def made() -> tuple[nn.Module, Any, dict[str, Any]]:
         loaders = DataLoader(Noisy(22), 6, shuffle=True, num_workers=2), DataLoader(dataset(9, 1), 9)
         return net(3), loaders, SMALL | {"epochs": 2}
@@ -161,7 +97,7 @@ def test_with_two_workers(tmp_path: Path) -> None:
     assert_same(train(made(), tmp_path / "stopped", resume=True), undisturbed)
 
 
-def test_a_signal_while_it_is_measured_does_not_wait_for_the_end(make: Any, tmp_path: Path) -> None:
+def test_fit_stops_at_a_signal_while_it_is_measured_without_waiting_for_the_end(make: Any, tmp_path: Path) -> None:
     name = "loaders that draw from the global generator"
     undisturbed = train(make(name), tmp_path / "whole")
     model, data, options = make(name)
@@ -181,7 +117,7 @@ def test_a_signal_while_it_is_measured_does_not_wait_for_the_end(make: Any, tmp_
     assert_same(train(make(name), tmp_path / "stopped", resume=True), undisturbed)
 
 
-def test_the_state_after_the_last_epoch_is_enough_to_end(make: Any, tmp_path: Path) -> None:
+def test_fit_resume_ends_with_the_state_after_the_last_epoch(make: Any, tmp_path: Path) -> None:
     undisturbed = train(make("datasets"), tmp_path / "whole")
 
     class StopsAtTheEnd(Progress):
@@ -194,7 +130,7 @@ def test_the_state_after_the_last_epoch_is_enough_to_end(make: Any, tmp_path: Pa
     assert_same(train(make("datasets"), tmp_path / "stopped", resume=True), undisturbed)
 
 
-def test_a_second_signal_stops_at_once_and_the_state_before_it_is_kept(make: Any, tmp_path: Path) -> None:
+def test_fit_stops_at_once_at_a_second_signal_and_keeps_the_state_before_it(make: Any, tmp_path: Path) -> None:
     model, data, options = make("datasets")
 
     def twice(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -216,7 +152,7 @@ def test_a_second_signal_stops_at_once_and_the_state_before_it_is_kept(make: Any
     ]
 
 
-def test_an_ignored_signal_stays_ignored(make: Any, tmp_path: Path) -> None:
+def test_fit_leaves_an_ignored_signal_ignored(make: Any, tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         assert len(train(make("datasets"), tmp_path / "run", StopsAt(1, 2)).history) == 3
@@ -224,7 +160,7 @@ def test_an_ignored_signal_stays_ignored(make: Any, tmp_path: Path) -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_without_a_folder_the_best_is_kept_in_the_module(make: Any) -> None:
+def test_fit_without_a_folder_keeps_the_best_in_the_module(make: Any) -> None:
     model, data, options = make("datasets")
     with pytest.raises(
         Interrupted, match=r"^stopped by SIGTERM\. The best so far \(epoch 1, .* is kept in the model\.$"
@@ -234,7 +170,7 @@ def test_without_a_folder_the_best_is_kept_in_the_module(make: Any) -> None:
         regraft.fit(net(3), data, progress=StopsAt(1, 1), **options)
 
 
-def test_states_are_written_as_often_as_asked_and_the_last_few_are_kept(make: Any, tmp_path: Path) -> None:
+def test_fit_writes_states_as_often_as_asked_and_keeps_the_last_few(make: Any, tmp_path: Path) -> None:
     names: set[str] = set()
 
     class Looks(Progress):
@@ -249,7 +185,7 @@ def test_states_are_written_as_often_as_asked_and_the_last_few_are_kept(make: An
     assert not (tmp_path / "run/last").exists()
 
 
-def test_nothing_has_to_be_there_to_begin_with(make: Any, tmp_path: Path) -> None:
+def test_fit_resume_needs_nothing_to_begin_with(make: Any, tmp_path: Path) -> None:
     assert_same(train(make("datasets"), tmp_path / "a", resume=True), train(make("datasets"), tmp_path / "b"))
     with pytest.raises(ConfigError, match=r"resume needs the folder of the run\. Pass out="):
         regraft.fit(net(3), (dataset(20), dataset(9)), resume=True)
@@ -260,7 +196,7 @@ def stopped(make: Any, out: Path, name: str = "datasets", **more: Any) -> None:
         train(make(name), out, StopsAt(2, 2), **more)
 
 
-def test_a_damaged_state_is_passed_over(make: Any, tmp_path: Path) -> None:
+def test_fit_resume_passes_over_a_damaged_state(make: Any, tmp_path: Path) -> None:
     undisturbed, out = train(make("datasets"), tmp_path / "whole"), tmp_path / "run"
     stopped(make, out, checkpoint_minutes=0)
     older, newest = sorted((out / "last").iterdir())
@@ -271,7 +207,7 @@ def test_a_damaged_state_is_passed_over(make: Any, tmp_path: Path) -> None:
     assert any(line == f"continued  after step 1 of epoch 2, from '{older}'" for line in progress.lines)
 
 
-def test_states_that_are_all_damaged_are_an_error(make: Any, tmp_path: Path) -> None:
+def test_fit_resume_refuses_states_that_are_all_damaged(make: Any, tmp_path: Path) -> None:
     stopped(make, tmp_path / "run")
     for file in (tmp_path / "run/last").iterdir():
         file.write_bytes(b"")
@@ -286,7 +222,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_other_options_are_refused(case: str, make: Any, tmp_path: Path) -> None:
+def test_fit_resume_refuses_other_options(case: str, make: Any, tmp_path: Path) -> None:
     options, message = OTHERS[case]
     stopped(make, tmp_path / "run")
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
@@ -295,7 +231,7 @@ def test_other_options_are_refused(case: str, make: Any, tmp_path: Path) -> None
     assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
 
 
-def test_another_network_or_other_frozen_weights_are_refused(make: Any, tmp_path: Path) -> None:
+def test_fit_resume_refuses_another_network_or_other_frozen_weights(make: Any, tmp_path: Path) -> None:
     out = tmp_path / "run"
     stopped(make, out, "cached features")
     _, data, options = make("cached features")
@@ -312,7 +248,7 @@ def test_another_network_or_other_frozen_weights_are_refused(make: Any, tmp_path
         train((net(), data, options), out, resume=True)
 
 
-def test_changed_photos_are_refused(make: Any, tmp_path: Path) -> None:
+def test_fit_resume_refuses_changed_photos(make: Any, tmp_path: Path) -> None:
     out, root = tmp_path / "run", write_photos(tmp_path / "own", 12)
     model, _, options = make("photos, each time anew")
     with pytest.raises(Interrupted):
@@ -325,7 +261,7 @@ def test_changed_photos_are_refused(make: Any, tmp_path: Path) -> None:
     assert len(train((net(), moved, options), out, resume=True).history) == 3
 
 
-def test_a_run_that_fails_at_once_leaves_nothing_and_one_that_fails_later_its_state(make: Any, tmp_path: Path) -> None:
+def test_fit_that_fails_at_once_leaves_nothing_and_one_that_fails_later_its_state(make: Any, tmp_path: Path) -> None:
     calls: list[int] = []
 
     def failing(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -348,7 +284,7 @@ def test_a_run_that_fails_at_once_leaves_nothing_and_one_that_fails_later_its_st
         assert out.exists() == (at == 7)
 
 
-def test_a_full_disk_stops_no_training(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_is_not_stopped_by_a_full_disk(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from regraft.training.resume import state_writer
 
     undisturbed, progress, original = train(make("datasets"), tmp_path / "a"), StopsAt(0, 0), state_writer.write_tree
@@ -370,7 +306,7 @@ def test_a_full_disk_stops_no_training(make: Any, tmp_path: Path, monkeypatch: p
     assert_same(train(make("datasets"), tmp_path / "c", resume=True), undisturbed)
 
 
-def test_results_of_an_older_run_are_replaced_as_in_one_go(make: Any, tmp_path: Path) -> None:
+def test_fit_resume_replaces_results_of_an_older_run_as_in_one_go(make: Any, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(make("datasets"), out)
     (out / "report.html").write_text("old")
@@ -382,7 +318,7 @@ def test_results_of_an_older_run_are_replaced_as_in_one_go(make: Any, tmp_path: 
     assert not (out / "report.html").exists()
 
 
-def test_another_run_that_begins_in_the_folder_drops_the_states_of_the_first(make: Any, tmp_path: Path) -> None:
+def test_fit_that_begins_in_the_folder_of_another_run_drops_its_states(make: Any, tmp_path: Path) -> None:
     out = tmp_path / "run"
     stopped(make, out)
     with pytest.raises(ConfigError, match=r"is not empty.*or go on with what stopped there: regraft train --resume"):
@@ -392,7 +328,7 @@ def test_another_run_that_begins_in_the_folder_drops_the_states_of_the_first(mak
     assert_same(train(make("mixup"), out, resume=True), train(make("mixup"), tmp_path / "whole"))
 
 
-def test_data_of_the_same_kind_in_tensors(tmp_path: Path) -> None:
+def test_fit_resume_takes_data_of_the_same_kind_in_tensors(tmp_path: Path) -> None:
     inputs = torch.randn(30, 12, generator=generator())
     data = TensorDataset(inputs, inputs.sum(1))
 

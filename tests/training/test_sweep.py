@@ -43,7 +43,7 @@ def options(**changed: Any) -> dict[str, Any]:
     return {"epochs": 4, "decays": (0.05, 1.0), "may_start_from_ridge": False, "seed": 3, **changed}
 
 
-def test_each_head_is_what_torchs_own_optimizer_makes_of_it() -> None:
+def test_sweep_heads_makes_of_each_head_what_torchs_own_optimizer_makes_of_it() -> None:
     head, data = nn.Linear(WIDTH, 3), batches()
     found = sweep_heads(head, data, F.cross_entropy, **options())
     assert found is not None
@@ -76,7 +76,7 @@ def test_each_head_is_what_torchs_own_optimizer_makes_of_it() -> None:
     assert found.losses[found.tried.index(found.best)] == min(found.losses)
 
 
-def test_the_network_and_the_random_state_stay_as_they_are(random_state: Any) -> None:
+def test_sweep_heads_leaves_the_network_and_the_random_state_as_they_are(random_state: Any) -> None:
     live = nn.Sequential(nn.Dropout(0.3), nn.Linear(WIDTH, 3))
     before, state = copy.deepcopy(live.state_dict()), random_state()
     assert sweep_heads(live, batches(), F.cross_entropy, **options()) is not None
@@ -85,7 +85,7 @@ def test_the_network_and_the_random_state_stay_as_they_are(random_state: Any) ->
     assert all(parameter.grad is None for parameter in live.parameters())
 
 
-def test_what_cannot_be_trained_side_by_side_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_heads_leaves_alone_what_cannot_be_trained_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = nn.Sequential(nn.Linear(WIDTH, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     assert sweep_heads(norm, batches(), F.cross_entropy, **options()) is None
     monkeypatch.setattr(sweep, "MAX_PARAMETERS", 10)
@@ -115,7 +115,7 @@ def test_ridge_is_scikit_learns_at_the_penalty_that_leaving_one_out_chooses() ->
     assert np.allclose(bias.item(), oracle.intercept_)
 
 
-def test_ridge_leaves_all_versions_of_a_photo_out_at_once() -> None:
+def test_ridge_leaves_all_views_of_a_photo_out_at_once() -> None:
     originals, targets = drawn_regression(24, torch.ones(20, dtype=torch.float64))
     noise = torch.randn(24, 3, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     features = (originals[:, None] + 0.1 * noise).flatten(0, 1)
@@ -150,7 +150,7 @@ def _without(features: np.ndarray, targets: np.ndarray, block: slice, alpha: flo
     return targets[block] - oracle.predict(features[block])
 
 
-def test_of_choices_that_do_as_well_the_one_nearest_to_ridge_is_taken() -> None:
+def test_sweep_takes_the_one_nearest_to_ridge_of_choices_that_do_as_well() -> None:
     tried = tuple(HeadChoice(lr, 0.05, ridge) for ridge in (False, True) for lr in (1e-5, 1e-3, 1e-1))
     losses = torch.tensor([[9.0, 0.40, 9.0, 9.0, 0.43, 0.42], [9.0, 0.50, 9.0, 9.0, 0.51, 0.52]])
     assert sweep._simplest(tried, losses) == 4  # 0.47 is within 0.45 ± 0.05, and nearer than 0.47 with a larger rate
@@ -181,7 +181,7 @@ def test_ridge_tells_classes_apart_and_is_no_surer_than_it_should_be() -> None:
         (nn.Linear(WIDTH, 3, bias=False), False),
     ],
 )
-def test_ridge_is_for_one_linear_layer(live: nn.Module, is_linear: bool) -> None:
+def test_ridge_start_is_for_one_linear_layer(live: nn.Module, is_linear: bool) -> None:
     start = ridge_start(live, batches(), torch.arange(COUNT))
     assert (start is not None) == is_linear
     if start is not None:
@@ -191,7 +191,7 @@ def test_ridge_is_for_one_linear_layer(live: nn.Module, is_linear: bool) -> None
     assert any(choice.starts_from_ridge for choice in found.tried) == is_linear
 
 
-def test_a_start_from_ridge_may_be_asked_for(tmp_path: Path) -> None:
+def test_fit_starts_from_ridge_where_that_is_asked_for(tmp_path: Path) -> None:
     photos = write_photos(tmp_path, 48)
     model = half_frozen()
     regraft.freeze(model)

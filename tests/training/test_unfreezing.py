@@ -17,7 +17,7 @@ def data() -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(inputs, targets), TensorDataset(inputs, targets)
 
 
-def test_layers_join_stage_by_stage(data: tuple[TensorDataset, TensorDataset]) -> None:
+def test_fit_lets_layers_join_stage_by_stage(data: tuple[TensorDataset, TensorDataset]) -> None:
     model = tiny.build("plain")
     seen: list[set[str]] = []
 
@@ -32,7 +32,7 @@ def test_layers_join_stage_by_stage(data: tuple[TensorDataset, TensorDataset]) -
     assert seen[2] == {name for name, _ in model.named_parameters()}
 
 
-def test_the_kept_weights_are_those_of_the_best_epoch_also_when_layers_joined_later(
+def test_fit_keeps_the_weights_of_the_best_epoch_also_when_layers_joined_later(
     data: tuple[TensorDataset, TensorDataset],
 ) -> None:
     model = tiny.build("plain")
@@ -40,12 +40,12 @@ def test_the_kept_weights_are_those_of_the_best_epoch_also_when_layers_joined_la
     assert regraft.evaluate(result.model, data[1]).accuracy == result.validation.accuracy
 
 
-def test_a_schedule_excludes_other_ways_to_freeze(data: tuple[TensorDataset, TensorDataset]) -> None:
+def test_fit_with_a_schedule_excludes_other_ways_to_freeze(data: tuple[TensorDataset, TensorDataset]) -> None:
     with pytest.raises(ConfigError, match="excludes --freeze"):
         regraft.fit(tiny.build("plain"), data, unfreeze="head:1", freeze=("fc",))
 
 
-def test_flags_set_by_hand_are_pinned_before_the_first_step(data: tuple[TensorDataset, TensorDataset]) -> None:
+def test_fit_pins_flags_set_by_hand_before_the_first_step(data: tuple[TensorDataset, TensorDataset]) -> None:
     model = tiny.build("plain")
     model.conv1.requires_grad_(False)
     model.bn1.requires_grad_(False)
@@ -54,7 +54,7 @@ def test_flags_set_by_hand_are_pinned_before_the_first_step(data: tuple[TensorDa
     assert all(torch.equal(before[name], tensor) for name, tensor in model.bn1.state_dict().items())
 
 
-def test_broken_statistics_in_a_frozen_layer_stop_the_run(data: tuple[TensorDataset, TensorDataset]) -> None:
+def test_fit_stops_at_broken_statistics_in_a_frozen_layer(data: tuple[TensorDataset, TensorDataset]) -> None:
     model = tiny.build("plain")
     nn.init.constant_(model.bn1.running_mean, float("nan"))
     regraft.freeze(model, "conv1", "bn1")

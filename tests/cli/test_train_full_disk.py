@@ -1,18 +1,13 @@
 """A disk that fills up while results are written: an error that says so, and no half of a file."""
 
 import errno
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer.testing
-from scene import assert_refused, listing, nothing_written
 
 import regraft
 from regraft.errors import RunError
-
-Cli = Callable[..., typer.testing.Result]
-Fit = Callable[..., regraft.FitResult]
+from scene import Cli, Fit, assert_refused, listing, nothing_written
 
 
 def full(*_: object, **__: object) -> None:
@@ -33,7 +28,7 @@ def half_a_file(tensors: object, path: Path, metadata: object) -> None:
         ("csv.DictWriter.writerows", {"model.safetensors", "config.toml"}),
     ],
 )
-def test_what_was_written_before_is_whole(
+def test_cli_train_leaves_what_was_written_before_the_disk_was_full_whole(
     place: str, kept: set[str], cli: Cli, train_words: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(place, half_a_file if place.endswith("save_file") else full)
@@ -44,7 +39,7 @@ def test_what_was_written_before_is_whole(
 
 
 @pytest.mark.parametrize("place", ["safetensors.torch.save_file", "os.fsync"])
-def test_old_results_survive(
+def test_fit_leaves_old_results_where_the_disk_is_full(
     place: str, cli: Cli, fit: Fit, train_words: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert cli(*train_words, "--out", "run").exit_code == 0
@@ -53,7 +48,7 @@ def test_old_results_survive(
         fit(out="run", overwrite=True, seed=1)
 
 
-def test_a_report_that_cannot_be_written_is_no_traceback(
+def test_cli_train_says_without_a_traceback_that_a_report_cannot_be_written(
     cli: Cli, train_words: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("regraft.report.write_report", full)

@@ -1,13 +1,10 @@
 """Tables of numbers that are not what they should be."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer.testing
-from scene import assert_refused, nothing_written, only_json
 
-Cli = Callable[..., typer.testing.Result]
+from scene import Cli, assert_refused, nothing_written, only_json
 
 HEAD = "path,target\n"
 ROWS = "".join(f"photos/cats/{number}.png,{number}.5\n" for number in range(6))
@@ -38,26 +35,26 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_table_is_refused(case: str, workplace: Path, cli: Cli, train_words: list[object]) -> None:
+def test_cli_train_refuses_a_bad_table(case: str, workplace: Path, cli: Cli, train_words: list[object]) -> None:
     text, parts = BAD[case]
     (workplace / "bad.csv").write_text(text)
     with nothing_written():
         assert_refused(cli("train", "bad.csv", *train_words[2:]), *parts)
 
 
-def test_a_table_in_another_encoding_is_refused(workplace: Path, cli: Cli, train_words: list[object]) -> None:
+def test_cli_train_refuses_a_table_in_another_encoding(workplace: Path, cli: Cli, train_words: list[object]) -> None:
     (workplace / "bad.csv").write_bytes((HEAD + "é.png,1\n").encode("latin-1"))
     with nothing_written():
         assert_refused(cli("train", "bad.csv", *train_words[2:]), "'bad.csv' is no .csv table in UTF-8", "0xe9")
 
 
-def test_a_missing_table_is_refused(cli: Cli) -> None:
+def test_cli_train_refuses_a_missing_table(cli: Cli) -> None:
     with nothing_written():
         assert_refused(cli("train", "no.csv"), "no file 'no.csv' (looked from ", "columns path,target")
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
-def test_a_good_table_is_learned_measured_and_predicted(
+def test_cli_train_evaluate_and_predict_take_a_good_table(
     mark: bytes, workplace: Path, cli: Cli, train_words: list[object]
 ) -> None:
     (workplace / "good.csv").write_bytes(mark + (HEAD + ROWS * 3 + "gone.png,1\n").encode())
@@ -71,7 +68,9 @@ def test_a_good_table_is_learned_measured_and_predicted(
     assert {*predicted[0]} == {"path", "value"}
 
 
-def test_a_number_that_overflows_stops_with_nothing_kept(workplace: Path, cli: Cli, train_words: list[object]) -> None:
+def test_cli_train_stops_at_a_number_that_overflows_with_nothing_kept(
+    workplace: Path, cli: Cli, train_words: list[object]
+) -> None:
     rows = "".join(f"photos/cats/{number}.png,1e300\n" for number in range(6))
     (workplace / "huge.csv").write_text(HEAD + rows)
     with nothing_written():

@@ -46,7 +46,7 @@ def wrapped(classes: int = 5) -> dict[str, torch.Tensor]:
     return {f"model.{name}": tensor for name, tensor in tiny.PlainCnn(classes).state_dict().items()}
 
 
-def test_wrappers_come_off_and_dtypes_stay(cli: Cli) -> None:
+def test_cli_convert_takes_wrappers_off_and_keeps_dtypes(cli: Cli) -> None:
     state = {name: tensor.half() for name, tensor in wrapped().items()}
     state["model.fc.bias"] = state["model.fc.weight"][:, 0]  # a view of another tensor's memory
     torch.save({"epoch": 1, "state_dict": state}, "w.ckpt")
@@ -60,7 +60,7 @@ def test_wrappers_come_off_and_dtypes_stay(cli: Cli) -> None:
     assert all(identical(found[name.removeprefix("model.")], tensor) for name, tensor in state.items())
 
 
-def test_a_checkpoint_of_a_network_is_made(cli: Cli) -> None:
+def test_cli_convert_makes_a_checkpoint_of_a_network(cli: Cli) -> None:
     torch.save({"state_dict": wrapped()}, "w.ckpt")
     result = cli("w.ckpt", "w.safetensors", "--model", NET, "--trust-code", "--json")
     assert result.exit_code == 0, result.output
@@ -74,20 +74,20 @@ def test_a_checkpoint_of_a_network_is_made(cli: Cli) -> None:
     assert recipe.source.weights == "w.ckpt"
 
 
-def test_the_head_is_built_for_the_classes_of_the_file(cli: Cli) -> None:
+def test_cli_convert_builds_the_head_for_the_classes_of_the_file(cli: Cli) -> None:
     torch.save(wrapped(9), "w.ckpt")
     assert cli("w.ckpt", "w.safetensors", "--model", NET, "--trust-code").exit_code == 0
     model = load("w.safetensors", trust_code=True)
     assert identical(model.fc.weight, wrapped(9)["model.fc.weight"])
 
 
-def test_names_are_rewritten_by_rule(cli: Cli) -> None:
+def test_cli_convert_rewrites_names_by_rule(cli: Cli) -> None:
     torch.save({f"encoder.{name}": tensor for name, tensor in models.resnet18().state_dict().items()}, "w.pth")
     assert cli("w.pth", "w.safetensors", "--rename", r"encoder.(.*)=trunk.\1").exit_code == 0
     assert all(name.startswith("trunk.") for name in load_file("w.safetensors"))
 
 
-def test_a_dry_run_shows_and_writes_nothing(cli: Cli) -> None:
+def test_cli_convert_dry_run_shows_and_writes_nothing(cli: Cli) -> None:
     torch.save({name.replace("conv", "c"): tensor for name, tensor in wrapped().items()}, "w.pth")
     result = cli("w.pth", "w.safetensors", "--model", NET, "--trust-code", "--dry-run")
     assert result.exit_code == 0, result.output
@@ -101,7 +101,7 @@ def test_a_dry_run_shows_and_writes_nothing(cli: Cli) -> None:
     assert cli("w.pth", "w.safetensors", "--model", NET, "--trust-code", "--accept", "guess").exit_code == 0
 
 
-def test_a_whole_module_is_converted_without_its_class(cli: Cli) -> None:
+def test_cli_convert_takes_a_whole_module_without_its_class(cli: Cli) -> None:
     Path("net.py").write_text(NET_THAT_SAVES_ITSELF)
     subprocess.run([sys.executable, "net.py"], check=True, timeout=120)
     result = cli("w.pt", "w.safetensors")
@@ -131,7 +131,7 @@ def test_a_whole_module_is_converted_without_its_class(cli: Cli) -> None:
         (("w.pth", "new.safetensors", "--model", NET), "names Python code"),
     ],
 )
-def test_bad_words_write_nothing(words: tuple[str, ...], message: str, cli: Cli) -> None:
+def test_cli_convert_refuses_bad_words_and_writes_nothing(words: tuple[str, ...], message: str, cli: Cli) -> None:
     torch.save(wrapped(), "w.pth")
     convert("w.pth", "there.safetensors")
     before = {file.name: file.read_bytes() for file in Path().iterdir()}
@@ -141,7 +141,7 @@ def test_bad_words_write_nothing(words: tuple[str, ...], message: str, cli: Cli)
     assert {file.name: file.read_bytes() for file in Path().iterdir()} == before
 
 
-def test_a_file_that_cannot_be_written_leaves_the_one_before(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convert_leaves_the_file_before_where_it_cannot_be_written(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(wrapped(), "w.pth")
     Path("w.safetensors").write_text("before")
 
@@ -155,7 +155,7 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(cli: Cli, monkeypat
     assert len(list(Path().iterdir())) == 2
 
 
-def test_several_networks_are_listed(cli: Cli) -> None:
+def test_cli_convert_lists_several_networks(cli: Cli) -> None:
     torch.save({"one": wrapped(), "two": wrapped()}, "w.pth")
     with pytest.raises(CheckpointError, match=r"'one' \(14 tensors\), 'two' \(14 tensors\)\. Choose one with entry="):
         convert("w.pth", "w.safetensors")

@@ -1,16 +1,13 @@
 """`diff` says bit for bit what stayed and what moved."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
 import regraft
 import tiny
-from regraft.cli.app import app
 
 
 @pytest.fixture
@@ -22,12 +19,12 @@ def kinds(found: regraft.Diff) -> dict[str, str]:
     return {tensor.name: tensor.kind for tensor in found.tensors}
 
 
-def test_a_model_is_identical_to_itself_and_to_a_copy(pair: tuple[nn.Module, nn.Module]) -> None:
+def test_diff_of_a_model_with_itself_and_with_a_copy_is_identical(pair: tuple[nn.Module, nn.Module]) -> None:
     assert regraft.diff(pair[0], pair[0]).identical
     assert regraft.diff(*pair).identical
 
 
-def test_frozen_layers_are_identical_after_training_and_the_rest_is_not(tmp_path: Path) -> None:
+def test_diff_after_training_is_identical_for_frozen_layers_and_not_for_the_rest(tmp_path: Path) -> None:
     model = tiny.build("plain")
     regraft.freeze(model)
     regraft.unfreeze(model, "fc")
@@ -40,7 +37,7 @@ def test_frozen_layers_are_identical_after_training_and_the_rest_is_not(tmp_path
     assert set(found.values()) == {"changed", "identical"}
 
 
-def test_the_relative_norm_is_that_of_the_difference(pair: tuple[nn.Module, nn.Module]) -> None:
+def test_diff_relative_norm_is_that_of_the_difference(pair: tuple[nn.Module, nn.Module]) -> None:
     a, b = pair
     with torch.no_grad():
         b.fc.weight.mul_(1.5)
@@ -50,7 +47,7 @@ def test_the_relative_norm_is_that_of_the_difference(pair: tuple[nn.Module, nn.M
 
 
 @pytest.mark.parametrize("value", [-0.0, float("nan")], ids=["negative zero", "NaN"])
-def test_one_bit_counts(value: float) -> None:
+def test_diff_counts_one_bit(value: float) -> None:
     a, b = nn.Linear(1, 1), nn.Linear(1, 1)
     for layer in (a, b):
         nn.init.zeros_(layer.weight)
@@ -61,37 +58,17 @@ def test_one_bit_counts(value: float) -> None:
     assert (found.kind, found.relative_norm) == ("changed", None)
 
 
-def test_equal_nans_are_identical() -> None:
+def test_diff_takes_equal_nans_as_identical() -> None:
     layer = nn.Linear(1, 1)
     with torch.no_grad():
         layer.bias.fill_(float("nan"))
     assert regraft.diff(layer, layer).identical
 
 
-def test_what_is_added_removed_and_reshaped_is_named(pair: tuple[nn.Module, nn.Module]) -> None:
+def test_diff_names_what_is_added_removed_and_reshaped(pair: tuple[nn.Module, nn.Module]) -> None:
     a, b = pair
     a.old, b.new = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
     b.fc = nn.Linear(128, 7)
     found = kinds(regraft.diff(a, b))
     assert (found["old.weight"], found["new.weight"], found["fc.weight"]) == ("removed", "added", "reshaped")
     assert "5×128 → 7×128" in str(regraft.diff(a, b))
-
-
-def test_the_command_compares_files_as_a_table_and_as_json(tmp_path: Path) -> None:
-    model = tiny.build("plain")
-    a = regraft.save(model, tmp_path / "a.safetensors")
-    with torch.no_grad():
-        model.fc.bias.add_(1)
-    torch.save(model.state_dict(), tmp_path / "b.pt")
-    run = CliRunner().invoke(app, ["diff", str(a), str(tmp_path / "b.pt"), "--json"])
-    result = json.loads(run.stdout)
-    assert (run.exit_code, result["identical"], result["counts"]["changed"]) == (0, False, 1)
-    table = CliRunner().invoke(app, ["diff", str(a), str(tmp_path / "b.pt")]).stdout
-    assert "fc.bias" in table
-    assert "1 changed" in table
-
-
-def test_a_file_that_is_missing_is_an_error(tmp_path: Path) -> None:
-    run = CliRunner().invoke(app, ["diff", str(tmp_path / "none.pt"), str(tmp_path / "none.pt")])
-    assert run.exit_code == 2
-    assert "no file" in run.stderr

@@ -32,7 +32,7 @@ def trained(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dic
     return regraft("train", shared / "data" / "car_vs_bicycle_mini", *flat, "--trust-code", cwd=folder), folder
 
 
-def test_another_process_measures_the_same(trained: tuple[dict, Path], shared: Path) -> None:
+def test_cli_evaluate_in_another_process_measures_the_same(trained: tuple[dict, Path], shared: Path) -> None:
     result, folder = trained
     measured = regraft(
         "evaluate", result["checkpoint"], shared / "data" / "car_vs_bicycle_mini", "--trust-code", cwd=folder
@@ -43,7 +43,7 @@ def test_another_process_measures_the_same(trained: tuple[dict, Path], shared: P
     assert measured["accuracy"] >= 0.8
 
 
-def test_another_process_predicts_the_same_labels(trained: tuple[dict, Path], shared: Path) -> None:
+def test_cli_predict_in_another_process_gives_the_same_labels(trained: tuple[dict, Path], shared: Path) -> None:
     result, folder = trained
     photos = shared / "data" / "car_vs_bicycle_mini" / "val"
     found = regraft("predict", result["checkpoint"], photos, "--trust-code", cwd=folder)
@@ -52,7 +52,7 @@ def test_another_process_predicts_the_same_labels(trained: tuple[dict, Path], sh
     assert {one["label"] for one in found} <= {"bicycle", "car"}
 
 
-def test_without_trust_the_checkpoint_is_refused(trained: tuple[dict, Path]) -> None:
+def test_cli_predict_refuses_a_checkpoint_without_trust(trained: tuple[dict, Path]) -> None:
     result, folder = trained
     command = [sys.executable, "-m", "regraft", "predict", str(result["checkpoint"]), "."]
     found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100, check=False)

@@ -4,14 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer.testing
-from scene import only_json
 
-Cli = Callable[..., typer.testing.Result]
+from scene import Cli, only_json
 
 TALKATIVE = """
 print("imported")
@@ -23,7 +20,7 @@ def loss(outputs, targets):
 """
 
 
-def test_every_command_prints_one_json_value(
+def test_cli_prints_one_json_value_for_every_command(
     cli: Cli, train_words: list[object], saved: Path, photos: Path, tiny_net: str
 ) -> None:
     (photos / "cats" / "bad.jpg").write_text("no photo")
@@ -51,13 +48,13 @@ def test_every_command_prints_one_json_value(
 @pytest.mark.parametrize(
     "words", [("train", "no"), ("evaluate", "no", "no"), ("predict", "no", "no"), ("models", "zz9")]
 )
-def test_a_failure_prints_no_json(words: tuple[str, ...], cli: Cli) -> None:
+def test_cli_prints_no_json_where_it_fails(words: tuple[str, ...], cli: Cli) -> None:
     result = cli(*words, "--json")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("error: ")
 
 
-def test_what_others_print_goes_to_standard_error(cli: Cli, train_words: list[object]) -> None:
+def test_cli_train_sends_what_others_print_to_standard_error(cli: Cli, train_words: list[object]) -> None:
     Path("talkative.py").write_text(TALKATIVE)
     result = cli(*train_words, "--loss", "py:talkative.py:loss", "--out", "run", "--json")
     assert only_json(result.stdout)["checkpoint"] == "run/model.safetensors"
@@ -65,7 +62,7 @@ def test_what_others_print_goes_to_standard_error(cli: Cli, train_words: list[ob
     assert "called" in result.stderr
 
 
-def test_the_real_command_prints_nothing_but_json(train_words: list[object]) -> None:
+def test_cli_train_as_a_process_prints_nothing_but_json(train_words: list[object]) -> None:
     words = [sys.executable, "-m", "regraft", *map(str, train_words), "--out", "run", "--json"]
     found = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
     assert only_json(found.stdout)["out"] == "run"
@@ -73,7 +70,7 @@ def test_the_real_command_prints_nothing_but_json(train_words: list[object]) -> 
 
 
 @pytest.mark.parametrize("pattern", ["*", "resnet18"], ids=["more than a buffer", "less than a buffer"])
-def test_a_reader_that_leaves_is_no_failure(pattern: str) -> None:
+def test_cli_models_takes_a_reader_that_leaves_for_no_failure(pattern: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     try:
@@ -85,6 +82,6 @@ def test_a_reader_that_leaves_is_no_failure(pattern: str) -> None:
     assert (found.returncode, found.stderr) == (0, b"")
 
 
-def test_json_has_no_constants_that_json_lacks() -> None:
+def test_cli_oracle_refuses_constants_that_json_lacks() -> None:
     with pytest.raises(AssertionError):
         only_json(json.dumps(float("nan")))

@@ -4,18 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
-from PIL import Image
-from torch import nn
 from typer.testing import CliRunner
 
-from checkpoint.altered import assert_equal, chain, changed
-from regraft import load, save
-from regraft.card import Preprocessing, attach
+from checkpoint.altered import assert_equal, chain
+from regraft import load
 from regraft.checkpoint import read_header
 from regraft.cli.app import app
 
 
-def test_the_command_merges(tmp_path: Path) -> None:
+def test_cli_merge_writes_one_full_file(tmp_path: Path) -> None:
     path, model = chain(tmp_path, 2)
     out = tmp_path / "full.safetensors"
     ran = CliRunner().invoke(app, ["merge", str(path), "--out", str(out), "--json"])
@@ -35,22 +32,3 @@ def test_the_command_merges(tmp_path: Path) -> None:
     )
     assert ran.exit_code == 0, ran.output
     assert f"{out}: 10 tensors, digest" in ran.output
-
-
-def test_the_commands_that_ask_a_model_take_the_base_of_a_delta(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
-    attach(model, classes=("a", "b"), task="classification", preprocessing=Preprocessing(size=8, resize=8))
-    base = save(model, tmp_path / "base.safetensors")
-    delta = save(changed(model, "1.bias"), tmp_path / "delta.safetensors", base=base)
-    (tmp_path / "bases").mkdir()
-    shutil.move(base, tmp_path / "bases")
-    for name in ("a", "b"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / "1.png")
-    for command in ("predict", "evaluate"):
-        words = [command, str(delta), str(tmp_path / "photos")]
-        refused = CliRunner().invoke(app, words)
-        assert refused.exit_code == 2
-        assert "--base" in refused.output
-        ran = CliRunner().invoke(app, [*words, "--base", str(tmp_path / "bases")])
-        assert ran.exit_code == 0, ran.output
