@@ -133,7 +133,7 @@ def finish(edited: nn.Module, operation: Any, *, new_outputs: bool, **arguments:
     return attach(edited, recipe=recipe, metrics={}, **forgotten)
 
 
-def joined_recipe(name: str, parts: Iterable[nn.Module], **arguments: Any) -> Recipe | None:
+def joined_recipe(name: str, parts: Iterable[nn.Module], arguments: Mapping[str, Any]) -> Recipe | None:
     """Return the recipe of a network that joins others; None where one of these or a new layer has none."""
     recipes = [card_of(part).recipe for part in parts]
     known = tuple(recipe for recipe in recipes if recipe is not None)

@@ -74,7 +74,7 @@ def graft(
         _require_fit(head, name, width)
     grafted = Grafted(named, modules if isinstance(heads, Mapping) else modules[""])
     arguments = {"parts": list(named), "heads": modules, "has_names": grafted.has_names}
-    recipe = joined_recipe("graft", named.values(), **arguments)
+    recipe = joined_recipe("graft", named.values(), arguments)
     return in_mode(attach(grafted, recipe=recipe, preprocessing=preprocessing_of(first)), first.training)
 
 

@@ -96,7 +96,7 @@ def stitch(
         check_weights(stitch, "back", back)
         fit_adapter(stitched, seen, batches)
     arguments = {"cut": cut, "adapter": adapter, "given": given, "wanted": wanted, "is_fitted": is_fitted}
-    recipe = joined_recipe("stitch", (front, back), **arguments)
+    recipe = joined_recipe("stitch", (front, back), arguments)
     return attach(stitched, recipe=recipe, preprocessing=preprocessing_of(front))
 
 
