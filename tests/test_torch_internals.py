@@ -60,6 +60,7 @@ from regraft.torch_internals import (
     tree_flatten_with_path,
     tree_leaves,
     tree_map,
+    tree_map_only,
     tree_unflatten,
     unset_fake_temporarily,
     uses_fast_norm,
@@ -123,6 +124,7 @@ def test_torch_internals_trees() -> None:
     assert isinstance(spec, TreeSpec)
     assert tree_unflatten(leaves, spec) == value
     assert tree_map(str, value) == {"a": ["1", ("2", "3")], "b": "4"}
+    assert tree_map_only(int, str, [1, 2.5]) == ["1", 2.5]
     assert [keystr(path) for path, _ in tree_flatten_with_path(value)[0]] == [
         "['a'][0]",
         "['a'][1][0]",

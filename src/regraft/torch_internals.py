@@ -40,6 +40,7 @@ tree_flatten = _pytree.tree_flatten
 tree_flatten_with_path = _pytree.tree_flatten_with_path
 tree_leaves = _pytree.tree_leaves
 tree_map = _pytree.tree_map
+tree_map_only = _pytree.tree_map_only  # of the leaves of one class
 tree_unflatten = _pytree.tree_unflatten
 
 # Tensors with a shape, a dtype and a device but without memory; the last is a context in which new ones have memory.

@@ -24,7 +24,7 @@ class StoppedError(Exception):
 
 
 def stop_at(path: str) -> Callable[[nn.Module, Any, Any], None]:
-    """Return a forward pre-hook (with keyword arguments) that stops the forward at its layer."""
+    """Return a forward pre-hook (with keyword arguments) or forward hook that stops the forward at its layer."""
 
     def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
         raise StoppedError(path, (args, kwargs))

@@ -25,7 +25,7 @@ from regraft.anatomy.mode_dependence import is_pinned
 from regraft.anatomy.modes import preserved_randomness, seed_all
 from regraft.anatomy.recording import ParameterWatch
 from regraft.anatomy.shape_copies import aliased_copy
-from regraft.torch_internals import tree_flatten, tree_leaves, tree_unflatten
+from regraft.torch_internals import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 PLACES = (0, 2)  # positions of the shared image in the two batches
 TOLERANCES = {
@@ -81,7 +81,7 @@ def _compare_batches(
             continue
         for seed, (run, batch) in enumerate(zip(runs, batches, strict=True)):
             if node.op == "placeholder":
-                run.env[node] = tree_unflatten(*_cloned(batch[placeholders.index(node)]))
+                run.env[node] = tree_map_only(torch.Tensor, torch.clone, batch[placeholders.index(node)])
                 continue
             seed_all(2 * number + seed)
             try:
@@ -167,11 +167,6 @@ def _is_close(a: torch.Tensor, b: torch.Tensor, *, is_exact: bool) -> bool:
     finite = a[a.isfinite()].abs()
     largest = float(finite.max()) if finite.numel() else 0.0
     return bool(torch.allclose(a, b, rtol=0, atol=share * largest, equal_nan=True))
-
-
-def _cloned(value: Any) -> tuple[list[Any], Any]:
-    leaves, structure = tree_flatten(value)
-    return [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], structure
 
 
 def _training_copy(model: nn.Module, flow: Flow) -> nn.Module:

@@ -20,14 +20,14 @@ replayed instead (see `replay`), which allows a single cut, at the inputs of one
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from regraft.anatomy.dataflow.graph import LAYER, Flow, capture, capture_widely, tensors_from_input
+from regraft.anatomy.dataflow.graph import LAYER, Flow, capture, capture_widely, reachable, tensors_from_input
 from regraft.anatomy.dataflow.symbolic import bound
 from regraft.anatomy.dataflow.values import Values, compute_costs, sizes_of, value_key
 from regraft.anatomy.inputs import Arguments, example_arguments
@@ -119,13 +119,11 @@ class View:
     """A model's dataflow.
 
     Attributes:
-        opened: Layers that the graph looks into.
         closed: Layers that are live in part and cannot be traced; the graph has them as one node.
         flow: In training mode.
         evaluation: In evaluation mode; None where it is the same.
     """
 
-    opened: tuple[str, ...]
     closed: tuple[str, ...]
     flow: Flow
     evaluation: Flow | None
@@ -231,7 +229,7 @@ def view_of(model: nn.Module, arguments: Arguments) -> View:
     evaluation = None
     if flow.mode_switch is not None:
         evaluation = capture(model, opened, respect_pins=True, arguments=arguments)
-    return View(opened, tuple(path for path in mixed if path not in opened), flow, evaluation)
+    return View(tuple(path for path in mixed if path not in opened), flow, evaluation)
 
 
 def _find_frontier(model: nn.Module, view: View, values: list[Values]) -> tuple[list[fx.Node], list[str]]:
@@ -257,7 +255,7 @@ def _find_frontier(model: nn.Module, view: View, values: list[Values]) -> tuple[
         # The model runs once only: later frontiers lie before the first one, so their values have been compared.
         if not was_run:
             was_run = True
-            reasons = dependent_values(model, view.flow, _ancestors(frontier, set(view.flow.graph.nodes)))
+            reasons = dependent_values(model, view.flow, _with_sources(frontier))
         else:
             reasons = {node: "has no row for each image" for node in frontier if ports_of(node, values) is None}
         if reasons:
@@ -317,19 +315,12 @@ def _choose_cut(
 
 def _cost_up_to(values: list[fx.Node], costs: dict[fx.Node, int]) -> int:
     """Return the multiply-adds of some values and of everything that they are computed from."""
-    return sum(costs[node] for node in _ancestors(values, costs))
+    return sum(costs[node] for node in _with_sources(values))
 
 
-def _ancestors(values: list[fx.Node], among: Collection[fx.Node]) -> set[fx.Node]:
-    """Return some values and everything that they are computed from, within `among`."""
-    ancestors: set[fx.Node] = set()
-    waiting = list(values)
-    while waiting:
-        node = waiting.pop()
-        if node in among and node not in ancestors:
-            ancestors.add(node)
-            waiting += node.all_input_nodes
-    return ancestors
+def _with_sources(values: list[fx.Node]) -> set[fx.Node]:
+    """Return some values and everything that they are computed from."""
+    return reachable(values, lambda node: node.all_input_nodes)
 
 
 def _dominators(graph: fx.Graph, frontier: list[fx.Node]) -> list[fx.Node]:
@@ -338,7 +329,8 @@ def _dominators(graph: fx.Graph, frontier: list[fx.Node]) -> list[fx.Node]:
     A value is on every path if no earlier value is read after it, in execution order.
     """
     order = {node: position for position, node in enumerate(graph.nodes)}
-    needed = _ancestors(frontier, tensors_from_input(graph))
+    fed = tensors_from_input(graph)
+    needed = reachable(frontier, lambda node: [source for source in node.all_input_nodes if source in fed])
     dominators: list[fx.Node] = []
     reach = -1  # position of the last use of any earlier value
     for node in (node for node in graph.nodes if node in needed):
@@ -366,15 +358,11 @@ def _suffix(model: nn.Module, view: View, frontier: list[fx.Node], values: list[
     counts = [len(ports_of(node, values) or ()) for node in frontier]
     examples = [values[0][node] for node in frontier]
 
+    def rebuild(graph: fx.Graph, position: int, tensors: Callable[[], fx.Node]) -> Any:
+        return rebuild_value(graph, examples[position], tensors)
+
     def change(flow: Flow) -> None:
-        begin_at(
-            flow.graph,
-            keys,
-            sizes,
-            model.get_submodule,
-            counts,
-            lambda graph, position, tensors: rebuild_value(graph, examples[position], tensors),
-        )
+        begin_at(flow.graph, keys, sizes, model.get_submodule, counts, rebuild)
 
     flows = [view.flow] if view.evaluation is None else [view.evaluation, view.flow]
     suffix = rewire_flows(model, [flow.copy() for flow in flows], change)

@@ -255,17 +255,12 @@ def _candidates(model: nn.Module, inputs: Arguments, parts: list[Part]) -> list[
 
         return hook
 
-    def end(path: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:  # it called no live layer inside: its own parameters or randomness make it live
-            raise StoppedError(path, None)
-
-        return hook
-
     handles = []
     for path, layer, is_live in parts:
         if is_live:
             handles.append(layer.register_forward_pre_hook(begin(path, _is_wholly_live(layer))))
-            handles.append(layer.register_forward_hook(end(path)))
+            # One that calls no live layer inside is live by its own parameters or randomness.
+            handles.append(layer.register_forward_hook(stop_at(path)))
     run_until_stopped(model, inputs, handles)
     return running[::-1]
 

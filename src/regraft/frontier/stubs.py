@@ -95,8 +95,4 @@ def unflatten_call(form: Form, tensors: tuple[torch.Tensor, ...]) -> Any:
     return tree_unflatten([next(remaining) if leaf is _TENSOR else leaf for leaf in leaves], structure)
 
 
-class _Tensor:
-    """Marks the place of a tensor in a form."""
-
-
-_TENSOR = _Tensor()
+_TENSOR = object()  # marks the place of a tensor in a form

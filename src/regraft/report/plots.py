@@ -37,7 +37,6 @@ STYLE = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.linewidth": 0.6,
-    "axes.unicode_minus": True,
     "grid.color": GRID,
     "grid.linewidth": 0.6,
     "xtick.color": INK,
@@ -47,7 +46,6 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
     "lines.markersize": 4,
-    "path.simplify": True,
 }
 
 MAX_NUMBERED_CLASSES = 25
@@ -254,15 +252,8 @@ def _draw_cell(axes: Axes, row: int, column: int, count: int, share: float, *, n
     strength = 0.06 + 0.9 * share
     axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=CELL, alpha=strength, linewidth=0))
     if numbered:
-        axes.text(
-            column,
-            row,
-            str(count),
-            ha="center",
-            va="center_baseline",
-            fontsize=9 if count < 1000 else 6,
-            color="white" if strength > 0.75 else INK,
-        )
+        color, size = "white" if strength > 0.75 else INK, 9 if count < 1000 else 6
+        axes.text(column, row, str(count), ha="center", va="center_baseline", fontsize=size, color=color)
 
 
 def _legend_above(figure: Figure, columns: int = 3) -> None:

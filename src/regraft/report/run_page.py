@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.anatomy.model_summary import summary
-from regraft.anatomy.summary_table import LayerSummary, ModelSummary, cells
+from regraft.anatomy.summary_table import ModelSummary, cells
 from regraft.checkpoint.file.format import current_versions
 from regraft.report import plots
 from regraft.report.pictures import thumbnail
@@ -46,6 +46,7 @@ class LayerRow:
 
 def describe_run(result: FitResult) -> dict[str, Any]:
     """Return the variables of the template `run.html`."""
+    checkpoint = result.checkpoint
     page: dict[str, Any] = {
         "result": result,
         "plan": result.plan,
@@ -54,11 +55,12 @@ def describe_run(result: FitResult) -> dict[str, Any]:
         "few": result.validation.count < FEW_PHOTOS,
         "has_pictures": bool(result.paths),
         "data": Path(result.config.data).name if result.config.data else None,
-        "predict_command": _predict_command(result.checkpoint),
+        "predict_command": f"regraft predict {shlex.quote(str(checkpoint))} photo.jpg" if checkpoint else None,
         "options": _options(result.config),
         "versions": current_versions(),
         "total_s": sum(result.seconds.values()),
-        "loss_name": _loss_name(result),
+        # Of the validation loss, which does not depend on the training loss.
+        "loss_name": "mean squared error" if result.plan.task == "regression" else "cross-entropy",
         "losses": plots.learning_curves(
             {
                 "training": [record.train_loss for record in result.history],
@@ -129,13 +131,7 @@ def _about_numbers(result: FitResult) -> dict[str, Any]:
         "scatter": plots.predicted_against_true(predicted.tolist(), true.tolist()),
         "residuals": plots.residuals(errors.tolist()),
         "mistakes": [
-            Mistake(
-                name=result.paths[index].name,
-                picture=thumbnail(result.paths[index]),
-                true=f"{true[index].item():.4g}",
-                predicted=f"{predicted[index].item():.4g}",
-                degree=f"{errors[index].item():+.4g}",
-            )
+            _mistake(result.paths[index], f"{true[index]:.4g}", f"{predicted[index]:.4g}", f"{errors[index]:+.4g}")
             for index in worst
         ],
     }
@@ -149,26 +145,22 @@ def _confident_mistakes(result: FitResult, names: list[str]) -> list[Mistake]:
     order = probability[wrong].argsort(descending=True, stable=True)
     indices: list[int] = wrong[order][:MAX_PICTURES].tolist()
     return [
-        Mistake(
-            name=result.paths[index].name,
-            picture=thumbnail(result.paths[index]),
-            true=names[int(result.targets[index])],
-            predicted=names[int(predicted[index])],
-            degree=f"{probability[index].item():.1%}",
-        )
-        for index in indices
+        _mistake(result.paths[i], names[int(result.targets[i])], names[int(predicted[i])], f"{probability[i]:.1%}")
+        for i in indices
     ]
 
 
+def _mistake(path: Path, true: str, predicted: str, degree: str) -> Mistake:
+    return Mistake(path.name, thumbnail(path), true, predicted, degree)
+
+
 def _layers(model_summary: ModelSummary) -> dict[str, Any]:
-    rows = [_layer_row(layer) for layer in model_summary.layers]
+    rows = [
+        LayerRow(layer.path.rpartition(".")[2] or layer.type, layer.path, layer.depth, layer.state, cells(layer)[:-1])
+        for layer in model_summary.layers
+    ]
     upper = [row for row in rows if row.depth <= SHOWN_DEPTH]
     return {"layers": upper, "all_layers": rows if len(rows) > len(upper) else None, "model_summary": model_summary}
-
-
-def _layer_row(layer: LayerSummary) -> LayerRow:
-    name = layer.path.rpartition(".")[2] or layer.type
-    return LayerRow(name, layer.path, layer.depth, layer.state, cells(layer)[:-1])
 
 
 def _options(config: TrainConfig) -> list[tuple[str, str, bool]]:
@@ -183,12 +175,3 @@ def _option_text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _loss_name(result: FitResult) -> str:
-    """Return the name of the validation loss, which does not depend on the training loss."""
-    return "mean squared error" if result.plan.task == "regression" else "cross-entropy"
-
-
-def _predict_command(checkpoint: Path | None) -> str | None:
-    return f"regraft predict {shlex.quote(str(checkpoint))} photo.jpg" if checkpoint is not None else None

@@ -73,34 +73,22 @@ def _steps(given: Shape, wanted: Shape, is_fitted: bool) -> list[nn.Module] | No
     match len(given), len(wanted):
         case 4, 4:
             return [*_resample(given, wanted), *_width(given[1], wanted[1], is_fitted)]
-        case 4, 3:
-            grid = _grid(wanted[1], given[2:])
-            if grid is None:
-                return None
+        case 4, 3 if grid := _grid(wanted[1], given[2:]):
             shape = (given[0], wanted[2], *grid)
             flat = [nn.Flatten(2), Transpose()]
-            return [
-                *_resample(given, shape),
-                *_width(given[1], wanted[2], is_fitted),
-                *flat,
-                *_class_token(wanted, grid),
-            ]
-        case 3, 4:
-            grid = _grid(given[1], wanted[2:])
-            if grid is None:
-                return None
+            token = [ClassToken(wanted[2])] if math.prod(grid) < wanted[1] else []
+            return [*_resample(given, shape), *_width(given[1], wanted[2], is_fitted), *flat, *token]
+        case 3, 4 if grid := _grid(given[1], wanted[2:]):
             drop = [WithoutFirst()] if math.prod(grid) < given[1] else []
             shape = (given[0], given[2], *grid)
             unflat = [Transpose(), nn.Unflatten(2, grid)]
             return [*drop, *unflat, *_resample(shape, wanted), *_width(given[2], wanted[1], is_fitted)]
         case 4, 2:
             return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(given[1], wanted[1])]
-        case 3, 3 if given[1] == wanted[1]:
-            return [nn.Linear(given[2], wanted[2])]
         case 3, 2:
             return [nn.AdaptiveAvgPool2d((1, given[2])), nn.Flatten(), nn.Linear(given[2], wanted[1])]
-        case 2, 2:
-            return [nn.Linear(given[1], wanted[1])]
+        case (3, 3) | (2, 2) if given[1:-1] == wanted[1:-1]:
+            return [nn.Linear(given[-1], wanted[-1])]
         case 2, 4:
             return [nn.Linear(given[1], math.prod(wanted[1:])), nn.Unflatten(1, tuple(wanted[1:]))]
     return None
@@ -116,10 +104,6 @@ def _resample(given: Shape, wanted: Shape) -> list[nn.Module]:
 
 def _width(given: int, wanted: int, is_fitted: bool) -> list[nn.Module]:
     return [] if given == wanted and not is_fitted else [nn.Conv2d(given, wanted, 1), nn.BatchNorm2d(wanted)]
-
-
-def _class_token(wanted: Shape, grid: tuple[int, int]) -> list[nn.Module]:
-    return [ClassToken(wanted[2])] if math.prod(grid) < wanted[1] else []
 
 
 def _grid(tokens: int, like: tuple[int, ...]) -> tuple[int, int] | None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from regraft.anatomy.dataflow.graph import ancestors
 from regraft.anatomy.inputs import Inputs
 from regraft.anatomy.paths import is_within, layer_at
 from regraft.anatomy.tracing import Trace, trace
@@ -68,7 +69,7 @@ def leave_fast_paths(edited: nn.Module, put: Mapping[str, nn.Module], model: nn.
         EditError: The layer reads what the new one does not have.
     """
     for path, new in put.items():
-        for above in _around(path):
+        for above in ("", *ancestors(path)):
             layer = edited.get_submodule(above)
             if isinstance(layer, nn.TransformerEncoder):
                 layer.use_nested_tensor = False  # which takes the fused kernel for granted
@@ -103,8 +104,3 @@ def _names(model: nn.Module, path: str) -> list[str]:
     """List the paths of a layer, which may be held in several places."""
     layer = layer_at(model, path)
     return [name for name, module in model.named_modules(remove_duplicate=False) if module is layer]
-
-
-def _around(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[:end]) for end in range(len(parts))]

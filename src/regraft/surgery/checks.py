@@ -1,7 +1,7 @@
 """Checks before and after every edit: the model is editable, the result runs, its recipe and pins are updated."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 from regraft.anatomy.heads import CONVOLUTIONS
 from regraft.anatomy.inputs import Inputs, Shape
 from regraft.anatomy.tracing import Trace, trace
-from regraft.card import Step, attach, card_of
+from regraft.card import Recipe, Source, Step, attach, card_of
 from regraft.errors import EditError, ForwardError
 from regraft.freezing.pins import is_pinned, sync_pins
 from regraft.surgery.layer_text.build import describe
@@ -124,8 +124,8 @@ def finish(edited: nn.Module, operation: Any, *, new_outputs: bool, **arguments:
     recipe = card.recipe
     if recipe is not None:
         try:
-            plain = {name: _as_data(value) for name, value in arguments.items() if value is not None}
-            recipe = recipe.then(Step(operation=operation, arguments=plain))
+            known = {name: value for name, value in arguments.items() if value is not None}
+            recipe = recipe.then(Step(operation=operation, arguments=_as_data(known, tied=True)))
         except EditError:
             recipe = None  # the model works, but its architecture can no longer be written down
     if any(is_pinned(layer) for layer in edited.modules()):
@@ -134,10 +134,22 @@ def finish(edited: nn.Module, operation: Any, *, new_outputs: bool, **arguments:
     return attach(edited, recipe=recipe, metrics={}, **forgotten)
 
 
-def _as_data(value: Any) -> Any:
-    """Return an argument as JSON data, with layers as text."""
+def joined_recipe(name: str, parts: Iterable[nn.Module], arguments: Mapping[str, Any]) -> Recipe | None:
+    """Return the recipe of a network that joins others; None where one of these or a new layer has none."""
+    recipes = [card_of(part).recipe for part in parts]
+    known = tuple(recipe for recipe in recipes if recipe is not None)
+    if len(known) < len(recipes):
+        return None
+    try:
+        return Recipe(source=Source(name=name, parts=known, arguments=_as_data(arguments, tied=False)))
+    except EditError:
+        return None
+
+
+def _as_data(value: Any, *, tied: bool) -> Any:
+    """Return an argument as JSON data, with layers as text; `tied` as `describe` takes it."""
     if isinstance(value, nn.Module):
-        return describe(value, tied=True)
+        return describe(value, tied=tied)
     if isinstance(value, Mapping):
-        return {name: _as_data(item) for name, item in value.items()}
-    return [_as_data(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {name: _as_data(item, tied=tied) for name, item in value.items()}
+    return [_as_data(item, tied=tied) for item in value] if isinstance(value, (list, tuple)) else value

@@ -5,7 +5,7 @@ and `deepcopy` stay as they are. What comes after the cut is not in the code tha
 than a graph, and torch.compile does not follow it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -35,7 +35,9 @@ class EarlyExitForward:
         appended: Names of the top-level layers that are called on that value, one after the other.
     """
 
-    def __init__(self, model: nn.Module, layer: str | None, at_input: bool, appended: tuple[str, ...]) -> None:
+    def __init__(
+        self, model: nn.Module, layer: str | None = None, at_input: bool = False, appended: tuple[str, ...] = ()
+    ) -> None:
         self.model, self.layer, self.at_input, self.appended = model, layer, at_input, appended
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
@@ -72,11 +74,8 @@ def detour(model: nn.Module, added: Mapping[str, nn.Module]) -> nn.Module:
     edited = shared_copy(model)
     for name, layer in added.items():
         edited.add_module(name, layer)
-    before = vars(edited).get("forward")
-    if isinstance(before, EarlyExitForward):
-        edited.__dict__["forward"] = EarlyExitForward(edited, before.layer, before.at_input, (*before.appended, *added))
-    else:
-        edited.__dict__["forward"] = EarlyExitForward(edited, None, False, tuple(added))
+    before = _detour_of(edited)
+    vars(edited)["forward"] = EarlyExitForward(edited, before.layer, before.at_input, (*before.appended, *added))
     return edited
 
 
@@ -89,47 +88,50 @@ def stop_at(model: nn.Module, *, after: str | None, drop: int | None, inputs: In
     """
     calls = trace(model, inputs=inputs).calls
     edited = shared_copy(model)
-    before = vars(edited).get("forward")
-    appended = before.appended if isinstance(before, EarlyExitForward) else ()
-    limit, at_input = (before.layer, before.at_input) if isinstance(before, EarlyExitForward) else (None, False)
-    if after in appended:
-        edited.__dict__["forward"] = EarlyExitForward(edited, limit, at_input, appended[: appended.index(after) + 1])
+    before = _detour_of(edited)
+    names = list(dict.fromkeys(call.path.partition(".")[0] for call in calls if call.path))
+    target = after if after is not None else first_dropped(model, names, drop or 0)
+    inside = [call for call in calls if is_within(call.path, target)]
+    if target in before.appended:
+        kept = before.appended[: before.appended.index(target) + (after is not None)]
+        forward = EarlyExitForward(edited, before.layer, before.at_input, kept)
+    elif not inside:
+        raise EditError(f"cannot truncate after '{after}': that layer is never called. Nothing was changed.")
     elif after is not None:
-        inside = [call for call in calls if is_within(call.path, after)]
-        if not inside:
-            raise EditError(f"cannot truncate after '{after}': that layer is never called. Nothing was changed.")
-        last = max(inside, key=lambda call: call.ended)
-        edited.__dict__["forward"] = EarlyExitForward(edited, last.path, False, ())
+        forward = EarlyExitForward(edited, max(inside, key=lambda call: call.ended).path)
     else:
-        names = list(dict.fromkeys(call.path.partition(".")[0] for call in calls if call.path))
-        drop = drop or 0
-        if drop >= len(names):
-            raise EditError(
-                f"cannot drop {drop} layers: {type(model).__name__} calls {len(names)} top-level layers: "
-                f"{', '.join(names)}. Nothing was changed."
-            )
-        first = names[-drop]
-        if first in appended:
-            edited.__dict__["forward"] = EarlyExitForward(edited, limit, at_input, appended[: appended.index(first)])
-        else:
-            call = next(call for call in calls if is_within(call.path, first))
-            edited.__dict__["forward"] = EarlyExitForward(edited, call.path, True, ())
-    return _without_the_rest(edited, inputs)
-
-
-def _without_the_rest(edited: nn.Module, inputs: Inputs | None) -> nn.Module:
-    """Delete, in place, the layers with tensors that are never called and whose tensors are never used.
-
-    Layers without tensors stay: a forward may read a dropout's rate without calling it.
-    """
+        forward = EarlyExitForward(edited, inside[0].path, at_input=True)
+    vars(edited)["forward"] = forward
     run = trace(edited, inputs=inputs)
-    used = {call.path for call in run.calls} | set(run.first_uses)
-    _delete_unused(edited, "", used)
+    _delete_unused(edited, "", {call.path for call in run.calls} | set(run.first_uses))
     trace(edited, inputs=inputs)  # raises where the forward needs a layer that was deleted
     return edited
 
 
+def first_dropped(model: nn.Module, names: Sequence[str], drop: int) -> str:
+    """Return the first of the last `drop` top-level layers, of the `names` that are called.
+
+    Raises:
+        EditError: There are not that many. Nothing was changed.
+    """
+    if drop >= len(names):
+        raise EditError(
+            f"cannot drop {drop} layers: {type(model).__name__} calls {len(names)} top-level layers: "
+            f"{', '.join(names)}. Nothing was changed."
+        )
+    return names[-drop]
+
+
+def _detour_of(model: nn.Module) -> EarlyExitForward:
+    """Return the detour of `model`, or one that runs its forward to the end."""
+    return vars(model)["forward"] if is_detoured(model) else EarlyExitForward(model)
+
+
 def _delete_unused(layer: nn.Module, path: str, used: set[str]) -> None:
+    """Delete, in place, the layers with tensors that are never called and whose tensors are never used.
+
+    Layers without tensors stay: a forward may read a dropout's rate without calling it.
+    """
     for name, child in list(layer.named_children()):
         inner = f"{path}.{name}".lstrip(".")
         if any(is_within(target, inner) for target in used):

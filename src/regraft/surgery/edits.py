@@ -17,7 +17,7 @@ from regraft.anatomy.tracing import trace
 from regraft.arguments import check_arguments
 from regraft.errors import EditError, ModelError
 from regraft.surgery.checks import finish, prove, require_editable
-from regraft.surgery.detour import detour, is_detoured, stop_at
+from regraft.surgery.detour import detour, first_dropped, is_detoured, stop_at
 from regraft.surgery.fitting import fitted, materialize_lazy
 from regraft.surgery.rewired import EditedModule, prune, rewire, unused_names
 
@@ -151,11 +151,10 @@ def insert(
     require_editable(model)
     if (after is None) == (before is None):
         raise EditError("insert needs either after=PATH or before=PATH. Nothing was changed.")
-    path = after if after is not None else str(before)
-    place = f"{'after' if after is not None else 'before'} '{path}'"
+    path, word = (after, "after") if after is not None else (str(before), "before")
+    place = f"{word} '{path}'"
     layer_at(model, path)
     if not path:
-        word = "after" if after is not None else "before"
         raise EditError(f"insert: {word}='' is the model itself. Name one of its layers, or use append.")
     (name,) = unused_names(model, "inserted", 1)
     fitted(model, (new,), inputs)
@@ -249,17 +248,11 @@ def _value_before_the_last(flow: Flow, drop: int, model: nn.Module) -> fx.Node:
     for node in flow.graph.nodes:
         if node.op == "call_module":
             first_calls.setdefault(str(node.target).partition(".")[0], node)
-    names = list(first_calls)
-    if drop >= len(names):
-        raise EditError(
-            f"cannot drop {drop} layers: {type(model).__name__} calls {len(names)} top-level layers: "
-            f"{', '.join(names)}. Nothing was changed."
-        )
-    call = first_calls[names[-drop]]
-    inputs = nodes_in((call.args, call.kwargs))
+    first = first_dropped(model, list(first_calls), drop)
+    inputs = nodes_in((first_calls[first].args, first_calls[first].kwargs))
     if len(inputs) != 1:
         raise EditError(
-            f"cannot drop {drop} layers: '{names[-drop]}' takes {len(inputs)} values, which are no single output. "
+            f"cannot drop {drop} layers: '{first}' takes {len(inputs)} values, which are no single output. "
             "Use truncate(model, after=PATH). Nothing was changed."
         )
     return inputs[0]
@@ -271,14 +264,12 @@ def crossed(
     """Write the message about values that cross a cut and the nearest clean cuts; `has_choice`: they may be dropped."""
     order = {node: position for position, node in enumerate(flow.graph.nodes)}
     here = max(order[node] for node in cut)
-    makers = {id(call.output): call.path for call in reversed(flow.module_calls) if isinstance(call.output, fx.Node)}
-    clean = []
-    for call in flow.module_calls:
-        if isinstance(call.output, fx.Node) and not live_across_cut(flow.graph, [call.output]):
-            clean.append((order[call.output], call.path))
-    before = [path for position, path in sorted(clean) if position < here][-1:]
-    behind = [path for position, path in sorted(clean) if position > here][:1]
-    names = ", ".join(f"'{makers.get(id(node), node.name)}'" for node in over)
+    outputs = [(call.path, call.output) for call in flow.module_calls if isinstance(call.output, fx.Node)]
+    clean = sorted((order[node], path) for path, node in outputs if not live_across_cut(flow.graph, [node]))
+    before = [path for position, path in clean if position < here][-1:]
+    behind = [path for position, path in clean if position > here][:1]
+    makers = {node: path for path, node in reversed(outputs)}
+    names = ", ".join(f"'{makers.get(node, node.name)}'" for node in over)
     users = {str(user.meta.get(LAYER, "")) for node in over for user in node.users if order[user] > here}
     joined = " and ".join(f"'{path}'" for path in sorted(users) if path) or "its own forward"
     nearest = " and ".join(f"'{path}'" for path in [*before, *behind])

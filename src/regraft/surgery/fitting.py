@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,6 @@ def fitted(model: nn.Module, layers: Sequence[nn.Module | int], inputs: Inputs |
     Raises:
         EditError: A layer is neither a module nor a number of classes, or a number comes after other layers.
     """
-    reference = next((p for p in model.parameters() if p.is_floating_point()), None)
     modules = []
     for position, layer in enumerate(layers):
         if not isinstance(layer, (nn.Module, bool)) and hasattr(layer, "__index__"):  # NumPy's integers, too
@@ -40,17 +40,18 @@ def fitted(model: nn.Module, layers: Sequence[nn.Module | int], inputs: Inputs |
             )
         modules.append(layer)
     for layer in modules:
-        place(layer, reference)
-        layer.train(model.training)
+        place(layer, model).train(model.training)
     return modules
 
 
-def place(layer: nn.Module, reference: torch.Tensor | None) -> nn.Module:
-    """Put a layer on the device and in the dtype of a tensor, in place; None leaves it as it is.
+def place(layer: nn.Module, *around: nn.Module) -> nn.Module:
+    """Put a layer on the device and in the dtype of the first floating-point parameter around it, if any, in place.
 
     Raises:
         EditError: It holds no values, and those of the network around it do.
     """
+    parameters = chain.from_iterable(module.parameters() for module in around)
+    reference = next((parameter for parameter in parameters if parameter.is_floating_point()), None)
     if reference is None:
         return layer
     if not reference.is_meta and any(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers())):

@@ -9,11 +9,11 @@ from torch import nn
 from regraft.anatomy.inputs import Inputs
 from regraft.anatomy.modes import in_mode, unmoved_on_failure
 from regraft.arguments import check_arguments
-from regraft.card import Recipe, Source, attach, card_of
+from regraft.card import attach
 from regraft.errors import EditError
-from regraft.surgery.checks import require_editable
+from regraft.surgery.checks import joined_recipe, require_editable
 from regraft.surgery.fitting import classifier, fitted, output_shape
-from regraft.surgery.layer_text.build import construct, describe
+from regraft.surgery.layer_text.build import construct
 from regraft.zoo import preprocessing_of
 
 Head = nn.Module | int
@@ -73,8 +73,9 @@ def graft(
     for name, head in modules.items():
         _require_fit(head, name, width)
     grafted = Grafted(named, modules if isinstance(heads, Mapping) else modules[""])
-    attach(grafted, recipe=_recipe(named, grafted))
-    return in_mode(attach(grafted, preprocessing=preprocessing_of(first)), first.training)
+    arguments = {"parts": list(named), "heads": modules, "has_names": grafted.has_names}
+    recipe = joined_recipe("graft", named.values(), arguments)
+    return in_mode(attach(grafted, recipe=recipe, preprocessing=preprocessing_of(first)), first.training)
 
 
 def rebuild_grafted(parts: tuple[nn.Module, ...], arguments: dict[str, Any], *, trust_code: bool) -> nn.Module:
@@ -120,17 +121,3 @@ def _require_fit(head: nn.Module, name: str, width: int) -> None:
             f"the head{place} ({type(head).__name__}) takes {taken} features, the backbones give {width} together. "
             "Give its number of classes, or a layer of that width. Nothing was changed."
         )
-
-
-def _recipe(parts: Mapping[str, nn.Module], grafted: Grafted) -> Recipe | None:
-    recipes = [card_of(part).recipe for part in parts.values()]
-    known = tuple(recipe for recipe in recipes if recipe is not None)
-    heads = dict(grafted.heads.items()) if isinstance(grafted.heads, nn.ModuleDict) else {"": grafted.heads}
-    if len(known) < len(parts):
-        return None
-    try:
-        texts = {name: describe(head) for name, head in heads.items()}
-    except EditError:
-        return None
-    arguments = {"parts": list(parts), "heads": texts, "has_names": grafted.has_names}
-    return Recipe(source=Source(name="graft", parts=known, arguments=arguments))

@@ -2,7 +2,7 @@
 
 import copy
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -173,19 +173,13 @@ def _prove_with_followers(
             if not isinstance(failure, ForwardError) or not failure.path:
                 raise
             old = edited.get_submodule(failure.path)
-            fitting = ((before, after) for before, after in widths if before and (after in _sides(failure)))
+            sides = {side for shape in failure.given for side in shape[1:]}  # of all dimensions but the batch
+            fitting = ((before, after) for before, after in widths if before and after in sides)
             follower = next((layer for pair in fitting if (layer := norm_like(old, *pair)) is not None), None)
             if follower is None:
                 raise
-            reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
             parent, name = parent_and_name(failure.path)
-            follower.to(reference.device, reference.dtype).train(old.training)
-            setattr(edited.get_submodule(parent), name, follower)
-
-
-def _sides(failure: ForwardError) -> set[int]:
-    """Return the sizes of all dimensions but the batch of the inputs that a layer failed on."""
-    return {side for shape in failure.given for side in shape[1:]}
+            setattr(edited.get_submodule(parent), name, place(follower, model).train(old.training))
 
 
 def _require_called(edited: nn.Module, targets: Sequence[_Target], run: Trace, what: str) -> None:
@@ -219,11 +213,8 @@ def _with_timm_classifier(model: nn.Module, classes: int, inputs: Inputs | None)
             parameter.requires_grad_(flag)
     if all(parameter in flags for parameter in edited.parameters()):
         return None
-    reference = next((p for p in model.parameters() if p.is_floating_point()), None)
     for layer in [layer for layer in edited.modules() if id(layer) not in known]:
-        layer.train(model.training)
-        if reference is not None:
-            layer.to(reference.device, reference.dtype)
+        place(layer, model).train(model.training)
     prove(edited, model, f"give {type(model).__name__} a head for {classes} classes", inputs)
     return edited
 
@@ -316,28 +307,25 @@ def _new_head(facts: ModelFacts, target: _Target) -> nn.Module:
             "to that code. Change it there, or name the layer to replace with path=. Nothing was changed."
         )
     old = layer_at(model, path)
-    reference = next((p for p in old.parameters() if p.is_floating_point()), None)
-    if reference is None:
-        reference = next((p for p in model.parameters() if p.is_floating_point()), None)
     if isinstance(new, nn.Module):
         layer = new
     elif isinstance(old, nn.Identity):
         layer = nn.Linear(_width_into(facts, path), new)
     else:
         layer = layer_like(old, new * target.scores_per_class, path)
-    return in_mode(place(layer, reference), old.training)
+    return in_mode(place(layer, old, model), old.training)
 
 
 def _width_into(facts: ModelFacts, path: str) -> int:
     """Return the number of features D in the input (N, D) of the layer at `path`."""
-    shapes: Collection[Any] = next((call.input_shapes for call in facts.trace.calls if call.path == path), ())
-    if len(shapes) != 1 or len(next(iter(shapes))) != 2:
+    shapes = next((call.input_shapes for call in facts.trace.calls if call.path == path), ())
+    if len(shapes) != 1 or len(shapes[0]) != 2:
         given = ", ".join(map(str, shapes)) or "nothing"
         raise EditError(
             f"the head '{path}' is given {given}, expected features (N, D). Pass a module in its place. "
             "Nothing was changed."
         )
-    return next(iter(shapes))[1]
+    return shapes[0][1]
 
 
 def _class_count(run: Trace | None) -> int | None:

@@ -45,7 +45,7 @@ def layer_like(old: nn.Module, classes: int, path: str) -> nn.Module:
     layer = _plain_layer(old, classes)
     if layer is None:
         raise EditError(
-            f"the head '{path}' is a {_kind(old)}, which cannot be built for {classes} classes. "
+            f"the head '{path}' is a {_kind(old).__name__}, which cannot be built for {classes} classes. "
             "Pass a module in its place, or the path of another layer. Nothing was changed."
         )
     _normalize_alike(layer, old, path)
@@ -105,11 +105,10 @@ def _row_tensors(layer: Any) -> dict[str, torch.Tensor] | None:
 
 def _plain_layer(old: Any, classes: int) -> nn.Module | None:
     has_bias = getattr(old, "bias", None) is not None
-    kind = type(old).__mro__[1] if parametrize.is_parametrized(old) else type(old)
     if isinstance(old, nn.LazyLinear):
         return nn.LazyLinear(classes, bias=has_bias)
     if isinstance(old, nn.Linear):
-        if kind.forward is nn.Linear.forward or not _has_plain_weight(old):
+        if _kind(old).forward is nn.Linear.forward or not _has_plain_weight(old):
             return nn.Linear(old.in_features, classes, bias=has_bias)
         return _resized(old, classes)
     if isinstance(old, nn.Bilinear):
@@ -187,6 +186,6 @@ def _keep_fixed_lengths(layer: nn.Module, old: nn.Module) -> None:
                 parameter.fill_(before.flatten()[0].item())
 
 
-def _kind(layer: nn.Module) -> str:
-    kind = type(layer)
-    return (kind.__mro__[1] if parametrize.is_parametrized(layer) else kind).__name__
+def _kind(layer: nn.Module) -> type[nn.Module]:
+    """Return the class of a layer, also where parametrizations put another in its place."""
+    return type(layer).__mro__[1] if parametrize.is_parametrized(layer) else type(layer)

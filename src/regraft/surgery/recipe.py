@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -62,12 +63,9 @@ def apply_step(model: nn.Module, step: Step, *, trust_code: bool = False) -> nn.
 
 def _build(value: Any, trust_code: bool) -> Any:
     if isinstance(value, list):
-        return [layer for item in value for layer in _build_listed(item, trust_code)]
+        # One text may name several layers.
+        built = (construct_all(item, trust_code=trust_code) if isinstance(item, str) else [item] for item in value)
+        return list(chain.from_iterable(built))
     if isinstance(value, dict):
         return {path: _build(layer, trust_code) for path, layer in value.items()}
     return construct(value, trust_code=trust_code) if isinstance(value, str) else value
-
-
-def _build_listed(value: Any, trust_code: bool) -> list[Any]:
-    """Build the layers of one item of a list, whose text may name several."""
-    return construct_all(value, trust_code=trust_code) if isinstance(value, str) else [value]

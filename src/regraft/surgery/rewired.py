@@ -1,6 +1,6 @@
 """Networks whose forward is generated from an edited graph."""
 
-import importlib
+import pkgutil
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -214,10 +214,4 @@ def _restored(code: str, references: dict[str, tuple[str, Any]], targets: frozen
 
 
 def _imported(kind: str, reference: Any) -> Any:
-    if kind == "value":
-        return reference
-    home, _, name = reference.partition(":")
-    value: Any = importlib.import_module(home)
-    for part in name.split(".") if name else ():
-        value = getattr(value, part)
-    return value
+    return reference if kind == "value" else pkgutil.resolve_name(reference)

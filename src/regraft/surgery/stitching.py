@@ -11,13 +11,13 @@ from regraft.anatomy.inputs import Inputs, Shape, guess_input_size
 from regraft.anatomy.modes import evaluation_mode, in_mode, unmoved_on_failure
 from regraft.anatomy.paths import layer_at
 from regraft.arguments import check_arguments, check_weights
-from regraft.card import Recipe, Source, attach, card_of
+from regraft.card import attach
 from regraft.errors import EditError, ModelError
 from regraft.surgery.adapters import ClassToken, adapter_for
-from regraft.surgery.checks import prove, require_editable
+from regraft.surgery.checks import joined_recipe, prove, require_editable
 from regraft.surgery.edits import without_rest
 from regraft.surgery.fitting import output_shape, place
-from regraft.surgery.layer_text.build import construct, describe
+from regraft.surgery.layer_text.build import construct
 from regraft.surgery.tail import tail
 from regraft.zoo import preprocessing_of
 
@@ -81,17 +81,23 @@ def stitch(
         raise EditError(f"cannot stitch at '{cut[0]}' and '{cut[1]}': {error} Nothing was changed.") from error
     rest = tail(back, cut[1])
     given, wanted = output_shape(head, inputs), output_shape(seen)
-    own = adapter if isinstance(adapter, nn.Module) else _chosen(adapter, given, wanted, is_fitted=batches is not None)
-    reference = next((p for p in front.parameters() if p.is_floating_point()), None)
-    place(own, reference)
-    stitched = Stitched(head, in_mode(own, front.training), rest)
-    _prove(stitched, front, cut, given, wanted, inputs)
+    is_fitted = batches is not None
+    own = adapter if isinstance(adapter, nn.Module) else _chosen(adapter, given, wanted, is_fitted=is_fitted)
+    stitched = Stitched(head, in_mode(place(own, front), front.training), rest)
+    try:
+        prove(stitched, front, f"stitch at '{cut[0]}' and '{cut[1]}'", inputs)
+    except EditError as error:
+        raise EditError(
+            f"cannot stitch at '{cut[0]}' and '{cut[1]}': the front gives {given}, the back expects {wanted}. {error} "
+            'Pass adapter="auto".'
+        ) from error
     if batches is not None:
         check_weights(stitch, "front", front)
         check_weights(stitch, "back", back)
         fit_adapter(stitched, seen, batches)
-    attach(stitched, recipe=_recipe(front, back, cut, adapter, given, wanted, is_fitted=batches is not None))
-    return attach(stitched, preprocessing=preprocessing_of(front))
+    arguments = {"cut": cut, "adapter": adapter, "given": given, "wanted": wanted, "is_fitted": is_fitted}
+    recipe = joined_recipe("stitch", (front, back), arguments)
+    return attach(stitched, recipe=recipe, preprocessing=preprocessing_of(front))
 
 
 @torch.no_grad()
@@ -131,8 +137,9 @@ def fit_adapter(stitched: Stitched, target: nn.Module, batches: Batches) -> None
                 if any(isinstance(layer, ClassToken) for layer in layers):
                     tokens.append(wanted[:, :1].mean(0, keepdim=True))
                     wanted = wanted[:, 1:]
-                rows = _rows(rows, solved)
-                goal = _goal(wanted, rows, solved)
+                # One row for each position of each image, as the layer sees it.
+                rows = _channels_last(rows, solved).flatten(0, -2)
+                goal = _channels_last(wanted, solved).reshape(len(rows), -1)
             except Exception as error:  # the user's networks on the user's inputs
                 reason = str(error).partition("\n")[0]
                 raise EditError(
@@ -190,39 +197,6 @@ def _require_alike(front: nn.Module, back: nn.Module) -> None:
             )
 
 
-def _prove(
-    stitched: Stitched, front: nn.Module, cut: tuple[str, str], given: Shape, wanted: Shape, inputs: Inputs | None
-) -> None:
-    try:
-        prove(stitched, front, f"stitch at '{cut[0]}' and '{cut[1]}'", inputs)
-    except EditError as error:
-        raise EditError(
-            f"cannot stitch at '{cut[0]}' and '{cut[1]}': the front gives {given}, the back expects {wanted}. {error} "
-            'Pass adapter="auto".'
-        ) from error
-
-
-def _recipe(
-    front: nn.Module,
-    back: nn.Module,
-    cut: tuple[str, str],
-    adapter: Any,
-    given: Shape,
-    wanted: Shape,
-    *,
-    is_fitted: bool,
-) -> Recipe | None:
-    front_recipe, back_recipe = card_of(front).recipe, card_of(back).recipe
-    if front_recipe is None or back_recipe is None:
-        return None
-    try:
-        text = describe(adapter) if isinstance(adapter, nn.Module) else adapter
-    except EditError:
-        return None
-    arguments = {"cut": list(cut), "adapter": text, "given": given, "wanted": wanted, "is_fitted": is_fitted}
-    return Recipe(source=Source(name="stitch", parts=(front_recipe, back_recipe), arguments=arguments))
-
-
 def _is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and set(layer.kernel_size) == {1})
 
@@ -241,16 +215,8 @@ def _seen_by(target: nn.Module, x: torch.Tensor, stitched: Stitched) -> torch.Te
     return F.interpolate(x, size=size[2:], mode="bilinear", align_corners=False, antialias=True)
 
 
-def _rows(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """Return the inputs of a layer as rows (D,), one for each position of each image."""
-    x = x.permute(0, 2, 3, 1) if isinstance(layer, nn.Conv2d) else x
-    return x.reshape(-1, x.shape[-1])
-
-
-def _goal(wanted: torch.Tensor, rows: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    if isinstance(layer, nn.Conv2d) and wanted.ndim == 4:
-        wanted = wanted.permute(0, 2, 3, 1)
-    return wanted.reshape(len(rows), -1)
+def _channels_last(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    return x.permute(0, 2, 3, 1) if isinstance(layer, nn.Conv2d) and x.ndim == 4 else x
 
 
 def _neutralize(norm: nn.BatchNorm2d, outputs: torch.Tensor) -> None:

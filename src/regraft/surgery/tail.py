@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from regraft.anatomy.dataflow.graph import Flow, is_size, live_across_cut, tidy
+from regraft.anatomy.dataflow.graph import Flow, is_size, live_across_cut, reachable, tidy
 from regraft.anatomy.dataflow.values import BATCHES, Sizes, compute_values, sizes_of, value_key
 from regraft.anatomy.inputs import Inputs, arguments_for
 from regraft.errors import EditError, ModelError
@@ -84,7 +84,7 @@ def begin_at(
         for node in known.get(key, ()):
             _replace(node, new)
     _write_sizes(graph, sizes, news[0])
-    tidy(graph, layer_of, effects_of=_descendants(news))
+    tidy(graph, layer_of, effects_of=reachable(news, lambda node: node.users))
     for old in olds:
         if old.users:
             raise ModelError(f"what comes after the cut needs the input '{old.name}' itself as well.")
@@ -96,15 +96,6 @@ def _replace(old: fx.Node, new: Any) -> None:
     for user in list(old.users):
         user.args = map_arg(user.args, lambda node: new if node is old else node)
         user.kwargs = map_arg(user.kwargs, lambda node: new if node is old else node)
-
-
-def _descendants(nodes: list[fx.Node]) -> set[fx.Node]:
-    descendants, waiting = set(nodes), list(nodes)
-    while waiting:
-        fresh = [user for user in waiting.pop().users if user not in descendants]
-        descendants.update(fresh)
-        waiting += fresh
-    return descendants
 
 
 def _write_sizes(graph: fx.Graph, sizes: Sizes, batch: fx.Node) -> None:

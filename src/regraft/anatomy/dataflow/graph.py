@@ -23,7 +23,7 @@ What a graph fixes when it is traced, and what it does not:
   traced, or that counts its calls: a graph would repeat what held when it was made.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any, cast
@@ -204,6 +204,18 @@ def nodes_in(value: Any) -> list[fx.Node]:
     return nodes
 
 
+def reachable(nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """Return some nodes and all that lead on from them, by their sources or by their users."""
+    reached: set[fx.Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in reached:
+            reached.add(node)
+            waiting += neighbours(node)
+    return reached
+
+
 def live_across_cut(graph: fx.Graph, cut: Collection[fx.Node]) -> list[fx.Node]:
     """List the values besides `cut` that are computed from the input before the cut and used after it.
 
@@ -214,7 +226,8 @@ def live_across_cut(graph: fx.Graph, cut: Collection[fx.Node]) -> list[fx.Node]:
     order = {node: position for position, node in enumerate(graph.nodes)}
     end = max((order[node] for node in cut), default=0)
     # Unused branches that run after the cut must not count as a second path from the input to the output.
-    after = {node for node in _needed_for(graph.output_node()) if order[node] > end}
+    needed = reachable([graph.output_node()], lambda node: node.all_input_nodes)
+    after = {node for node in needed if order[node] > end}
     used = {source for node in after for source in node.all_input_nodes}
     return [
         node for node in graph.nodes if node in used and node not in after and node not in cut and node in from_input
@@ -263,16 +276,6 @@ def ancestors(path: str) -> list[str]:
     """
     parts = path.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts))]
-
-
-def _needed_for(node: fx.Node) -> set[fx.Node]:
-    """Return the nodes that a node depends on, itself included."""
-    needed, waiting = {node}, [node]
-    while waiting:
-        fresh = [source for source in waiting.pop().all_input_nodes if source not in needed]
-        needed.update(fresh)
-        waiting += fresh
-    return needed
 
 
 def _has_effects(node: fx.Node, layer_of: Callable[[str], nn.Module]) -> bool:

@@ -199,7 +199,7 @@ def _recorded_factories(tracer: Tracer) -> Iterator[None]:
 
     def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
         def make(*args: Any, **kwargs: Any) -> Any:
-            if _holds_proxy((args, kwargs)):
+            if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs))):
                 return tracer.create_proxy("call_function", function, args, kwargs)
             return function(*args, **kwargs)
 
@@ -284,12 +284,6 @@ def _recorded_len(tracer: Tracer, model: nn.Module) -> Iterator[None]:
 def _to_nodes(value: Any) -> Any:
     """Replace the proxies in a nested value by their nodes."""
     return map_aggregate(value, lambda leaf: cast(Any, leaf.node if isinstance(leaf, fx.Proxy) else leaf))
-
-
-def _holds_proxy(value: Any) -> bool:
-    are_proxies: list[bool] = []
-    map_aggregate(value, lambda leaf: are_proxies.append(isinstance(leaf, fx.Proxy)))
-    return any(are_proxies)
 
 
 def _untraceable_functions() -> tuple[Callable[..., Any], ...]:

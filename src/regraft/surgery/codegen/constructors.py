@@ -11,7 +11,7 @@ from regraft.anatomy.modes import preserved_randomness
 from regraft.errors import EditError
 from regraft.surgery.codegen.literals import quoted
 from regraft.surgery.layer_text.build import describe
-from regraft.surgery.layer_text.parse import LayerCall, parsed
+from regraft.surgery.layer_text.parse import LayerCall, container_text, parsed
 from regraft.surgery.layer_text.read_back import OWN, parameters_of
 from regraft.torch_internals import uses_fast_norm, without_children
 
@@ -135,11 +135,8 @@ def _settings(layer: nn.Module) -> dict[str, Any]:
 
 def _text(value: Any, dtype: str) -> str:
     """Write a call, or a value in one, as it stands in a file that imports `nn` and the classes of other libraries."""
-    if isinstance(value, (tuple, list)):
-        inner = ", ".join(_text(item, dtype) for item in value)
-        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{quoted(key)}: {_text(item, dtype)}" for key, item in value.items()) + "}"
+    if isinstance(value, (tuple, list, dict)):
+        return container_text(value, lambda item: _text(item, dtype))
     if not isinstance(value, LayerCall):
         return quoted(value)
     name, positional = value.name.rpartition(".")[2], value.positional

@@ -12,19 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx, nn
-from torch.fx.node import map_arg
 
-from regraft.anatomy.dataflow.graph import LAYER, Flow, ancestors, tidy
+from regraft.anatomy.dataflow.graph import LAYER, Flow, ancestors, nodes_in, tidy
 from regraft.errors import EditError
 from regraft.surgery.codegen.literals import ImportTable, quoted
+from regraft.surgery.layer_text.parse import container_text
 from regraft.torch_internals import ASSERT
 
 BLOCK = 5  # lines from which on a block gets a comment
 LOAD = 4  # operations that are inlined into one line at most
-POOL = [
-    *"xyzuvwpqrst",
-    *"abcdefghij",
-]  # names of values, in the order in which they are given
+POOL = [*"xyzuvwpqrstabcdefghij"]  # names of values, in the order in which they are given
 BINARY = {"add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**"}
 BINARY |= {"matmul": "@", "and_": "&", "or_": "|", "xor": "^", "lshift": "<<", "rshift": ">>"}
 BINARY |= {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
@@ -70,15 +67,9 @@ def merged(evaluate: Flow, train: Flow) -> bool:
     for node, train_node in zip(eval_nodes, train_nodes, strict=True):
         if (node.op, node.target) != (train_node.op, train_node.target):
             return False
-        path = _block(node)
+        pair = (node.args, node.kwargs), (train_node.args, train_node.kwargs)
         try:
-            arguments.append(
-                (
-                    node,
-                    _merge_arguments(node.args, train_node.args, counterparts, path),
-                    _merge_arguments(node.kwargs, train_node.kwargs, counterparts, path),
-                )
-            )
+            arguments.append((node, *_merge_arguments(*pair, counterparts, _block(node))))
         except _DifferError:
             return False
     for node, args, kwargs in arguments:  # after the loop, so that graphs that differ further on stay as they are
@@ -100,17 +91,12 @@ class ForwardWriter:
         self._graph, self._attribute, self._names, self._model = flow.graph, attribute, names, model
         self._order = {node: position for position, node in enumerate(flow.graph.nodes)}
         self._inlined = self._choose_inlined()
-        self._variables: dict[fx.Node, str] = {}
+        self._variables = {node: str(node.target) for node in flow.graph.nodes if node.op == "placeholder"}
         self._free: set[str] = set()
-        self._used: set[str] = set()
-        self.inputs = [str(node.target) for node in flow.graph.nodes if node.op == "placeholder"]
+        self._used = set(self._variables.values())
 
     def lines(self) -> list[str]:
         """Write the body of the function."""
-        for node in self._graph.nodes:
-            if node.op == "placeholder":
-                self._variables[node] = str(node.target)
-                self._used.add(str(node.target))
         # Statements are the nodes that get a line of their own; all others are inlined into the line of their user.
         last = self._last_uses()
         statements = [node for node in self._graph.nodes if node.op != "placeholder" and node not in self._inlined]
@@ -146,9 +132,7 @@ class ForwardWriter:
             yield f"{variable} {IN_PLACE[name]}= {operand}"
             return
         expression = self._expression(node)  # before `_release`, which gives the names that it reads away
-        variable = self._release(dying, node) if node.users else None
-        if variable is None:
-            self._release(dying, None)
+        variable = self._release(dying, node if node.users else None)
         yield f"{variable} = {expression}" if variable else expression
 
     def _release(self, dying: list[fx.Node], node: fx.Node | None) -> str:
@@ -225,12 +209,8 @@ class ForwardWriter:
             return f"({self._text(value.train)} if {training} else {self._text(value.evaluate)})"
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return f"{self._names.of(type(value))}({', '.join(map(self._text, value))})"
-        if isinstance(value, tuple):
-            return f"({', '.join(map(self._text, value))}{',' if len(value) == 1 else ''})"
-        if isinstance(value, list):
-            return f"[{', '.join(map(self._text, value))}]"
-        if isinstance(value, dict):
-            return "{" + ", ".join(f"{self._text(key)}: {self._text(inner)}" for key, inner in value.items()) + "}"
+        if isinstance(value, (tuple, list, dict)):
+            return container_text(value, self._text)
         if isinstance(value, slice):
             return f"slice({self._text(value.start)}, {self._text(value.stop)}, {self._text(value.step)})"
         return self._literal(value)
@@ -267,7 +247,7 @@ class ForwardWriter:
             if node in inlined or not _is_cheap(node) or len(node.users) != 1:
                 continue
             (user,) = node.users
-            uses = [source for source in _occurrences(user) if source is node]
+            uses = [source for source in nodes_in((user.args, user.kwargs)) if source is node]
             end = self._statement_of(user, inlined)
             # Inlining moves the evaluation of a node to `end`; a statement in between might write to what it reads.
             start, stop = self._order[node], self._order[end]
@@ -292,12 +272,8 @@ class ForwardWriter:
 
     def _last_uses(self) -> dict[fx.Node, fx.Node]:
         """Return for each value the last statement that reads it."""
-        last: dict[fx.Node, fx.Node] = {}
-        for node in self._graph.nodes:
-            if node not in self._inlined:
-                for source in self._sources(node):
-                    last[source] = node
-        return last
+        statements = (node for node in self._graph.nodes if node not in self._inlined)
+        return {source: node for node in statements for source in self._sources(node)}
 
     def _headings(self, statements: list[fx.Node]) -> dict[fx.Node, str]:
         """Return the comments that name a block, by the statement above which they stand."""
@@ -380,10 +356,3 @@ def _is_cheap(node: fx.Node) -> bool:
     if node.op != "call_function" or node.kwargs:
         return False
     return node.target is getattr or (_is_operator(node) and (name == "getitem" or name in BINARY or name in UNARY))
-
-
-def _occurrences(node: fx.Node) -> list[fx.Node]:
-    """List the nodes in a node's arguments, each as often as it occurs; `all_input_nodes` lists each once."""
-    sources: list[fx.Node] = []
-    map_arg((node.args, node.kwargs), lambda source: sources.append(source) or source)
-    return sources

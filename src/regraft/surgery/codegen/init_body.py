@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from itertools import groupby
 from keyword import iskeyword
-from typing import Any
 
 import torch
 from torch import nn
@@ -73,7 +72,8 @@ class Layers:
         # are decided before, as they have to be leaves themselves.
         inner = [f"{path}.{name}" for name in children_of(layer)]
         is_chain = isinstance(layer, nn.Sequential) and type(layer).forward is nn.Sequential.forward
-        if is_chain and inner and _own_state(layer) == [] and all(part in self.leaves for part in inner):
+        has_state = any(tensor is not None for tensor in (*parameters_of(layer).values(), *buffers_of(layer).values()))
+        if is_chain and inner and not has_state and all(part in self.leaves for part in inner):
             self.leaves[path] = ""
             self.traced.remove(path)
 
@@ -113,11 +113,13 @@ class InitWriter:
         self._graph_constants = constants
         self._kept = self._choose_kept()
         # Count the places of each layer, by identity: one that stands in several is made once, ahead of the others.
-        slots = [*children_of(model).items()]
-        for path, layer in model.named_modules():
-            slots += [(f"{path}.{name}", child) for name, child in children_of(layer).items() if path]
         # `named_modules` visits a shared parent once, so a layer that is shared only through it does not count twice.
-        places = Counter(id(child) for path, child in slots if path in self._kept)
+        places = Counter(
+            id(child)
+            for path, layer in model.named_modules()
+            for name, child in children_of(layer).items()
+            if f"{path}.{name}".lstrip(".") in self._kept
+        )
         self._shared = {key for key, count in places.items() if count > 1}
         self._variables: dict[int, str] = {}
         self._written: set[int] = set()
@@ -243,10 +245,8 @@ class InitWriter:
     def _holder(self, layer: nn.Module) -> str:
         """Write the call of a traced layer's base class in `torch.nn`, which makes its parameters; empty: none fits."""
         view = holder_of(layer)
-        if view is None:
-            return ""
         try:
-            return constructor(view)
+            return constructor(view) if view is not None else ""
         except EditError:
             return ""
 
@@ -291,11 +291,9 @@ class InitWriter:
                 if tensor is None:
                     continue
                 full = f"{path}.{name}".lstrip(".")
-                if id(tensor) not in first:
-                    first[id(tensor)] = (layer, full)
-
-                elif first[id(tensor)][0] is not layer or first[id(tensor)][1] != full:
-                    yield f"{self.attribute(full)} = {self.attribute(first[id(tensor)][1])}"
+                owner, source = first.setdefault(id(tensor), (layer, full))
+                if owner is not layer or source != full:
+                    yield f"{self.attribute(full)} = {self.attribute(source)}"
 
     def _is_list(self, layer: nn.Module, path: str) -> bool:
         """Return whether a layer is written as a ModuleList or Sequential: its children are numbered from 0."""
@@ -320,8 +318,7 @@ def require_no_hooks(model: nn.Module) -> None:
         EditError: A layer has one; the message names it. The hooks of pins are ignored.
     """
     for path, layer in model.named_modules():
-        hooks = [*forward_pre_hooks(layer).values(), *forward_hooks(layer).values()]
-        for hook in hooks:
+        for hook in (*forward_pre_hooks(layer).values(), *forward_hooks(layer).values()):
             if hook not in PIN_HOOKS:
                 name = getattr(hook, "__qualname__", type(hook).__qualname__)
                 raise EditError(
@@ -329,10 +326,6 @@ def require_no_hooks(model: nn.Module) -> None:
                     "run. Remove the hook first; for weight norm and pruning torch.nn.utils has functions that do. "
                     "Nothing was written."
                 )
-
-
-def _own_state(layer: nn.Module) -> list[Any]:
-    return [tensor for tensor in (*parameters_of(layer).values(), *buffers_of(layer).values()) if tensor is not None]
 
 
 def _persistent(layer: nn.Module) -> dict[str, torch.Tensor]:

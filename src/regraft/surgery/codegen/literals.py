@@ -8,6 +8,7 @@ import operator
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -149,7 +150,7 @@ def wrapped(line: str, indent: int = 0) -> list[str]:
     if len(pad) + len(line) < WIDTH or cut is None:  # one column is left for a comma
         return [pad + line]
     start, end = cut
-    items = list(_split(line[start + 1 : end]))
+    items = _split(line[start + 1 : end])
     loop = _loop(items[0]) if len(items) == 1 else None
     lines = [pad + line[: start + 1]]
     if loop is not None:
@@ -200,41 +201,26 @@ def _short(tensor: torch.Tensor) -> str:
 
 def _longest_bracket(line: str) -> tuple[int, int] | None:
     """Return the positions of the longest of the outermost pairs of brackets; None where there is none."""
-    pairs, stack = [], []
-    for position, sign in _signs(line):
-        if sign in "([{":
-            stack.append(position)
-        elif sign in ")]}" and stack:
-            start = stack.pop()
-            pairs += [] if stack or position - start == 1 else [(start, position)]
+    starts, ends = ([position for position, sign in _outer_signs(line) if sign in kind] for kind in ("([{", ")]}"))
+    pairs = (pair for pair in zip(starts, ends, strict=False) if pair[1] - pair[0] > 1)
     return max(pairs, key=lambda pair: pair[1] - pair[0], default=None)
 
 
-def _split(text: str) -> Iterator[str]:
+def _split(text: str) -> list[str]:
     """Split a text at its outermost commas."""
-    depth, start = 0, 0
-    for position, sign in _signs(text):
-        depth += (sign in "([{") - (sign in ")]}")
-        if sign == "," and not depth:
-            yield text[start:position].strip()
-            start = position + 1
-    if text[start:].strip():
-        yield text[start:].strip()
+    commas = [position for position, sign in _outer_signs(text) if sign == ","]
+    parts = (text[before + 1 : after].strip() for before, after in pairwise([-1, *commas, len(text)]))
+    return [part for part in parts if part]
 
 
 def _loop(text: str) -> int | None:
     """Return the position of the `for` of a comprehension."""
-    depth = 0
-    for position, sign in _signs(text):
-        depth += (sign in "([{") - (sign in ")]}")
-        if not depth and text.startswith(" for _ in ", position):
-            return position
-    return None
+    return next((position for position, _ in _outer_signs(text) if text.startswith(" for _ in ", position)), None)
 
 
-def _signs(text: str) -> Iterator[tuple[int, str]]:
-    """Yield the characters outside of strings, with their positions."""
-    quote, escaped = "", False
+def _outer_signs(text: str) -> Iterator[tuple[int, str]]:
+    """Yield positions and characters outside of strings and brackets; the outermost brackets count as outside."""
+    quote, escaped, depth = "", False, 0
     for position, sign in enumerate(text):
         if quote:
             quote = "" if sign == quote and not escaped else quote
@@ -242,4 +228,7 @@ def _signs(text: str) -> Iterator[tuple[int, str]]:
         elif sign in "'\"":
             quote = sign
         else:
-            yield position, sign
+            depth -= sign in ")]}"
+            if not depth:
+                yield position, sign
+            depth += sign in "([{"

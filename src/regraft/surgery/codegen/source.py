@@ -17,6 +17,7 @@ be wrong where a class does something unusual. So the text is run before it is r
 the same names, shapes and dtypes, and the outputs equal bit by bit. What cannot be written is an error, never a guess.
 """
 
+import sys
 import textwrap
 from collections.abc import Iterator
 from functools import partial
@@ -41,8 +42,7 @@ from regraft.surgery.detour import is_detoured
 from regraft.torch_internals import tree_leaves
 from regraft.version import __version__
 
-# Modules of the standard library that a written file may import; a file's imports begin with them.
-STANDARD = frozenset({"base64", "collections", "math", "operator", "zlib"})
+FUSED_NORM = ("timm.layers.norm_act", "BatchNormAct2d")  # module and name of its class
 
 
 def to_source(model: nn.Module, *, class_name: str | None = None, inputs: Inputs | None = None) -> str:
@@ -96,9 +96,9 @@ def to_source(model: nn.Module, *, class_name: str | None = None, inputs: Inputs
     require_no_hooks(model)
     try:
         text = _source_text(model, name)
+        _verify(text, name, model, inputs)
     except EditError as error:
         raise EditError(f"{type(model).__name__} cannot be written as source: {error}. Nothing was written.") from error
-    _verify(text, name, model, inputs)
     return text
 
 
@@ -174,7 +174,8 @@ def _sorted_imports(imports: set[str]) -> Iterator[str]:
         lines.setdefault(module if name else f"import {module}", []).append(name)
     order = sorted(lines, key=lambda module: (not module.startswith("import "), module))
     for is_standard in (True, False):
-        modules = [module for module in order if (_root(module) in STANDARD) == is_standard]
+        roots = {module: module.removeprefix("import ").partition(".")[0] for module in order}
+        modules = [module for module in order if (roots[module] in sys.stdlib_module_names) == is_standard]
         for module in modules:
             names = sorted(lines[module], key=lambda name: (name.islower(), name))
             line = module if module.startswith("import ") else f"from {module} import {', '.join(names)}"
@@ -183,10 +184,6 @@ def _sorted_imports(imports: set[str]) -> Iterator[str]:
             yield line
         if is_standard and modules:
             yield ""
-
-
-def _root(module: str) -> str:
-    return module.removeprefix("import ").partition(".")[0]
 
 
 def _flows(model: nn.Module, layers: Layers) -> list[Flow]:
@@ -208,17 +205,8 @@ def _modes(flows: list[Flow]) -> set[str]:
     """Return the paths of the layers whose `.training` the source reads."""
     if len(flows) == 2:
         return {flows[0].mode_switch or ""}
-    return {choice.path for node in flows[0].graph.nodes for choice in _choices((node.args, node.kwargs))}
-
-
-def _choices(value: Any) -> Iterator[Any]:
-    """Yield every `BranchChoice` in a nested value."""
-    if isinstance(value, BranchChoice):
-        yield value
-    elif isinstance(value, dict):
-        yield from (choice for inner in value.values() for choice in _choices(inner))
-    elif isinstance(value, (tuple, list)):
-        yield from (choice for inner in value for choice in _choices(inner))
+    leaves = (leaf for node in flows[0].graph.nodes for leaf in tree_leaves((node.args, node.kwargs)))
+    return {leaf.path for leaf in leaves if isinstance(leaf, BranchChoice)}
 
 
 def _with_plain_norms(model: nn.Module) -> nn.Module:
@@ -226,7 +214,8 @@ def _with_plain_norms(model: nn.Module) -> nn.Module:
 
     `model` itself where it has none.
     """
-    paths = [path for path, layer in model.named_modules() if path and _is_norm_with_activation(layer)]
+    kinds = {path: type(layer) for path, layer in model.named_modules() if path}
+    paths = [path for path, kind in kinds.items() if (kind.__module__, kind.__name__) == FUSED_NORM]
     if not paths:
         return model
     prepared = shared_copy(model)
@@ -235,11 +224,6 @@ def _with_plain_norms(model: nn.Module) -> nn.Module:
         # On the instance: the class is timm's, and other networks use it.
         vars(layer)["forward"] = partial(_norm_then_activation, path, layer)
     return prepared
-
-
-def _is_norm_with_activation(layer: nn.Module) -> bool:
-    kind = type(layer)
-    return kind.__module__ == "timm.layers.norm_act" and kind.__name__ == "BatchNormAct2d"
 
 
 def _norm_then_activation(path: str, layer: Any, x: fx.Proxy) -> Any:
@@ -255,22 +239,16 @@ def _verify(text: str, class_name: str, model: nn.Module, inputs: Inputs | None)
         EditError: They differ.
     """
     scope: dict[str, Any] = {"__name__": "<source>"}
-    kind = type(model).__name__
     try:
         exec(compile(text, "<source>", "exec"), scope)  # text of our own, from the graph and the layers above
         with torch.device("meta"), preserved_randomness():
             written = scope[class_name]()
     except Exception as error:
-        raise EditError(
-            f"{kind} cannot be written as source: the class that came out cannot be made: {error}. Nothing was written."
-        ) from error
+        raise EditError(f"the class that came out cannot be made: {error}") from error
     state, expected_state = written.state_dict(), model.state_dict()
     for name in [*expected_state, *state]:
         if name not in state or name not in expected_state or _form(state[name]) != _form(expected_state[name]):
-            raise EditError(
-                f"{kind} cannot be written as source: '{name}' would be {_form(state.get(name))}, and is "
-                f"{_form(expected_state.get(name))}. Nothing was written."
-            )
+            raise EditError(f"'{name}' would be {_form(state.get(name))}, and is {_form(expected_state.get(name))}")
     arguments = arguments_for(model, inputs=inputs)  # guessed from the original, which has a card and a configuration
     try:
         expected = trace(model, inputs=inputs)
@@ -279,18 +257,15 @@ def _verify(text: str, class_name: str, model: nn.Module, inputs: Inputs | None)
     try:
         actual = trace(written, inputs=arguments.kwargs or arguments.args)
     except ForwardError as error:
-        raise EditError(
-            f"{kind} cannot be written as source: what came out does not run: {error} Nothing was written."
-        ) from error
+        raise EditError(f"what came out does not run: {str(error).rstrip('.')}") from error
     shapes = [next(call.output_shapes for call in run.calls if call.path == "") for run in (expected, actual)]
     if shapes[0] != shapes[1]:
-        raise EditError(f"{kind} cannot be written as source: it would give {shapes[1]}, not {shapes[0]}.")
+        raise EditError(f"it would give {shapes[1]}, not {shapes[0]}")
     # Shapes first: they cost nothing, and say more about what is wrong than values that differ.
     has_values = not any(tensor.is_meta for tensor in expected_state.values())
     if has_values and not _outputs_agree(scope[class_name], model, arguments):
         raise EditError(
-            f"{kind} cannot be written as source: what came out gives other values, probably as its forward changes in "
-            "place (x += …) what has a second name. Nothing was written."
+            "what came out gives other values, probably as its forward changes in place (x += …) what has a second name"
         )
 
 
@@ -311,9 +286,7 @@ def _outputs_agree(maker: Any, model: nn.Module, arguments: Arguments) -> bool:
         try:
             expected = run(aliased_copy(model))
         except Exception as error:  # the user's network on the user's inputs
-            raise EditError(
-                f"{type(model).__name__} fails on these inputs: {error}. Pass others. Nothing was written."
-            ) from error
+            raise EditError(f"it fails on these inputs: {error}. Pass others") from error
         fed = values.with_values(device)
         if _equal(run(in_mode(written.to(device), False)), expected):
             return True

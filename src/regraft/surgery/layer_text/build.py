@@ -10,7 +10,6 @@ only with `trust_code`. Text is parsed and never evaluated.
 import contextlib
 import importlib
 import inspect
-import math
 import types
 import warnings
 from collections import OrderedDict
@@ -154,7 +153,8 @@ def _dry_run(value: Any, *, trust_code: bool) -> Any:
             built = _built(value, makers, dry=True)
     layers = built if isinstance(built, tuple) else (built,)
     text = ", ".join(map(str, value if isinstance(value, tuple) else (value,)))
-    elements = sum(math.prod(tensor.shape) for layer in layers for tensor in _tensors(layer).values())
+    tensors = (tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers()))
+    elements = sum(tensor.numel() for tensor in tensors if not is_lazy(tensor))
     if elements > (most := _most_elements.get()):
         raise TooLargeError(
             f"'{shortened(text)}' asks for {elements:,} weights, and no more than "
@@ -232,6 +232,7 @@ def _called(
     call: LayerCall, maker: type[nn.Module], positional: tuple[Any, ...], keywords: dict[str, Any]
 ) -> nn.Module:
     try:
+        inspect.signature(maker.__init__).bind(None, *positional, **keywords)  # says more than the call would
         return maker(*positional, **keywords)
     except Exception as error:
         cause = error.args[0] if isinstance(error, KeyError) and error.args else error
@@ -244,7 +245,7 @@ def _called(
 def _check_arguments(
     call: LayerCall, maker: type[nn.Module], positional: tuple[Any, ...], keywords: dict[str, Any]
 ) -> None:
-    """Refuse arguments that a constructor does not take, a device or dtype, and too large numbers of layers."""
+    """Refuse a device or dtype, and too large numbers of layers."""
     entries = list(inspect.signature(maker.__init__).parameters.values())[1:]
     names = [entry.name for entry in entries if entry.kind not in (entry.VAR_POSITIONAL, entry.VAR_KEYWORD)]
     names = names or [entry.name for entry in parameters_of(maker)]
@@ -260,12 +261,6 @@ def _check_arguments(
         if isinstance(count, int) and (count > MAX_REPEATS or count * inner > MAX_LAYERS):
             layers, most = (count, MAX_REPEATS) if count > MAX_REPEATS else (count * inner, MAX_LAYERS)
             raise EditError(f"'{shortened(str(call))}' asks for {layers:,} layers, and {most:,} are the most.")
-    try:
-        inspect.signature(maker.__init__).bind(None, *positional, **keywords)
-    except TypeError as error:
-        raise EditError(
-            f"'{shortened(str(call))}' cannot be built: {error}. Expected {_signature(call, maker)}."
-        ) from error
 
 
 def _signature(call: LayerCall, maker: type[nn.Module]) -> str:
@@ -275,12 +270,6 @@ def _signature(call: LayerCall, maker: type[nn.Module]) -> str:
         default = getattr(entry.default, "__name__", repr(entry.default))
         entries.append(f"{stars}{entry.name}" + ("" if entry.default is entry.empty else f"={default}"))
     return f"{_label(call)}({', '.join(entries)})"
-
-
-def _tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the parameters and buffers with values, by name, each once."""
-    named = [*layer.named_parameters(), *layer.named_buffers()]
-    return {name: tensor for name, tensor in named if not is_lazy(tensor)}
 
 
 def _require_same(layer: nn.Module, rebuilt: nn.Module, text: str, *, tied: bool) -> None:
@@ -314,16 +303,19 @@ def _require_same(layer: nn.Module, rebuilt: nn.Module, text: str, *, tied: bool
                 )
 
 
+def _state(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of the state dict, which may also hold other values (extra state)."""
+    state = layer.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
 def _shapes(layer: nn.Module) -> dict[str, Any]:
-    state = layer.state_dict(keep_vars=True)  # which may also hold values that are no tensors (extra state)
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    return {name: None if is_lazy(tensor) else tuple(tensor.shape) for name, tensor in tensors.items()}
+    return {name: None if is_lazy(tensor) else tuple(tensor.shape) for name, tensor in _state(layer).items()}
 
 
 def _ties(layer: nn.Module) -> set[frozenset[str]]:
     """Return the groups of names that stand for one tensor."""
     names: dict[int, set[str]] = {}
-    for name, tensor in layer.state_dict(keep_vars=True).items():
-        if isinstance(tensor, torch.Tensor):
-            names.setdefault(id(tensor), set()).add(name)
+    for name, tensor in _state(layer).items():
+        names.setdefault(id(tensor), set()).add(name)
     return {frozenset(group) for group in names.values() if len(group) > 1}

@@ -8,7 +8,7 @@ import ast
 import math
 import numbers
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,13 +74,17 @@ def written(value: Any) -> str:
     if isinstance(value, numbers.Real) and not math.isnan(float(value)):
         number = float(value)
         return repr(number) if math.isfinite(number) else "1e999" if number > 0 else "-1e999"  # text has no `inf`
-    if isinstance(value, tuple):
-        return f"({', '.join(map(written, value))}{',' if len(value) == 1 else ''})"
-    if isinstance(value, list):
-        return f"[{', '.join(map(written, value))}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{written(key)}: {written(item)}' for key, item in value.items())}}}"
+    if isinstance(value, (tuple, list, dict)):
+        return container_text(value, written)
     raise EditError(f"{shortened(repr(value))} is a {type(value).__name__}, which no text stands for")
+
+
+def container_text(value: tuple[Any, ...] | list[Any] | dict[Any, Any], write: Callable[[Any], str]) -> str:
+    """Write a tuple, list or dict as Python does, with `write` for what it holds."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{write(key)}: {write(item)}" for key, item in value.items()) + "}"
+    inner = ", ".join(map(write, value))
+    return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
 
 
 def parsed(text: str) -> Any:

@@ -100,7 +100,7 @@ def read_call(layer: nn.Module, path: str = "") -> LayerCall:
             "ModuleList", ([_as_literal(layer, path, "modules", child) for child in layer.children()],) * bool(layer)
         )
     if kind is nn.ModuleDict:
-        entries = {name: read_call(child, _join(path, name)) for name, child in layer.named_children()}
+        entries = {name: read_call(child, f"{path}.{name}".lstrip(".")) for name, child in layer.named_children()}
         return LayerCall("ModuleDict", (entries,) if entries else ())
     name = library_name(kind)
     reference = () if name is not None else (_reference(layer, path),)
@@ -118,7 +118,7 @@ def undescribable(layer: nn.Module, path: str, reason: str, advice: str = "") ->
 
 
 def _sequential(layer: nn.Module, path: str) -> LayerCall:
-    children = {name: read_call(child, _join(path, name)) for name, child in _occupied(layer)}
+    children = {name: read_call(child, f"{path}.{name}".lstrip(".")) for name, child in _occupied(layer)}
     if list(children) == [str(number) for number in range(len(children))]:
         return LayerCall("Sequential", tuple(children.values()))
     if all(name.isidentifier() and name.isascii() and not iskeyword(name) for name in children):
@@ -235,7 +235,8 @@ def _as_literal(layer: nn.Module, path: str, name: str, value: Any) -> Any:
         EditError: No text stands for it.
     """
     if isinstance(value, nn.Module):
-        return read_call(value, _join(path, next((n for n, child in _occupied(layer) if child is value), name)))
+        slot = next((slot for slot, child in _occupied(layer) if child is value), name)
+        return read_call(value, f"{path}.{slot}".lstrip("."))
     for known in ("relu", "gelu"):  # activations of transformers, which are functions
         if value is getattr(nn.functional, known):
             return known
@@ -251,10 +252,6 @@ def _as_literal(layer: nn.Module, path: str, name: str, value: Any) -> Any:
         reason = f"its argument '{name}' is a {type(value).__name__}, no plain value ({shortened(repr(value), 40)})"
         raise undescribable(layer, path, reason) from error
     return value
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _attention(layer: Any) -> dict[str, Any]:
