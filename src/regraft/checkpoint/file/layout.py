@@ -164,18 +164,18 @@ def layout_of(path: Path, file: FileIO, content: dict[str, Any], start: int) -> 
     content = dict(content)
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _damaged_error(path, "its metadata are not text")
+        raise damaged_error(path, "its metadata are not text")
     if any(len(name) > NAME_LIMIT for name in content):
-        raise _damaged_error(path, f"it has a name of more than {NAME_LIMIT:,} characters")
+        raise damaged_error(path, f"it has a name of more than {NAME_LIMIT:,} characters")
     entries = {name: _parse_entry(path, name, described, start) for name, described in content.items()}
     end = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
         if entry.start != end:
-            raise _damaged_error(path, f"the bytes of '{name}' do not follow those of the tensor before it")
+            raise damaged_error(path, f"the bytes of '{name}' do not follow those of the tensor before it")
         end += entry.size
     size = os.fstat(file.fileno()).st_size
     if size != end:
-        raise _damaged_error(path, f"it has {size:,} bytes, expected {end:,}")
+        raise damaged_error(path, f"it has {size:,} bytes, expected {end:,}")
     return Layout(entries, metadata)
 
 
@@ -203,8 +203,9 @@ def _parse_entry(path: Path, name: str, fields: Any, start: int) -> TensorEntry:
             return TensorEntry(dtype, tuple(shape), start + first, last - first)
     except (KeyError, TypeError, ValueError):
         pass
-    raise _damaged_error(path, f"dtype, shape and offsets of '{name[:200]}' do not agree, or are not known")
+    raise damaged_error(path, f"dtype, shape and offsets of '{name[:200]}' do not agree, or are not known")
 
 
-def _damaged_error(path: Path, reason: str) -> CheckpointError:
+def damaged_error(path: Path, reason: str) -> CheckpointError:
+    """Return the error for a file whose content contradicts itself."""
     return CheckpointError(f"'{path}' is damaged: {reason}. Get or make it again.")

@@ -125,16 +125,17 @@ def state_dicts_of(content: Any, path: Path) -> StateDicts:
     Raises:
         CheckpointError: It holds no state dict.
     """
-    entries = tuple(_find(content, (), set())) if isinstance(content, Mapping) else ()
+    is_dict = isinstance(content, Mapping)
+    entries = tuple(_find(content, (), set())) if is_dict else ()
     if not entries:
-        is_dict = isinstance(content, Mapping)
         description = f"a dict with {', '.join(map(repr, list(content)[:8]))}" if is_dict else reprlib.repr(content)
         raise CheckpointError(f"'{path}' holds no state dict, but {description[:200]}. Expected names with tensors.")
     tops = {entry.path[0] for entry in entries if entry.path}
     has_own = any(not entry.path for entry in entries)
-    values = content.items() if isinstance(content, Mapping) else ()
     left_out = tuple(
-        str(key) for key, value in values if str(key) not in tops and not (has_own and isinstance(value, torch.Tensor))
+        str(key)
+        for key, value in content.items()
+        if str(key) not in tops and not (has_own and isinstance(value, torch.Tensor))
     )
     return StateDicts(path, entries, left_out)
 
@@ -150,11 +151,6 @@ def split_extra(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
     return {name: tensor for name, tensor in tensors.items() if name not in extra}, extra
 
 
-def tensors_of(content: Mapping[Any, Any]) -> Tensors:
-    """Return the tensors among the values of a dict, by name."""
-    return {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
-
-
 def listed(entries: Sequence[StateDict]) -> str:
     """Describe entries in a message: their keys and numbers of tensors."""
     return ", ".join(f"'{entry.key}' ({len(entry.tensors)} tensors)" for entry in entries)
@@ -164,7 +160,7 @@ def _find(content: Mapping[Any, Any], path: tuple[str, ...], seen: set[int]) -> 
     if len(path) > DEPTH or id(content) in seen or {"state", "param_groups"} <= content.keys():  # of an optimizer
         return
     seen.add(id(content))
-    own = tensors_of(content)
+    own = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
     nested = [
         (key, value)
         for name, item in content.items()
