@@ -23,6 +23,7 @@ from regraft.training.micro_batch import (
     SingleSampleError,
     apply_mixup,
     backward_in_parts,
+    buffers_restored,
     rows,
     single_samples_refused,
 )
@@ -215,7 +216,7 @@ def _backward(
         # Outside of the except block, whose exception would keep the tensors of the failed forward alive.
         for parameter in model.parameters():
             parameter.grad = None
-        _free_memory(compute)
+        torch.cuda.empty_cache()
         progress.say(f"memory     {message}, in steps of {count} photos as before")
 
 
@@ -237,12 +238,6 @@ def _halved_size(
     return (at_a_time + 1) // 2
 
 
-def _free_memory(compute: ComputeContext) -> None:
-    """Empty torch's memory cache; to be called outside of except blocks, whose exceptions keep tensors alive."""
-    if compute.device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _has_finite_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
     if scaler.is_enabled():
         return True  # the scaler checks by itself, and skips such a step
@@ -252,8 +247,7 @@ def _has_finite_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.Gr
 
 def _first_nonfinite_layer(model: nn.Module, inputs: Inputs, compute: ComputeContext) -> str:
     """Run the network once more, and describe the first layer whose output is not finite."""
-    tensors = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
-    if not all(_is_finite(tensor) for tensor in tensors):
+    if not _is_finite(inputs):
         return "The inputs themselves are not finite."
     at_fault: list[str] = []
     names = {layer: path for path, layer in model.named_modules()}
@@ -262,16 +256,13 @@ def _first_nonfinite_layer(model: nn.Module, inputs: Inputs, compute: ComputeCon
         if not at_fault and not _is_finite(output):
             at_fault.append(names[layer])
 
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     hooks = [layer.register_forward_hook(look) for layer in model.modules()]
     try:
-        with torch.no_grad(), preserved_randomness(), compute.autocast():
+        with torch.no_grad(), buffers_restored(model), preserved_randomness(), compute.autocast():
             run(model, inputs, compute)
     finally:
         for hook in hooks:
             hook.remove()
-        for buffer, value in buffers:
-            buffer.copy_(value)
     if not at_fault:
         return "Every layer's output is finite, so it is the loss itself."
     where = (
@@ -320,7 +311,7 @@ def _scores(model: nn.Module, inputs: Inputs, count: int, compute: ComputeContex
         ) from error
     except torch.OutOfMemoryError as error:
         fewer = _halved_size(count, compute, error)
-    _free_memory(compute)
+    torch.cuda.empty_cache()  # outside of the except block, whose exception keeps tensors alive
     first, second = slice(0, fewer), slice(fewer, count)
     return [
         *_scores(model, rows(inputs, first), fewer, compute),
@@ -343,18 +334,13 @@ def run(model: nn.Module, inputs: Inputs, compute: ComputeContext) -> Any:
 def channels_last(model: nn.Module) -> Iterator[None]:
     """Hold convolution weights in channels-last memory format for the block; no value changes."""
     convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
-    _set_memory_format(convolutions, torch.channels_last)
+    for layer in convolutions:
+        layer.to(memory_format=torch.channels_last)
     try:
         yield
     finally:
-        _set_memory_format(convolutions, torch.contiguous_format)
-
-
-def _set_memory_format(layers: list[nn.Conv2d], memory_format: torch.memory_format) -> None:
-    for layer in layers:
-        for tensor in layer.parameters(recurse=False):
-            if tensor.ndim == 4:
-                tensor.data = tensor.data.contiguous(memory_format=memory_format)
+        for layer in convolutions:
+            layer.to(memory_format=torch.contiguous_format)
 
 
 def _to_device(tensor: torch.Tensor, compute: ComputeContext) -> torch.Tensor:
