@@ -67,19 +67,6 @@ class TensorEntry:
     size: int
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A safetensors file without the bytes of its tensors.
-
-    Attributes:
-        entries: Position and type of each tensor, by name.
-        metadata: The text under `__metadata__`.
-    """
-
-    entries: dict[str, TensorEntry]
-    metadata: dict[str, str]
-
-
 def parse_json(text: bytes | str) -> Any:
     """Parse JSON from a file of unknown origin, in at most 256 MiB of memory.
 
@@ -148,8 +135,8 @@ def read_start(path: Path, file: FileIO | None = None) -> tuple[dict[str, Any], 
     return content, 8 + length
 
 
-def read_layout(path: Path) -> Layout:
-    """Read the position of each tensor of a safetensors file; no byte of a tensor is read.
+def read_layout(path: Path) -> dict[str, TensorEntry]:
+    """Read the position and type of each tensor of a safetensors file, by name; no byte of a tensor is read.
 
     Raises:
         CheckpointError: The file does not exist, is not a safetensors file, or its tensors overlap, leave gaps, or
@@ -159,8 +146,8 @@ def read_layout(path: Path) -> Layout:
         return layout_of(path, file, *read_start(path, file))
 
 
-def layout_of(path: Path, file: FileIO, content: dict[str, Any], start: int) -> Layout:
-    """Return the position of each tensor, of a file whose start was read; see `read_layout`."""
+def layout_of(path: Path, file: FileIO, content: dict[str, Any], start: int) -> dict[str, TensorEntry]:
+    """Return the position and type of each tensor, of a file whose start was read; see `read_layout`."""
     content = dict(content)
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -176,7 +163,7 @@ def layout_of(path: Path, file: FileIO, content: dict[str, Any], start: int) -> 
     size = os.fstat(file.fileno()).st_size
     if size != end:
         raise damaged_error(path, f"it has {size:,} bytes, expected {end:,}")
-    return Layout(entries, metadata)
+    return entries
 
 
 def _parse_entry(path: Path, name: str, fields: Any, start: int) -> TensorEntry:

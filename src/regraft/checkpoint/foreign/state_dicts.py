@@ -5,7 +5,7 @@ import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +30,7 @@ DEPTH = 5
 EXTRA_STATE = "_extra_state"  # its name in torch's state dicts
 
 Tensors = dict[str, torch.Tensor]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,8 @@ def is_extra_state(name: str) -> bool:
     return name.rpartition(".")[2] == EXTRA_STATE
 
 
-def split_extra(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
-    """Split a state dict into weights and extra states of layers."""
+def split_extra(tensors: dict[str, Value]) -> tuple[dict[str, Value], dict[str, Value]]:
+    """Split a state dict, or what a file has for its names, into weights and extra states of layers."""
     extra = {name: tensor for name, tensor in tensors.items() if is_extra_state(name)}
     return {name: tensor for name, tensor in tensors.items() if name not in extra}, extra
 

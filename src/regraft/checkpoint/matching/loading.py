@@ -205,10 +205,9 @@ def _plan_entry(model: nn.Module, slots: Tensors, contents: StateDicts, chosen: 
     values, matches, mismatched, adapted = _fit_tensors(
         proposal, tensors, slots, fitter, "guess" if by_shape else rules.accept
     )
-    report = _build_report(slots, contents, chosen, proposal, fitter, (values, matches, mismatched, adapted))
     rest = [entry for entry in contents.entries if entry.key not in (chosen.key, *chosen.parts)]
+    report = _build_report(slots, contents, chosen, rest, proposal, fitter, (values, matches, mismatched, adapted))
     cause, suggestion = diagnose(report, proposal, fitter, rest, may_adapt=rules.may_adapt)
-    report = replace(report, cause=cause, suggestion=suggestion)
     matches = tuple(
         replace(
             pair,
@@ -221,6 +220,8 @@ def _plan_entry(model: nn.Module, slots: Tensors, contents: StateDicts, chosen: 
     extra, absent, surplus = _match_extra_states(model, chosen.extra)
     report = replace(
         report,
+        cause=cause,
+        suggestion=suggestion,
         matches=matches,
         loaded=(*report.loaded, *(f"{path}.{EXTRA_STATE}".lstrip(".") for path in extra)),
         missing=(*report.missing, *absent),
@@ -274,6 +275,7 @@ def _build_report(
     slots: Tensors,
     contents: StateDicts,
     chosen: StateDict,
+    rest: Sequence[StateDict],
     proposal: Proposal,
     fitter: Fitter,
     parts: tuple[Tensors, list[Match], dict[str, str], list[Adaptation]],
@@ -283,9 +285,6 @@ def _build_report(
     filled = {id(slots[name]) for name in values}  # by identity: tied tensors are filled together
     used = {match.source for match in proposal.matches}
     shapes = {match.name: match.shape for match in proposal.matches}
-    others = tuple(
-        entry.key for entry in contents.entries if entry.key and entry.key not in (chosen.key, *chosen.parts)
-    )
     return LoadReport(
         path=str(contents.path),
         loaded=tuple(name for name in slots if id(slots[name]) in filled),
@@ -304,7 +303,7 @@ def _build_report(
         notes=(*contents.notes, *unwrapping(chosen), *proposal.notes),
         matches=tuple(matches),
         adapted=tuple(adapted),
-        left_out=tuple(dict.fromkeys((*contents.left_out, *others))),
+        left_out=tuple(dict.fromkeys((*contents.left_out, *(entry.key for entry in rest if entry.key)))),
         share=_share(slots, filled, fitter),
         gaps=tuple(
             name

@@ -140,10 +140,9 @@ def match_shapes(file_shapes: Shapes, model_shapes: Shapes, *, is_ordered: bool 
         for i, j in pairs
         for match in _match_units(file_units[i], model_units[j], "likely", "order and shape")
     }
-    matches |= _match_counters(matches, {name: name for name in file_shapes}, model_shapes, file_shapes)
-    return Proposal(
-        tuple(matches[name] for name in model_shapes if name in matches), {name: name for name in file_shapes}
-    )
+    names = {name: name for name in file_shapes}
+    matches |= _match_counters(matches, names, model_shapes, file_shapes)
+    return Proposal(tuple(matches[name] for name in model_shapes if name in matches), names)
 
 
 def weakest(matches: Iterable[Match]) -> Sureness:
@@ -251,9 +250,7 @@ def _find_renaming(
     words: dict[str, str] = {}
     for i, j in pairs:
         file_words, model_words = words_of(file_units[i].path), words_of(model_units[j].path)
-        if len(file_words) != len(model_words) or [number for _, number in file_words] != [
-            number for _, number in model_words
-        ]:
+        if [number for _, number in file_words] != [number for _, number in model_words]:
             return {}
         for (before, _), (after, _) in zip(file_words, model_words, strict=True):
             if words.setdefault(before, after) != after:
