@@ -15,6 +15,7 @@ from regraft.anatomy.paths import is_within
 from regraft.arguments import check_arguments
 from regraft.card import Recipe, Source, attach, card_of
 from regraft.checkpoint.any_file import read_state_dicts
+from regraft.checkpoint.foreign.kinds import first_names
 from regraft.checkpoint.matching.load_plan import UnfitError, carry_out
 from regraft.checkpoint.matching.loading import Rules, plan_loading
 from regraft.errors import CheckpointError, ConfigError, EditError, ModelError, RegraftError, nearest
@@ -225,15 +226,10 @@ def _load_backbone(model: nn.Module, path: Path, name: str) -> None:
     surplus = [key for key in report.unexpected if key.partition(".")[0] in children]
     if absent or surplus:
         problem = (
-            f"it lacks {_first_names(absent)}" if absent else f"it has {_first_names(surplus)}, which the model lacks"
+            f"it lacks {first_names(absent)}" if absent else f"it has {first_names(surplus)}, which the model lacks"
         )
         raise CheckpointError(
             f"'{path}' holds weights of another architecture than {name}: {problem}. "
             "Give the name of the network that the file was trained with."
         )
     note_weights(model, path)
-
-
-def _first_names(names: list[str]) -> str:
-    shown = ", ".join(map(repr, names[:3]))
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

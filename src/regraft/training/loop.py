@@ -206,7 +206,7 @@ def _backward(
             return backward_in_parts(forward, loss_of, model, batch, parts, scaler.scale, is_mean=is_mean)
         except torch.OutOfMemoryError as error:
             at_a_time = min(count, tally.at_a_time or count)
-            tally.at_a_time = _halved_size(at_a_time, compute, error, min_at_a_time=tally.min_at_a_time)
+            tally.at_a_time = _halved_size(at_a_time, compute, error, min_size=tally.min_at_a_time)
             message = f"{compute.device} has none for {at_a_time} photos at a time: {tally.at_a_time} from here on"
         except SingleSampleError:
             if count == 1:
@@ -220,22 +220,20 @@ def _backward(
         progress.say(f"memory     {message}, in steps of {count} photos as before")
 
 
-def _halved_size(
-    at_a_time: int, compute: ComputeContext, error: torch.OutOfMemoryError, *, min_at_a_time: int = 1
-) -> int:
+def _halved_size(size: int, compute: ComputeContext, error: torch.OutOfMemoryError, *, min_size: int = 1) -> int:
     """Return half of the micro-batch size, after it ran out of memory.
 
     Raises:
         RunError: The size cannot be halved: it is 1, or what batch norm needs.
     """
-    if at_a_time <= min_at_a_time:
+    if size <= min_size:
         reason = str(error).partition("\n")[0]
-        photos = "a single photo" if min_at_a_time == 1 else "two photos, and batch norm cannot learn from one alone"
+        photos = "a single photo" if min_size == 1 else "two photos, and batch norm cannot learn from one alone"
         raise RunError(
             f"{compute.device} has no memory for {photos} ({reason}). Try a smaller --image-size, freeze "
             "more layers, or use a smaller network."
         ) from error
-    return (at_a_time + 1) // 2
+    return (size + 1) // 2
 
 
 def _has_finite_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:

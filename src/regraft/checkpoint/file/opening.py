@@ -40,8 +40,9 @@ class OpenCheckpoint:
             else:
                 self._content, self._start = read_start(self.path, self.file(self.path))
             metadata = self._content.get("metadata" if is_index(self.path) else "__metadata__")
-            is_ours = isinstance(metadata, dict) and KEY in metadata
-            self.header: Header | None = header_in(self.path, metadata[KEY]) if is_ours else None
+            self.header: Header | None = None
+            if isinstance(metadata, dict) and KEY in metadata:
+                self.header = header_in(self.path, metadata[KEY])
         except BaseException:
             self.close()
             raise

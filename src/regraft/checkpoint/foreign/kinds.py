@@ -22,6 +22,7 @@ FLAX = "Load it with flax.serialization, and keep its arrays with numpy.savez or
 KERAS = "Load it with Keras, and keep its arrays with numpy.savez under the names of the network."
 TENSORFLOW = "Load it with TensorFlow, and keep its arrays as npz."
 NAMELESS = "Keep the arrays under the names of the network with numpy.savez."
+UNPICKLE = "Where you trust it, unpickle it yourself and keep its weights with torch.save or numpy.savez."
 AGAIN = "Check the address and your rights to it, and download it again."
 
 MAGIC: tuple[tuple[int, bytes | tuple[bytes, ...], str, str], ...] = (  # (offset, bytes, description, advice)
@@ -97,7 +98,7 @@ def describe_folder(path: Path) -> str:
             return f"it is {what}. {advice}"
     files = sorted(file.name for file in path.iterdir() if file.name.endswith(WEIGHTS))
     if files:
-        return f"it holds {_first_names(files)}. Give the path of one of them."
+        return f"it holds {first_names(files)}. Give the path of one of them."
     return "it holds no file of weights. Give the path of a file."
 
 
@@ -121,10 +122,7 @@ def _identify(path: Path, head: bytes) -> tuple[str, str] | None:
     if re.match(rb"\x08[\x01-\x20]\x12.[\w.\-]{2,}", head, re.DOTALL):  # ir_version and producer_name, as protobuf
         return BY_NAME[".onnx"]
     if head[:1] == b"\x80" and not _is_torch_pickle(head):
-        return (
-            "a pickle that torch.save did not write",
-            "Where you trust it, unpickle it yourself and keep its weights with torch.save or numpy.savez.",
-        )
+        return "a pickle that torch.save did not write", UNPICKLE
     if (0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF)) and head[8:9] != b"{":
         return BY_NAME[".msgpack"]  # these first bytes are maps in msgpack
     return None
@@ -157,7 +155,7 @@ def _identify_zip(names: list[str]) -> tuple[str, str] | None:
     if any("/.data/" in f"/{name}" for name in names):
         return "a package of torch.package", "Load it where you trust it, and keep model.state_dict() with torch.save."
     inside = [name for name in names if name.endswith(WEIGHTS)]
-    held = f"; in it: {_first_names(inside)}" if inside else ""
+    held = f"; in it: {first_names(inside)}" if inside else ""
     return f"a zip archive of {len(names)} files that neither torch nor NumPy wrote{held}", UNPACK
 
 
@@ -209,7 +207,7 @@ def _identify_json(path: Path, text: str) -> tuple[str, str]:
             return f"JSON with the answer of a server, '{_excerpt(str(answer))}'", AGAIN
         if "weight_map" in content:
             return "an index of weights under another name", f"Call it '{path.stem}.index.json'."
-        return f"JSON with {_first_names(map(str, content))}, as a configuration", EXPECTED
+        return f"JSON with {first_names(map(str, content))}, as a configuration", EXPECTED
     return "JSON", EXPECTED
 
 
@@ -218,7 +216,8 @@ def _excerpt(text: str) -> str:
     return plain if len(plain) <= MAX_EXCERPT else f"{plain[:MAX_EXCERPT]}…"
 
 
-def _first_names(names: Iterable[str]) -> str:
+def first_names(names: Iterable[str]) -> str:
+    """List the first three names, and the number of the others."""
     known = list(names)
     shown = ", ".join(repr(name[:80]) for name in known[:3])
     return shown if len(known) <= 3 else f"{shown} and {len(known) - 3} more"

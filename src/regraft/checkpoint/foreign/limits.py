@@ -106,9 +106,8 @@ def _check_records(path: Path, file: IO[bytes], archive: zipfile.ZipFile, size: 
         if name.rpartition("/")[2] != "data.pkl" or entry.compress_type != zipfile.ZIP_STORED:
             continue
         if entry.file_size > PICKLE_LIMIT_BYTES:
-            raise damaged_error(
-                path, f"its entry {name!r} has {entry.file_size:,} bytes, {PICKLE_LIMIT_BYTES:,} are the most"
-            )
+            reason = f"its entry {name!r} has {entry.file_size:,} bytes, {PICKLE_LIMIT_BYTES:,} are the most"
+            raise damaged_error(path, reason)
         folder = name.removesuffix("data.pkl") + "data/"
         records = {
             key.removeprefix(folder): record.file_size for key, record in entries.items() if key.startswith(folder)
@@ -149,6 +148,5 @@ def _check_arrays(path: Path, archive: zipfile.ZipFile, size: int) -> None:
                 "Expected arrays of numbers."
             )
         if any(side < 0 for side in shape) or math.prod(shape) * dtype.itemsize > entry.file_size:
-            raise damaged_error(
-                path, f"{entry.filename!r} has the shape {str(shape)[:80]}, and {entry.file_size:,} bytes"
-            )
+            reason = f"{entry.filename!r} has the shape {str(shape)[:80]}, and {entry.file_size:,} bytes"
+            raise damaged_error(path, reason)

@@ -195,14 +195,12 @@ def _plain_tensor(path: Path, tensor: torch.Tensor) -> torch.Tensor:
                 "plain ones. Call dequantize() on them where the file was made, and save the result."
             )
         kind = str(plain.layout).removeprefix("torch.")
-        raise _refusal_error(
-            path, f"it holds a tensor that is {kind} on '{plain.device}', expected a plain one with values"
-        )
+        reason = f"it holds a tensor that is {kind} on '{plain.device}', expected a plain one with values"
+        raise _refusal_error(path, reason)
     needed, stored = plain.numel() * plain.itemsize, plain.untyped_storage().nbytes()
     if needed > max(stored, FREE_BYTES):
-        raise _refusal_error(
-            path, f"a tensor of the shape {tuple(plain.shape)} takes {needed:,} bytes, and {stored:,} are stored"
-        )
+        reason = f"a tensor of the shape {tuple(plain.shape)} takes {needed:,} bytes, and {stored:,} are stored"
+        raise _refusal_error(path, reason)
     # torch calls a tensor of one element contiguous whatever its strides are, but viewing it as bytes then fails.
     return plain.clone(memory_format=torch.contiguous_format) if needed <= plain.itemsize else plain
 
@@ -379,9 +377,8 @@ class _Interpreter:
         self._claimed += 0 if self._claims.get(key) == claimed else claimed
         self._claims[key] = claimed
         if claimed > available or (isinstance(self._records, int) and self._claimed > available):
-            raise _refusal_error(
-                self._path, f"the storage '{key[:40]}' claims {count:,} × {_ITEM_BYTES[name]} bytes of {available:,}"
-            )
+            reason = f"the storage '{key[:40]}' claims {count:,} × {_ITEM_BYTES[name]} bytes of {available:,}"
+            raise _refusal_error(self._path, reason)
 
 
 def _refusal_error(path: Path, reason: str) -> CheckpointError:

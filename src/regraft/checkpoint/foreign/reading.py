@@ -180,7 +180,8 @@ def _read_shards(path: Path) -> StateDicts:
     """
     weight_map, _ = read_weight_map(path)
     tensors: Tensors = {}
-    for shard in dict.fromkeys(weight_map.values()):
+    shards = dict.fromkeys(weight_map.values())
+    for shard in shards:
         file = path.parent / shard
         if not lies_beside(path, file):
             raise CheckpointError(f"'{path}' names the part '{shard}', a link to another folder. Nothing was read.")
@@ -194,10 +195,8 @@ def _read_shards(path: Path) -> StateDicts:
             raise CheckpointError(f"'{path}' says that '{shard}' holds '{absent[0]}', which it lacks. Get it again.")
         tensors |= {name: shard_tensors[name] for name, where in weight_map.items() if where == shard}
     ordered = {name: tensors[name] for name in weight_map}
-    count = len(set(weight_map.values()))
-    return StateDicts(
-        path, (StateDict((), ordered, is_ordered=False),), notes=(f"read from {count} files that the index names",)
-    )
+    notes = (f"read from {len(shards)} files that the index names",)
+    return StateDicts(path, (StateDict((), ordered, is_ordered=False),), notes=notes)
 
 
 def read_weight_map(path: Path) -> tuple[dict[str, str], bool]:

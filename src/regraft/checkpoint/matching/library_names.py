@@ -165,7 +165,7 @@ def _timm_filters(model: nn.Module) -> Iterator[Conversion]:
         return
     for name in FILTERS:
         function: Any = getattr(module, name, None)
-        if not callable(function):
+        if function is None:
             continue
         known = inspect.signature(function).parameters
         for options in ({}, *({option: True} for option in OPTIONS if option in known)):

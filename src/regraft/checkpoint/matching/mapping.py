@@ -72,9 +72,8 @@ def propose(file_shapes: Shapes, model_shapes: Shapes, *, is_ordered: bool = Tru
             same = "same name" if name == source else "same name without what a wrapper added"
             sure, reason = naming.sure.get(source, ("certain", same))
             matches[name] = Match(name, source, sure, reason, file_shapes[source])
-    matches = _match_shifted_rows(
-        matches, {naming.names[source]: source for source in file_shapes}, file_shapes, model_shapes
-    )
+    sources = {naming.names[source]: source for source in file_shapes}
+    matches = _match_shifted_rows(matches, sources, file_shapes, model_shapes)
     placed = {match.source for match in matches.values()}
     loose = {naming.names[source]: source for source in file_shapes if source not in placed}
     free = {name: model_shapes[name] for name in model_shapes if name not in matches}
@@ -317,32 +316,25 @@ def _match_shifted_rows(
         )
         if not offset or not is_row:
             continue
-        renumbered = {
-            _renumbered(name, row, offset): name for number in file_numbers for name in file_rows[row][number]
-        }
+        model_names = [name for names in model_rows[row].values() for name in names]
+        renumbered = {_renumbered(name, row, offset): name for names in file_rows[row].values() for name in names}
         # Name in the model → name in the file, for the names in the model that the shift gives.
-        shifted = {
-            name: renumbered[name] for number in model_numbers for name in model_rows[row][number] if name in renumbered
-        }
-        fits = all(
-            file_shapes[sources[file_name]] == model_shapes[model_name] for model_name, file_name in shifted.items()
-        )
-        if not fits or len(shifted) < HALF * sum(len(model_rows[row][number]) for number in model_numbers):
+        shifted = {name: renumbered[name] for name in model_names if name in renumbered}
+        fits = all(file_shapes[sources[shifted[name]]] == model_shapes[name] for name in shifted)
+        if not fits or len(shifted) < HALF * len(model_names):
             continue
         text = f"numbers begin at {file_numbers[0]} in the file and at {model_numbers[0]} in the model"
         is_whole = len(file_numbers) == len(model_numbers) and len(shifted) == len(renumbered)
-        for number in model_numbers:
-            for name in model_rows[row][number]:
-                if is_whole:
-                    # Without a shifted source, the equal name is dropped as well: it belongs to a neighboring layer.
-                    source = sources[shifted[name]] if name in shifted else None
-                    matches.pop(name, None)
-                    if source is not None:
-                        matches[name] = Match(name, source, "likely", f"shifted: {text}", file_shapes[source])
-                elif name in matches:
-                    matches[name] = replace(
-                        matches[name], sure="guess", reason=f"same name, but {text}, so it may be shifted"
-                    )
+        for name in model_names:
+            if is_whole:
+                # Without a shifted source, the equal name is dropped as well: it belongs to a neighboring layer.
+                matches.pop(name, None)
+                if name in shifted:
+                    source = sources[shifted[name]]
+                    matches[name] = Match(name, source, "likely", f"shifted: {text}", file_shapes[source])
+            elif name in matches:
+                reason = f"same name, but {text}, so it may be shifted"
+                matches[name] = replace(matches[name], sure="guess", reason=reason)
     return matches
 
 

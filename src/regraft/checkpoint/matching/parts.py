@@ -89,14 +89,11 @@ def _layer_of(keys: Sequence[str], shapes: Shapes, model_shapes: Shapes) -> str 
     return whole[0] if len(whole) == 1 else None
 
 
-def _spellings(keys: Sequence[str]) -> Iterator[str]:
+def _spellings(keys: Sequence[str]) -> tuple[str, ...]:
     """List the layer names that some keys may stand for, the most literal first."""
     text = ".".join(keys)
-    yield text
     short = ENDING.sub("", text)
-    yield short
-    yield BEGINNING.sub("", short)
-    yield ENDING.sub("", keys[-1])
+    return text, short, BEGINNING.sub("", short), ENDING.sub("", keys[-1])
 
 
 def _share_that_fits(shapes: Shapes, model_shapes: Shapes, layer: str) -> float:

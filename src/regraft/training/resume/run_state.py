@@ -130,7 +130,7 @@ def metrics_to_tree(metrics: Metrics) -> Tree:
     """Convert metrics to plain data; of the confusion matrix, only nonzero entries are kept."""
     confusion = torch.tensor(metrics.confusion, dtype=torch.int64)
     places = confusion.nonzero()
-    counts = confusion[tuple(places.T)] if len(metrics.confusion) else confusion
+    counts = confusion[tuple(places.T)]
     return {
         **vars(metrics),
         "per_class": [dataclasses.asdict(entry) for entry in metrics.per_class],
@@ -142,8 +142,7 @@ def metrics_from_tree(tree: Tree) -> Metrics:
     """Convert back from the data of `metrics_to_tree`."""
     width, places, counts = tree["confusion"]
     confusion = torch.zeros(width, width, dtype=torch.int64)
-    if width:
-        confusion[tuple(places.T)] = counts
+    confusion[tuple(places.T)] = counts
     per_class = tuple(ClassMetrics(**entry) for entry in tree["per_class"])
     rows: list[Any] = confusion.tolist()
     return Metrics(**{**tree, "per_class": per_class, "confusion": tuple(map(tuple, rows))})
