@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from regraft.anatomy.depths import parameter_depths
+from regraft.anatomy.model_facts import ModelFacts
 from regraft.zoo import build, preprocessing_of
 
 SMALL_SIDES = (64, 112)  # pixels; patches are of 14, 16 or 32
@@ -107,7 +107,7 @@ def images(model: nn.Module) -> torch.Tensor:
 
 def middle(model: nn.Module) -> str:
     """Return the layer in which the first half of the blocks ends."""
-    depths = parameter_depths(model)
+    depths = ModelFacts(model).depths
     order = sorted(set(depths.values()))
     half = order[(len(order) - 1) // 2]
     last = [name for name, _ in model.named_parameters() if depths.get(name) == half][-1]

@@ -10,7 +10,7 @@ from torchvision import models
 
 import tiny
 from regraft import param_groups
-from regraft.anatomy.depths import parameter_depths
+from regraft.anatomy.model_facts import ModelFacts
 
 ENCODER = "encoder.layers.encoder_layer_"
 
@@ -104,7 +104,7 @@ def test_rates_of_timm_networks_are_those_of_timm(name: str, decay: float) -> No
 def test_each_block_is_one_deeper_than_the_one_before_it(name: str) -> None:
     found = defaultdict(set)
     model = weightless(name)
-    for parameter, depth in parameter_depths(model).items():
+    for parameter, depth in ModelFacts(model).depths.items():
         found[depth].add(parameter)
     names = [parameter for parameter, _ in model.named_parameters()]
     expected = {
@@ -127,7 +127,7 @@ def executed_layers(model: nn.Module, side: int) -> list[str]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_depth_never_falls_along_the_forward_and_the_head_alone_is_deepest(name: str) -> None:
     model = weightless(name)
-    depths = parameter_depths(model)
+    depths = ModelFacts(model).depths
     order = executed_layers(model, 299 if name == "inception_v3" else 224)
     path_of = {
         f"{path}.{parameter}" if path else parameter: path
@@ -150,14 +150,14 @@ def test_depth_never_falls_along_the_forward_and_the_head_alone_is_deepest(name:
 
 @pytest.mark.parametrize("name", ["plain", "residual", "tied", "root-token", "functional-dropout", "sequential"])
 def test_the_head_alone_is_deepest(name: str) -> None:
-    depths = parameter_depths(tiny.build(name))
+    depths = ModelFacts(tiny.build(name)).depths
     deepest = {parameter for parameter, depth in depths.items() if depth == max(depths.values())}
     head = {"plain": "fc", "sequential": "7"}.get(name, "head")
     assert deepest == {f"{head}.weight", f"{head}.bias"}
 
 
 def test_a_token_of_the_root_lies_where_it_is_used() -> None:
-    depths = parameter_depths(tiny.build("root-token"))
+    depths = ModelFacts(tiny.build("root-token")).depths
     assert depths["cls_token"] == depths["positions"] == depths["patches.weight"] == 0
     assert depths["block.norm1.weight"] == 1
 
@@ -165,7 +165,7 @@ def test_a_token_of_the_root_lies_where_it_is_used() -> None:
 def test_a_parameter_that_is_never_used_is_as_deep_as_the_head() -> None:
     model = tiny.build("plain")
     model.spare = nn.Linear(2, 2)
-    depths = parameter_depths(model)
+    depths = ModelFacts(model).depths
     assert depths["spare.weight"] == depths["fc.weight"] == max(depths.values())
 
 
@@ -185,14 +185,14 @@ def test_rates_of_timm_networks_inside_of_a_module_are_those_of_timm(name: str, 
 def test_blocks_of_torchvisions_networks_stay_the_same_inside_of_a_module(name: str, wrapper: str) -> None:
     model = weightless(name)
     prefix = {"own class": "backbone.", "two levels": "backbone.backbone.", "DataParallel": "module."}[wrapper]
-    inside = parameter_depths(WRAPPERS[wrapper](model))
-    assert inside == {prefix + parameter: depth for parameter, depth in parameter_depths(model).items()}
+    inside = ModelFacts(WRAPPERS[wrapper](model)).depths
+    assert inside == {prefix + parameter: depth for parameter, depth in ModelFacts(model).depths.items()}
 
 
 def test_a_head_on_a_headless_network_of_timm_is_one_deeper_than_its_blocks() -> None:
     with torch.device("meta"):
         network = timm.create_model("vit_tiny_patch16_224", depth=3, num_classes=0)
-    depths = parameter_depths(Around(network, 192))
+    depths = ModelFacts(Around(network, 192)).depths
     assert depths["backbone.cls_token"] == depths["backbone.patch_embed.proj.weight"] == 0
     assert [depths[f"backbone.blocks.{i}.norm1.weight"] for i in range(3)] == [1, 2, 3]
     deepest = max(depths.values())
@@ -222,7 +222,7 @@ def test_each_block_of_a_hugging_face_network_has_a_depth_of_its_own(name: str, 
     kind, (config, options), blocks = HUGGING_FACE[name]
     network = getattr(transformers, kind)(getattr(transformers, config)(**options))
     prefix = "backbone." if inside else ""
-    depths = parameter_depths(Around(network) if inside else network)
+    depths = ModelFacts(Around(network) if inside else network).depths
     found = defaultdict(set)
     for parameter, depth in depths.items():
         found[depth].add(parameter.removeprefix(prefix))

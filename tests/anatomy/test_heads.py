@@ -16,7 +16,8 @@ from torchvision import models
 
 import tiny
 from regraft import param_groups
-from regraft.anatomy.heads import describe_heads, find_auxiliary_heads, find_heads, head_parameters
+from regraft.anatomy.heads import find_heads
+from regraft.anatomy.model_facts import ModelFacts
 from regraft.errors import EditError
 from regraft.freezing.schedule import Schedule
 
@@ -221,9 +222,10 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, list[str], set[str
 def test_describe_heads_knows_heads_that_are_no_plain_last_layer(name: str) -> None:
     make, inputs, heads, parameters = KINDS[name]
     model = make()
-    assert [head.path for head in describe_heads(model, inputs)] == heads
-    assert head_parameters(model, inputs) == parameters
-    shapes = {shape for head in describe_heads(model, inputs) for _, shape in head.outputs}
+    facts = ModelFacts(model, inputs)
+    assert [head.path for head in facts.heads] == heads
+    assert facts.head_parameters == parameters
+    shapes = {shape for head in facts.heads for _, shape in head.outputs}
     assert shapes == {tuple(leaf.shape) for leaf in tree_leaves(model.eval()(inputs))}
 
 
@@ -231,14 +233,14 @@ def test_describe_heads_knows_heads_that_are_no_plain_last_layer(name: str) -> N
 def test_describe_heads_says_which_output_each_head_gives(aux: bool) -> None:
     with torch.device("meta"):
         model = models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=7, aux_loss=aux)
-    outputs = {head.path: [name for name, _ in head.outputs] for head in describe_heads(model)}
+    outputs = {head.path: [name for name, _ in head.outputs] for head in ModelFacts(model).heads}
     expected = {"classifier.4": ["['out']"], "aux_classifier.4": ["['aux']"]}
     assert outputs == (expected if aux else {"classifier.4": ["['out']"]})
 
 
 def test_find_auxiliary_heads_of_a_network_inside() -> None:
     model = Around(tiny.build("aux-head"))
-    assert find_auxiliary_heads(model) == ["backbone.aux"]
+    assert ModelFacts(model).auxiliary_heads(find_heads(model)) == ["backbone.aux"]
 
 
 @pytest.mark.parametrize("make", [nn.ReLU, lambda: nn.Linear(2, 2), lambda: nn.Sequential(nn.ReLU())])

@@ -7,12 +7,12 @@ from torch import nn
 from torchvision import models
 
 import regraft
-from regraft.anatomy.depths import parameter_depths
 from regraft.anatomy.heads import find_heads
+from regraft.anatomy.model_facts import ModelFacts
 
 
 def middle(model: nn.Module) -> str:
-    depths = parameter_depths(model)
+    depths = ModelFacts(model).depths
     order = sorted(set(depths.values()))
     half = order[(len(order) - 1) // 2]
     return [name for name, _ in model.named_parameters() if depths.get(name) == half][-1].rpartition(".")[0]

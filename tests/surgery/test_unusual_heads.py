@@ -13,7 +13,8 @@ from torchvision import models
 import tiny
 from oracles import identical, same, snapshot
 from regraft import replace_head
-from regraft.anatomy.heads import find_auxiliary_heads
+from regraft.anatomy.heads import find_heads
+from regraft.anatomy.model_facts import ModelFacts
 from regraft.training.loop import ComputeContext, train_epoch
 from surgery.models import NEW, without_init
 
@@ -27,7 +28,7 @@ AUXILIARY: dict[str, tuple[Callable[[], nn.Module], int, list[str]]] = {
 def test_auxiliary_classifiers_get_as_many_classes_and_train(name: str) -> None:
     make, side, auxiliary = AUXILIARY[name]
     model = make()
-    assert find_auxiliary_heads(model) == auxiliary
+    assert ModelFacts(model).auxiliary_heads(find_heads(model)) == auxiliary
     edited = replace_head(model, 2, keep={5: 1})
     for path in [*auxiliary, "fc"]:
         assert identical(edited.get_submodule(path).weight[1], model.get_submodule(path).weight[5])
@@ -46,9 +47,9 @@ def test_auxiliary_classifiers_get_as_many_classes_and_train(name: str) -> None:
 
 def test_a_layer_that_never_runs_and_has_another_width_is_no_auxiliary_head() -> None:
     model = tiny.build("aux-head")
-    assert find_auxiliary_heads(model) == ["aux"]
+    assert ModelFacts(model).auxiliary_heads(find_heads(model)) == ["aux"]
     model.aux = nn.Linear(6, tiny.CLASSES + 1)
-    assert find_auxiliary_heads(model) == []
+    assert ModelFacts(model).auxiliary_heads(find_heads(model)) == []
 
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3])

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from regraft.anatomy.heads import Head, describe_heads, width_of
-from regraft.anatomy.inputs import Inputs
+from regraft.anatomy.heads import Head, width_of
 from regraft.card import card_of
 from regraft.errors import EditError
 
@@ -29,8 +28,8 @@ class ClassHead:
     scores_per_class: int = 1
 
 
-def class_heads(model: nn.Module, inputs: Inputs | None = None) -> list[ClassHead]:
-    """Return the heads of `model` that give scores of classes.
+def class_heads(model: nn.Module, heads: Sequence[Head]) -> list[ClassHead]:
+    """Return those of the heads of `model` that give scores of classes.
 
     One head is taken for that. Of several it is those whose width is the number of classes that the network states
     (`num_classes`, `num_labels`, its card), or a multiple of it, where the outputs or the layer around the head show
@@ -39,7 +38,6 @@ def class_heads(model: nn.Module, inputs: Inputs | None = None) -> list[ClassHea
     Raises:
         EditError: Several heads of different kinds, and nothing says which of them give the classes; all are named.
     """
-    heads = describe_heads(model, inputs)
     widths = {head.path: _width(model, head) for head in heads}
     stated = {head.path: _stated(model, head.path) for head in heads}
     everything = {count for counts in stated.values() for count in counts if count > 1}

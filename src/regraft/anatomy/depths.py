@@ -6,14 +6,14 @@ from typing import Any, cast
 
 from torch import nn
 
-from regraft.anatomy.heads import find_heads
+from regraft.anatomy.heads import describe_heads
 from regraft.anatomy.paths import is_within
-from regraft.anatomy.tracing import trace
+from regraft.anatomy.tracing import LazyTrace
 from regraft.anatomy.wrappers import sole_child, unwrapped
 from regraft.errors import ModelError
 
 
-def parameter_depths(model: nn.Module) -> dict[str, int]:
+def parameter_depths(run: LazyTrace) -> dict[str, int]:
     """Return the depth of each parameter by name: 0 at the input, the largest at the head.
 
     timm's networks define their blocks (`group_matcher`), also where they lie inside of another module. In all others
@@ -26,16 +26,17 @@ def parameter_depths(model: nn.Module) -> dict[str, int]:
     Raises:
         ModelError: The network has no `group_matcher`, and its forward fails on the guessed input.
     """
+    model = run.model
     groups = _timm_groups(model)
     if groups is not None:
         return groups
     inside = unwrapped(model)[0] or sole_child(model)
     if inside and any(True for _ in model.get_submodule(inside).children()):
         with contextlib.suppress(ModelError):  # a list of layers, or one that takes what the module around it prepares
-            depths = parameter_depths(model.get_submodule(inside))
+            depths = parameter_depths(LazyTrace(model.get_submodule(inside)))
             return {f"{inside}.{name}": depth for name, depth in depths.items()}
     # Registration order may differ from execution order, so blocks are sorted by the first use of their parameters.
-    first_uses = trace(model).first_uses
+    first_uses = run.read().first_uses
     parts = {path: _timm_groups(layer) for path, layer in model.named_children()}
     blocks = _blocks(model, skipped={path for path, part in parts.items() if part is not None})
     begins = {
@@ -64,8 +65,8 @@ def parameter_depths(model: nn.Module) -> dict[str, int]:
             previous = block if block is not None else previous
         depths[name] = max(depth, 0)
     # The head gets a depth of its own, also where it lies in the last block, as in a Sequential of features and head.
-    heads = find_heads(model)
-    in_heads = {name for name in depths if any(is_within(name, head) for head in heads)}
+    heads = describe_heads(run)
+    in_heads = {name for name in depths if any(is_within(name, head.path) for head in heads)}
     if any(depths[name] == depth for name in depths.keys() - in_heads):
         depth += 1
     return {name: depth if name in in_heads else depths.get(name, depth) for name, _ in model.named_parameters()}

@@ -10,7 +10,7 @@ from regraft.anatomy.inputs import Inputs
 from regraft.anatomy.origins import Origin
 from regraft.anatomy.paths import is_within
 from regraft.anatomy.recording import Trace
-from regraft.anatomy.tracing import trace
+from regraft.anatomy.tracing import LazyTrace
 from regraft.anatomy.wrappers import sole_child, unwrapped
 from regraft.errors import EditError, ModelError
 
@@ -43,11 +43,11 @@ def find_heads(model: nn.Module, inputs: Inputs | None = None) -> list[str]:
     Raises:
         EditError: No layer has parameters.
     """
-    return [head.path for head in describe_heads(model, inputs)]
+    return [head.path for head in describe_heads(LazyTrace(model, inputs))]
 
 
-def describe_heads(model: nn.Module, inputs: Inputs | None = None) -> list[Head]:
-    """Return the heads of `model` with what they give, in the order of execution.
+def describe_heads(run: LazyTrace) -> list[Head]:
+    """Return the heads of a network with what they give, in the order of execution.
 
     A head is where an output originates (see `origins`), at any depth and inside any wrapper: a layer, or the name of a
     bare parameter. timm's networks name theirs. Where the forward cannot run on the guessed inputs, it is the head of
@@ -56,44 +56,41 @@ def describe_heads(model: nn.Module, inputs: Inputs | None = None) -> list[Head]
     Raises:
         EditError: No layer has parameters.
     """
+    model = run.model
     has_layers = any(path and any(True for _ in layer.parameters(False)) for path, layer in model.named_modules())
     if not has_layers and (_is_builtin(model) or not any(True for _ in model.parameters())):
         raise EditError(f"{type(model).__name__} has no layer with parameters, so it has no head to replace.")
     prefix, network = unwrapped(model)
     if prefix:
-        return [_moved(head, prefix) for head in describe_heads(network, inputs)]
+        return [_moved(head, prefix) for head in describe_heads(LazyTrace(network, run.inputs))]
     try:
-        traced = trace(model, inputs=inputs)
+        traced = run.read()
     except ModelError:
         child = sole_child(model)
         if child is not None and list(model.get_submodule(child).children()):
-            return [_moved(head, child) for head in describe_heads(model.get_submodule(child))]
+            return [_moved(head, child) for head in describe_heads(LazyTrace(model.get_submodule(child)))]
         layers = [path for path, layer in model.named_modules() if path and any(True for _ in layer.parameters(False))]
         return [Head(layers[-1])] if layers else []
     heads = _originating(model, traced)
     return _named_by_timm(model, traced, heads) or heads or _ended_last(model, traced)
 
 
-def find_auxiliary_heads(
-    model: nn.Module, inputs: Inputs | None = None, *, beside: Sequence[str] | None = None
-) -> list[str]:
-    """Return the paths of classifiers that run only while the network trains, as those of Inception and GoogLeNet.
+def find_auxiliary_heads(run: LazyTrace, heads: Sequence[str]) -> list[str]:
+    """Return the paths of classifiers that run only while a network trains, as those of Inception and GoogLeNet.
 
     These are layers that an evaluation never runs, give as many outputs as the main classifier, and come last in their
     top-level layer.
 
     Args:
-        model: Any module.
-        inputs: What the forward takes; guessed where not given, see `summary`.
-        beside: Paths of the main classifiers. Default: those of `find_heads`.
+        run: The network with its trace.
+        heads: Paths of the main classifiers.
     """
-    prefix = ""
+    prefix, model = "", run.model
     child = sole_child(model)
     try:
-        executed = {call.path for call in trace(model, inputs=inputs).calls}
+        executed = {call.path for call in run.read().calls}
     except ModelError:
         return []
-    heads = beside if beside is not None else find_heads(model, inputs)
     inner = model
     while child is not None and list(inner.get_submodule(child).children()):  # the network inside of a user's class
         prefix = f"{prefix}{child}."
@@ -110,23 +107,16 @@ def find_auxiliary_heads(
     return [path for path in idle if width_of(model.get_submodule(path)) in widths - {None}]
 
 
-def head_parameters(model: nn.Module, inputs: Inputs | None = None) -> set[str]:
-    """Return the names of the parameters of the heads, and of the norms and scales that come after them."""
-    heads = describe_heads(model, inputs)
-    after = {name for head in heads for name in head.after}
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    return after | {name for name in names if any(is_within(name, head.path) for head in heads)}
-
-
-def first_convolution(model: nn.Module) -> str:
-    """Return the path of the first layer of `model` that has a width, which takes its images.
+def first_convolution(run: LazyTrace) -> str:
+    """Return the path of the first layer of a network that has a width, which takes its images.
 
     Raises:
         EditError: That layer is no convolution, or takes something that was made of the images.
     """
+    model = run.model
     layers = dict(model.named_modules())
     try:
-        calls = trace(model).calls
+        calls = run.read().calls
         order, shapes = [call.path for call in calls], {call.path: call.input_shapes for call in reversed(calls)}
     except ModelError:
         order, shapes = list(layers), {}

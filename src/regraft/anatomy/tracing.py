@@ -57,6 +57,34 @@ def trace(
         raise _failure(model, arguments, stopped) from stopped.__cause__
 
 
+class LazyTrace:
+    """The trace of a network in evaluation mode, which runs when it is first read, and is kept.
+
+    Args:
+        model: Any module.
+        inputs: What its forward takes, see `trace`; guessed where not given.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs | None = None) -> None:
+        self.model, self.inputs = model, inputs
+        self._outcome: Trace | ForwardError | None = None
+
+    def read(self) -> Trace:
+        """Return the trace.
+
+        Raises:
+            ForwardError: The forward fails, see `trace`.
+        """
+        if self._outcome is None:
+            try:
+                self._outcome = trace(self.model, inputs=self.inputs)
+            except ForwardError as error:
+                self._outcome = error.with_traceback(None)  # its frames would keep the copy of the network
+        if isinstance(self._outcome, ForwardError):
+            raise self._outcome
+        return self._outcome
+
+
 class _StoppedError(Exception):
     """A forward stopped; the cause says why, the recorder (where it came so far) where."""
 

@@ -1,4 +1,9 @@
-"""Photos as a Dataset that decodes each file once, and loaders of normalized batches."""
+"""Photos as a Dataset that decodes each file once, and loaders of normalized batches.
+
+    samples ──read──► decoded pixels ──views──► augmented pixels ──loader──► normalized batches
+
+`Photos` is one value for all of these stages: each method returns the same photos one stage further on.
+"""
 
 import functools
 import os
@@ -30,14 +35,14 @@ class Photos(Dataset[tuple[torch.Tensor, int | float]]):
     Attributes:
         samples: The photos with their targets.
         preprocessing: Gives their size.
-        versions: The views of each photo.
+        views: The views of each photo.
         classes: Class names; None for regression.
         pixels: All photos, decoded and resized, in memory or in a file; None if they are decoded on access.
     """
 
     samples: tuple[Sample, ...]
     preprocessing: Preprocessing
-    versions: Views
+    views: Views
     classes: tuple[str, ...] | None = None
     pixels: Sequence[torch.Tensor] | None = None
 
@@ -46,11 +51,59 @@ class Photos(Dataset[tuple[torch.Tensor, int | float]]):
 
     def __getitem__(self, key: Key) -> tuple[torch.Tensor, int | float]:
         index, draw = key if isinstance(key, tuple) else (key, 0)
-        return self.versions.of(index, self.decoded(index), draw), self.samples[index].target
+        return self.views.of(index, self.decoded(index), draw), self.samples[index].target
 
-    def augmented(self, versions: Views) -> "Photos":
+    def read(
+        self,
+        *,
+        description: str = "reading photos",
+        progress: Progress = SILENT,
+        on_photo: Callable[[torch.Tensor], None] | None = None,
+        keep: bool = True,
+    ) -> tuple["Photos", tuple[Unreadable, ...]]:
+        """Decode the photos, and keep them in memory if they fit (see `fit_memory`); decoded ones are not read again.
+
+        Args:
+            description: Label of the progress bar.
+            progress: Reports progress.
+            on_photo: Called with the pixels (C, H, W) of each readable photo, in order, as soon as it is decoded.
+            keep: Whether decoded photos may stay in memory.
+
+        Returns:
+            The readable photos, and the unreadable files.
+
+        Raises:
+            DataError: No photo can be read.
+        """
+        count, is_decoded = len(self), self.pixels is not None
+        keep = keep and not is_decoded and fit_memory(count, self.preprocessing)
+        paths = [sample.path for sample in self.samples]
+        decoded = iter(self.pixels) if self.pixels is not None else decode_all(paths, self.preprocessing)
+        kept, readable, unreadable = [], [], []
+        for sample, photo in zip(self.samples, progress.track(decoded, description, count), strict=True):
+            if isinstance(photo, Unreadable):
+                unreadable.append(photo)
+                continue
+            readable.append(sample)
+            if on_photo is not None:
+                on_photo(photo)
+            if keep:
+                kept.append(photo)
+        if not readable:
+            example = f": '{unreadable[0].path}', for instance, {unreadable[0].reason}" if unreadable else ""
+            raise DataError(f"none of {count} files can be read as a photo{example}.")
+        pixels = tuple(kept) if keep else self.pixels
+        return replace(self, samples=tuple(readable), pixels=pixels), tuple(unreadable)
+
+    def without(self, lost: Mapping[Any, str]) -> tuple["Photos", tuple[Unreadable, ...]]:
+        """Return the readable photos, and the others with the reasons; keys of `lost` are indices, possibly as text."""
+        reasons = {int(index): reason for index, reason in lost.items()}
+        readable = self.subset([index for index in range(len(self)) if index not in reasons]) if reasons else self
+        return readable, tuple(Unreadable(self.samples[index].path, reason) for index, reason in reasons.items())
+
+    def augmented(self, views: Views) -> "Photos":
         """Return the same photos with other views; the decoded pixels are shared."""
-        return replace(self, versions=versions)
+        return replace(self, views=views)
 
     def subset(self, indices: Sequence[int]) -> "Photos":
         """Return a subset of the photos; the decoded pixels are shared."""
@@ -70,10 +123,7 @@ def read_photos(
     preprocessing: Preprocessing,
     *,
     classes: Sequence[str] | None = None,
-    description: str = "reading photos",
     progress: Progress = SILENT,
-    on_photo: Callable[[Sample, torch.Tensor], None] | None = None,
-    keep: bool = True,
 ) -> tuple[Photos, tuple[Unreadable, ...]]:
     """Decode photos, and keep them in memory if they fit (see `fit_memory`).
 
@@ -81,10 +131,7 @@ def read_photos(
         samples: Files with their targets.
         preprocessing: Gives their size.
         classes: Class names; None for regression.
-        description: Label of the progress bar.
         progress: Reports progress.
-        on_photo: Called with each readable photo, in order, as soon as it is decoded.
-        keep: Whether decoded photos may stay in memory.
 
     Returns:
         The readable photos, with the center crop as their view, and the unreadable files.
@@ -92,42 +139,14 @@ def read_photos(
     Raises:
         DataError: No photo can be read.
     """
-    keep = keep and fit_memory(len(samples), preprocessing)
-    decoded = decode_all([sample.path for sample in samples], preprocessing)
-    kept, readable, unreadable = [], [], []
-    for sample, photo in zip(samples, progress.track(decoded, description, len(samples)), strict=True):
-        if isinstance(photo, Unreadable):
-            unreadable.append(photo)
-        else:
-            readable.append(sample)
-            if on_photo is not None:
-                on_photo(sample, photo)
-            if keep:
-                kept.append(photo)
-    if not readable:
-        example = f": '{unreadable[0].path}', for instance, {unreadable[0].reason}" if unreadable else ""
-        raise DataError(f"none of {len(samples)} files can be read as a photo{example}.")
-    photos = Photos(
-        samples=tuple(readable),
-        preprocessing=preprocessing,
-        versions=augmentation("none", preprocessing),
-        classes=tuple(classes) if classes is not None else None,
-        pixels=tuple(kept) if keep else None,
-    )
-    return photos, tuple(unreadable)
+    names = tuple(classes) if classes is not None else None
+    return Photos(tuple(samples), preprocessing, augmentation("none", preprocessing), names).read(progress=progress)
 
 
 def positions(samples: Sequence[Sample], unreadable: Sequence[Unreadable]) -> dict[int, str]:
-    """Return the indices of the unreadable samples with the reasons, in the form that `without` takes."""
+    """Return the indices of the unreadable samples with the reasons, in the form that `Photos.without` takes."""
     places = {sample.path: index for index, sample in enumerate(samples)}
     return {places[file.path]: file.reason for file in unreadable}
-
-
-def without(samples: Sequence[Sample], lost: Mapping[Any, str]) -> tuple[tuple[Sample, ...], tuple[Unreadable, ...]]:
-    """Split samples into readable and unreadable ones; the keys of `lost` are indices, possibly as text."""
-    reasons = {int(index): reason for index, reason in lost.items()}
-    readable = tuple(sample for index, sample in enumerate(samples) if index not in reasons)
-    return readable, tuple(Unreadable(samples[index].path, reason) for index, reason in reasons.items())
 
 
 def loader(photos: Photos, batch_size: int, *, shuffle_seed: int | None = None, workers: int | None = None) -> Any:

@@ -11,10 +11,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from regraft.anatomy.heads import find_heads, width_of
+from regraft.anatomy.heads import width_of
 from regraft.anatomy.inputs import Inputs, arguments_for
 from regraft.anatomy.mode_dependence import changes_while_training as changes_while_training
 from regraft.anatomy.mode_dependence import is_pinned
+from regraft.anatomy.model_facts import ModelFacts
 from regraft.anatomy.modes import preserved_randomness
 from regraft.arguments import check_arguments
 from regraft.card import card_of
@@ -65,12 +66,20 @@ def audit(
         ModelError: The training forward, or the backward, fails on `inputs`. Nothing was changed.
     """
     check_arguments(audit, locals())
+    return findings_of(ModelFacts(model), optimizer, inputs)
+
+
+def findings_of(
+    facts: ModelFacts, optimizer: torch.optim.Optimizer | None = None, inputs: Inputs | None = None
+) -> list[Finding]:
+    """List what contradicts the freezing of a network; see `audit`."""
+    model = facts.model
     findings = [
         *_stale_gradients(model),
         *_unpinned(model),
         *_still_pinned(model),
         *_broken_statistics(model),
-        *_head(model),
+        *_head(facts),
     ]
     if inputs is not None:
         findings += _after_a_step(model, inputs)
@@ -188,12 +197,12 @@ def _broken_statistics(model: nn.Module) -> Iterator[Finding]:
             )
 
 
-def _head(model: nn.Module) -> Iterator[Finding]:
-    classes = card_of(model).classes
+def _head(facts: ModelFacts) -> Iterator[Finding]:
+    classes = card_of(facts.model).classes
     if classes is None:
         return
-    layers = dict(model.named_modules(remove_duplicate=False))
-    widths = {path: width_of(layers[path]) for path in find_heads(model) if path in layers}
+    layers = dict(facts.model.named_modules(remove_duplicate=False))
+    widths = {head.path: width_of(layers[head.path]) for head in facts.heads if head.path in layers}
     is_right = any(width is None or width % len(classes) == 0 for width in widths.values())  # several scores a class
     for path, width in widths.items() if not is_right else ():
         if width is not None:

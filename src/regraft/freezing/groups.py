@@ -8,8 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from regraft.anatomy.depths import parameter_depths
-from regraft.anatomy.heads import head_parameters
+from regraft.anatomy.model_facts import ModelFacts
 from regraft.arguments import check_arguments
 from regraft.errors import ConfigError, SelectionError, nearest
 
@@ -48,8 +47,24 @@ def param_groups(
             is negative, or `no_decay` names something else.
     """
     check_arguments(param_groups, locals())
+    return groups_of(
+        ModelFacts(model), lr, weight_decay, layer_decay=layer_decay, backbone_lr=backbone_lr, no_decay=no_decay
+    )
+
+
+def groups_of(
+    facts: ModelFacts,
+    lr: float,
+    weight_decay: float,
+    *,
+    layer_decay: float | None = None,
+    backbone_lr: float | None = None,
+    no_decay: Collection[str] = ("bias", "norm"),
+) -> list[dict[str, Any]]:
+    """Group the trainable parameters of a network; see `param_groups`."""
+    model = facts.model
     _require_rates(lr=lr, weight_decay=weight_decay, backbone_lr=backbone_lr)
-    rate_of = _rates(model, lr, layer_decay, backbone_lr)
+    rate_of = _rates(facts, lr, layer_decay, backbone_lr)
     undecayed = undecayed_names(model, no_decay)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -67,19 +82,20 @@ def _require_rates(**rates: float | None) -> None:
             raise ConfigError(f"{name} is {rate}, expected a number from 0 up. Nothing was changed.")
 
 
-def _rates(model: nn.Module, lr: float, layer_decay: float | None, backbone_lr: float | None) -> Callable[[str], float]:
+def _rates(
+    facts: ModelFacts, lr: float, layer_decay: float | None, backbone_lr: float | None
+) -> Callable[[str], float]:
     """Return the function from a parameter's name to its learning rate."""
     if layer_decay is not None and backbone_lr is not None:
         raise ConfigError("layer_decay and backbone_lr exclude each other. Pass one of them.")
     if layer_decay is not None:
         if not 0 < layer_decay <= 1:
             raise ConfigError(f"layer_decay is {layer_decay}, expected a factor in (0, 1], as in 0.75.")
-        depths = parameter_depths(model)
+        depths = facts.depths
         deepest = max(depths.values(), default=0)
         return lambda name: lr * layer_decay ** (deepest - depths.get(name, deepest))
     if backbone_lr is not None:
-        in_heads = head_parameters(model)
-        return lambda name: lr if name in in_heads else backbone_lr
+        return lambda name: lr if name in facts.head_parameters else backbone_lr
     return lambda name: lr
 
 
@@ -127,11 +143,31 @@ def build_optimizer(
         ConfigError: No optimizer has that name, or it does not take these options.
     """
     check_arguments(build_optimizer, locals())
+    rates = {"weight_decay": weight_decay, "layer_decay": layer_decay, "backbone_lr": backbone_lr}
+    return make_optimizer(name_or_class, ModelFacts(model), lr, rates, options)
+
+
+def make_optimizer(
+    name_or_class: str | Callable[..., torch.optim.Optimizer],
+    facts: ModelFacts,
+    lr: float,
+    rates: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> torch.optim.Optimizer:
+    """Build an optimizer over the trainable parameters of a network; see `build_optimizer`.
+
+    Args:
+        name_or_class: See `build_optimizer`.
+        facts: The network.
+        lr: Learning rate.
+        rates: The other arguments of `param_groups`.
+        options: Passed on to the class.
+    """
     maker: Any = optimizer_class(name_or_class) if isinstance(name_or_class, str) else name_or_class
-    groups = param_groups(model, lr, weight_decay, layer_decay, backbone_lr=backbone_lr)
+    groups = groups_of(facts, lr, **rates)
     name = getattr(maker, "__name__", name_or_class)  # timm's variants are partial functions without a name
     if maker is torch.optim.Muon:
-        _require_matrices(model)
+        _require_matrices(facts.model)
     try:
         optimizer = maker(groups, lr=lr, **options)
     except Exception as error:  # the options are passed on unchecked, and the constructor may raise anything

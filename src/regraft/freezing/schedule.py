@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regraft.anatomy.heads import describe_heads
+from regraft.anatomy.model_facts import ModelFacts
 from regraft.arguments import check_arguments
 from regraft.errors import ConfigError, SelectionError
 from regraft.freezing.flags import FreezeReport, freeze, unfreeze
@@ -102,7 +102,8 @@ class Schedule:
             SelectionError: A pattern of any stage selects nothing. Nothing was changed.
         """
         check_arguments(Schedule.start, locals())
-        layers = [_layers(model, stage) for stage in self.stages]
+        facts = ModelFacts(model)
+        layers = [_layers(facts, stage) for stage in self.stages]
         for stage, patterns in zip(self.stages, layers, strict=True):
             if not select_parameters(model, *patterns):
                 raise SelectionError(
@@ -146,7 +147,7 @@ class Schedule:
             if begins == epoch and stage is not self.stages[0]:
                 require_growing(scheduler)
                 state = FreezeState.of(model)
-                report = unfreeze(model, *_layers(model, stage))
+                report = unfreeze(model, *_layers(ModelFacts(model), stage))
                 try:
                     groups = param_groups(model, lr, weight_decay, **rates)
                 except BaseException:
@@ -217,14 +218,14 @@ def _alike(own: dict[str, Any], group: dict[str, Any]) -> bool:
     return own.get("initial_lr", own["lr"]) == group["lr"] and own["weight_decay"] == group["weight_decay"]
 
 
-def _layers(model: nn.Module, stage: Stage) -> list[str]:
-    layers = []
+def _layers(facts: ModelFacts, stage: Stage) -> list[str]:
+    model, layers = facts.model, []
     for pattern in stage.patterns:
         if pattern == ALL:
             layers.append("")
         elif pattern == HEAD and HEAD not in dict(model.named_modules()):
             names = dict(model.named_modules(remove_duplicate=False))
-            for head in describe_heads(model):
+            for head in facts.heads:
                 layers += [head.path] if head.path in names else [_as_pattern(head.path)]
                 layers += map(_as_pattern, head.after)
         else:

@@ -9,14 +9,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from regraft.anatomy.class_heads import COUNTS, class_heads
+from regraft.anatomy.class_heads import COUNTS
 from regraft.anatomy.dataflow.graph import ancestors
-from regraft.anatomy.heads import find_auxiliary_heads, width_of
+from regraft.anatomy.heads import width_of
 from regraft.anatomy.inputs import Inputs
+from regraft.anatomy.model_facts import ModelFacts
 from regraft.anatomy.modes import in_mode, unmoved_on_failure
 from regraft.anatomy.paths import layer_at, parent_and_name
 from regraft.anatomy.shape_copies import shared_copy
-from regraft.anatomy.tracing import Trace, trace
+from regraft.anatomy.tracing import Trace
 from regraft.arguments import check_arguments
 from regraft.card import card_of
 from regraft.errors import EditError, ForwardError, nearest
@@ -81,9 +82,10 @@ def replace_head(
         edited = _with_timm_classifier(model, new, inputs)
         if edited is not None:
             return finish(edited, "replace_head", new_outputs=True, new=new)
-    targets = _targets(model, new, path, inputs)
+    facts = ModelFacts(model, inputs)
+    targets = _targets(facts, new, path)
     pairs = _kept_classes(model, keep or {})
-    layers = {target.path: _new_head(model, target, inputs) for target in targets}
+    layers = {target.path: _new_head(facts, target) for target in targets}
     edited = with_layers(model, layers)
     is_automatic = path is None and not isinstance(new, Mapping)
     for target in targets:
@@ -142,15 +144,14 @@ def _check_new(new: New | Mapping[str, New], path: str | Sequence[str] | None) -
         raise EditError(f"path is the path of a layer or a list of such, not {path!r}. Nothing was changed.")
 
 
-def _targets(model: nn.Module, new: Any, path: str | Sequence[str] | None, inputs: Inputs | None) -> list[_Target]:
+def _targets(facts: ModelFacts, new: Any, path: str | Sequence[str] | None) -> list[_Target]:
     if isinstance(new, Mapping):
         return [_Target(head, replacement) for head, replacement in new.items()]
     if path is not None:
         paths = [path] if isinstance(path, str) else list(dict.fromkeys(path))
         return [_Target(head, _own(new, position)) for position, head in enumerate(paths)]
-    heads = class_heads(model, inputs)
-    targets = [_Target(head.path, _own(new, i), head.scores_per_class) for i, head in enumerate(heads)]
-    idle = find_auxiliary_heads(model, inputs, beside=[head.path for head in heads])
+    targets = [_Target(head.path, _own(new, i), head.scores_per_class) for i, head in enumerate(facts.class_heads)]
+    idle = facts.auxiliary_heads([target.path for target in targets])
     return [*targets, *(_Target(head, _own(new, 1), is_idle=True) for head in idle)]
 
 
@@ -307,8 +308,8 @@ def _own(new: int | nn.Module, position: int) -> int | nn.Module:
     return copy.deepcopy(new) if position and isinstance(new, nn.Module) else new
 
 
-def _new_head(model: nn.Module, target: _Target, inputs: Inputs | None) -> nn.Module:
-    path, new = target.path, target.new
+def _new_head(facts: ModelFacts, target: _Target) -> nn.Module:
+    model, path, new = facts.model, target.path, target.new
     if isinstance(new, int) and path in dict(model.named_parameters()):
         raise EditError(
             f"the head is '{path}', a parameter that {type(model).__name__} multiplies with itself, so its width is up "
@@ -321,17 +322,15 @@ def _new_head(model: nn.Module, target: _Target, inputs: Inputs | None) -> nn.Mo
     if isinstance(new, nn.Module):
         layer = new
     elif isinstance(old, nn.Identity):
-        layer = nn.Linear(_width_into(model, path, inputs), new)
+        layer = nn.Linear(_width_into(facts, path), new)
     else:
         layer = layer_like(old, new * target.scores_per_class, path)
     return in_mode(place(layer, reference), old.training)
 
 
-def _width_into(model: nn.Module, path: str, inputs: Inputs | None) -> int:
+def _width_into(facts: ModelFacts, path: str) -> int:
     """Return the number of features D in the input (N, D) of the layer at `path`."""
-    shapes: Collection[Any] = next(
-        (call.input_shapes for call in trace(model, inputs=inputs).calls if call.path == path), ()
-    )
+    shapes: Collection[Any] = next((call.input_shapes for call in facts.trace.calls if call.path == path), ())
     if len(shapes) != 1 or len(next(iter(shapes))) != 2:
         given = ", ".join(map(str, shapes)) or "nothing"
         raise EditError(

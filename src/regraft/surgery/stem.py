@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 from regraft.anatomy.dataflow.graph import ancestors
 from regraft.anatomy.heads import CONVOLUTIONS, first_convolution
 from regraft.anatomy.inputs import Inputs, arguments_for
-from regraft.anatomy.tracing import trace
+from regraft.anatomy.tracing import LazyTrace, trace
 from regraft.arguments import check_arguments
 from regraft.card import attach
 from regraft.errors import EditError, ForwardError
@@ -54,7 +54,7 @@ def replace_stem(model: nn.Module, channels: int, *, inputs: Inputs | None = Non
     require_editable(model)
     if channels < 1:
         raise EditError(f"a network takes at least 1 channel, not {channels}. Nothing was changed.")
-    first = first_convolution(model)
+    first = first_convolution(LazyTrace(model))
     count = cast(nn.Conv2d, model.get_submodule(first)).in_channels
     edited = with_layers(model, {})
     changed: list[str] = []

@@ -26,7 +26,7 @@ from regraft.training.resume.saved_run import RunFingerprint, SavedRun, changing
 from regraft.training.resume.signals import Signals, StopRequested
 from regraft.training.resume.state_writer import StateWriter
 from regraft.training.setup import TrainSetup, make_extractor
-from regraft.training.train_data import with_frontier
+from regraft.training.train_data import with_features
 
 
 @dataclass
@@ -205,8 +205,8 @@ def _refresh_setup(run: Run, epoch: int) -> TrainSetup:
 def _repartition(run: Run) -> TrainSetup:
     setup = run.setup
     with preserved_randomness():  # so that a cache hit and a computation leave the same random state
-        extractor, _ = make_extractor(setup.model, setup.train_data.photos, run.config, setup.compute, run.progress)
-        train_data = with_frontier(setup.train_data, run.config, extractor)
+        extractor, _ = make_extractor(setup.facts, setup.train_data.photos, run.config, setup.compute, run.progress)
+        train_data = with_features(setup.train_data, run.config, run.progress, extractor)
     live = train_data.frontier.parts.suffix if train_data.frontier is not None else setup.model
     return replace(setup, train_data=train_data, live=live)
 

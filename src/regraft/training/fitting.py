@@ -10,6 +10,7 @@ import torch
 import torch._dynamo  # optimizers import the compiler at their first use, in the middle of a run; import it here
 from torch import nn
 
+from regraft.anatomy.model_facts import ModelFacts
 from regraft.anatomy.modes import preserved_randomness
 from regraft.arguments import check_arguments, check_path, check_weights
 from regraft.card import attach
@@ -35,7 +36,7 @@ from regraft.training.setup import (
     unchanged_on_failure,
 )
 from regraft.training.train_data import TrainData, list_if_folder, load_train_data
-from regraft.zoo import preprocessing_of, preprocessing_source
+from regraft.zoo import preprocessing_source
 
 
 def fit(
@@ -133,22 +134,23 @@ def _prepare(
 ) -> TrainSetup:
     """Build the network, read the data, and prepare everything that the training loop needs."""
     with run_state.phase("model"):
-        built = prepare_model(model, listing, config, trust_code=trust_code)
+        facts = prepare_model(model, listing, config, trust_code=trust_code)
+        built = facts.model
         require_trainable_types(built, thaws_all=config.unfreeze is not None)
         if listing is not None and (source := preprocessing_source(built)) is not None:
-            attach(built, preprocessing=preprocessing_of(built))
-            progress.say(f"images     {preprocessing_of(built).summary()}; from {source}")
+            attach(built, preprocessing=facts.preprocessing)
+            progress.say(f"images     {facts.preprocessing.summary()}; from {source}")
         compute = replace(compute_for(built, config.device, config.precision), has_channels_last=config.fast)
         built.to(compute.device)
     with run_state.phase("reading"):
-        train_data = _read(built, data, listing, config, compute, progress)
+        train_data = _read(facts, data, listing, config, compute, progress)
     own_loss: Any = loss if callable(loss) else None
     name = model if isinstance(model, str) else None
-    return prepare_setup(built, name, train_data, config, compute, own_loss, trust_code=trust_code)
+    return prepare_setup(facts, name, train_data, config, compute, own_loss, trust_code=trust_code)
 
 
 def _read(
-    model: nn.Module,
+    facts: ModelFacts,
     data: Any,
     listing: Listing | None,
     config: TrainConfig,
@@ -156,13 +158,12 @@ def _read(
     progress: Progress,
 ) -> TrainData:
     """Read the data, and compute the constant part once where that is possible."""
-    extractor, reason = make_extractor(model, data, config, compute, progress)
-    preprocessing = preprocessing_of(model)
+    extractor, reason = make_extractor(facts, data, config, compute, progress)
     try:
-        train_data = load_train_data(data, listing, preprocessing, config, progress, extractor)
+        train_data = load_train_data(data, listing, facts.preprocessing, config, progress, extractor)
     except ModelError as error:  # only the extractor runs the model here, so training without it is still possible
         extractor, reason = None, str(error)
-        train_data = load_train_data(data, listing, preprocessing, config, progress)
+        train_data = load_train_data(data, listing, facts.preprocessing, config, progress)
     if extractor is not None or reason is None:
         return train_data
     progress.say(f"frontier   every epoch runs the whole network: {reason}")

@@ -10,16 +10,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from regraft.anatomy.heads import find_heads, head_parameters
+from regraft.anatomy.model_facts import ModelFacts
 from regraft.card import ATTRIBUTE, attach, card_of
 from regraft.checkpoint.create import create_model
 from regraft.data.folders import Listing, Task
 from regraft.data.photos import Photos
 from regraft.data.transforms import is_random
 from regraft.errors import ConfigError, EditError, ModelError
-from regraft.freezing.auditing import audit
+from regraft.freezing.auditing import findings_of
 from regraft.freezing.flags import freeze, sync_frozen_state, unfreeze
-from regraft.freezing.groups import build_optimizer, optimizer_class
+from regraft.freezing.groups import make_optimizer, optimizer_class
 from regraft.freezing.schedule import Schedule
 from regraft.freezing.state import FreezeState
 from regraft.frontier.cache.store import Store
@@ -45,7 +45,7 @@ class TrainSetup:
     """Everything that the training loop needs.
 
     Attributes:
-        model: The whole network.
+        facts: The whole network.
         live: The module that runs in every epoch: the network, or its live part, which takes cached features.
         rates: The arguments of `param_groups`, for layers that are unfrozen later.
         unfreezing: Schedule of gradual unfreezing; None without it.
@@ -53,7 +53,7 @@ class TrainSetup:
         head_start: `given` or `ridge`.
     """
 
-    model: nn.Module
+    facts: ModelFacts
     live: nn.Module
     train_data: TrainData
     criterion: Loss
@@ -66,6 +66,11 @@ class TrainSetup:
     unfreezing: Schedule | None
     sweep: Sweep | None
     head_start: HeadStart
+
+    @property
+    def model(self) -> nn.Module:
+        """The whole network."""
+        return self.facts.model
 
     @property
     def live_compute(self) -> ComputeContext:
@@ -99,9 +104,10 @@ def check_options(config: TrainConfig, task: Task | None, *, trust_code: bool) -
 
 def prepare_model(
     model: nn.Module | str, listing: Listing | None, config: TrainConfig, *, trust_code: bool
-) -> nn.Module:
+) -> ModelFacts:
     """Build the model if it is a name, with a head for the data, and freeze layers as the options say.
 
+    Its structure and its card stay as they are from here on, so its facts are worked out once for the whole run.
     Without freezing options, a pretrained model by name is frozen except for its head. The flags of a module change
     only through options; its frozen normalization and dropout layers are pinned to evaluation behaviour.
     """
@@ -110,16 +116,17 @@ def prepare_model(
             raise ConfigError("a model's name needs a folder as data. Pass a module with datasets and loaders.")
         outputs = len(listing.classes) if listing.classes is not None else 1
         built = create_model(model, weights=config.weights, num_classes=outputs, trust_code=trust_code)
-        recipe = card_of(built).recipe
-        if recipe is not None and recipe.source.weights != "none" and not _names_layers(config):
-            freeze(built)
-            unfreeze(built, *find_heads(built))
     else:
         built = model
     if config.image_size is not None:
         known = preprocessing_of(built)
         resize = max(1, round(config.image_size * known.resize / known.size))
         attach(built, preprocessing=known.model_copy(update={"size": config.image_size, "resize": resize}))
+    facts = ModelFacts(built)
+    recipe = card_of(built).recipe if isinstance(model, str) else None
+    if recipe is not None and recipe.source.weights != "none" and not _names_layers(config):
+        freeze(built)
+        unfreeze(built, *(head.path for head in facts.heads))
     if config.unfreeze_all:
         unfreeze(built)
     if config.freeze or config.freeze_until is not None:
@@ -127,11 +134,11 @@ def prepare_model(
     if config.unfreeze is not None:
         Schedule.parse(config.unfreeze).start(built)
     sync_frozen_state(built)
-    return built
+    return facts
 
 
 def prepare_setup(
-    model: nn.Module,
+    facts: ModelFacts,
     name: str | None,
     train_data: TrainData,
     config: TrainConfig,
@@ -141,6 +148,7 @@ def prepare_setup(
     trust_code: bool,
 ) -> TrainSetup:
     """Build loss, optimizer and schedule for model and data, audit them, and try one batch."""
+    model = facts.model
     train_data = with_task(train_data, loss, config.loss)
     criterion = loss or build_loss(
         config.loss, train_data.task, label_smoothing=config.label_smoothing, trust_code=trust_code
@@ -150,7 +158,7 @@ def prepare_setup(
         criterion.to(compute.device)
     try_one_batch(model, live, train_data, criterion, _live_compute(compute, live, train_data), config)
     start = _require_ridge_start(live, train_data) if config.head_start == "ridge" else None
-    is_head_alone = config.lr is None and _is_head_alone_trained(model, live)
+    is_head_alone = config.lr is None and _is_head_alone_trained(facts, live)
     rates = _rates(model, config, is_head_alone=is_head_alone)
     sweep = None
     if config.lr is None and is_head_alone and isinstance(train_data.train, FeatureBatches) and _is_sweepable(config):
@@ -169,16 +177,17 @@ def prepare_setup(
         if sweep is not None:
             rates = {**rates, "lr": sweep.best.lr, "weight_decay": sweep.best.weight_decay}
     is_ridge = config.head_start == "ridge" or (sweep is not None and sweep.best.starts_from_ridge)
-    optimizer = build_optimizer(config.optimizer, model, **rates)
-    if findings := audit(model, optimizer):
+    other_rates = {name: rate for name, rate in rates.items() if name != "lr"}
+    optimizer = make_optimizer(config.optimizer, facts, rates["lr"], other_rates, {})
+    if findings := findings_of(facts, optimizer):
         raise ModelError(f"{type(model).__name__} cannot be trained as it is: {findings[0]}")
     if is_ridge and start is not None:
         with torch.no_grad():
             for name, value in start.items():
                 live.get_parameter(name).copy_(value)
-    attach(model, classes=train_data.classes, task=train_data.task, preprocessing=preprocessing_of(model))
+    attach(model, classes=train_data.classes, task=train_data.task, preprocessing=facts.preprocessing)
     return TrainSetup(
-        model=model,
+        facts=facts,
         live=live,
         train_data=train_data,
         criterion=criterion,
@@ -231,7 +240,7 @@ def _rates(model: nn.Module, config: TrainConfig, *, is_head_alone: bool) -> dic
 
 
 def make_extractor(
-    model: nn.Module, data: Any, config: TrainConfig, compute: ComputeContext, progress: Progress
+    facts: ModelFacts, data: Any, config: TrainConfig, compute: ComputeContext, progress: Progress
 ) -> tuple[Extractor | None, str | None]:
     """Make the extractor that computes the constant part once, if data and network allow it.
 
@@ -241,13 +250,13 @@ def make_extractor(
     pair = data if isinstance(data, (tuple, list)) else ()
     if not config.cache or (pair and not all(isinstance(part, Photos) for part in pair)):
         return None, None
-    if all(parameter.requires_grad for parameter in model.parameters()):
+    if all(parameter.requires_grad for parameter in facts.model.parameters()):
         return None, None
     if is_random(config.augment) and config.views is None:
         return None, f"augment {config.augment} draws each photo anew in every epoch. A number of --views can be kept"
     try:
         extractor = Extractor(
-            model,
+            facts,
             compute,
             fast=config.fast,
             precision=config.cache_precision,
@@ -298,13 +307,14 @@ def _default_lr(model: nn.Module, *, is_head_alone: bool) -> float:
     return HEAD_LR if is_head_alone else FINE_TUNE_LR
 
 
-def _is_head_alone_trained(model: nn.Module, live: nn.Module) -> bool:
+def _is_head_alone_trained(facts: ModelFacts, live: nn.Module) -> bool:
+    model = facts.model
     if all(parameter.requires_grad for parameter in model.parameters()):
         return False
     if live is not model and _is_one_layer(live):
         return True
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return names <= head_parameters(model)
+    return names <= facts.head_parameters
 
 
 def _is_one_layer(live: nn.Module) -> bool:

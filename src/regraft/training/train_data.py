@@ -21,10 +21,10 @@ from regraft.frontier.cache.store import Store
 from regraft.progress import Progress
 from regraft.training.checks.targets import labels_in_memory, require_labels, task_of
 from regraft.training.config import TrainConfig
-from regraft.training.features.batches import FeatureBatches
+from regraft.training.features.batches import FeatureBatches, Features
 from regraft.training.features.extract import Extractor
 from regraft.training.features.frontier import Frontier
-from regraft.training.features.pixels import read_or_load_photos
+from regraft.training.features.pixels import read_or_load
 from regraft.training.loop import Inputs
 from regraft.training.losses import Loss
 from regraft.training.partial_batches import PartialBatch, fault_tolerant_loader
@@ -83,65 +83,62 @@ def load_train_data(
 
     With an extractor, the batches hold the features of its constant part instead of images (`FeatureBatches`).
     """
+    parts = _photos_of(data, listing, preprocessing, config)
+    if parts is None:
+        return _from_batches(data, config)
+    train_data = _from_photos(parts, config, progress, extractor)
     if listing is None:
-        return _from_pairs_or_loaders(data, config, extractor)
-    store = Store() if config.cache else None
-    part_views = (augmentation(config.augment, preprocessing, config.views), augmentation("none", preprocessing))
-    photos, unreadable, features = [], [], []
-    for samples, views, description in (
-        (listing.train, part_views[0], "reading photos"),
-        (listing.validation, part_views[1], "reading validation photos"),
-    ):
-        if extractor is not None:
-            part_features, part, failed = extractor.of_samples(samples, views, listing.classes, description=description)
-            features.append(part_features)
-        else:
-            part, failed = read_or_load_photos(
-                samples, preprocessing, listing.classes, store, description=description, progress=progress
-            )
-        photos.append(part.augmented(views))
-        unreadable += failed
-    _require_readable(unreadable, len(listing.train) + len(listing.validation), config.max_unreadable)
-    frontier = Frontier.of(extractor, features) if extractor is not None else None
-    train_data = _from_photos(photos[0], photos[1], config, frontier)
-    _require_all_classes(train_data.classes, photos[0])
-    return replace(
-        train_data, task=listing.task, classes=listing.classes, listing=listing, unreadable=tuple(unreadable)
-    )
+        return train_data
+    assert train_data.photos is not None
+    _require_all_classes(train_data.classes, train_data.photos[0])
+    return replace(train_data, task=listing.task, listing=listing)
 
 
-def with_frontier(train_data: TrainData, config: TrainConfig, extractor: Extractor | None) -> TrainData:
+def with_features(
+    train_data: TrainData, config: TrainConfig, progress: Progress, extractor: Extractor | None
+) -> TrainData:
     """Return the same photos with the features of a new extractor, after the network's flags have changed."""
     assert train_data.photos is not None
-    features = [extractor.of_photos(part) for part in train_data.photos] if extractor is not None else None
-    frontier = Frontier.of(extractor, features) if extractor is not None and features is not None else None
-    fresh = _from_photos(*train_data.photos, config, frontier)
-    return replace(train_data, train=fresh.train, validation=fresh.validation, frontier=frontier)
+    fresh = _from_photos(train_data.photos, config, progress, extractor)
+    unreadable = train_data.unreadable + fresh.unreadable
+    return replace(fresh, task=train_data.task, listing=train_data.listing, unreadable=unreadable)
 
 
-def _from_pairs_or_loaders(data: Any, config: TrainConfig, extractor: Extractor | None) -> TrainData:
-    if not (isinstance(data, (tuple, list)) and len(data) == 2):
-        raise DataError(
-            f"data is a {type(data).__name__}, expected a folder, a .csv table, or a pair (train, validation) of "
-            "Datasets or DataLoaders."
+def _photos_of(
+    data: Any, listing: Listing | None, preprocessing: Preprocessing, config: TrainConfig
+) -> tuple[Photos, Photos] | None:
+    """Return training and validation photos with their views, decoded or not; None for data of another kind."""
+    plain = augmentation("none", preprocessing)
+    if listing is not None:
+        train, validation = (
+            Photos(samples, preprocessing, plain, listing.classes) for samples in (listing.train, listing.validation)
         )
-    train, validation = data
-    if isinstance(train, Photos) and isinstance(validation, Photos):
-        train = train.augmented(augmentation(config.augment, train.preprocessing, config.views))
-        features = [extractor.of_photos(part) for part in (train, validation)] if extractor is not None else []
-        frontier = Frontier.of(extractor, features) if extractor is not None else None
-        return _from_photos(train, validation, config, frontier)
-    batches, validation_batches = _batches(train, config, shuffle=True), _batches(validation, config, shuffle=False)
-    for part, part_batches in (("training", batches), ("validation", validation_batches)):
-        if isinstance(part_batches, Sized) and len(part_batches) == 0:
-            raise DataError(f"the {part} data is empty. Give at least one batch.")
-    _, targets = first_batch(batches)
-    if targets.is_floating_point():
-        return TrainData(batches, validation_batches, "regression", None, first_targets=targets)
-    return TrainData(batches, validation_batches, "classification", _names(train), first_targets=targets)
+    elif isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Photos) for part in data):
+        train, validation = data
+    else:
+        return None
+    return train.augmented(augmentation(config.augment, train.preprocessing, config.views)), validation
 
 
-def _from_photos(train: Photos, validation: Photos, config: TrainConfig, frontier: Frontier | None) -> TrainData:
+def _from_photos(
+    parts: tuple[Photos, Photos], config: TrainConfig, progress: Progress, extractor: Extractor | None
+) -> TrainData:
+    """Decode photos that are not decoded yet, or compute their features, and make batches of either."""
+    store = Store() if config.cache else None
+    readable: list[Photos] = []
+    features: list[Features] = []
+    unreadable: list[Unreadable] = []
+    for photos, description in zip(parts, ("reading photos", "reading validation photos"), strict=True):
+        if extractor is not None:
+            computed, part, failed = extractor.features_of(photos, description)
+            features.append(computed)
+        else:
+            part, failed = read_or_load(photos, store, description=description, progress=progress)
+        readable.append(part)
+        unreadable += failed
+    _require_readable(unreadable, sum(map(len, parts)), config.max_unreadable)
+    train, validation = readable
+    frontier = Frontier.of(extractor, features) if extractor is not None else None
     if frontier is not None:
         sampler = SeededShuffle(len(train), config.seed)
         batches: Iterable[Any] = FeatureBatches(frontier.train, train, config.batch_size, sampler)
@@ -155,9 +152,28 @@ def _from_photos(train: Photos, validation: Photos, config: TrainConfig, frontie
         "regression" if train.classes is None else "classification",
         train.classes,
         paths=tuple(sample.path for sample in validation.samples),
+        unreadable=tuple(unreadable),
         photos=(train, validation),
         frontier=frontier,
     )
+
+
+def _from_batches(data: Any, config: TrainConfig) -> TrainData:
+    """Take datasets and loaders of the caller's."""
+    if not (isinstance(data, (tuple, list)) and len(data) == 2):
+        raise DataError(
+            f"data is a {type(data).__name__}, expected a folder, a .csv table, or a pair (train, validation) of "
+            "Datasets or DataLoaders."
+        )
+    train, validation = data
+    batches, validation_batches = _batches(train, config, shuffle=True), _batches(validation, config, shuffle=False)
+    for part, part_batches in (("training", batches), ("validation", validation_batches)):
+        if isinstance(part_batches, Sized) and len(part_batches) == 0:
+            raise DataError(f"the {part} data is empty. Give at least one batch.")
+    _, targets = first_batch(batches)
+    if targets.is_floating_point():
+        return TrainData(batches, validation_batches, "regression", None, first_targets=targets)
+    return TrainData(batches, validation_batches, "classification", _names(train), first_targets=targets)
 
 
 def _batches(data: Any, config: TrainConfig, *, shuffle: bool) -> Iterable[Any]:

@@ -3,12 +3,14 @@
 import math
 import re
 from collections.abc import Collection, Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from regraft.anatomy.heads import CONVOLUTIONS, find_auxiliary_heads, find_heads, first_convolution
+from regraft.anatomy.heads import CONVOLUTIONS
+from regraft.anatomy.model_facts import ModelFacts
 from regraft.anatomy.paths import is_within
 from regraft.checkpoint.foreign.state_dicts import Tensors
 from regraft.checkpoint.matching.load_report import Adaptation
@@ -23,7 +25,7 @@ STANDARD = ("torch.nn.modules.conv", "timm.layers.conv2d_same")  # whose outputs
 
 
 class Fitter:
-    """Adapts tensors to one model. Heads and stem of the model are searched for on first use, and kept.
+    """Adapts tensors to one model, whose heads and stem are worked out when one of them is first asked for.
 
     Args:
         model: The model; it is not changed.
@@ -34,8 +36,7 @@ class Fitter:
 
     def __init__(self, model: nn.Module, slots: Tensors, held: Tensors, kinds: Collection[Adaptable]) -> None:
         self._model, self._slots, self._held, self._kinds = model, slots, held, kinds
-        self._heads: list[str] | None = None
-        self._stem: str | None = None
+        self._facts = ModelFacts(model)
 
     def fit(self, name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Adaptation] | None:
         """Return a tensor of the shape of the model's `name`, and what was done; None where no adaptation applies.
@@ -70,32 +71,36 @@ class Fitter:
 
     def is_in_output(self, name: str) -> bool:
         """Return whether `name` belongs to the layer that outputs the classes: the last one of a head."""
-        if not self.is_in_head(name):
+        head = next((head for head in self._heads if is_within(name, head)), None)
+        if head is None:
             return False
-        assert self._heads is not None
-        head = next(head for head in self._heads if is_within(name, head))
         last = [slot for slot in self._slots if is_within(slot, head)][-1]
         return name.rpartition(".")[0] == last.rpartition(".")[0]
 
     def is_in_head(self, name: str) -> bool:
         """Return whether `name` belongs to a classifier of the model."""
-        if self._heads is None:
-            try:
-                self._heads = [*find_heads(self._model), *find_auxiliary_heads(self._model)]
-            except RegraftError:
-                self._heads = []
         return any(is_within(name, head) for head in self._heads)
+
+    @cached_property
+    def _heads(self) -> list[str]:
+        try:
+            heads = [head.path for head in self._facts.heads]
+            return [*heads, *self._facts.auxiliary_heads(heads)]
+        except RegraftError:
+            return []
+
+    @cached_property
+    def _stem(self) -> str:
+        try:
+            return self._facts.first_convolution
+        except RegraftError:
+            return ""
 
     def _is_stem(self, name: str, tensor: torch.Tensor) -> bool:
         slot = self._slots[name]
         others = [position for position in range(slot.ndim) if position != 1]
         if tensor.ndim != slot.ndim or slot.ndim < 3 or any(tensor.shape[i] != slot.shape[i] for i in others):
             return False
-        if self._stem is None:
-            try:
-                self._stem = first_convolution(self._model)
-            except RegraftError:
-                self._stem = ""
         if not self._stem or name != f"{self._stem}.weight":
             return False
         layer = self._model.get_submodule(self._stem)

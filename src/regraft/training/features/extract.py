@@ -8,16 +8,14 @@ and, once for each split, prefix and suffix are compared with the whole network 
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from regraft.anatomy.model_facts import ModelFacts
 from regraft.anatomy.modes import evaluation_mode
 from regraft.data.decode import Unreadable
-from regraft.data.folders import Sample
-from regraft.data.photos import Photos, free_memory_bytes, positions, read_photos, without
+from regraft.data.photos import Photos, free_memory_bytes, positions
 from regraft.data.transforms import Views, normalize
 from regraft.errors import ModelError
 from regraft.frontier.cache.key import features_key, network_digest
@@ -29,7 +27,6 @@ from regraft.frontier.partitioning import Partition, partition
 from regraft.progress import SILENT, Progress
 from regraft.training.features.batches import Features
 from regraft.training.loop import HALVES, ComputeContext, main_output
-from regraft.zoo import preprocessing_of
 
 BATCH = {"cpu": 16, "cuda": 256}  # photos per batch of the constant part
 MEMORY_BYTES = 512 * 2**20  # features that are larger stay on the disk
@@ -41,7 +38,7 @@ class Extractor:
     """Computes features with the constant part of a model.
 
     Args:
-        model: The model, on its device, with its flags set for training.
+        facts: The model, on its device, with its flags set for training.
         compute: Device and precision.
         fast: Whether to replace the constant part by a faster copy, equal up to rounding (see `faster`).
         precision: Precision of the kept features.
@@ -56,7 +53,7 @@ class Extractor:
 
     def __init__(
         self,
-        model: nn.Module,
+        facts: ModelFacts,
         compute: ComputeContext,
         *,
         fast: bool = False,
@@ -65,72 +62,49 @@ class Extractor:
         store: Store | None = None,
         progress: Progress = SILENT,
     ) -> None:
-        self.preprocessing = preprocessing_of(model)
+        self.preprocessing, self._model = facts.preprocessing, facts.model
         self._input_dtype = compute.input_dtype or torch.float32
         example = torch.empty(self.preprocessing.input_size, dtype=self._input_dtype)
-        self.parts: Partition = partition(model, example)
+        self.parts: Partition = partition(self._model, example)
         self.compute, self.store, self.progress = compute, store, progress
         self.precision: Precision = precision
-        self._model, self._is_verified = model, False
-        self._has_halves = any(parameter.dtype in HALVES for parameter in model.parameters())
+        self._is_verified = False
+        self._has_halves = any(parameter.dtype in HALVES for parameter in self._model.parameters())
         fast = fast and not self._has_halves  # folding rounds a 16-bit weight once more
         self._fast, self._keep_pixels = fast, keep_pixels
         self._digest = network_digest(self.parts.prefix) if store is not None else ""
         self._prefix = faster(self.parts.prefix) if fast else self.parts.prefix
 
-    def of_samples(
-        self, samples: Sequence[Sample], versions: Views, classes: tuple[str, ...] | None, *, description: str
-    ) -> tuple[Features, Photos, tuple[Unreadable, ...]]:
-        """Return the features of photo files; if an earlier run cached them, nearly no photo is decoded.
+    def features_of(self, photos: Photos, description: str) -> tuple[Features, Photos, tuple[Unreadable, ...]]:
+        """Return the features of photos; if an earlier run cached them, nearly no photo is decoded.
 
         Args:
-            samples: Files with their targets.
-            versions: The views of each photo; a finite number.
-            classes: Class names; None for regression.
+            photos: The photos, decoded or not, with a finite number of views.
             description: Label of the progress bar.
+
+        Returns:
+            The features, the readable photos, and the unreadable files.
 
         Raises:
             DataError: No photo can be read.
             ModelError: The network is not deterministic, or there is no room for the features.
         """
         began = time.perf_counter()
-        key = self._key([sample.path for sample in samples], versions)
+        key = self._key(photos)
         if (cached := self._find_cached(key)) is not None:
             rows, note = cached
-            readable, unreadable = without(samples, note["unreadable"])
-            photos = Photos(readable, self.preprocessing, versions, classes)
+            photos, unreadable = photos.without(note["unreadable"])
             return self._features(rows, note, photos, began, was_found=True), photos, unreadable
-        with self._open_writer(key, len(samples), versions) as writer:
-            extraction = _Extraction(self, versions, writer)
-            photos, unreadable = read_photos(
-                samples,
-                self.preprocessing,
-                classes=classes,
+        with self._open_writer(key, photos) as writer:
+            extraction = _Extraction(self, photos.views, writer)
+            readable, unreadable = photos.read(
                 description=description,
                 progress=self.progress,
-                on_photo=lambda _, pixels: extraction.add(pixels),
+                on_photo=extraction.add,
                 keep=self._keep_pixels,
             )
-            rows, note = extraction.finish(positions(samples, unreadable))
-        photos = photos.augmented(versions)
-        return self._features(rows, note, photos, began, was_found=False), photos, unreadable
-
-    def of_photos(self, photos: Photos) -> Features:
-        """Return the features of photos that have been read.
-
-        Raises:
-            ModelError: The network is not deterministic, or there is no room for the features.
-        """
-        began = time.perf_counter()
-        key = self._key([sample.path for sample in photos.samples], photos.versions)
-        if (cached := self._find_cached(key)) is not None:
-            return self._features(*cached, photos, began, was_found=True)
-        with self._open_writer(key, len(photos), photos.versions) as writer:
-            extraction = _Extraction(self, photos.versions, writer)
-            for index in range(len(photos)):
-                extraction.add(photos.decoded(index))
-            rows, note = extraction.finish({})
-        return self._features(rows, note, photos, began, was_found=False)
+            rows, note = extraction.finish(positions(photos.samples, unreadable))
+        return self._features(rows, note, readable, began, was_found=False), readable, unreadable
 
     def run(self, pixels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Compute the frontier's tensors of a few photos, each (C, size, size) of uint8, on the model's device.
@@ -147,14 +121,14 @@ class Extractor:
         layout = torch.channels_last if self.compute.has_channels_last else torch.contiguous_format
         return batch.to(self.compute.device, self._input_dtype, memory_format=layout)
 
-    def _key(self, files: Sequence[Path], versions: Views) -> str:
+    def _key(self, photos: Photos) -> str:
         if self.store is None:
             return ""
         return features_key(
             self._digest,
-            files,
+            [sample.path for sample in photos.samples],
             preprocessing=self.preprocessing.model_dump(),
-            views=versions.name,
+            views=photos.views.name,
             precision=f"{self.compute.autocast_dtype} {self.precision}",
             device=self.compute.device.type,
             fast=self._fast,
@@ -164,9 +138,9 @@ class Extractor:
         entry = self.store.find(key) if self.store is not None else None
         return (entry.tensors(in_memory=entry.bytes < MEMORY_BYTES), entry.note) if entry is not None else None
 
-    def _open_writer(self, key: str, count: int, versions: Views) -> FeatureWriter:
-        assert versions.count is not None
-        rows = count * versions.count
+    def _open_writer(self, key: str, photos: Photos) -> FeatureWriter:
+        assert photos.views.count is not None
+        rows = len(photos) * photos.views.count
         # An upper bound: autocast halves some of the tensors, which is known only when they are computed.
         size = sum(packed_bytes(rows, cut.shape, cut.dtype, self.precision) for cut in self.parts.frontier)
         writer = FeatureWriter(self.store, key, size, in_memory=size < MEMORY_BYTES, progress=self.progress)
@@ -188,13 +162,13 @@ class Extractor:
             tensors = [tensor for tensor in rows if isinstance(tensor, torch.Tensor)]
             if sum(tensor.nbytes for tensor in tensors) < MEMORY_SHARE * free:
                 rows, place = tuple(tensor.to(self.compute.device) for tensor in tensors), str(self.compute.device)
-        assert photos.versions.count is not None
+        assert photos.views.count is not None
         features = Features(
             rows,
             tuple(cut.dtype for cut in self.parts.frontier),
             self.precision,
             note["error"],
-            photos.versions.count,
+            photos.views.count,
             time.perf_counter() - began,
             note["seconds"],
             was_found,
@@ -215,7 +189,7 @@ class Extractor:
                 they are not finite.
         """
         indices = torch.arange(CHECKED) * (len(photos) - 1) // max(1, CHECKED - 1)
-        batch = self._batch([photos.versions.of(index, photos.decoded(index), 0) for index in indices.tolist()])
+        batch = self._batch([photos.views.of(index, photos.decoded(index), 0) for index in indices.tolist()])
         kept, suffix = features.pick(indices * features.views), self.parts.suffix
         of_weights = TOLERANCES["bf16" if self._has_halves else "full"]
         is_mixed = self.compute.autocast_dtype is not None
@@ -261,9 +235,9 @@ def _require_same(values: torch.Tensor, reference: torch.Tensor, tolerance: floa
 class _Extraction:
     """Collects photos into batches, computes their features, and writes them."""
 
-    def __init__(self, extractor: Extractor, versions: Views, writer: FeatureWriter) -> None:
-        assert versions.count is not None
-        self._extractor, self._versions, self._views, self._writer = extractor, versions, versions.count, writer
+    def __init__(self, extractor: Extractor, views: Views, writer: FeatureWriter) -> None:
+        assert views.count is not None
+        self._extractor, self._views, self._views_per_photo, self._writer = extractor, views, views.count, writer
         self._batch = BATCH.get(extractor.compute.device.type, 16)
         self._waiting: list[torch.Tensor] = []
         self._count, self._began = 0, time.perf_counter()
@@ -271,7 +245,7 @@ class _Extraction:
 
     def add(self, pixels: torch.Tensor) -> None:
         """Add the next photo (C, H, W)."""
-        self._waiting += [self._versions.of(self._count, pixels, view) for view in range(self._views)]
+        self._waiting += [self._views.of(self._count, pixels, view) for view in range(self._views_per_photo)]
         self._count += 1
         while len(self._waiting) >= self._batch:
             self._flush()
@@ -292,7 +266,7 @@ class _Extraction:
                 "--cache-precision bf16 has"
             )
         parts = self._extractor.parts
-        holds = f"{self._count} photos × {self._views} at {', '.join(cut.place for cut in parts.frontier)}"
+        holds = f"{self._count} photos × {self._views_per_photo} at {', '.join(cut.place for cut in parts.frontier)}"
         note = {
             "unreadable": unreadable,
             "error": error,

@@ -5,11 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from regraft.card import Preprocessing
 from regraft.data.decode import Unreadable
-from regraft.data.folders import Sample
-from regraft.data.photos import Photos, estimate_bytes, fit_memory, positions, read_photos, without
-from regraft.data.transforms import augmentation
+from regraft.data.photos import Photos, estimate_bytes, fit_memory, positions
 from regraft.frontier.cache.key import features_key
 from regraft.frontier.cache.store import Rows, Store
 from regraft.frontier.cache.writer import FeatureWriter
@@ -34,21 +31,13 @@ class StoredPixels(Sequence[torch.Tensor]):
         return self._bytes[slice(end - int(self._sizes[index].prod()), end)].view(size)
 
 
-def read_or_load_photos(
-    samples: Sequence[Sample],
-    preprocessing: Preprocessing,
-    classes: tuple[str, ...] | None,
-    store: Store | None,
-    *,
-    description: str,
-    progress: Progress,
+def read_or_load(
+    photos: Photos, store: Store | None, *, description: str, progress: Progress
 ) -> tuple[Photos, tuple[Unreadable, ...]]:
     """Decode photos once, into memory or the store; if neither has room, they are decoded on access.
 
     Args:
-        samples: Files with their targets.
-        preprocessing: Gives their size.
-        classes: Class names; None for regression.
+        photos: The photos; decoded ones are returned as they are.
         store: Store for photos that do not fit into memory; None stores nothing.
         description: Label of the progress bar.
         progress: Reports progress.
@@ -56,25 +45,27 @@ def read_or_load_photos(
     Raises:
         DataError: No photo can be read.
     """
-    if store is None or fit_memory(len(samples), preprocessing):
-        return read_photos(samples, preprocessing, classes=classes, description=description, progress=progress)
-    key = features_key("pixels", [sample.path for sample in samples], preprocessing=preprocessing.model_dump())
+    if photos.pixels is not None:
+        return photos, ()
+    if store is None or fit_memory(len(photos), photos.preprocessing):
+        return photos.read(description=description, progress=progress)
+    paths = [sample.path for sample in photos.samples]
+    key = features_key("pixels", paths, preprocessing=photos.preprocessing.model_dump())
     entry = store.find(key)
     if entry is not None:
-        readable, unreadable = without(samples, entry.note["unreadable"])
-        pixels = StoredPixels(entry.tensors(in_memory=False))
-        return Photos(readable, preprocessing, augmentation("none", preprocessing), classes, pixels), unreadable
-    size = estimate_bytes(len(samples), preprocessing)
+        readable, unreadable = photos.without(entry.note["unreadable"])
+        return replace(readable, pixels=StoredPixels(entry.tensors(in_memory=False))), unreadable
+    size = estimate_bytes(len(photos), photos.preprocessing)
     with FeatureWriter(store, key, size, in_memory=False, progress=progress) as writer:
-        photos, unreadable = read_photos(
-            samples,
-            preprocessing,
-            classes=classes,
+        readable, unreadable = photos.read(
             description=description,
             progress=progress,
-            on_photo=lambda _, pixels: writer.append([pixels.reshape(-1), torch.tensor([pixels.shape])]),
+            on_photo=lambda pixels: writer.append([pixels.reshape(-1), torch.tensor([pixels.shape])]),
             keep=False,
         )
-        note = {"unreadable": positions(samples, unreadable), "holds": f"{len(photos)} photos, decoded"}
+        note = {
+            "unreadable": positions(photos.samples, unreadable),
+            "holds": f"{len(readable)} photos, decoded",
+        }
         rows = writer.finish(note)
-    return (replace(photos, pixels=StoredPixels(rows)) if rows is not None else photos), unreadable
+    return (replace(readable, pixels=StoredPixels(rows)) if rows is not None else readable), unreadable
