@@ -141,9 +141,8 @@ def _parsed(path: str) -> tuple[frozenset[str], dict[str, int]]:
 
 def _unit(path: str, members: dict[str, str], shapes: Mapping[str, Shape]) -> Unit:
     exact = tuple(sorted((role, shapes[name]) for role, name in members.items()))
-    return Unit(
-        path, members, tuple((role, tuple(side for side in shape if side != 1)) for role, shape in exact), exact
-    )
+    signature = tuple((role, tuple(side for side in shape if side != 1)) for role, shape in exact)
+    return Unit(path, members, signature, exact)
 
 
 def _subsequence(file_units: Sequence[Unit], model_units: Sequence[Unit], *, by_name: bool) -> list[tuple[int, int]]:
