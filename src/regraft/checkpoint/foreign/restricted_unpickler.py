@@ -10,7 +10,7 @@ import math
 import pickle
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # how pickles of Python 2 are read
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -172,31 +172,34 @@ def tensors_within(value: Any) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: Its layers contain themselves.
     """
-    return dict(_named_tensors(value, "", itertools.count(), 0))
+    tensors: dict[str, torch.Tensor] = {}
+    visits = itertools.count()
 
+    def collect(value: Any, prefix: str, depth: int) -> None:
+        """Add the tensors of a layer and of the layers in it."""
+        if depth > DEPTH_LIMIT or next(visits) > VISIT_LIMIT:
+            raise CheckpointError(
+                f"layers lie within layers more than {DEPTH_LIMIT} deep, or are more than {VISIT_LIMIT:,}: this is no "
+                "network. Expected a module that torch.save or torch.jit.save wrote."
+            )
+        state = value.state if isinstance(value, Stub) else value
+        if not isinstance(state, Mapping):
+            return
+        if "_modules" in state and "_parameters" in state:  # a pickled nn.Module
+            left_out = state.get("_non_persistent_buffers_set") or ()
+            own = {**_as_dict(state["_parameters"]), **_as_dict(state.get("_buffers"))}
+            members = {key: member for key, member in own.items() if key not in left_out}
+            members |= _as_dict(state["_modules"])
+        else:  # a scripted module, whose parameters, buffers and layers are attributes
+            members = dict(state)
+        for key, member in members.items():
+            if isinstance(member, torch.Tensor):
+                tensors[f"{prefix}{key}"] = member
+            elif isinstance(member, Stub):
+                collect(member, f"{prefix}{key}.", depth + 1)
 
-def _named_tensors(value: Any, prefix: str, visits: Iterator[int], depth: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """List the tensors of a layer and of the layers in it, under their names in a state dict."""
-    if depth > DEPTH_LIMIT or next(visits) > VISIT_LIMIT:
-        raise CheckpointError(
-            f"layers lie within layers more than {DEPTH_LIMIT} deep, or are more than {VISIT_LIMIT:,}: this is no "
-            "network. Expected a module that torch.save or torch.jit.save wrote."
-        )
-    state = value.state if isinstance(value, Stub) else value
-    if not isinstance(state, Mapping):
-        return
-    if "_modules" in state and "_parameters" in state:  # a pickled nn.Module
-        left_out = state.get("_non_persistent_buffers_set") or ()
-        own = {**_as_dict(state["_parameters"]), **_as_dict(state.get("_buffers"))}
-        members = {key: member for key, member in own.items() if key not in left_out}
-        members |= _as_dict(state["_modules"])
-    else:  # a scripted module, whose parameters, buffers and layers are attributes
-        members = dict(state)
-    for key, member in members.items():
-        if isinstance(member, torch.Tensor):
-            yield f"{prefix}{key}", member
-        elif isinstance(member, Stub):
-            yield from _named_tensors(member, f"{prefix}{key}.", visits, depth + 1)
+    collect(value, "", 0)
+    return tensors
 
 
 def _replace_modules(content: Any, results: dict[int, Any], depth: int = 0) -> Any:
