@@ -124,7 +124,7 @@ def test_read_layout_is_the_same_for_files_of_the_plain_library(tmp_path: Path) 
     path = tmp_path / "theirs.safetensors"
     state = {name: tensor.clone() for name, tensor in Mixed().state_dict().items()}
     safetensors.torch.save_file(state, path)
-    found = read_layout(path).entries
+    found = read_layout(path)
     assert {name: (entry.dtype, entry.shape) for name, entry in found.items()} == {
         name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()
     }

@@ -10,8 +10,8 @@ from torch import nn
 
 from regraft.anatomy.modes import in_mode, preserved_randomness
 from regraft.arguments import check_arguments
-from regraft.card import attach, card_of
 from regraft.checkpoint.any_file import read_state_dicts
+from regraft.checkpoint.create import note_weights
 from regraft.checkpoint.file.shards import write_tensors
 from regraft.checkpoint.foreign.reading import unwrapping
 from regraft.checkpoint.foreign.state_dicts import StateDicts, Tensors, listed
@@ -74,11 +74,8 @@ def convert(
     if model is None:
         tensors, report = _strip_wrappers(contents, rename or {}, entry)
         if not dry_run:
-            write_tensors(
-                target,
-                {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()},
-                {"format": "pt"},
-            )
+            separate = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+            write_tensors(target, separate, {"format": "pt"})
         return replace(report, dry_run=dry_run)
     rules = Rules(rename or {}, match, entry, confidence_of(accept), adapt=(), may_adapt=False)
     return _convert_to_network(model, contents, rules, target, trust_code=trust_code, dry_run=dry_run)
@@ -94,10 +91,7 @@ def _convert_to_network(
         return replace(plan.report, dry_run=True)
     _require_whole(plan.report, name)
     carry_out(plan, network, min_share=0.0)
-    recipe = card_of(network).recipe
-    if recipe is not None:
-        weights = recipe.source.model_copy(update={"weights": contents.path.name})
-        attach(network, recipe=recipe.model_copy(update={"source": weights}))
+    note_weights(network, contents.path)
     save(in_mode(network, False), target)
     return plan.report
 

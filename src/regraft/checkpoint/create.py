@@ -15,8 +15,8 @@ from regraft.anatomy.paths import is_within
 from regraft.arguments import check_arguments
 from regraft.card import Recipe, Source, attach, card_of
 from regraft.checkpoint.any_file import read_state_dicts
+from regraft.checkpoint.foreign.kinds import first_names
 from regraft.checkpoint.matching.load_plan import UnfitError, carry_out
-from regraft.checkpoint.matching.load_report import LoadReport
 from regraft.checkpoint.matching.loading import Rules, plan_loading
 from regraft.errors import CheckpointError, ConfigError, EditError, ModelError, RegraftError, nearest
 from regraft.surgery.grafting import rebuild_grafted
@@ -79,14 +79,13 @@ def create_model(
     check_arguments(create_model, locals())
     weights = weights_name(name, weights)
     path = Path(weights)
-    from_file = str(weights) not in ("default", "none") and (isinstance(weights, Path) or _looks_like_file(path))
+    looks_like_file = isinstance(weights, Path) or path.exists() or path.suffix != "" or len(path.parts) > 1
+    from_file = str(weights) not in ("default", "none") and looks_like_file
     model = build(name, weights="none" if from_file else str(weights), trust_code=trust_code)
     # The file goes in before the head is replaced: it must fit the network that its authors trained.
     if from_file:
         _load_backbone(model, path, name)
-    if num_classes is not None:
-        model = replace_head(model, num_classes)
-    return model
+    return replace_head(model, num_classes) if num_classes is not None else model
 
 
 def _refuse_other_words(others: Mapping[str, Any]) -> None:
@@ -199,11 +198,15 @@ class _SkipInitialization(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _looks_like_file(path: Path) -> bool:
-    return path.exists() or path.suffix != "" or len(path.parts) > 1
+def note_weights(model: nn.Module, path: Path) -> None:
+    """Name the file that a network's weights are from in its recipe, if it has one."""
+    recipe = card_of(model).recipe
+    if recipe is not None:
+        source = recipe.source.model_copy(update={"weights": path.name})
+        attach(model, recipe=recipe.model_copy(update={"source": source}))
 
 
-def _load_backbone(model: nn.Module, path: Path, name: str) -> LoadReport:
+def _load_backbone(model: nn.Module, path: Path, name: str) -> None:
     """Load a file into a freshly built model; only the head may be missing or of another width."""
     try:
         plan = plan_loading(model, read_state_dicts(path), Rules(adapt=(), may_adapt=False))
@@ -223,19 +226,10 @@ def _load_backbone(model: nn.Module, path: Path, name: str) -> LoadReport:
     surplus = [key for key in report.unexpected if key.partition(".")[0] in children]
     if absent or surplus:
         problem = (
-            f"it lacks {_first_names(absent)}" if absent else f"it has {_first_names(surplus)}, which the model lacks"
+            f"it lacks {first_names(absent)}" if absent else f"it has {first_names(surplus)}, which the model lacks"
         )
         raise CheckpointError(
             f"'{path}' holds weights of another architecture than {name}: {problem}. "
             "Give the name of the network that the file was trained with."
         )
-    recipe = card_of(model).recipe
-    assert recipe is not None
-    source = recipe.source.model_copy(update={"weights": path.name})
-    attach(model, recipe=recipe.model_copy(update={"source": source}))
-    return report
-
-
-def _first_names(names: list[str]) -> str:
-    shown = ", ".join(map(repr, names[:3]))
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    note_weights(model, path)

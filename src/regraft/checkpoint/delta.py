@@ -132,37 +132,30 @@ def open_chain(source: Path | OpenCheckpoint, base: PathLike | None = None) -> I
         CheckpointError: A base is missing or has another digest, or there are too many.
     """
     with ExitStack() as stack:
-        yield _follow(source, base, stack)
-
-
-def _follow(source: Path | OpenCheckpoint, base: PathLike | None, stack: ExitStack) -> list[Link]:
-    place: Place = source.path if isinstance(source, OpenCheckpoint) else locate(source)
-    checkpoint = source if isinstance(source, OpenCheckpoint) else _opened(place, stack)
-    links: list[Link] = []
-    while True:
-        if any(isinstance(place, Path) and _is_same(place, link.place) for link in links):
-            raise CheckpointError(
-                f"'{links[0].place}' is based on itself, by way of '{place}'. Get or make the files again."
-            )
-        links.append(Link(place, checkpoint))
-        header = links[-1].header
-        if header is None or header.base is None:
-            return links
-        if len(links) > DEPTH_LIMIT:
-            raise CheckpointError(
-                f"'{links[0].place}' is a delta over more than {DEPTH_LIMIT} others. Make a full file of one of them: "
-                "regraft merge."
-            )
-        assert isinstance(place, Path)
-        place = _place_of(place, header.base, base)
-        checkpoint = _opened(place, stack)
-        # Noticed here, a wrong base costs no reading of tensors. Bases without a header are verified when merged.
-        if checkpoint is not None and checkpoint.header is not None:
-            digest = checkpoint.header.digest()
-            if digest != header.base.digest:
-                raise _wrong_base_error(links[-1].place, header.base, place, digest)
-        # A file names the first base only. A folder may hold the whole chain, so it goes on to the next link.
-        base = base if base is not None and Path(base).is_dir() else None
+        place: Place = source.path if isinstance(source, OpenCheckpoint) else locate(source)
+        link = Link(place, source if isinstance(source, OpenCheckpoint) else _opened(place, stack))
+        links = [link]
+        while link.header is not None and link.header.base is not None:
+            if len(links) > DEPTH_LIMIT:
+                raise CheckpointError(
+                    f"'{links[0].place}' is a delta over more than {DEPTH_LIMIT} others. Make a full file of one of "
+                    "them: regraft merge."
+                )
+            assert isinstance(link.place, Path)
+            pinned = link.header.base
+            place = _place_of(link.place, pinned, base)
+            link = Link(place, _opened(place, stack))
+            # Noticed here, a wrong base costs no reading of tensors. Bases without a header are verified when merged.
+            if link.header is not None and link.header.digest() != pinned.digest:
+                raise _wrong_base_error(links[-1].place, pinned, place, link.header.digest())
+            if isinstance(place, Path) and any(place.resolve() == Path(known.place).resolve() for known in links):
+                raise CheckpointError(
+                    f"'{links[0].place}' is based on itself, by way of '{place}'. Get or make the files again."
+                )
+            links.append(link)
+            # A file names the first base only. A folder may hold the whole chain, so it goes on to the next link.
+            base = base if base is not None and Path(base).is_dir() else None
+        yield links
 
 
 def _opened(place: Place, stack: ExitStack) -> OpenCheckpoint | None:
@@ -361,7 +354,3 @@ def _wrong_base_error(delta: Place, pinned: Base, place: Place, digest: str) -> 
         f"'{delta}' is a delta over {pinned}, and '{place}' is another ({digest[:12]}…).",
         "Give the one that it was made from: base=FILE (--base FILE).",
     )
-
-
-def _is_same(a: Path, b: Place) -> bool:
-    return isinstance(b, Path) and a.resolve() == b.resolve()

@@ -79,9 +79,8 @@ def _rebuild_limited(
 
 @dataclass
 class _Count:
-    """Bytes of the registered parameters and buffers, and their limit."""
+    """Bytes of the registered parameters and buffers."""
 
-    limit: int
     bytes: int = 0
 
 
@@ -92,7 +91,7 @@ def _limit_registered(limit: int) -> Iterator[_Count]:
     Raises:
         CheckpointError: Inside of the block, at the tensor that exceeds the limit.
     """
-    count, thread = _Count(limit), threading.get_ident()
+    count, thread = _Count(), threading.get_ident()
 
     def registered(owner: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
         if threading.get_ident() != thread or tensor is None or nn.parameter.is_lazy(tensor) or tensor.is_meta:

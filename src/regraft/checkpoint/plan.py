@@ -80,11 +80,10 @@ class Plan(CheckedFields):
         """Return the plan as the text of a TOML file."""
         import tomli_w
 
-        values = self.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+        values = self.model_dump(mode="json", exclude={"edits"}, exclude_none=True, exclude_defaults=True)
         edits = "".join(f"\n[[edits]]\n{step.operation} = {_inline_toml(step.arguments)}\n" for step in self.edits)
-        tables = {name: values.pop(name) for name in ("freeze",) if name in values}
-        values.pop("edits", None)
-        return tomli_w.dumps(values) + edits + ("\n" + tomli_w.dumps(tables) if tables else "")
+        freezing = values.pop("freeze", None)
+        return tomli_w.dumps(values) + edits + ("\n" + tomli_w.dumps({"freeze": freezing}) if freezing else "")
 
 
 def read_plan(path: str | os.PathLike[str]) -> Plan:

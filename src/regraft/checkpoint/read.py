@@ -16,7 +16,7 @@ from regraft.checkpoint.file.format import Header, is_index
 from regraft.checkpoint.file.layout import TensorEntry
 from regraft.checkpoint.file.opening import OpenCheckpoint
 from regraft.checkpoint.file.shards import shard_of
-from regraft.checkpoint.foreign.state_dicts import is_extra_state
+from regraft.checkpoint.foreign.state_dicts import split_extra
 from regraft.checkpoint.memory import rebuild_for
 from regraft.checkpoint.storable import stored_state
 from regraft.errors import CheckpointError
@@ -60,15 +60,13 @@ def load(
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     model = rebuild_for(source, recipe, shapes, kept_bytes=kept_bytes, trust_code=trust_code)
     _tie(source, model, header.shared)
-    slots = stored_state(model)
-    for name in [*slots, *tensors]:
-        if not is_extra_state(name):
-            _check_fit(source, name, tensors, slots)
+    (slots, _), (weights, extra) = split_extra(stored_state(model)), split_extra(tensors)
+    for name in [*slots, *weights]:
+        _check_fit(source, name, weights, slots)
     # Assigned, not copied: the network takes the memory that the file was read into, and no second copy exists.
     for name, slot in slots.items():
-        if not is_extra_state(name):
-            slot.data = tensors[name]
-    _restore_extra_state(source, model, tensors)
+        slot.data = weights[name]
+    _restore_extra_state(source, model, extra)
     return in_mode(_apply_header(model, header), False).to(device)
 
 
@@ -88,9 +86,9 @@ def load_outline(path: str | os.PathLike[str], *, trust_code: bool = False) -> n
     kept_bytes = sum(entry.size for entry in entries.values())
     model = rebuild_for(source, recipe, None, kept_bytes=kept_bytes, trust_code=trust_code)
     _tie(source, model, header.shared)
-    slots = {name: slot for name, slot in stored_state(model).items() if not is_extra_state(name)}
-    known = {**entries, **{alias: entries[name] for alias, name in header.shared.items() if name in entries}}
-    known = {name: entry for name, entry in known.items() if not is_extra_state(name)}
+    slots, _ = split_extra(stored_state(model))
+    aliases = {alias: entries[name] for alias, name in header.shared.items() if name in entries}
+    known, _ = split_extra({**entries, **aliases})
     for name in known if header.base else [*slots, *known]:
         _check_fit(source, name, known, slots)
     for name, entry in known.items():
@@ -99,17 +97,16 @@ def load_outline(path: str | os.PathLike[str], *, trust_code: bool = False) -> n
     return in_mode(_apply_header(model, header), False)
 
 
-def _restore_extra_state(source: Path, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Pass the extra states among some tensors to `set_extra_state` of their layers."""
-    for name, tensor in tensors.items():
-        if is_extra_state(name):
-            try:
-                model.get_submodule(name.rpartition(".")[0]).set_extra_state(tensor)
-            except Exception as error:  # a user's own class may raise anything
-                raise CheckpointError(
-                    f"'{source}' holds '{name}', and set_extra_state refuses it: {type(error).__name__}: "
-                    f"{str(error)[:200]}. Was the class changed since?"
-                ) from error
+def _restore_extra_state(source: Path, model: nn.Module, states: Mapping[str, torch.Tensor]) -> None:
+    """Pass extra states to `set_extra_state` of their layers."""
+    for name, state in states.items():
+        try:
+            model.get_submodule(name.rpartition(".")[0]).set_extra_state(state)
+        except Exception as error:  # a user's own class may raise anything
+            raise CheckpointError(
+                f"'{source}' holds '{name}', and set_extra_state refuses it: {type(error).__name__}: "
+                f"{str(error)[:200]}. Was the class changed since?"
+            ) from error
 
 
 def _header_with_recipe(checkpoint: OpenCheckpoint) -> tuple[Header, Recipe]:

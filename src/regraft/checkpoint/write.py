@@ -147,11 +147,9 @@ def _expected_structure(recipe_json: str) -> dict[str, object]:
 
 def _structure(model: nn.Module) -> dict[str, object]:
     """Return the type of each layer, with the options that no tensor shows, and the shape of each tensor, by name."""
-    kinds = {path: type(layer).__name__ for path, layer in model.named_modules(remove_duplicate=False)}
-    geometry = {
-        path: f"{kinds[path]}({layer.extra_repr()})"  # stride, padding and the like
-        for path, layer in model.named_modules(remove_duplicate=False)
-        if type(layer).__module__ in ("torch.nn.modules.conv", "torch.nn.modules.pooling")
-    }
+    layers: dict[str, object] = {}
+    for path, layer in model.named_modules(remove_duplicate=False):
+        has_geometry = type(layer).__module__ in ("torch.nn.modules.conv", "torch.nn.modules.pooling")
+        layers[path] = type(layer).__name__, layer.extra_repr() if has_geometry else ""  # stride, padding and the like
     shapes = {name: value.shape for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-    return {**kinds, **geometry, **shapes}
+    return {**layers, **shapes}

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,8 @@ class Prediction:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the prediction as JSON data."""
-        data = {name: value for name, value in asdict(self).items() if name in ("label", "probability", "value")}
-        known = {name: value for name, value in data.items() if value is not None}
+        values = {"label": self.label, "probability": self.probability, "value": self.value}
+        known = {name: value for name, value in values.items() if value is not None}
         top = [{"label": label, "probability": probability} for label, probability in self.top]
         return {"path": str(self.path) if self.path else None, **known, **({"top": top} if top else {})}
 

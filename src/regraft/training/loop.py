@@ -24,6 +24,7 @@ from regraft.training.micro_batch import (
     SingleSampleError,
     apply_mixup,
     backward_in_parts,
+    buffers_restored,
     rows,
     single_samples_refused,
 )
@@ -206,7 +207,7 @@ def _backward(
             return backward_in_parts(forward, loss_of, model, batch, parts, scaler.scale, is_mean=is_mean)
         except torch.OutOfMemoryError as error:
             at_a_time = min(count, tally.at_a_time or count)
-            tally.at_a_time = _halved_size(at_a_time, compute, error, min_at_a_time=tally.min_at_a_time)
+            tally.at_a_time = _halved_size(at_a_time, compute, error, min_size=tally.min_at_a_time)
             message = f"{compute.device} has none for {at_a_time} photos at a time: {tally.at_a_time} from here on"
         except SingleSampleError:
             if count == 1:
@@ -216,32 +217,24 @@ def _backward(
         # Outside of the except block, whose exception would keep the tensors of the failed forward alive.
         for parameter in model.parameters():
             parameter.grad = None
-        _free_memory(compute)
+        torch.cuda.empty_cache()
         progress.say(f"memory     {message}, in steps of {count} photos as before")
 
 
-def _halved_size(
-    at_a_time: int, compute: ComputeContext, error: torch.OutOfMemoryError, *, min_at_a_time: int = 1
-) -> int:
+def _halved_size(size: int, compute: ComputeContext, error: torch.OutOfMemoryError, *, min_size: int = 1) -> int:
     """Return half of the micro-batch size, after it ran out of memory.
 
     Raises:
         RunError: The size cannot be halved: it is 1, or what batch norm needs.
     """
-    if at_a_time <= min_at_a_time:
+    if size <= min_size:
         reason = str(error).partition("\n")[0]
-        photos = "a single photo" if min_at_a_time == 1 else "two photos, and batch norm cannot learn from one alone"
+        photos = "a single photo" if min_size == 1 else "two photos, and batch norm cannot learn from one alone"
         raise RunError(
             f"{compute.device} has no memory for {photos} ({reason}). Try a smaller --image-size, freeze "
             "more layers, or use a smaller network."
         ) from error
-    return (at_a_time + 1) // 2
-
-
-def _free_memory(compute: ComputeContext) -> None:
-    """Empty torch's memory cache; to be called outside of except blocks, whose exceptions keep tensors alive."""
-    if compute.device.type == "cuda":
-        torch.cuda.empty_cache()
+    return (size + 1) // 2
 
 
 def _has_finite_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
@@ -253,8 +246,7 @@ def _has_finite_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.Gr
 
 def _first_nonfinite_layer(model: nn.Module, inputs: Inputs, compute: ComputeContext) -> str:
     """Run the network once more, and describe the first layer whose output is not finite."""
-    tensors = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
-    if not all(_is_finite(tensor) for tensor in tensors):
+    if not _is_finite(inputs):
         return "The inputs themselves are not finite."
     at_fault: list[str] = []
     names = {layer: path for path, layer in model.named_modules()}
@@ -263,16 +255,13 @@ def _first_nonfinite_layer(model: nn.Module, inputs: Inputs, compute: ComputeCon
         if not at_fault and not _is_finite(output):
             at_fault.append(names[layer])
 
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     hooks = [layer.register_forward_hook(look) for layer in model.modules()]
     try:
-        with torch.no_grad(), preserved_randomness(), compute.autocast():
+        with torch.no_grad(), buffers_restored(model), preserved_randomness(), compute.autocast():
             run(model, inputs, compute)
     finally:
         for hook in hooks:
             hook.remove()
-        for buffer, value in buffers:
-            buffer.copy_(value)
     if not at_fault:
         return "Every layer's output is finite, so it is the loss itself."
     where = (
@@ -321,7 +310,7 @@ def _scores(model: nn.Module, inputs: Inputs, count: int, compute: ComputeContex
         ) from error
     except torch.OutOfMemoryError as error:
         fewer = _halved_size(count, compute, error)
-    _free_memory(compute)
+    torch.cuda.empty_cache()  # outside of the except block, whose exception keeps tensors alive
     first, second = slice(0, fewer), slice(fewer, count)
     return [
         *_scores(model, rows(inputs, first), fewer, compute),
@@ -344,18 +333,13 @@ def run(model: nn.Module, inputs: Inputs, compute: ComputeContext) -> Any:
 def channels_last(model: nn.Module) -> Iterator[None]:
     """Hold convolution weights in channels-last memory format for the block; no value changes."""
     convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
-    _set_memory_format(convolutions, torch.channels_last)
+    for layer in convolutions:
+        layer.to(memory_format=torch.channels_last)
     try:
         yield
     finally:
-        _set_memory_format(convolutions, torch.contiguous_format)
-
-
-def _set_memory_format(layers: list[nn.Conv2d], memory_format: torch.memory_format) -> None:
-    for layer in layers:
-        for tensor in layer.parameters(recurse=False):
-            if tensor.ndim == 4:
-                tensor.data = tensor.data.contiguous(memory_format=memory_format)
+        for layer in convolutions:
+            layer.to(memory_format=torch.contiguous_format)
 
 
 def _to_device(tensor: torch.Tensor, compute: ComputeContext) -> torch.Tensor:

@@ -63,10 +63,16 @@ def apply_mixup(inputs: Inputs, targets: torch.Tensor, mixup: float) -> Batch:
         return Batch(inputs, targets, targets, 1.0)
     share = float(torch.distributions.Beta(mixup, mixup).sample())
     order = torch.randperm(len(targets))
-    tensors = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
-    blends = tuple(torch.lerp(x[order.to(x.device)], x, share) if x.is_floating_point() else x for x in tensors)
+    blends = tuple(
+        torch.lerp(x[order.to(x.device)], x, share) if x.is_floating_point() else x for x in as_tuple(inputs)
+    )
     others = targets[order.to(targets.device)]
     return Batch(blends[0] if isinstance(inputs, torch.Tensor) else blends, targets, others, share)
+
+
+def as_tuple(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """Return the tensors of some inputs as a tuple."""
+    return (inputs,) if isinstance(inputs, torch.Tensor) else inputs
 
 
 def rows(inputs: Inputs, part: slice) -> Inputs:
@@ -98,7 +104,14 @@ def backward_in_parts(
         is_mean: Whether the loss is known to be a mean over samples.
     """
     if is_mean:
-        return _backward_of_means(forward, loss_of, parts, scale)
+        total = 0.0
+        for part in parts:
+            loss = loss_of(forward(part.inputs), part) * (len(part) / len(batch))
+            total += loss.item()
+            if not math.isfinite(total):
+                break
+            scale(loss).backward()
+        return total
     # Batch norm counts and averages a batch once, in the second pass, and dropout draws the same masks in both.
     with buffers_restored(model), torch.no_grad(), preserved_randomness():
         outputs = torch.cat([forward(part.inputs) for part in parts]).requires_grad_()
@@ -112,22 +125,6 @@ def backward_in_parts(
     for part, gradient in zip(parts, outputs.grad.split([len(part) for part in parts]), strict=True):
         forward(part.inputs).backward(gradient)
     return loss.item()
-
-
-def _backward_of_means(
-    forward: Callable[[Inputs], torch.Tensor],
-    loss_of: Callable[[torch.Tensor, Batch], torch.Tensor],
-    parts: list[Batch],
-    scale: Callable[[torch.Tensor], torch.Tensor],
-) -> float:
-    total, count = 0.0, sum(map(len, parts))
-    for part in parts:
-        loss = loss_of(forward(part.inputs), part) * (len(part) / count)
-        total += loss.item()
-        if not math.isfinite(total):
-            break
-        scale(loss).backward()
-    return total
 
 
 @contextlib.contextmanager
@@ -144,20 +141,16 @@ def buffers_restored(model: nn.Module, *, on_failure: bool = False) -> Iterator[
         for name, buffer in buffers_of(layer).items()
         if buffer is not None
     ]
-
-    def restore() -> None:
-        with torch.no_grad():
-            for layer, name, buffer, value in saved:
-                buffer.copy_(value)
-                buffers_of(layer)[name] = buffer
-
+    has_ended = False
     try:
         yield
-    except BaseException:
-        restore()
-        raise
-    if not on_failure:
-        restore()
+        has_ended = True
+    finally:
+        if not (has_ended and on_failure):
+            with torch.no_grad():
+                for layer, name, buffer, value in saved:
+                    buffer.copy_(value)
+                    buffers_of(layer)[name] = buffer
 
 
 class SingleSampleError(Exception):

@@ -67,19 +67,6 @@ class TensorEntry:
     size: int
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A safetensors file without the bytes of its tensors.
-
-    Attributes:
-        entries: Position and type of each tensor, by name.
-        metadata: The text under `__metadata__`.
-    """
-
-    entries: dict[str, TensorEntry]
-    metadata: dict[str, str]
-
-
 def parse_json(text: bytes | str) -> Any:
     """Parse JSON from a file of unknown origin, in at most 256 MiB of memory.
 
@@ -148,8 +135,8 @@ def read_start(path: Path, file: FileIO | None = None) -> tuple[dict[str, Any], 
     return content, 8 + length
 
 
-def read_layout(path: Path) -> Layout:
-    """Read the position of each tensor of a safetensors file; no byte of a tensor is read.
+def read_layout(path: Path) -> dict[str, TensorEntry]:
+    """Read the position and type of each tensor of a safetensors file, by name; no byte of a tensor is read.
 
     Raises:
         CheckpointError: The file does not exist, is not a safetensors file, or its tensors overlap, leave gaps, or
@@ -159,24 +146,24 @@ def read_layout(path: Path) -> Layout:
         return layout_of(path, file, *read_start(path, file))
 
 
-def layout_of(path: Path, file: FileIO, content: dict[str, Any], start: int) -> Layout:
-    """Return the position of each tensor, of a file whose start was read; see `read_layout`."""
+def layout_of(path: Path, file: FileIO, content: dict[str, Any], start: int) -> dict[str, TensorEntry]:
+    """Return the position and type of each tensor, of a file whose start was read; see `read_layout`."""
     content = dict(content)
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _damaged_error(path, "its metadata are not text")
+        raise damaged_error(path, "its metadata are not text")
     if any(len(name) > NAME_LIMIT for name in content):
-        raise _damaged_error(path, f"it has a name of more than {NAME_LIMIT:,} characters")
+        raise damaged_error(path, f"it has a name of more than {NAME_LIMIT:,} characters")
     entries = {name: _parse_entry(path, name, described, start) for name, described in content.items()}
     end = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
         if entry.start != end:
-            raise _damaged_error(path, f"the bytes of '{name}' do not follow those of the tensor before it")
+            raise damaged_error(path, f"the bytes of '{name}' do not follow those of the tensor before it")
         end += entry.size
     size = os.fstat(file.fileno()).st_size
     if size != end:
-        raise _damaged_error(path, f"it has {size:,} bytes, expected {end:,}")
-    return Layout(entries, metadata)
+        raise damaged_error(path, f"it has {size:,} bytes, expected {end:,}")
+    return entries
 
 
 def _parse_entry(path: Path, name: str, fields: Any, start: int) -> TensorEntry:
@@ -203,8 +190,9 @@ def _parse_entry(path: Path, name: str, fields: Any, start: int) -> TensorEntry:
             return TensorEntry(dtype, tuple(shape), start + first, last - first)
     except (KeyError, TypeError, ValueError):
         pass
-    raise _damaged_error(path, f"dtype, shape and offsets of '{name[:200]}' do not agree, or are not known")
+    raise damaged_error(path, f"dtype, shape and offsets of '{name[:200]}' do not agree, or are not known")
 
 
-def _damaged_error(path: Path, reason: str) -> CheckpointError:
+def damaged_error(path: Path, reason: str) -> CheckpointError:
+    """Return the error for a file whose content contradicts itself."""
     return CheckpointError(f"'{path}' is damaged: {reason}. Get or make it again.")

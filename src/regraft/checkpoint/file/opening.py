@@ -8,10 +8,9 @@ from functools import cached_property
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from regraft.checkpoint.file.format import KEY, Header, header_in, is_index, is_own, locate, read_index
-from regraft.checkpoint.file.layout import TensorEntry, layout_of, open_file, read_start
+from regraft.checkpoint.file.layout import TensorEntry, damaged_error, layout_of, open_file, read_start
 from regraft.checkpoint.file.shards import weight_map_in
 from regraft.errors import CheckpointError
 
@@ -36,16 +35,15 @@ class OpenCheckpoint:
         self.path = locate(path)
         self._files: dict[Path, FileIO] = {}
         try:
-            self._content, self._start = self._parsed()
+            if is_index(self.path):
+                self._content, self._start = read_index(self.path), 0
+            else:
+                self._content, self._start = read_start(self.path, self.file(self.path))
             metadata = self._content.get("metadata" if is_index(self.path) else "__metadata__")
             self.header: Header | None = header_in(self.path, metadata[KEY]) if is_own(metadata) else None
         except BaseException:
             self.close()
             raise
-
-    def _parsed(self) -> tuple[dict[str, Any], int]:
-        """Return the JSON object of the file, or of the index, and where the bytes of tensors start."""
-        return (read_index(self.path), 0) if is_index(self.path) else read_start(self.path, self.file(self.path))
 
     def file(self, path: Path) -> FileIO:
         """Return a file of the checkpoint, which is opened at its first use."""
@@ -62,12 +60,12 @@ class OpenCheckpoint:
         """
         if not is_index(self.path):
             layout = layout_of(self.path, self.file(self.path), self._content, self._start)
-            return {name: (self.path, entry) for name, entry in layout.entries.items()}
+            return {name: (self.path, entry) for name, entry in layout.items()}
         weight_map, layouts = self._layouts()
         stored = {name: file for file, entries in layouts.items() for name in entries}
         for name in [*weight_map, *stored]:
             if stored.get(name) != weight_map.get(name) or sum(name in entries for entries in layouts.values()) != 1:
-                raise CheckpointError(f"'{self.path}' is damaged: '{name}' is not where it says. Get or make it again.")
+                raise damaged_error(self.path, f"'{name}' is not where it says")
         return {name: (file, layouts[file][name]) for name, file in weight_map.items()}
 
     def _layouts(self) -> tuple[dict[str, Path], dict[Path, dict[str, TensorEntry]]]:
@@ -84,7 +82,7 @@ class OpenCheckpoint:
 
     def _layout(self, shard: Path) -> dict[str, TensorEntry]:
         file = self.file(shard)
-        return layout_of(shard, file, *read_start(shard, file)).entries
+        return layout_of(shard, file, *read_start(shard, file))
 
     def close(self) -> None:
         """Close all files."""

@@ -4,10 +4,12 @@ A file is identified by its first bytes, and by its name only for formats withou
 remedy, because the usual causes are a failed download and a file of another framework.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from regraft.errors import CheckpointError
 
@@ -18,8 +20,12 @@ EXPECTED = "Expected safetensors, a file that torch.save wrote, npz, or an index
 UNPACK = "Unpack it, and give the file with the weights."
 FLAX = "Load it with flax.serialization, and keep its arrays with numpy.savez or safetensors."
 KERAS = "Load it with Keras, and keep its arrays with numpy.savez under the names of the network."
+TENSORFLOW = "Load it with TensorFlow, and keep its arrays as npz."
+NAMELESS = "Keep the arrays under the names of the network with numpy.savez."
+UNPICKLE = "Where you trust it, unpickle it yourself and keep its weights with torch.save or numpy.savez."
+AGAIN = "Check the address and your rights to it, and download it again."
 
-MAGIC: tuple[tuple[int, bytes, str, str], ...] = (  # (offset, bytes, description, advice)
+MAGIC: tuple[tuple[int, bytes | tuple[bytes, ...], str, str], ...] = (  # (offset, bytes, description, advice)
     (0, b"\x1f\x8b", "a gzip archive", UNPACK),
     (0, b"BZh", "a bzip2 archive", UNPACK),
     (0, b"\xfd7zXZ\x00", "an xz archive", UNPACK),
@@ -30,15 +36,8 @@ MAGIC: tuple[tuple[int, bytes, str, str], ...] = (  # (offset, bytes, descriptio
     (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras and TensorFlow write (.h5)", KERAS),
     (4, b"TFL3", "a TensorFlow Lite model", "Give the weights that it was made from."),
     (0, b"GGUF", "a GGUF file of llama.cpp, mostly quantized", "Give the weights that it was made from."),
-    (0, b"ggml", "a GGML file of llama.cpp", "Give the weights that it was made from."),
-    (0, b"tjgg", "a GGML file of llama.cpp", "Give the weights that it was made from."),
-    (0, b"lmgg", "a GGML file of llama.cpp", "Give the weights that it was made from."),
-    (
-        0,
-        b"\x93NUMPY",
-        "one NumPy array without a name (.npy)",
-        "Keep the arrays under the names of the network with numpy.savez.",
-    ),
+    (0, (b"ggml", b"tjgg", b"lmgg"), "a GGML file of llama.cpp", "Give the weights that it was made from."),
+    (0, b"\x93NUMPY", "one NumPy array without a name (.npy)", NAMELESS),
     (0, b"SQLite format 3\x00", "an SQLite database", EXPECTED),
     (0, b"\x89PNG", "a picture (PNG)", EXPECTED),
     (0, b"\xff\xd8\xff", "a picture (JPEG)", EXPECTED),
@@ -47,14 +46,15 @@ MAGIC: tuple[tuple[int, bytes, str, str], ...] = (  # (offset, bytes, descriptio
 BY_NAME: dict[str, tuple[str, str]] = {  # formats without a signature: suffix → (description, advice)
     ".onnx": ("an ONNX model", "Give the weights that it was exported from."),
     ".mlmodel": ("a Core ML model", "Give the weights that it was converted from."),
-    ".pb": ("a TensorFlow graph (SavedModel or frozen)", "Load it with TensorFlow, and keep its arrays as npz."),
+    ".pb": ("a TensorFlow graph (SavedModel or frozen)", TENSORFLOW),
     ".msgpack": ("a Flax checkpoint (msgpack)", FLAX),
-    ".index": ("the index of a TensorFlow checkpoint", "Load it with TensorFlow, and keep its arrays as npz."),
+    ".index": ("the index of a TensorFlow checkpoint", TENSORFLOW),
     ".h5": ("not the HDF5 file that its name says", "Get it again."),
 }
+ANSWER = re.compile(r"(error\b|\d{3}:? |not found|entry not found|access (denied|to)|forbidden|unauthorized|invalid )")
 TENSORFLOW_DATA = re.compile(r"\.data-\d{5}-of-\d{5}$")
 FOLDERS: tuple[tuple[str, str, str], ...] = (  # (file in the folder, description of the folder, advice)
-    ("saved_model.pb", "a TensorFlow SavedModel", "Load it with TensorFlow, and keep its arrays as npz."),
+    ("saved_model.pb", "a TensorFlow SavedModel", TENSORFLOW),
     (".metadata", "a checkpoint of torch.distributed", "Make one file of it with torch.distributed.checkpoint."
      "format_utils.dcp_to_torch_save."),
     ("zero_to_fp32.py", "a checkpoint of DeepSpeed", "Make one file of it with the zero_to_fp32.py in it."),
@@ -78,8 +78,17 @@ def require_weights(path: Path) -> None:
         head = file.read(HEAD_BYTES)
     described = _identify(path, head)
     if described is not None:
-        what, advice = described
-        raise CheckpointError(f"'{path}' cannot be read as weights: it is {what}. {advice}")
+        raise unreadable_error(path, f"it is {described[0]}", described[1])
+
+
+def unreadable_error(path: Path, reason: str, advice: str) -> CheckpointError:
+    """Return the error for a file that cannot be read as weights."""
+    return CheckpointError(f"'{path}' cannot be read as weights: {reason}. {advice}")
+
+
+def first_line(error: Exception) -> str:
+    """Return the type of an error and the first line of its message, of which at most 200 characters."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
 def describe_folder(path: Path) -> str:
@@ -89,7 +98,7 @@ def describe_folder(path: Path) -> str:
             return f"it is {what}. {advice}"
     files = sorted(file.name for file in path.iterdir() if file.name.endswith(WEIGHTS))
     if files:
-        return f"it holds {_first_names(files)}. Give the path of one of them."
+        return f"it holds {first_names(files)}. Give the path of one of them."
     return "it holds no file of weights. Give the path of a file."
 
 
@@ -98,7 +107,7 @@ def _identify(path: Path, head: bytes) -> tuple[str, str] | None:
     if not head:
         return "empty (0 bytes)", "The download or the copy failed: get it again."
     for offset, magic, what, advice in MAGIC:
-        if head[offset : offset + len(magic)] == magic:
+        if head.startswith(magic, offset):
             return what, advice
     if head[8:10] == b'{"' and b'"dtype"' in head[:1000]:
         return "a safetensors file that is cut off in its header", "The download or the copy failed: get it again."
@@ -106,17 +115,14 @@ def _identify(path: Path, head: bytes) -> tuple[str, str] | None:
     if text is not None:
         return _identify_text(path, text)
     if TENSORFLOW_DATA.search(path.name):
-        return "a part of a TensorFlow checkpoint", "Load it with TensorFlow, and keep its arrays as npz."
+        return "a part of a TensorFlow checkpoint", TENSORFLOW
     is_torch = head[:1] == b"\x80" or head[8:9] == b"{"  # a pickle, or the header of a safetensors file
     if not is_torch and path.suffix.lower() in BY_NAME:
         return BY_NAME[path.suffix.lower()]
     if re.match(rb"\x08[\x01-\x20]\x12.[\w.\-]{2,}", head, re.DOTALL):  # ir_version and producer_name, as protobuf
         return BY_NAME[".onnx"]
     if head[:1] == b"\x80" and not _is_torch_pickle(head):
-        return (
-            "a pickle that torch.save did not write",
-            "Where you trust it, unpickle it yourself and keep its weights with torch.save or numpy.savez.",
-        )
+        return "a pickle that torch.save did not write", UNPICKLE
     if (0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF)) and head[8:9] != b"{":
         return BY_NAME[".msgpack"]  # these first bytes are maps in msgpack
     return None
@@ -135,7 +141,7 @@ def require_torch_zip(path: Path, names: list[str]) -> None:
     """
     described = _identify_zip([name for name in names if not name.endswith("/")])
     if described is not None:
-        raise CheckpointError(f"'{path}' cannot be read as weights: it is {described[0]}. {described[1]}")
+        raise unreadable_error(path, f"it is {described[0]}", described[1])
 
 
 def _identify_zip(names: list[str]) -> tuple[str, str] | None:
@@ -149,7 +155,7 @@ def _identify_zip(names: list[str]) -> tuple[str, str] | None:
     if any("/.data/" in f"/{name}" for name in names):
         return "a package of torch.package", "Load it where you trust it, and keep model.state_dict() with torch.save."
     inside = [name for name in names if name.endswith(WEIGHTS)]
-    held = f"; in it: {_first_names(inside)}" if inside else ""
+    held = f"; in it: {first_names(inside)}" if inside else ""
     return f"a zip archive of {len(names)} files that neither torch nor NumPy wrote{held}", UNPACK
 
 
@@ -180,36 +186,28 @@ def _identify_text(path: Path, text: str) -> tuple[str, str]:
     if start.startswith("<"):
         code = re.search(r"<Code>(.*?)</Code>", text)
         named = f" with the answer of a server, {_excerpt(code[1])}" if code else ""
-        return f"XML{named}", "Check the address and your rights to it, and download it again."
+        return f"XML{named}", AGAIN
     if start[:1] in "{[":
         return _identify_json(path, start)
     if start.startswith("model_checkpoint_path:"):
-        return "the list of a TensorFlow checkpoint", "Load it with TensorFlow, and keep its arrays as npz."
-    if re.match(
-        r"(error\b|\d{3}:? |not found|entry not found|access (denied|to)|forbidden|unauthorized|invalid )", lower
-    ):
-        return (
-            f"the answer of a server, '{_excerpt(start)}'",
-            "Check the address and your rights to it, and get it again.",
-        )
+        return "the list of a TensorFlow checkpoint", TENSORFLOW
+    if ANSWER.match(lower):
+        return f"the answer of a server, '{_excerpt(start)}'", AGAIN
     return f"text, which begins '{_excerpt(start)}'", EXPECTED
 
 
 def _identify_json(path: Path, text: str) -> tuple[str, str]:
     """Return description and advice for a JSON file."""
-    try:
+    content: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
         content = json.loads(text) if len(text) < HEAD_BYTES // 2 else None
-    except (ValueError, RecursionError):
-        content = None
     if isinstance(content, dict):
         answer = next((content[key] for key in ("error", "message", "detail", "errors") if key in content), None)
         if answer is not None:
-            return f"JSON with the answer of a server, '{_excerpt(str(answer))}'", (
-                "Check the address and your rights to it, and download it again."
-            )
+            return f"JSON with the answer of a server, '{_excerpt(str(answer))}'", AGAIN
         if "weight_map" in content:
             return "an index of weights under another name", f"Call it '{path.stem}.index.json'."
-        return f"JSON with {_first_names(map(str, content))}, as a configuration", EXPECTED
+        return f"JSON with {first_names(map(str, content))}, as a configuration", EXPECTED
     return "JSON", EXPECTED
 
 
@@ -218,7 +216,8 @@ def _excerpt(text: str) -> str:
     return plain if len(plain) <= MAX_EXCERPT else f"{plain[:MAX_EXCERPT]}…"
 
 
-def _first_names(names: Iterable[str]) -> str:
+def first_names(names: Iterable[str]) -> str:
+    """List the first three names, and the number of the others."""
     known = list(names)
     shown = ", ".join(repr(name[:80]) for name in known[:3])
     return shown if len(known) <= 3 else f"{shown} and {len(known) - 3} more"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from regraft.checkpoint.file.format import is_safetensors
-from regraft.checkpoint.file.layout import read_layout
+from regraft.checkpoint.file.layout import damaged_error, read_layout
 from regraft.checkpoint.foreign.kinds import require_torch_zip
 from regraft.checkpoint.foreign.pickle_check import check_legacy, check_pickle
 from regraft.errors import CheckpointError
@@ -45,7 +45,7 @@ def check_container(path: Path) -> None:
 def _check_zip(path: Path, file: IO[bytes], size: int) -> None:
     try:
         if _directory_bytes(file, size) > DIRECTORY_LIMIT_BYTES:
-            raise _damaged_error(path, f"its list of entries takes more than {DIRECTORY_LIMIT_BYTES:,} bytes")
+            raise damaged_error(path, f"its list of entries takes more than {DIRECTORY_LIMIT_BYTES:,} bytes")
         with zipfile.ZipFile(file) as archive:
             _check_entries(path, archive, size)
             require_torch_zip(path, archive.namelist())
@@ -56,7 +56,7 @@ def _check_zip(path: Path, file: IO[bytes], size: int) -> None:
     except CheckpointError:
         raise
     except Exception as error:  # zipfile and NumPy raise many types on malformed data
-        raise _damaged_error(path, f"it is no whole zip file ({type(error).__name__}: {str(error)[:120]})") from error
+        raise damaged_error(path, f"it is no whole zip file ({type(error).__name__}: {str(error)[:120]})") from error
 
 
 def _directory_bytes(file: IO[bytes], size: int) -> int:
@@ -81,12 +81,12 @@ def _check_entries(path: Path, archive: zipfile.ZipFile, size: int) -> None:
         name = entry.filename
         parts = name.split("/")
         if "\\" in name or ".." in parts or parts[0] in ("", "~") or ":" in parts[0] or name != entry.orig_filename:
-            raise _damaged_error(path, f"it has an entry {name[:80]!r}, whose name leads out of it")
+            raise damaged_error(path, f"it has an entry {name[:80]!r}, whose name leads out of it")
         if name in names:
-            raise _damaged_error(path, f"it has the entry {name[:80]!r} twice")
+            raise damaged_error(path, f"it has the entry {name[:80]!r} twice")
         names.add(name)
         if entry.header_offset + entry.compress_size > size or entry.flag_bits & 1:
-            raise _damaged_error(path, f"its entry {name[:80]!r} is encrypted, or is not in it as a whole")
+            raise damaged_error(path, f"its entry {name[:80]!r} is encrypted, or is not in it as a whole")
 
 
 def _check_records(path: Path, file: IO[bytes], archive: zipfile.ZipFile, size: int) -> None:
@@ -95,20 +95,19 @@ def _check_records(path: Path, file: IO[bytes], archive: zipfile.ZipFile, size: 
     packed = [entry for entry in entries.values() if entry.compress_type != zipfile.ZIP_STORED]
     wrong = next((entry for entry in packed if "code" not in entry.filename.split("/")), None)
     if wrong is not None:
-        raise _damaged_error(path, f"its entry {wrong.filename[:80]!r} is compressed, which torch never does")
+        raise damaged_error(path, f"its entry {wrong.filename[:80]!r} is compressed, which torch never does")
     if sum(entry.file_size for entry in packed) > CODE_LIMIT_BYTES:
-        raise _damaged_error(path, f"its code takes more than {CODE_LIMIT_BYTES:,} bytes unpacked")
+        raise damaged_error(path, f"its code takes more than {CODE_LIMIT_BYTES:,} bytes unpacked")
     plain = [entry for entry in entries.values() if entry.compress_type == zipfile.ZIP_STORED]
     claimed = sum(entry.file_size for entry in plain)
     if claimed > size or any(entry.file_size != entry.compress_size for entry in plain):
-        raise _damaged_error(path, f"its entries take {claimed:,} bytes, and the file has {size:,}")
+        raise damaged_error(path, f"its entries take {claimed:,} bytes, and the file has {size:,}")
     for name, entry in entries.items():
         if name.rpartition("/")[2] != "data.pkl" or entry.compress_type != zipfile.ZIP_STORED:
             continue
         if entry.file_size > PICKLE_LIMIT_BYTES:
-            raise _damaged_error(
-                path, f"its entry {name!r} has {entry.file_size:,} bytes, {PICKLE_LIMIT_BYTES:,} are the most"
-            )
+            reason = f"its entry {name!r} has {entry.file_size:,} bytes, {PICKLE_LIMIT_BYTES:,} are the most"
+            raise damaged_error(path, reason)
         folder = name.removesuffix("data.pkl") + "data/"
         records = {
             key.removeprefix(folder): record.file_size for key, record in entries.items() if key.startswith(folder)
@@ -149,10 +148,5 @@ def _check_arrays(path: Path, archive: zipfile.ZipFile, size: int) -> None:
                 "Expected arrays of numbers."
             )
         if any(side < 0 for side in shape) or math.prod(shape) * dtype.itemsize > entry.file_size:
-            raise _damaged_error(
-                path, f"{entry.filename!r} has the shape {str(shape)[:80]}, and {entry.file_size:,} bytes"
-            )
-
-
-def _damaged_error(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"'{path}' is damaged: {reason}. Get or make it again.")
+            reason = f"{entry.filename!r} has the shape {str(shape)[:80]}, and {entry.file_size:,} bytes"
+            raise damaged_error(path, reason)

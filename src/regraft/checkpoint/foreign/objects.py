@@ -9,7 +9,8 @@ run: such a file is no checkpoint.
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ PATHS = frozenset(("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPat
 # fmt: on
 LIBRARIES = ("torch.nn.", "torch.optim.", "torch.distributions.", "numpy.random.")  # their objects become None
 NUMPY_CALLS = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
+NUMPY_NAMES = ("scalar", "_reconstruct", "_frombuffer")
 MAX_NUMBER_BYTES = 16  # of one element of an array
 
 
@@ -56,15 +58,20 @@ def read_beside_objects(path: Path) -> Any:
         CheckpointError: It is damaged, names something that is not data, or holds its weights in an object: a whole
             module, or a tensor subclass of another library.
     """
-    content = read_inert(path, lambda name: _require_data(path, name))
+
+    def require_data(name: str) -> None:
+        if not is_data(name):
+            raise _more_than_tensors_error(path, name)
+
+    content = read_inert(path, require_data)
     if isinstance(content, Stub) and not content.entries:
         raise _more_than_tensors_error(path, content.origin)
     return _to_plain(path, content, (), {})
 
 
-def more_than_tensors(path: Path, name: str) -> str:
-    """Return the message for a file whose weights cannot be loaded without running code from it."""
-    return (
+def _more_than_tensors_error(path: Path, name: str) -> CheckpointError:
+    """Return the error for a file whose weights cannot be loaded without running code from it."""
+    return CheckpointError(
         f"'{path}' holds more than tensors ({name}), and reading it would run code from it. Its tensors can be taken "
         f"out without running any: `regraft convert {path.name} OUT.safetensors --tensors-only`."
     )
@@ -87,18 +94,6 @@ def is_data(name: str) -> bool:
     return "." in name
 
 
-NUMPY_NAMES = ("scalar", "_reconstruct", "_frombuffer")
-
-
-def _require_data(path: Path, name: str) -> None:
-    if not is_data(name):
-        raise _more_than_tensors_error(path, name)
-
-
-def _more_than_tensors_error(path: Path, name: str) -> CheckpointError:
-    return CheckpointError(more_than_tensors(path, name))
-
-
 def _to_plain(path: Path, value: Any, place: tuple[str, ...], known: dict[int, Any]) -> Any:
     """Replace objects by their entries or None; NumPy arrays of a state dict become tensors.
 
@@ -107,12 +102,18 @@ def _to_plain(path: Path, value: Any, place: tuple[str, ...], known: dict[int, A
         value: An unpickled value.
         place: The keys that lead to it.
         known: Identity of a converted value → its result, as values may be shared.
+
+    Raises:
+        CheckpointError: An object in the place of the weights holds tensors, as a whole module does; or a tensor is of
+            another class.
     """
     if isinstance(value, (list, tuple)) and len(place) <= DEPTH:
         return [_to_plain(path, item, (*place, str(position)), known) for position, item in enumerate(value)]
     entries = value.entries if isinstance(value, Stub) else value
     if isinstance(value, Stub) and not entries:
-        return _leave_out(path, value, place)
+        if place and place[-1] in WRAPPERS and may_hold_weights(".".join(place)) and _holds_tensors(value):
+            raise _more_than_tensors_error(path, value.origin)
+        return None
     if not isinstance(entries, Mapping) or len(place) > DEPTH:
         return value if not isinstance(value, Stub) else None
     if id(value) in known:
@@ -135,34 +136,18 @@ def _to_plain(path: Path, value: Any, place: tuple[str, ...], known: dict[int, A
     return known[id(value)]
 
 
-def _leave_out(path: Path, value: Stub, place: tuple[str, ...]) -> None:
-    """Return None for an object that is not needed.
-
-    Raises:
-        CheckpointError: It is in the place of the weights and holds tensors, as a whole module does.
-    """
-    if place and place[-1] in WRAPPERS and may_hold_weights(".".join(place)) and _holds_tensors(value):
-        raise _more_than_tensors_error(path, value.origin)
-
-
-def _holds_tensors(value: Any) -> bool:
-    return any(isinstance(item, torch.Tensor) for item in _walk(value, 0))
-
-
-def _walk(value: Any, depth: int) -> Iterator[Any]:
-    """List an object and everything in it, down to the depth at which files keep weights."""
-    yield value
-    if depth > DEPTH:
-        return
-    items: list[Any] = []
+def _holds_tensors(value: Any, depth: int = 0) -> bool:
+    """Return whether an object is or holds a tensor, down to the depth at which files keep weights."""
+    if isinstance(value, torch.Tensor) or depth > DEPTH:
+        return isinstance(value, torch.Tensor)
+    items: Iterable[Any] = ()
     if isinstance(value, Stub):
-        items = [*value.arguments, value.state, *value.entries.values(), *value.elements]
+        items = (*value.arguments, value.state, *value.entries.values(), *value.elements)
     elif isinstance(value, Mapping):
-        items = list(value.values())
+        items = value.values()
     elif isinstance(value, (list, tuple)):
-        items = list(value)
-    for item in items[:10_000]:
-        yield from _walk(item, depth + 1)
+        items = value
+    return any(_holds_tensors(item, depth + 1) for item in islice(items, 10_000))
 
 
 def _array_to_tensor(value: Any) -> torch.Tensor | None:

@@ -29,6 +29,9 @@ from typing import IO, Any
 import torch
 from torch import nn
 
+from regraft.checkpoint.foreign.kinds import unreadable_error
+from regraft.checkpoint.foreign.restricted_unpickler import STORAGES
+from regraft.checkpoint.foreign.state_dicts import is_extra_state
 from regraft.errors import CheckpointError
 from regraft.torch_internals import PYTHON2_MODULES, PYTHON2_NAMES
 
@@ -38,7 +41,7 @@ MAX_DEPTH = 50  # tuples within each other
 MAX_TUPLE = 1_000_000  # values in one tuple, including those in tuples within it
 MAX_NAME = 1000  # characters
 FREE_BYTES = 2**20  # size of a tensor that may exceed its stored bytes, as an expanded scalar does
-EXTRA_STATE = "_extra_state"  # ending of the name of a layer's extra state
+EXPECTED_TORCH = "Expected a safetensors file or one that torch.save wrote."
 LEGACY_PICKLES = 5  # magic number, version, machine, content, keys of storages
 
 # The functions that a file of weights needs. torch's own list of safe names is longer.
@@ -46,13 +49,10 @@ _CALLS = frozenset(
     f"torch._utils._rebuild_{name}"
     for name in ("parameter", "parameter_with_state", "qtensor", "tensor", "tensor_v2", "tensor_v3", "sparse_tensor")
 ) | {"torch._tensor._rebuild_from_type_v2", "torch.nn.parameter.Parameter", "torch.serialization._get_layout"}
-_CALLS |= {"torch.Size", "torch.device", "_codecs.encode", "collections.OrderedDict", "collections.Counter"}
-_CALLS |= {"builtins.set", "builtins.complex"}
+_CALLS |= {"torch.Size", "torch.device"}
 _OF_TORCH = ("torch", "torch._utils", "torch._tensor", "torch.storage", "torch.serialization", "torch.nn.parameter")
-_ITEM_BYTES = {"ByteStorage": 1, "CharStorage": 1, "BoolStorage": 1, "UntypedStorage": 1, "QUInt8Storage": 1}
-_ITEM_BYTES |= {"QInt8Storage": 1, "QUInt4x2Storage": 1, "QUInt2x4Storage": 1, "ShortStorage": 2, "HalfStorage": 2}
-_ITEM_BYTES |= {"BFloat16Storage": 2, "IntStorage": 4, "FloatStorage": 4, "QInt32Storage": 4, "LongStorage": 8}
-_ITEM_BYTES |= {"DoubleStorage": 8, "ComplexFloatStorage": 8, "ComplexDoubleStorage": 16}
+_ITEM_BYTES = {name: dtype.itemsize for name, dtype in STORAGES.items()} | {"QInt32Storage": 4}
+_ITEM_BYTES |= dict.fromkeys(("QInt8Storage", "QUInt8Storage", "QUInt4x2Storage", "QUInt2x4Storage"), 1)
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _to_plain(path: Path, value: Any, known: dict[int, Any], depth: int) -> Any:
 
 def _is_extra_state(name: Any, value: Any) -> bool:
     """Return whether a value is the extra state of a layer and holds plain data only, so that it is kept unchanged."""
-    return isinstance(name, str) and name.endswith(EXTRA_STATE) and _is_simple(value, 0)
+    return isinstance(name, str) and is_extra_state(name) and _is_simple(value, 0)
 
 
 def _is_simple(value: Any, depth: int) -> bool:
@@ -195,14 +195,12 @@ def _plain_tensor(path: Path, tensor: torch.Tensor) -> torch.Tensor:
                 "plain ones. Call dequantize() on them where the file was made, and save the result."
             )
         kind = str(plain.layout).removeprefix("torch.")
-        raise _refusal_error(
-            path, f"it holds a tensor that is {kind} on '{plain.device}', expected a plain one with values"
-        )
+        reason = f"it holds a tensor that is {kind} on '{plain.device}', expected a plain one with values"
+        raise _refusal_error(path, reason)
     needed, stored = plain.numel() * plain.itemsize, plain.untyped_storage().nbytes()
     if needed > max(stored, FREE_BYTES):
-        raise _refusal_error(
-            path, f"a tensor of the shape {tuple(plain.shape)} takes {needed:,} bytes, and {stored:,} are stored"
-        )
+        reason = f"a tensor of the shape {tuple(plain.shape)} takes {needed:,} bytes, and {stored:,} are stored"
+        raise _refusal_error(path, reason)
     # torch calls a tensor of one element contiguous whatever its strides are, but viewing it as bytes then fails.
     return plain.clone(memory_format=torch.contiguous_format) if needed <= plain.itemsize else plain
 
@@ -237,7 +235,7 @@ class _Interpreter:
         except CheckpointError:
             raise
         except Exception as error:  # pickletools raises many types on malformed data
-            raise _no_pickle_error(self._path) from error
+            raise no_pickle_error(self._path) from error
 
     def _apply_opcode(self, name: str, argument: Any) -> None:
         """Apply one opcode to the simulated stack and memo."""
@@ -278,12 +276,12 @@ class _Interpreter:
                 self._check_storage(*self._pop(1))
                 stack.append(_ANY_VALUE)
             case _:
-                raise _no_pickle_error(self._path)
+                raise no_pickle_error(self._path)
 
     def _pop(self, count: int) -> list[Any]:
         """Pop the last `count` values."""
         if len(self._stack) < count:
-            raise _no_pickle_error(self._path)
+            raise no_pickle_error(self._path)
         items = self._stack[-count:]
         del self._stack[-count:]
         return items
@@ -318,8 +316,7 @@ class _Interpreter:
         Raises:
             CheckpointError: It is a function of torch that no file of weights needs.
         """
-        python3_name = PYTHON2_NAMES.get((module, last))
-        module, last = python3_name if python3_name is not None else (PYTHON2_MODULES.get(module, module), last)
+        module, last = PYTHON2_NAMES.get((module, last)) or (PYTHON2_MODULES.get(module, module), last)
         name = f"{module}.{last}"
         if len(name) > MAX_NAME:
             raise _refusal_error(self._path, f"it names something of {len(name):,} characters")
@@ -345,7 +342,7 @@ class _Interpreter:
         self._objects += 1
         name = function.name if isinstance(function, _Global) else ""
         items = arguments.items if isinstance(arguments, _Value) else None
-        if name.startswith("torch.") and name not in _CALLS and name.rpartition(".")[0] in _OF_TORCH:
+        if name not in _CALLS and name.rpartition(".")[0] in _OF_TORCH:
             raise _refusal_error(self._path, f"it calls {name}")
         if name == "_codecs.encode" and (items is None or items[1:] != ("latin1",)):
             raise _refusal_error(self._path, "it calls _codecs.encode for another encoding than latin1")
@@ -380,17 +377,14 @@ class _Interpreter:
         self._claimed += 0 if self._claims.get(key) == claimed else claimed
         self._claims[key] = claimed
         if claimed > available or (isinstance(self._records, int) and self._claimed > available):
-            raise _refusal_error(
-                self._path, f"the storage '{key[:40]}' claims {count:,} × {_ITEM_BYTES[name]} bytes of {available:,}"
-            )
+            reason = f"the storage '{key[:40]}' claims {count:,} × {_ITEM_BYTES[name]} bytes of {available:,}"
+            raise _refusal_error(self._path, reason)
 
 
 def _refusal_error(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"'{path}' cannot be read as weights: {reason}. Get or make the file again.")
+    return unreadable_error(path, reason, "Get or make the file again.")
 
 
-def _no_pickle_error(path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"'{path}' cannot be read as weights: UnpicklingError: no pickle that holds tensors. "
-        "Expected a safetensors file or one that torch.save wrote."
-    )
+def no_pickle_error(path: Path) -> CheckpointError:
+    """Return the error for a file that is no pickle, or one that holds no tensors."""
+    return unreadable_error(path, "UnpicklingError: no pickle that holds tensors", EXPECTED_TORCH)

@@ -208,21 +208,16 @@ def _broadcast_scale(scale: torch.Tensor, shape: torch.Size, name: str) -> torch
 
 def _refuse_schemes(tensors: Tensors, ends: Collection[str], path: object) -> None:
     """Refuse files of the schemes in `SCHEMES`, unless the model has tensors of these names itself."""
+    foreign = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] not in ends}
     for pattern, scheme in SCHEMES:
-        for name, tensor in tensors.items():
+        for name, tensor in foreign.items():
             match = re.search(pattern, f".{name}")
-            if (
-                match is None
-                or name.rpartition(".")[2] in ends
-                or (pattern == r"_blocks$" and not _is_mxfp4(name, tensors))
-            ):
+            if match is None or (pattern == r"_blocks$" and not _is_mxfp4(name, tensors)):
                 continue
             if tensor.dtype.is_floating_point and scheme == "" and tensor.ndim:
                 continue  # a plain weight with such a name
-            if not scheme:
-                has_order = f"{_parent(name)}g_idx" in tensors
-                raise _refusal_error(path, "GPTQ" if has_order else "AWQ", name)
-            raise _refusal_error(path, match.expand(scheme), name)
+            of_qweight = "GPTQ" if f"{_parent(name)}g_idx" in tensors else "AWQ"
+            raise _refusal_error(path, match.expand(scheme) or of_qweight, name)
 
 
 def _is_mxfp4(name: str, tensors: Tensors) -> bool:

@@ -4,17 +4,19 @@ import pickle
 import re
 import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from regraft.checkpoint.file.format import is_safetensors, read_index
+from regraft.checkpoint.file.layout import damaged_error
 from regraft.checkpoint.file.shards import weight_map_in
-from regraft.checkpoint.foreign.kinds import describe_folder, require_weights
+from regraft.checkpoint.foreign.kinds import describe_folder, first_line, require_weights, unreadable_error
 from regraft.checkpoint.foreign.limits import check_container
 from regraft.checkpoint.foreign.objects import read_beside_objects
-from regraft.checkpoint.foreign.pickle_check import to_plain_data
+from regraft.checkpoint.foreign.pickle_check import EXPECTED_TORCH, no_pickle_error, to_plain_data
 from regraft.checkpoint.foreign.restricted_unpickler import read_pickled, read_torchscript
 from regraft.checkpoint.foreign.state_dicts import StateDict, StateDicts, Tensors, listed, split_extra, state_dicts_of
 from regraft.errors import CheckpointError
@@ -70,17 +72,13 @@ def read_foreign(path: Path, *, tensors_only: bool = False) -> StateDicts:
         tensors, skipped = _read_arrays(path)
         return StateDicts(path, (StateDict((), tensors),), left_out=skipped)
     if kind == "torchscript":
-        tensors = read_torchscript(path)
-        if not tensors:
+        entry = StateDict((), read_torchscript(path))
+        if not entry.tensors:
             raise CheckpointError(f"'{path}' is a TorchScript archive without parameters or buffers.")
-        return StateDicts(
-            path, (StateDict((), tensors),), notes=("read from a TorchScript archive; its code was not run",)
-        )
+        return StateDicts(path, (entry,), notes=("read from a TorchScript archive; its code was not run",))
     if tensors_only:
-        contents = state_dicts_of(read_pickled(path), path)
-        return StateDicts(
-            path, contents.entries, contents.left_out, ("its tensors were taken out; no code of it was run",)
-        )
+        notes = ("its tensors were taken out; no code of it was run",)
+        return replace(state_dicts_of(read_pickled(path), path), notes=notes)
     return state_dicts_of(_read_torch(path), path)
 
 
@@ -129,13 +127,11 @@ def _read_torch(path: Path) -> Any:
             warnings.simplefilter("ignore")  # about the age of the file's format
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        if isinstance(error, pickle.UnpicklingError) and FOREIGN_NAME.search(str(error)):
-            return to_plain_data(path, read_beside_objects(path), path.stat().st_size)
-        reason = "no pickle that holds tensors" if isinstance(error, pickle.UnpicklingError) else str(error)
-        raise CheckpointError(
-            f"'{path}' cannot be read as weights: {type(error).__name__}: {reason.partition(chr(10))[0][:200]}. "
-            "Expected a safetensors file or one that torch.save wrote."
-        ) from error
+        if not isinstance(error, pickle.UnpicklingError):
+            raise unreadable_error(path, first_line(error), EXPECTED_TORCH) from error
+        if not FOREIGN_NAME.search(str(error)):
+            raise no_pickle_error(path) from error
+        content = read_beside_objects(path)
     return to_plain_data(path, content, path.stat().st_size)
 
 
@@ -144,10 +140,9 @@ def _read_safetensors(path: Path) -> Tensors:
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"'{path}' is damaged: {error}. Get or make it again.") from error
-    return tensors
+        raise damaged_error(path, str(error)) from error
 
 
 def _read_arrays(path: Path) -> tuple[Tensors, tuple[str, ...]]:
@@ -169,11 +164,8 @@ def _read_arrays(path: Path) -> tuple[Tensors, tuple[str, ...]]:
                     continue
                 tensors[name] = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
     except Exception as error:
-        reason = str(error).partition("\n")[0][:200]
-        raise CheckpointError(
-            f"'{path}' cannot be read as weights: {type(error).__name__}: {reason}. "
-            "Expected an npz archive with arrays of numbers alone."
-        ) from error
+        advice = "Expected an npz archive with arrays of numbers alone."
+        raise unreadable_error(path, first_line(error), advice) from error
     if not tensors:
         raise CheckpointError(f"'{path}' holds no array of numbers. Expected names with arrays.")
     return tensors, tuple(skipped)
@@ -187,7 +179,8 @@ def _read_shards(path: Path) -> StateDicts:
     """
     weight_map = weight_map_in(path, read_index(path, of=INDEXED), suffix="", of=INDEXED)
     tensors: Tensors = {}
-    for file in dict.fromkeys(weight_map.values()):
+    files = dict.fromkeys(weight_map.values())
+    for file in files:
         if not file.is_file():
             raise CheckpointError(f"'{path}' names the part '{file.name}', which is not beside it. Get the whole set.")
         if kind_of(file) == "index":
@@ -202,7 +195,5 @@ def _read_shards(path: Path) -> StateDicts:
             )
         tensors |= {name: held[name] for name in names}
     ordered = {name: tensors[name] for name in weight_map}
-    count = len(set(weight_map.values()))
-    return StateDicts(
-        path, (StateDict((), ordered, is_ordered=False),), notes=(f"read from {count} files that the index names",)
-    )
+    notes = (f"read from {len(files)} files that the index names",)
+    return StateDicts(path, (StateDict((), ordered, is_ordered=False),), notes=notes)

@@ -9,12 +9,13 @@ import itertools
 import math
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from regraft.checkpoint.foreign.kinds import first_line, unreadable_error
 from regraft.checkpoint.foreign.state_dicts import DEPTH
 from regraft.errors import CheckpointError
 from regraft.torch_internals import PYTHON2_MODULES, PYTHON2_NAMES
@@ -71,9 +72,7 @@ class Stub:
         """Store one element, as pickles of lists add it."""
         self.elements.append(value)
 
-    def add(self, value: Any) -> None:
-        """Store one element, as pickles of sets add it."""
-        self.elements.append(value)
+    add = append  # as pickles of sets add it
 
 
 class _Function:
@@ -136,7 +135,7 @@ def read_torchscript(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: It is damaged, or not such an archive.
     """
-    return tensors_within(_from_archive(path))
+    return tensors_within(read_inert(path))
 
 
 def read_pickled(path: Path) -> Any:
@@ -158,7 +157,13 @@ def read_inert(path: Path, check: Check = lambda name: None) -> Any:
     Raises:
         CheckpointError: It is damaged, or not such a file, or `check` refuses it.
     """
-    return _from_archive(path, check) if zipfile.is_zipfile(path) else _from_legacy(path, check)
+    try:
+        return _from_archive(path, check) if zipfile.is_zipfile(path) else _from_legacy(path, check)
+    except CheckpointError:
+        raise
+    except Exception as error:  # an unpickler may raise anything on damaged data
+        advice = "Expected a whole file that torch wrote; get or make it again."
+        raise unreadable_error(path, first_line(error), advice) from error
 
 
 def tensors_within(value: Any) -> dict[str, torch.Tensor]:
@@ -168,34 +173,33 @@ def tensors_within(value: Any) -> dict[str, torch.Tensor]:
         CheckpointError: Its layers contain themselves.
     """
     tensors: dict[str, torch.Tensor] = {}
-    _collect_tensors(value, "", tensors, itertools.count(), 0)
+    visits = itertools.count()
+
+    def collect(value: Any, prefix: str, depth: int) -> None:
+        """Add the tensors of a layer and of the layers in it."""
+        if depth > DEPTH_LIMIT or next(visits) > VISIT_LIMIT:
+            raise CheckpointError(
+                f"layers lie within layers more than {DEPTH_LIMIT} deep, or are more than {VISIT_LIMIT:,}: this is no "
+                "network. Expected a module that torch.save or torch.jit.save wrote."
+            )
+        state = value.state if isinstance(value, Stub) else value
+        if not isinstance(state, Mapping):
+            return
+        if "_modules" in state and "_parameters" in state:  # a pickled nn.Module
+            left_out = state.get("_non_persistent_buffers_set") or ()
+            own = {**_as_dict(state["_parameters"]), **_as_dict(state.get("_buffers"))}
+            members = {key: member for key, member in own.items() if key not in left_out}
+            members |= _as_dict(state["_modules"])
+        else:  # a scripted module, whose parameters, buffers and layers are attributes
+            members = dict(state)
+        for key, member in members.items():
+            if isinstance(member, torch.Tensor):
+                tensors[f"{prefix}{key}"] = member
+            elif isinstance(member, Stub):
+                collect(member, f"{prefix}{key}.", depth + 1)
+
+    collect(value, "", 0)
     return tensors
-
-
-def _collect_tensors(
-    value: Any, prefix: str, tensors: dict[str, torch.Tensor], visits: Iterator[int], depth: int
-) -> None:
-    """Add the tensors of a layer and of the layers in it to `tensors`, under their names in a state dict."""
-    if depth > DEPTH_LIMIT or next(visits) > VISIT_LIMIT:
-        raise CheckpointError(
-            f"layers lie within layers more than {DEPTH_LIMIT} deep, or are more than {VISIT_LIMIT:,}: this is no "
-            "network. Expected a module that torch.save or torch.jit.save wrote."
-        )
-    state = value.state if isinstance(value, Stub) else value
-    if not isinstance(state, Mapping):
-        return
-    if "_modules" in state and "_parameters" in state:  # a pickled nn.Module
-        left_out = state.get("_non_persistent_buffers_set") or ()
-        own = {**_as_dict(state["_parameters"]), **_as_dict(state.get("_buffers"))}
-        members = {key: member for key, member in own.items() if key not in left_out}
-        members |= _as_dict(state["_modules"])
-    else:  # a scripted module, whose parameters, buffers and layers are attributes
-        members = dict(state)
-    for key, member in members.items():
-        if isinstance(member, torch.Tensor):
-            tensors[f"{prefix}{key}"] = member
-        elif isinstance(member, Stub):
-            _collect_tensors(member, f"{prefix}{key}.", tensors, visits, depth + 1)
 
 
 def _replace_modules(content: Any, results: dict[int, Any], depth: int = 0) -> Any:
@@ -215,34 +219,29 @@ def _as_dict(value: Any) -> dict[Any, Any]:
     return dict(value) if isinstance(value, Mapping) else {}
 
 
-def _from_archive(path: Path, check: Check = lambda name: None) -> Any:
+def _from_archive(path: Path, check: Check) -> Any:
     """Unpickle `data.pkl` of the zip archives that torch.save and torch.jit.save write."""
     size = path.stat().st_size
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {info.filename: info for info in archive.infolist()}
-            main = next((name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")), None)
-            if main is None:
-                raise CheckpointError(f"'{path}' is a zip archive without a data.pkl, so torch did not write it.")
-            root = main.removesuffix("data.pkl")
-            if f"{root}byteorder" in members and archive.read(f"{root}byteorder").strip() != b"little":
-                raise CheckpointError(f"'{path}' was written on a machine with another byte order.")
-            storages: dict[str, torch.Tensor] = {}
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: info for info in archive.infolist()}
+        main = next((name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")), None)
+        if main is None:
+            raise CheckpointError(f"'{path}' is a zip archive without a data.pkl, so torch did not write it.")
+        root = main.removesuffix("data.pkl")
+        if f"{root}byteorder" in members and archive.read(f"{root}byteorder").strip() != b"little":
+            raise CheckpointError(f"'{path}' was written on a machine with another byte order.")
+        storages: dict[str, torch.Tensor] = {}
 
-            def fetch(key: str, dtype: torch.dtype, count: int) -> torch.Tensor:
-                if key not in storages:
-                    info = _require_uncompressed(members[f"{root}data/{key}"])
-                    if info.file_size + sum(flat.nbytes for flat in storages.values()) > size:
-                        raise pickle.UnpicklingError("its storages are larger than the file")
-                    storages[key] = torch.frombuffer(bytearray(archive.read(info)) or bytearray(1), dtype=torch.uint8)
-                return storages[key][: count * dtype.itemsize].view(dtype)
+        def fetch(key: str, dtype: torch.dtype, count: int) -> torch.Tensor:
+            if key not in storages:
+                info = _require_uncompressed(members[f"{root}data/{key}"])
+                if info.file_size + sum(flat.nbytes for flat in storages.values()) > size:
+                    raise pickle.UnpicklingError("its storages are larger than the file")
+                storages[key] = torch.frombuffer(bytearray(archive.read(info)) or bytearray(1), dtype=torch.uint8)
+            return storages[key][: count * dtype.itemsize].view(dtype)
 
-            with archive.open(_require_uncompressed(members[main])) as file:
-                return InertUnpickler(file, fetch, check).load()
-    except CheckpointError:
-        raise
-    except Exception as error:  # an unpickler may raise anything on damaged data
-        raise _damaged_error(path, error) from error
+        with archive.open(_require_uncompressed(members[main])) as file:
+            return InertUnpickler(file, fetch, check).load()
 
 
 def _require_uncompressed(info: zipfile.ZipInfo) -> zipfile.ZipInfo:
@@ -264,34 +263,21 @@ def _from_legacy(path: Path, check: Check) -> Any:
             storages[key] = dtype, torch.zeros(count, dtype=dtype)
         return storages[key][1]
 
-    try:
-        with path.open("rb") as file:
-            if InertUnpickler(file, fetch).load() != LEGACY_MAGIC:
-                raise pickle.UnpicklingError("it does not begin as torch.save begins")
-            for _ in range(2):  # the protocol, and the properties of the machine
-                InertUnpickler(file, fetch).load()
-            content = InertUnpickler(file, fetch, check).load()
-            for key in InertUnpickler(file, fetch).load():
-                count = int.from_bytes(file.read(8), "little")
-                dtype, flat = storages[key]
-                raw = file.read(flat.nbytes)
-                if count != flat.numel() or len(raw) != flat.nbytes:
-                    raise pickle.UnpicklingError(f"the storage {key} is cut off")
-                if raw:
-                    flat.copy_(torch.frombuffer(bytearray(raw), dtype=dtype))
-        return content
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise _damaged_error(path, error) from error
-
-
-def _damaged_error(path: Path, error: Exception) -> CheckpointError:
-    reason = str(error).partition("\n")[0][:200]
-    return CheckpointError(
-        f"'{path}' cannot be read as weights: {type(error).__name__}: {reason}. "
-        "Expected a whole file that torch wrote; get or make it again."
-    )
+    with path.open("rb") as file:
+        if InertUnpickler(file, fetch).load() != LEGACY_MAGIC:
+            raise pickle.UnpicklingError("it does not begin as torch.save begins")
+        for _ in range(2):  # the protocol, and the properties of the machine
+            InertUnpickler(file, fetch).load()
+        content = InertUnpickler(file, fetch, check).load()
+        for key in InertUnpickler(file, fetch).load():
+            count = int.from_bytes(file.read(8), "little")
+            dtype, flat = storages[key]
+            raw = file.read(flat.nbytes)
+            if count != flat.numel() or len(raw) != flat.nbytes:
+                raise pickle.UnpicklingError(f"the storage {key} is cut off")
+            if raw:
+                flat.copy_(torch.frombuffer(bytearray(raw), dtype=dtype))
+    return content
 
 
 def _rebuild_tensor(
@@ -303,17 +289,9 @@ def _rebuild_tensor(
     return torch.as_strided(flat, tuple(size), tuple(stride), offset)
 
 
-def _rebuild_view(
-    flat: torch.Tensor,
-    offset: int,
-    size: Sequence[int],
-    stride: Sequence[int],
-    grad: Any,
-    hooks: Any,
-    dtype: Any,
-    *_: Any,
-) -> torch.Tensor:
+def _rebuild_view(flat: torch.Tensor, *arguments: Any) -> torch.Tensor:
     """Rebuild a tensor of a dtype without a storage class of its own, such as eight-bit floats."""
+    offset, size, stride, _, _, dtype = arguments[:6]
     if not isinstance(dtype, torch.dtype) or flat.nbytes % dtype.itemsize:
         raise pickle.UnpicklingError("a tensor of no known dtype")
     return _rebuild_tensor(flat.view(dtype), offset, size, stride)

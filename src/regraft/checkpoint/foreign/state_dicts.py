@@ -5,7 +5,7 @@ import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +30,7 @@ DEPTH = 5
 EXTRA_STATE = "_extra_state"  # its name in torch's state dicts
 
 Tensors = dict[str, torch.Tensor]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -125,16 +126,17 @@ def state_dicts_of(content: Any, path: Path) -> StateDicts:
     Raises:
         CheckpointError: It holds no state dict.
     """
-    entries = tuple(_find(content, (), set())) if isinstance(content, Mapping) else ()
+    is_dict = isinstance(content, Mapping)
+    entries = tuple(_find(content, (), set())) if is_dict else ()
     if not entries:
-        is_dict = isinstance(content, Mapping)
         description = f"a dict with {', '.join(map(repr, list(content)[:8]))}" if is_dict else reprlib.repr(content)
         raise CheckpointError(f"'{path}' holds no state dict, but {description[:200]}. Expected names with tensors.")
     tops = {entry.path[0] for entry in entries if entry.path}
     has_own = any(not entry.path for entry in entries)
-    values = content.items() if isinstance(content, Mapping) else ()
     left_out = tuple(
-        str(key) for key, value in values if str(key) not in tops and not (has_own and isinstance(value, torch.Tensor))
+        str(key)
+        for key, value in content.items()
+        if str(key) not in tops and not (has_own and isinstance(value, torch.Tensor))
     )
     return StateDicts(path, entries, left_out)
 
@@ -144,15 +146,10 @@ def is_extra_state(name: str) -> bool:
     return name.rpartition(".")[2] == EXTRA_STATE
 
 
-def split_extra(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
-    """Split a state dict into weights and extra states of layers."""
+def split_extra(tensors: dict[str, Value]) -> tuple[dict[str, Value], dict[str, Value]]:
+    """Split a state dict, or what a file has for its names, into weights and extra states of layers."""
     extra = {name: tensor for name, tensor in tensors.items() if is_extra_state(name)}
     return {name: tensor for name, tensor in tensors.items() if name not in extra}, extra
-
-
-def tensors_of(content: Mapping[Any, Any]) -> Tensors:
-    """Return the tensors among the values of a dict, by name."""
-    return {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
 
 
 def listed(entries: Sequence[StateDict]) -> str:
@@ -164,7 +161,7 @@ def _find(content: Mapping[Any, Any], path: tuple[str, ...], seen: set[int]) -> 
     if len(path) > DEPTH or id(content) in seen or {"state", "param_groups"} <= content.keys():  # of an optimizer
         return
     seen.add(id(content))
-    own = tensors_of(content)
+    own = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
     nested = [
         (key, value)
         for name, item in content.items()

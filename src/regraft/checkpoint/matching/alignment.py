@@ -8,8 +8,9 @@ similar the names are. It is computed from the front and from the back: a pair o
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from string import digits
 
 ROLES = ("weight", "bias", "running_mean", "running_var")
 COUNTER = "num_batches_tracked"
@@ -120,11 +121,7 @@ def words_of(path: str) -> list[tuple[str, str]]:
     >>> words_of("layer1.0.conv2")
     [('layer', '1'), ('', '0'), ('conv', '2')]
     """
-    pieces = []
-    for part in path.split("."):
-        number = re.search(r"\d+$", part)
-        pieces.append((part[: number.start()] if number else part, number[0] if number else ""))
-    return pieces
+    return [(word := part.rstrip(digits), part.removeprefix(word)) for part in path.split(".")]
 
 
 def path_similarity(a: str, b: str) -> float:
@@ -145,11 +142,8 @@ def _parsed(path: str) -> tuple[frozenset[str], dict[str, int]]:
 
 def _unit(path: str, members: dict[str, str], shapes: Mapping[str, Shape]) -> Unit:
     exact = tuple(sorted((role, shapes[name]) for role, name in members.items()))
-    return Unit(path, members, tuple((role, _squeezed(shape)) for role, shape in exact), exact)
-
-
-def _squeezed(shape: Iterable[int]) -> Shape:
-    return tuple(side for side in shape if side != 1)
+    signature = tuple((role, tuple(side for side in shape if side != 1)) for role, shape in exact)
+    return Unit(path, members, signature, exact)
 
 
 def _subsequence(file_units: Sequence[Unit], model_units: Sequence[Unit], *, by_name: bool) -> list[tuple[int, int]]:

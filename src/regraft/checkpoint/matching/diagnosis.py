@@ -24,10 +24,8 @@ def diagnose(
         others: State dicts of the file that were not loaded.
         may_adapt: Whether the caller has an argument `adapt`.
     """
-    causes, advice = [], []
-    for cause, suggestion in _explain(report, proposal, fitter, may_adapt=may_adapt):
-        causes.append(cause)
-        advice += [suggestion] if suggestion else []
+    explained = list(_explain(report, proposal, fitter, may_adapt=may_adapt))
+    advice = [suggestion for _, suggestion in explained if suggestion]
     averages = [entry for entry in others if entry.is_average]
     if averages:
         advice.append(f"the file also has averaged weights, {listed(averages)}: take them with entry= (--entry)")
@@ -35,7 +33,7 @@ def diagnose(
         prefix = proposal.averages[0]
         pattern = prefix.rstrip(".").replace(".", r"\.")
         advice.append(f"the file also has averaged weights under '{prefix}': rename={{r'^{pattern}\\.': ''}}")
-    return "; ".join(causes), "; ".join(advice)
+    return "; ".join(cause for cause, _ in explained), "; ".join(advice)
 
 
 def _explain(report: LoadReport, proposal: Proposal, fitter: Fitter, *, may_adapt: bool) -> Iterator[tuple[str, str]]:
@@ -63,19 +61,12 @@ def _explain(report: LoadReport, proposal: Proposal, fitter: Fitter, *, may_adap
 
 def _explain_shapes(report: LoadReport, fitter: Fitter, *, may_adapt: bool) -> Iterator[tuple[str, str]]:
     # Each group leaves the next what it did not explain: transposed tensors, heads, dtypes, other shapes.
-    transposed = [
-        entry
-        for entry in report.mismatched
-        if len(entry[1]) > 1 and entry[1] != entry[2] and entry[1][::-1] == entry[2]
-    ]
+    unequal = [entry for entry in report.mismatched if entry[1] != entry[2]]
+    transposed = [entry for entry in unequal if len(entry[1]) > 1 and entry[1][::-1] == entry[2]]
     heads = [entry for entry in report.mismatched if fitter.is_in_head(entry[0]) and entry not in transposed]
     if heads:  # one entry stands for all: a weight, of more dimensions, says more than a bias
-        yield _explain_head(
-            max(heads, key=lambda entry: (entry[0] in report.reasons, len(entry[2]))),
-            report,
-            fitter,
-            may_adapt=may_adapt,
-        )
+        entry = max(heads, key=lambda entry: (entry[0] in report.reasons, len(entry[2])))
+        yield _explain_head(entry, report, fitter, may_adapt=may_adapt)
     others = [entry for entry in report.mismatched if entry not in heads]
     if transposed:
         yield (
@@ -117,11 +108,8 @@ def _explain_head(
             "it keeps its values",
             f"train it{options}",
         )
-    if (
-        file_shape[:1] == model_shape[:1]
-        and len(file_shape) == len(model_shape) == SIDES_OF_LINEAR
-        and fitter.is_in_output(name)
-    ):
+    is_linear = len(file_shape) == len(model_shape) == SIDES_OF_LINEAR
+    if file_shape[:1] == model_shape[:1] and is_linear and fitter.is_in_output(name):
         return (
             f"the head '{layer}' is made for {file_shape[1]} features in the file and for {model_shape[1]} in the "
             "model, so its weight keeps its values",

@@ -31,7 +31,6 @@ from regraft.torch_internals import has_loading_code, run_loading_code, with_rep
 
 FILTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained", "_convert_state_dict")
 OPTIONS = ("adapt_layer_scale",)  # arguments of a filter that some families of a module set
-EXTRA_STATE = "_extra_state"
 TABLES: tuple[tuple[str, str], ...] = (  # what libraries rename outside of their layers: torchvision's densenet, and
     # the norm layers of TensorFlow, which Hugging Face's and others' files of converted networks have
     (r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$", r"\1\2"),
@@ -113,9 +112,8 @@ def _fitted_names(tensors: Tensors, slots: Tensors) -> Tensors:
     """Return tensors under the model's names, without wrapper parts and prefixes; unchanged where names would clash."""
     file_shapes, model_shapes = ({name: tuple(t.shape) for name, t in each.items()} for each in (tensors, slots))
     names = fit_names(file_shapes, model_shapes).names
-    return (
-        {names[name]: tensor for name, tensor in tensors.items()} if len(set(names.values())) == len(names) else tensors
-    )
+    has_clash = len(set(names.values())) < len(names)
+    return tensors if has_clash else {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def _count_filled(tensors: Tensors, slots: Tensors) -> int:
@@ -161,21 +159,15 @@ def _timm_filters(model: nn.Module) -> Iterator[Conversion]:
     if module is None or not module.__name__.startswith("timm.models."):
         return
     for name in FILTERS:
-        function = getattr(module, name, None)
-        if not callable(function):
+        function: Any = getattr(module, name, None)
+        if function is None:
             continue
         known = inspect.signature(function).parameters
         for options in ({}, *({option: True} for option in OPTIONS if option in known)):
-            yield _as_conversion(function, options, takes_model="model" in known)
-
-
-def _as_conversion(function: Callable[..., Any], options: Mapping[str, bool], *, takes_model: bool) -> Conversion:
-    """Wrap a filter of timm as a `Conversion`."""
-
-    def convert(model: nn.Module, tensors: Tensors, slots: Mapping[str, torch.Tensor]) -> Tensors | None:
-        return function(tensors, *([model] if takes_model else []), **options)
-
-    return convert
+            if "model" in known:
+                yield lambda model, tensors, slots, run=function, options=options: run(tensors, model, **options)
+            else:
+                yield lambda model, tensors, slots, run=function, options=options: run(tensors, **options)
 
 
 def _by_transformers(model: Any, tensors: Tensors, slots: Mapping[str, torch.Tensor]) -> Tensors:

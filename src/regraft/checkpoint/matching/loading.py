@@ -213,10 +213,9 @@ def _plan_entry(model: nn.Module, slots: Tensors, contents: StateDicts, chosen: 
     values, matches, mismatched, adapted = _fit_tensors(
         proposal, tensors, slots, fitter, "ambiguous" if by_shape else rules.accept
     )
-    report = _build_report(slots, contents, chosen, proposal, fitter, (values, matches, mismatched, adapted))
     rest = [entry for entry in contents.entries if entry.key not in (chosen.key, *chosen.parts)]
+    report = _build_report(slots, contents, chosen, rest, proposal, fitter, (values, matches, mismatched, adapted))
     cause, suggestion = diagnose(report, proposal, fitter, rest, may_adapt=rules.may_adapt)
-    report = replace(report, cause=cause, suggestion=suggestion)
     matches = tuple(
         replace(
             pair,
@@ -229,6 +228,8 @@ def _plan_entry(model: nn.Module, slots: Tensors, contents: StateDicts, chosen: 
     extra, absent, surplus = _match_extra_states(model, chosen.extra)
     report = replace(
         report,
+        cause=cause,
+        suggestion=suggestion,
         matches=matches,
         loaded=(*report.loaded, *(f"{path}.{EXTRA_STATE}".lstrip(".") for path in extra)),
         missing=(*report.missing, *absent),
@@ -282,6 +283,7 @@ def _build_report(
     slots: Tensors,
     contents: StateDicts,
     chosen: StateDict,
+    rest: Sequence[StateDict],
     proposal: Proposal,
     fitter: Fitter,
     parts: tuple[Tensors, list[Match], dict[str, str], list[Adaptation]],
@@ -289,20 +291,14 @@ def _build_report(
     """Make the report of a plan, without cause and suggestion."""
     values, matches, mismatched, adapted = parts
     filled = {id(slots[name]) for name in values}  # by identity: tied tensors are filled together
+    empty = [name for name, slot in slots.items() if id(slot) not in filled]
     used = {match.source for match in proposal.matches}
     shapes = {match.name: match.shape for match in proposal.matches}
-    others = tuple(
-        entry.key for entry in contents.entries if entry.key and entry.key not in (chosen.key, *chosen.parts)
-    )
     return LoadReport(
         path=str(contents.path),
         loaded=tuple(name for name in slots if id(slots[name]) in filled),
         # `num_batches_tracked` is never missing: files from before torch 0.4.1 lack it, and inference ignores it.
-        missing=tuple(
-            name
-            for name in slots
-            if id(slots[name]) not in filled and name not in mismatched and not name.endswith(COUNTER)
-        ),
+        missing=tuple(name for name in empty if name not in mismatched and not name.endswith(COUNTER)),
         unexpected=tuple(
             [proposal.names[name] for name in proposal.names if name not in used]
             + [proposal.names[match.source] for match in matches if not match.loaded]
@@ -312,21 +308,16 @@ def _build_report(
         notes=(*contents.notes, *unwrapping(chosen), *proposal.notes),
         matches=tuple(matches),
         adapted=tuple(adapted),
-        left_out=tuple(dict.fromkeys((*contents.left_out, *others))),
+        left_out=tuple(dict.fromkeys((*contents.left_out, *(entry.key for entry in rest if entry.key)))),
         share=_share(slots, filled, fitter),
-        gaps=tuple(
-            name
-            for name, slot in slots.items()
-            if isinstance(slot, nn.Parameter) and id(slot) not in filled and not fitter.is_in_head(name)
-        ),
+        gaps=tuple(name for name in empty if isinstance(slots[name], nn.Parameter) and not fitter.is_in_head(name)),
     )
 
 
 def _share(slots: Tensors, filled: set[int], fitter: Fitter) -> float:
     """Return the loaded share of the parameters, from 0 to 1; a head that is not loaded is not counted."""
-    sizes = {id(slot): slot.numel() for slot in slots.values() if isinstance(slot, nn.Parameter)}
-    if not sizes:  # a model of buffers alone
-        sizes = {id(slot): slot.numel() for slot in slots.values()}
+    parameters = [slot for slot in slots.values() if isinstance(slot, nn.Parameter)]
+    sizes = {id(slot): slot.numel() for slot in parameters or slots.values()}  # without any, a model of buffers alone
     # A head for other classes is usual in fine-tuning. Counted, it would hide whether the backbone is complete.
     empty = [name for name, slot in slots.items() if id(slot) in sizes and id(slot) not in filled]
     heads = {id(slots[name]) for name in empty if fitter.is_in_head(name)}

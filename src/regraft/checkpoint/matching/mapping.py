@@ -72,9 +72,8 @@ def propose(file_shapes: Shapes, model_shapes: Shapes, *, is_ordered: bool = Tru
             same = "same name" if name == source else "same name without what a wrapper added"
             confidence, reason = naming.uncertain.get(source, ("certain", same))
             matches[name] = Match(name, source, confidence, reason, file_shapes[source])
-    matches = _match_shifted_rows(
-        matches, {naming.names[source]: source for source in file_shapes}, file_shapes, model_shapes
-    )
+    sources = {naming.names[source]: source for source in file_shapes}
+    matches = _match_shifted_rows(matches, sources, file_shapes, model_shapes)
     placed = {match.source for match in matches.values()}
     loose = {naming.names[source]: source for source in file_shapes if source not in placed}
     free = {name: model_shapes[name] for name in model_shapes if name not in matches}
@@ -140,10 +139,9 @@ def match_shapes(file_shapes: Shapes, model_shapes: Shapes, *, is_ordered: bool 
         for i, j in pairs
         for match in _match_units(file_units[i], model_units[j], "likely", "order and shape")
     }
-    matches |= _match_counters(matches, {name: name for name in file_shapes}, model_shapes, file_shapes)
-    return Proposal(
-        tuple(matches[name] for name in model_shapes if name in matches), {name: name for name in file_shapes}
-    )
+    names = {name: name for name in file_shapes}
+    matches |= _match_counters(matches, names, model_shapes, file_shapes)
+    return Proposal(tuple(matches[name] for name in model_shapes if name in matches), names)
 
 
 def weakest(matches: Iterable[Match]) -> Confidence:
@@ -251,9 +249,7 @@ def _find_renaming(
     words: dict[str, str] = {}
     for i, j in pairs:
         file_words, model_words = words_of(file_units[i].path), words_of(model_units[j].path)
-        if len(file_words) != len(model_words) or [number for _, number in file_words] != [
-            number for _, number in model_words
-        ]:
+        if [number for _, number in file_words] != [number for _, number in model_words]:
             return {}
         for (before, _), (after, _) in zip(file_words, model_words, strict=True):
             if words.setdefault(before, after) != after:
@@ -320,32 +316,25 @@ def _match_shifted_rows(
         )
         if not offset or not is_row:
             continue
-        renumbered = {
-            _renumbered(name, row, offset): name for number in file_numbers for name in file_rows[row][number]
-        }
+        model_names = [name for names in model_rows[row].values() for name in names]
+        renumbered = {_renumbered(name, row, offset): name for names in file_rows[row].values() for name in names}
         # Name in the model → name in the file, for the names in the model that the shift gives.
-        shifted = {
-            name: renumbered[name] for number in model_numbers for name in model_rows[row][number] if name in renumbered
-        }
-        fits = all(
-            file_shapes[sources[file_name]] == model_shapes[model_name] for model_name, file_name in shifted.items()
-        )
-        if not fits or len(shifted) < HALF * sum(len(model_rows[row][number]) for number in model_numbers):
+        shifted = {name: renumbered[name] for name in model_names if name in renumbered}
+        fits = all(file_shapes[sources[shifted[name]]] == model_shapes[name] for name in shifted)
+        if not fits or len(shifted) < HALF * len(model_names):
             continue
         text = f"numbers begin at {file_numbers[0]} in the file and at {model_numbers[0]} in the model"
         is_whole = len(file_numbers) == len(model_numbers) and len(shifted) == len(renumbered)
-        for number in model_numbers:
-            for name in model_rows[row][number]:
-                if is_whole:
-                    # Without a shifted source, the equal name is dropped as well: it belongs to a neighboring layer.
-                    source = sources[shifted[name]] if name in shifted else None
-                    matches.pop(name, None)
-                    if source is not None:
-                        matches[name] = Match(name, source, "likely", f"shifted: {text}", file_shapes[source])
-                elif name in matches:
-                    matches[name] = replace(
-                        matches[name], confidence="ambiguous", reason=f"same name, but {text}, so it may be shifted"
-                    )
+        for name in model_names:
+            if is_whole:
+                # Without a shifted source, the equal name is dropped as well: it belongs to a neighboring layer.
+                matches.pop(name, None)
+                if name in shifted:
+                    source = sources[shifted[name]]
+                    matches[name] = Match(name, source, "likely", f"shifted: {text}", file_shapes[source])
+            elif name in matches:
+                reason = f"same name, but {text}, so it may be shifted"
+                matches[name] = replace(matches[name], confidence="ambiguous", reason=reason)
     return matches
 
 

@@ -116,8 +116,7 @@ def without_wrappers(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     >>> without_wrappers(["module.model.fc.weight", "module.model.fc.bias"])[0]["module.model.fc.bias"]
     'fc.bias'
     """
-    known = list(names)
-    current, notes = {name: name for name in known}, []
+    current, notes = {name: name for name in names}, []
     for part in WRAPPER_PARTS:
         plain = {name: _without(now, part) for name, now in current.items()}
         # Stripping must keep names distinct, or one tensor would replace another.

@@ -75,7 +75,7 @@ def _layer_of(keys: Sequence[str], shapes: Shapes, model_shapes: Shapes) -> str 
     """Return the path of the layer that a part belongs to, `""` for the root; None if ambiguous."""
     if not keys:
         return ""
-    layers = {name[: place - 1] for name in model_shapes for place in _dots(name)}
+    layers = {name[: dot.start()] for name in model_shapes for dot in re.finditer(r"\.", name)}
     for spelling in _spellings(keys):
         known = [layer for layer in layers if f".{layer}".lower().endswith(f".{spelling}".lower())]
         fits = {layer: _share_that_fits(shapes, model_shapes, layer) for layer in known}
@@ -89,24 +89,17 @@ def _layer_of(keys: Sequence[str], shapes: Shapes, model_shapes: Shapes) -> str 
     return whole[0] if len(whole) == 1 else None
 
 
-def _spellings(keys: Sequence[str]) -> Iterator[str]:
+def _spellings(keys: Sequence[str]) -> tuple[str, ...]:
     """List the layer names that keys may refer to, the most literal first."""
     text = ".".join(keys)
-    yield text
     short = ENDING.sub("", text)
-    yield short
-    yield BEGINNING.sub("", short)
-    yield ENDING.sub("", keys[-1])
+    return text, short, BEGINNING.sub("", short), ENDING.sub("", keys[-1])
 
 
 def _share_that_fits(shapes: Shapes, model_shapes: Shapes, layer: str) -> float:
     """Return the share of names, from 0 to 1, that the model has below a layer with equal shapes."""
     prefix = f"{layer}." if layer else ""
     return sum(model_shapes.get(prefix + name) == shape for name, shape in shapes.items()) / max(1, len(shapes))
-
-
-def _dots(name: str) -> Iterator[int]:
-    return (match.end() for match in re.finditer(r"\.", name))
 
 
 def _common_path(parts: Sequence[StateDict]) -> tuple[str, ...]:

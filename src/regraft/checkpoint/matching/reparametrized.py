@@ -96,8 +96,5 @@ def _norm(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _is_transposed(model: nn.Module, base: str) -> bool:
-    try:
-        layer = model.get_submodule(base.rpartition(".")[0])
-    except AttributeError:
-        return False
+    layer = dict(model.named_modules(remove_duplicate=False)).get(base.rpartition(".")[0])
     return isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))

@@ -5,7 +5,7 @@ For known losses, they are converted to what the loss expects; unsuitable target
 losses get the targets unchanged.
 """
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Iterable, Sized
 from typing import Any, Literal, cast
 
 import torch
@@ -20,18 +20,9 @@ from regraft.training.losses import FocalLoss, Loss, OnColumns, check_loss
 Kind = Literal["classes", "numbers", "logits", "unknown"]
 
 CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss, FocalLoss)
+CLASS_FUNCTIONS = (F.cross_entropy, F.nll_loss, F.multi_margin_loss)
 REGRESSION_LOSSES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, OnColumns)
-FUNCTIONS: dict[Callable[..., Any], Kind] = {
-    F.cross_entropy: "classes",
-    F.nll_loss: "classes",
-    F.multi_margin_loss: "classes",
-    F.mse_loss: "numbers",
-    F.l1_loss: "numbers",
-    F.smooth_l1_loss: "numbers",
-    F.huber_loss: "numbers",
-    F.binary_cross_entropy: "numbers",
-    F.binary_cross_entropy_with_logits: "logits",
-}
+REGRESSION_FUNCTIONS = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy)
 MAX_SCANNED = 1_000_000  # labels in memory that are checked before training
 
 
@@ -42,13 +33,12 @@ def kind_of(loss: Loss | None) -> Kind:
         `classes` (N,) for outputs (N, K); `numbers` of the outputs' shape; `logits`, numbers that are compared with the
         sigmoid of the outputs; `unknown` for a custom loss.
     """
-    if type(loss) in CLASS_LOSSES:
+    if type(loss) in CLASS_LOSSES or loss in CLASS_FUNCTIONS:
         return "classes"
-    if type(loss) in REGRESSION_LOSSES:
+    if type(loss) in REGRESSION_LOSSES or loss in REGRESSION_FUNCTIONS:
         return "numbers"
-    if type(loss) is nn.BCEWithLogitsLoss:
-        return "logits"
-    return FUNCTIONS.get(loss, "unknown") if loss is not None else "unknown"
+    is_of_logits = type(loss) is nn.BCEWithLogitsLoss or loss is F.binary_cross_entropy_with_logits
+    return "logits" if is_of_logits else "unknown"
 
 
 def ignored_label(loss: Loss | None) -> int | None:

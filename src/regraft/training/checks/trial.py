@@ -8,9 +8,9 @@ from regraft.errors import ConfigError, LossError, ModelError, RegraftError
 from regraft.training.checks.targets import batch_loss, ignored_label
 from regraft.training.checks.weight_types import type_names
 from regraft.training.config import TrainConfig
-from regraft.training.loop import ComputeContext, Inputs, main_output, run
+from regraft.training.loop import ComputeContext, main_output, run
 from regraft.training.losses import Loss
-from regraft.training.micro_batch import require_learnable
+from regraft.training.micro_batch import as_tuple, require_learnable
 from regraft.training.train_data import TrainData, first_batch, require_scores
 
 
@@ -30,11 +30,11 @@ def try_one_batch(
         LossError: The loss fails, or is not one number.
     """
     inputs, targets = first_batch(train_data.train)
-    targets = targets.to(compute.device)
-    if config.mixup and not all(tensor.is_floating_point() for tensor in _as_tuple(inputs)):
+    tensors, targets = as_tuple(inputs), targets.to(compute.device)
+    if config.mixup and not all(tensor.is_floating_point() for tensor in tensors):
         raise ConfigError(
             f"--mixup {config.mixup:g} mixes images or features of floating numbers, and the inputs are "
-            f"{type_names(_as_tuple(inputs))}. Leave the option out, or give inputs that are scaled."
+            f"{type_names(tensors)}. Leave the option out, or give inputs that are scaled."
         )
     require_learnable(live, lambda: run(live, inputs, compute), len(targets))
     with evaluation_mode(live), torch.no_grad(), compute.autocast():
@@ -44,8 +44,9 @@ def try_one_batch(
             raise
         except Exception as error:  # arbitrary user code: the network
             reason = str(error).partition("\n")[0] or type(error).__name__
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
             raise ModelError(
-                f"{type(model).__name__} fails on a batch of shape {_shapes(inputs)} ({type_names(_as_tuple(inputs))}; "
+                f"{type(model).__name__} fails on a batch of shape {shapes} ({type_names(tensors)}; "
                 f"weights in {type_names(model.parameters())}): {reason}. Give inputs of the shape and type that it "
                 "was made for."
             ) from error
@@ -64,11 +65,3 @@ def try_one_batch(
                 f"the loss fails on scores of shape {tuple(output.shape)} ({type_names([output])}) and targets of "
                 f"shape {tuple(targets.shape)} ({type_names([targets])}): {reason}. {advice}"
             ) from error
-
-
-def _as_tuple(inputs: Inputs) -> tuple[torch.Tensor, ...]:
-    return (inputs,) if isinstance(inputs, torch.Tensor) else inputs
-
-
-def _shapes(inputs: Inputs) -> str:
-    return ", ".join(str(tuple(tensor.shape)) for tensor in _as_tuple(inputs))

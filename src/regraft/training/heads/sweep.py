@@ -220,12 +220,10 @@ def ridge_start(live: nn.Module, batches: FeatureBatches, rows: torch.Tensor) ->
 def _initial_weights(live: nn.Module, number: int) -> dict[str, torch.Tensor]:
     """Return the trainable parameters as they are (number 0), or reset if their layers have `reset_parameters`."""
     trainable = {name for name, parameter in live.named_parameters() if parameter.requires_grad}
-    if number == 0:
-        return {name: parameter.detach() for name, parameter in live.named_parameters() if name in trainable}
     drawn = {}
     for path in {name.rpartition(".")[0] for name in trainable}:
         layer: Any = copy.deepcopy(live.get_submodule(path))
-        if hasattr(layer, "reset_parameters"):
+        if number and hasattr(layer, "reset_parameters"):
             layer.reset_parameters()
         drawn |= {f"{path}.{name}".lstrip("."): value.detach() for name, value in layer.named_parameters(recurse=False)}
     return {name: drawn[name] for name, _ in live.named_parameters() if name in trainable}

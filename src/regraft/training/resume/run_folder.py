@@ -76,9 +76,8 @@ class RunFolder:
             self._delete_partial_files()
             yield
         finally:
-            with contextlib.suppress(
-                OSError
-            ):  # before the release, so that no other run locks a file that is about to be deleted
+            # Before the release, so that no other run locks a file that is about to be deleted.
+            with contextlib.suppress(OSError):
                 (self.path / LOCK).unlink()
             lock.release()
             with contextlib.suppress(OSError):

@@ -49,7 +49,7 @@ class Best:
     def to_tree(self) -> Tree:
         """Convert to plain data."""
         return {
-            **{name: getattr(self, name) for name in ("epoch", "outputs", "targets", "tensors")},
+            **vars(self),
             "metrics": metrics_to_tree(self.metrics),
             "paths": list(map(str, self.paths)),
         }
@@ -99,7 +99,8 @@ class RunState:
 
     def to_tree(self) -> Tree:
         """Convert everything but the random states to plain data."""
-        self._written += [_record_to_tree(record) for record in self.history[len(self._written) :]]
+        for record in self.history[len(self._written) :]:
+            self._written.append({**vars(record), "validation": metrics_to_tree(record.validation)})
         return {
             "epoch": self.epoch,
             "step": self.step,
@@ -129,9 +130,9 @@ def metrics_to_tree(metrics: Metrics) -> Tree:
     """Convert metrics to plain data; of the confusion matrix, only nonzero entries are kept."""
     confusion = torch.tensor(metrics.confusion, dtype=torch.int64)
     places = confusion.nonzero()
-    counts = confusion[tuple(places.T)] if len(metrics.confusion) else confusion
+    counts = confusion[tuple(places.T)]
     return {
-        **{item.name: getattr(metrics, item.name) for item in dataclasses.fields(metrics)},
+        **vars(metrics),
         "per_class": [dataclasses.asdict(entry) for entry in metrics.per_class],
         "confusion": (len(metrics.confusion), places, counts),
     }
@@ -141,13 +142,7 @@ def metrics_from_tree(tree: Tree) -> Metrics:
     """Convert back from the data of `metrics_to_tree`."""
     width, places, counts = tree["confusion"]
     confusion = torch.zeros(width, width, dtype=torch.int64)
-    if width:
-        confusion[tuple(places.T)] = counts
+    confusion[tuple(places.T)] = counts
     per_class = tuple(ClassMetrics(**entry) for entry in tree["per_class"])
     rows: list[Any] = confusion.tolist()
     return Metrics(**{**tree, "per_class": per_class, "confusion": tuple(map(tuple, rows))})
-
-
-def _record_to_tree(record: EpochRecord) -> Tree:
-    figures = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
-    return {**figures, "validation": metrics_to_tree(record.validation)}

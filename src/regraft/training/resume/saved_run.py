@@ -237,20 +237,17 @@ def _data_digest(train_data: TrainData) -> str:
     if train_data.photos is not None:
         listing = train_data.listing
         root = listing.root if listing is not None else Path()
+        folder = root if root.is_dir() else root.parent
         for photos in train_data.photos:
             for sample in photos.samples:
-                digest.update(f"{_relative(sample, root)}\t{sample.target}\t{_size(sample)}\n".encode(errors="replace"))
+                path = sample.path.relative_to(folder) if sample.path.is_relative_to(folder) else sample.path
+                digest.update(f"{path}\t{sample.target}\t{_size(sample)}\n".encode(errors="replace"))
         return digest.hexdigest()
     for part in (train_data.train, train_data.validation):
         dataset: Any = getattr(part, "dataset", None)
         for sized in (part, dataset):
             digest.update(f"{len(sized) if isinstance(sized, Sized) else None};".encode())
     return digest.hexdigest()
-
-
-def _relative(sample: Sample, root: Path) -> str:
-    folder = root if root.is_dir() else root.parent
-    return str(sample.path.relative_to(folder) if sample.path.is_relative_to(folder) else sample.path)
 
 
 def _size(sample: Sample) -> int:
