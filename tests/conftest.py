@@ -5,10 +5,13 @@ import os
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch: tests run side by side, and their tensors are tiny
     os.environ.setdefault(name, "1")
 
+import contextlib
 import random
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,3 +88,43 @@ def own(tmp_path: Path) -> str:
     file = tmp_path / "own.py"
     file.write_text(OWN_CLASS)
     return f"py:{file}:Own"
+
+
+def in_use() -> set[str]:
+    """Return the files that this process has open or mapped."""
+    files = set()
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            files.add(str(descriptor.readlink()))
+    mapped = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    return files | {line[line.index("/") :] for line in mapped if "/" in line}
+
+
+@pytest.fixture
+def files_in_use_stay(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Refuse to delete, rename and replace files that are open or mapped, and folders of them, as Windows does.
+
+    Returns:
+        What was refused so far.
+    """
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("what is in use is looked up in /proc")
+    refused: list[str] = []
+
+    def guarded(name: str) -> None:
+        call = getattr(os, name)
+
+        def checked(*paths: Any, **options: Any) -> Any:
+            for path in paths:
+                absolute = os.path.realpath(path)
+                if any(file == absolute or file.startswith(f"{absolute}/") for file in in_use() if name != "rmdir"):
+                    refused.append(f"{name} {absolute}")
+                    raise PermissionError(13, "The process cannot access the file because it is being used", absolute)
+            return call(*paths, **options)
+
+        monkeypatch.setattr(os, name, checked)
+
+    for name in ("rename", "replace", "unlink", "rmdir"):
+        guarded(name)
+    monkeypatch.setattr(shutil, "_use_fd_functions", False)  # so that folders are deleted by the paths in them
+    return refused

@@ -1,14 +1,12 @@
 """What macOS and Windows lack is hidden here, as nothing of this runs there: each call has a fallback that works."""
 
 import ast
-import contextlib
 import copy
 import functools
 import io
 import os
 import pathlib
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -302,46 +300,6 @@ def test_predict_ends_rows_once_on_a_stream_of_windows(tmp_path: Path, monkeypat
     lines = written.getvalue().splitlines(keepends=True)
     assert len(lines) == 13
     assert all(line.endswith(b"\r\n") and not line.endswith(b"\r\r\n") for line in lines)
-
-
-def in_use() -> set[str]:
-    """Return the files that this process has open or mapped."""
-    files = set()
-    for descriptor in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):
-            files.add(str(descriptor.readlink()))
-    mapped = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    return files | {line[line.index("/") :] for line in mapped if "/" in line}
-
-
-@pytest.fixture
-def files_in_use_stay(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Refuse to delete, rename and replace files that are open or mapped, and folders of them, as Windows does.
-
-    Returns:
-        What was refused so far.
-    """
-    if not Path("/proc/self/maps").exists():
-        pytest.skip("what is in use is looked up in /proc")
-    refused: list[str] = []
-
-    def guarded(name: str) -> None:
-        call = getattr(os, name)
-
-        def checked(*paths: Any, **options: Any) -> Any:
-            for path in paths:
-                absolute = os.path.realpath(path)
-                if any(file == absolute or file.startswith(f"{absolute}/") for file in in_use() if name != "rmdir"):
-                    refused.append(f"{name} {absolute}")
-                    raise PermissionError(13, "The process cannot access the file because it is being used", absolute)
-            return call(*paths, **options)
-
-        monkeypatch.setattr(os, name, checked)
-
-    for name in ("rename", "replace", "unlink", "rmdir"):
-        guarded(name)
-    monkeypatch.setattr(shutil, "_use_fd_functions", False)  # so that folders are deleted by the paths in them
-    return refused
 
 
 def test_fit_is_stopped_and_resumed_though_files_in_use_stay(files_in_use_stay: list[str], tmp_path: Path) -> None:
