@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-collect_ignore = ["earlier/v0_1"]  # files of users, which would be imported under their own names
+# Files of users, which would be imported under their own names; and fixtures, which hold no doctests.
+collect_ignore = ["earlier/v0_1", "conftest.py"]
 
 OWN_CLASS = """
 import torch
