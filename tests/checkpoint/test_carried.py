@@ -25,7 +25,6 @@ CARRIERS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", CARRIERS)
 def test_save_keeps_the_network_inside_of_a_wrapper_with_its_recipe(name: str, tmp_path: Path) -> None:
     model = create_model("squeezenet1_1", weights="none", num_classes=4)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import regraft
 from training.factories import Lines
 
+IS_SAME_TORCH = (Path(__file__).parent / "v0_1/torch.txt").read_text() == torch.__version__
 OPTIONS = {"batch_size": 4, "lr": 0.01, "augment": "none", "device": "cpu"}
 
 
@@ -56,13 +57,12 @@ def test_fit_resume_ends_as_the_run_that_was_never_stopped() -> None:
     result = regraft.fit("py:own.py:Small", "photos", out="run", resume=True, epochs=4, trust_code=True, **OPTIONS)
     whole = regraft.load("whole/model.safetensors", trust_code=True)
     for name, tensor in whole.state_dict().items():
-        assert torch.allclose(tensor, result.model.state_dict()[name], atol=1e-5), name
+        rounding = 1e-5 if IS_SAME_TORCH else 1e-3  # each torch has kernels of its own
+        assert torch.allclose(tensor, result.model.state_dict()[name], atol=rounding), name
     assert len(result.history) == 4
 
 
-@pytest.mark.skipif(
-    (Path(__file__).parent / "v0_1/torch.txt").read_text() != torch.__version__, reason="kept for another torch"
-)
+@pytest.mark.skipif(not IS_SAME_TORCH, reason="kept for another torch")
 def test_fit_finds_what_was_computed_once(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REGRAFT_CACHE", str(earlier / "cache"))
     lines = Lines()

@@ -252,7 +252,10 @@ def test_freeze_until_a_layer_of_networks_of_hugging_face(name: str) -> None:
     home = transformers if hasattr(transformers, kind) else transformers.models.whisper.modeling_whisper
     model: nn.Module = getattr(home, kind)(getattr(transformers, config_kind)(**options))
     inputs = {key: torch.randn(shape) for key, shape in shapes.items()} or {"input_ids": torch.randint(50, (2, 6))}
-    until = next(path for path, _ in model.named_modules() if path == end or path.endswith(f".{end}"))
+    ends = (end, end.replace("layers.", "layer."))  # as releases of transformers call them
+    until = next(
+        path for path, _ in model.named_modules() if path in ends or path.endswith(tuple(f".{e}" for e in ends))
+    )
     following = f"{until[:-1]}{int(until[-1]) + 1}"
     freeze(model, until=until, inputs=inputs)
 

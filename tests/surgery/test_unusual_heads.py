@@ -79,6 +79,8 @@ def test_replace_head_takes_inputs_that_say_which_layer_is_the_head() -> None:
 
 @pytest.mark.parametrize("name", ["dla34", "resnetv2_18", "repvit_m1", "efficientvim_m1", "cpubone_nano"])
 def test_replace_head_gives_timms_networks_without_a_head_the_one_that_their_class_builds(name: str) -> None:
+    if name not in timm.list_models():
+        pytest.skip(f"this release of timm does not know {name}")
     model = timm.create_model(name, num_classes=0).half().eval()
     before = snapshot(model)
     edited = replace_head(model, NEW)
@@ -88,6 +90,8 @@ def test_replace_head_gives_timms_networks_without_a_head_the_one_that_their_cla
     shapes = {key: tensor.shape for key, tensor in edited.state_dict().items()}
     assert shapes == {key: tensor.shape for key, tensor in theirs.state_dict().items()}
     assert {p.dtype for p in edited.parameters()} == {torch.float16}
+    for classes in range(2, 10):  # a new layer may take the place in memory of one that is gone
+        assert not any(layer.training for layer in replace_head(model, classes).modules())
     assert not any(layer.training for layer in edited.modules())
     kept = model.state_dict(keep_vars=True)
     assert all(tensor is kept[key] for key, tensor in edited.state_dict(keep_vars=True).items() if key in kept)

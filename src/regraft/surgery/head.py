@@ -202,7 +202,7 @@ def _with_timm_classifier(model: nn.Module, classes: int, inputs: Inputs | None)
     if not callable(getattr(model, "reset_classifier", None)):
         return None
     edited = shared_copy(model)
-    known = {id(layer) for layer in edited.modules()}
+    known = set(edited.modules())  # the layers themselves: the identity of one that is gone may be given to a new one
     flags = {parameter: parameter.requires_grad for parameter in edited.parameters()}
     try:
         cast(Any, edited).reset_classifier(classes)
@@ -213,7 +213,7 @@ def _with_timm_classifier(model: nn.Module, classes: int, inputs: Inputs | None)
             parameter.requires_grad_(flag)
     if all(parameter in flags for parameter in edited.parameters()):
         return None
-    for layer in [layer for layer in edited.modules() if id(layer) not in known]:
+    for layer in [layer for layer in edited.modules() if layer not in known]:
         place(layer, model).train(model.training)
     prove(edited, model, f"give {type(model).__name__} a head for {classes} classes", inputs)
     return edited
