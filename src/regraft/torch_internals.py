@@ -1,4 +1,4 @@
-"""The private parts of torch that regraft depends on, under names that say what they give.
+"""The private parts of torch that regraft depends on, under names that tell what they give.
 
 No other file touches a name of torch that begins with an underscore: `tests/test_layering.py` holds that. Torch may
 rename or remove any of them in a release; `tests/test_torch_internals.py` checks each against torch itself, so that a

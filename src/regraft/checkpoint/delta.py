@@ -118,6 +118,7 @@ def resolve(source: Path | OpenCheckpoint, base: PathLike | None = None) -> Cont
 
 
 def _read_chain(chain: Sequence[Link]) -> Contents:
+    # From the last base to the first delta: each changes what those before it gave.
     contents = read_base(chain[-1])
     for link in reversed(chain[:-1]):
         contents = _merge_delta(link, contents)
@@ -141,7 +142,7 @@ def open_chain(source: Path | OpenCheckpoint, base: PathLike | None = None) -> I
                     f"'{links[0].place}' is a delta over more than {DEPTH_LIMIT} others. Make a full file of one of "
                     "them: regraft merge."
                 )
-            assert isinstance(link.place, Path)
+            assert isinstance(link.place, Path)  # registered weights have no header, so they end a chain
             pinned = link.header.base
             place = _place_of(link.place, pinned, base)
             link = Link(place, _opened(place, stack))

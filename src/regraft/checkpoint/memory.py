@@ -3,8 +3,8 @@
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -77,21 +77,16 @@ def _rebuild_limited(
     return model
 
 
-@dataclass
-class _Count:
-    """Bytes of the registered parameters and buffers."""
-
-    bytes: int = 0
-
-
 @contextlib.contextmanager
-def _limit_registered(limit: int) -> Iterator[_Count]:
+def _limit_registered(limit: int) -> Iterator[SimpleNamespace]:
     """Limit the bytes of parameters and buffers that this thread registers, before they are written to.
+
+    Yields their count so far, as `bytes`.
 
     Raises:
         CheckpointError: Inside of the block, at the tensor that exceeds the limit.
     """
-    count, thread = _Count(), threading.get_ident()
+    count, thread = SimpleNamespace(bytes=0), threading.get_ident()
 
     def registered(owner: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
         if threading.get_ident() != thread or tensor is None or nn.parameter.is_lazy(tensor) or tensor.is_meta:

@@ -78,12 +78,8 @@ def _plan(options: dict[str, Any]) -> "Plan":
         layers=(*plan.freeze.layers, *options.get("freeze", ())), until=options.get("freeze_until", plan.freeze.until)
     )
     edits = [Step.model_validate({"operation": name, "arguments": arguments}) for name, arguments in _edits(options)]
-    changes: dict[str, Any] = {"edits": (*plan.edits, *edits), "freeze": freezing}
-    if "model" in options:
-        changes["source"] = options["model"]
-    if "weights" in options:
-        changes["weights"] = options["weights"]
-    return plan.model_copy(update=changes)
+    start = {"source": options.get("model", plan.source), "weights": options.get("weights", plan.weights)}
+    return plan.model_copy(update={**start, "edits": (*plan.edits, *edits), "freeze": freezing})
 
 
 def _edits(options: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -117,10 +113,8 @@ def _show(plan: "Plan", depth: int, *, trust_code: bool, as_json: bool) -> None:
     from regraft.checkpoint.plan import Freezing, build_plan
 
     plan = plan.model_copy(update={"weights": "none"})
-    before = summary(
-        build_plan(plan.model_copy(update={"edits": (), "freeze": Freezing()}), trust_code=trust_code), depth=depth
-    )
-    after = summary(build_plan(plan, trust_code=trust_code), depth=depth)
+    unedited = plan.model_copy(update={"edits": (), "freeze": Freezing()})
+    before, after = (summary(build_plan(part, trust_code=trust_code), depth=depth) for part in (unedited, plan))
     if as_json:
         say_json({"before": before.to_dict(), "after": after.to_dict(), "plan": plan.model_dump(mode="json")})
         return

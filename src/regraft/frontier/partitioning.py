@@ -165,13 +165,13 @@ def partition(model: nn.Module, example: Any) -> Partition:
     try:
         view = view_of(model, arguments)
         values, costs = _compute_values(model, view, arguments)
-    except ModelError as error:
+    except ModelError as error:  # no graph, or none that runs on shapes alone
         return _partition_by_replay(model, arguments, error)
     try:
         return _partition_by_graph(model, view, values, costs)
     except (ModelError, NothingConstantError) as error:
         if isinstance(error, NothingConstantError) and not view.closed:
-            raise
+            raise  # the graph shows all layers, so a replay would find nothing either
         try:  # a layer that is live in part could not be traced, so it was live as a whole; a replay cuts inside it
             return _partition_by_replay(model, arguments, error)
         except ModelError:
@@ -210,6 +210,7 @@ def _partition_by_replay(model: nn.Module, arguments: Arguments, error: ModelErr
         Cut(f"given_{position}", boundary.layer, shape, dtype)
         for position, (shape, dtype) in enumerate(zip(boundary.shapes, boundary.dtypes, strict=True))
     )
+    # Costs come from one more run: what is recorded for a replay has no graph to count them on.
     calls = trace(model, inputs=arguments.args or arguments.kwargs).calls
     rows = arguments.shapes[0][0]
     total = next(call.multiply_adds for call in calls if call.path == "") // rows
@@ -224,7 +225,7 @@ def view_of(model: nn.Module, arguments: Arguments) -> View:
     Raises:
         ModelError: The model's own forward cannot be traced.
     """
-    mixed = mixed_layers(model)
+    mixed = mixed_layers(model)  # in them the frontier may lie, so as many as possible are traced through
     flow, opened = capture_widely(model, mixed, training=True, respect_pins=True, arguments=arguments)
     evaluation = None
     if flow.mode_switch is not None:
@@ -243,6 +244,7 @@ def _find_frontier(model: nn.Module, view: View, values: list[Values]) -> tuple[
             raise EditError(
                 f"nothing of this {type(model).__name__} is live, so there is nothing to train. Thaw a layer."
             )
+        # A frontier of inputs, or of values without tensors, has nothing before it that is worth keeping.
         if all(node.op == "placeholder" or ports_of(node, values) == [] for node in frontier):
             first = next((user for node in frontier for user in node.users), None)
             where = f"; the first is {_where(first)}" if first is not None else ""
@@ -273,6 +275,7 @@ def _find_frontier(model: nn.Module, view: View, values: list[Values]) -> tuple[
 
 def _frontier(view: View, model: nn.Module, dependent: Collection[str]) -> list[fx.Node]:
     """List the constant values that live values read, in either mode, as nodes of the graph of training mode."""
+    # The graphs of the two modes are two objects: equal keys mean the same value.
     known = {value_key(node): node for node in view.flow.graph.nodes}
     wanted: set[fx.Node] = set()
     for flow in (view.flow, view.evaluation or view.flow):
@@ -281,6 +284,7 @@ def _frontier(view: View, model: nn.Module, dependent: Collection[str]) -> list[
             if node not in live:
                 continue
             for source in node.all_input_nodes:
+                # What no input reaches (a weight, a constant) is part of the suffix, and need not be kept for an image.
                 if source in fed and source not in live:
                     if value_key(source) not in known:
                         raise ModelError("its forward computes other constant values in evaluation than in training.")

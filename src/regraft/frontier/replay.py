@@ -80,7 +80,7 @@ class Recording(nn.Module):
         # must not depend on live layers.
         self._held = (model,)
         self.boundary = boundary
-        for path in boundary.stubs:
+        for path in boundary.stubs:  # a dot separates layers in the names of modules, so none may be in one
             self.add_module(path.replace(".", "/"), model.get_submodule(path))
         enclosing = [model, *(model.get_submodule(path) for path in ancestors(boundary.layer))]
         for depth, layer in enumerate(enclosing):
@@ -107,6 +107,7 @@ class Replay(nn.Module):
         self.model, self.boundary = model, boundary
 
     def forward(self, *tensors: torch.Tensor) -> Any:  # noqa: D102
+        # The forward runs from its beginning, with inputs of the right shape: what it does before the cut has no effect.
         count, device = len(tensors[0]), tensors[0].device
         recorded = tensors[: len(tensors) - len(self.boundary.kept)]
         inputs = _inputs(self.boundary, tensors[len(recorded) :], count, device)
@@ -125,7 +126,7 @@ class Replay(nn.Module):
                 output = self.model(*inputs.args, **inputs.kwargs)
         finally:
             handle.remove()
-        if not calls[0]:
+        if not calls[0]:  # it branches on a value that the stubs do not give
             raise ModelError(f"its forward does not call '{self.boundary.layer}' in a replay.")
         return output
 
