@@ -153,6 +153,12 @@ WRONG = [
     (("layer2", "layer3"), {"adapter": "best"}, EditError, r"no adapter 'best'"),
     (("layer2", "layer3"), {"adapter": nn.Conv2d(3, 3, 1)}, EditError, r"would be given \(1, 128, 28, 28\)"),
     (("layer2", "layer3"), {"batches": []}, EditError, r"there are no batches"),
+    (
+        ("layer2", "layer2"),
+        {"batches": [torch.ones(2, 3, 64, 64)]},
+        EditError,
+        r"batch of shape \(2, 3, 64, 64\): 128 places of the front do not meet the shape \(2, 128, 28, 28\) of the back",
+    ),
 ]
 
 

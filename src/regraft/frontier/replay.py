@@ -107,7 +107,7 @@ class Replay(nn.Module):
         self.model, self.boundary = model, boundary
 
     def forward(self, *tensors: torch.Tensor) -> Any:  # noqa: D102
-        # The forward runs from its beginning, with inputs of the right shape: what it does before the cut has no effect.
+        # The forward runs from its beginning, on inputs of the right shape; what it does before the cut has no effect.
         count, device = len(tensors[0]), tensors[0].device
         recorded = tensors[: len(tensors) - len(self.boundary.kept)]
         inputs = _inputs(self.boundary, tensors[len(recorded) :], count, device)

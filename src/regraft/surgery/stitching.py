@@ -140,11 +140,15 @@ def fit_adapter(stitched: Stitched, target: nn.Module, batches: Batches) -> None
                 # One row for each position of each image, as the layer sees it.
                 rows = _channels_last(rows, solved).flatten(0, -2)
                 goal = _channels_last(wanted, solved).reshape(len(rows), -1)
+                if goal.shape[1] != len(solved.weight):
+                    raise ValueError(
+                        f"{len(rows)} places of the front do not meet the shape {tuple(wanted.shape)} of the back"
+                    )
             except Exception as error:  # the user's networks on the user's inputs
                 reason = str(error).partition("\n")[0]
                 raise EditError(
                     f"cannot fit the adapter on a batch of shape {tuple(x.shape)}: {reason}. Give batches that the "
-                    "front takes. Nothing was changed."
+                    "front takes, of the size that both networks are made for. Nothing was changed."
                 ) from error
             rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1).double()
             gram = rows.T @ rows if gram is None else gram + rows.T @ rows
