@@ -157,7 +157,7 @@ WRONG = [
         ("layer2", "layer2"),
         {"batches": [torch.ones(2, 3, 64, 64)]},
         EditError,
-        r"batch of shape \(2, 3, 64, 64\): 128 places of the front do not meet the shape \(2, 128, 28, 28\) of the back",
+        r"of shape \(2, 3, 64, 64\): 128 places of the front do not meet the shape \(2, 128, 28, 28\) of the back",
     ),
 ]
 
