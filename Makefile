@@ -52,8 +52,9 @@ check: install
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -p no:xdist -o addopts= -q tests/test_layering.py
 
+# The whole of the sweeps, of which `make slow` takes a part.
 families: install
-	REGRAFT_WRITE_FAMILIES=1 $(BIN)/python -m pytest -o addopts= -q tests/freezing/test_families.py tests/surgery/test_surgery_families.py tests/surgery/test_ends_of_families.py tests/checkpoint/test_round_trip_families.py
+	REGRAFT_WRITE_FAMILIES=1 $(BIN)/python -m pytest -o addopts= -q tests/test_architectures.py tests/training/test_features.py tests/freezing/test_families.py tests/surgery/test_surgery_families.py tests/surgery/test_ends_of_families.py tests/checkpoint/test_round_trip_families.py
 
 options: install
 	REGRAFT_WRITE_OPTIONS=1 $(BIN)/python -m pytest -o addopts= -q tests/cli/test_train_options.py
