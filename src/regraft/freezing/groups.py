@@ -144,14 +144,13 @@ def build_optimizer(
         ConfigError: No optimizer has that name, or it does not take these options.
     """
     check_arguments(build_optimizer, locals())
-    rates = {"weight_decay": weight_decay, "layer_decay": layer_decay, "backbone_lr": backbone_lr}
-    return make_optimizer(name_or_class, ModelFacts(model), lr, rates, options)
+    rates = {"lr": lr, "weight_decay": weight_decay, "layer_decay": layer_decay, "backbone_lr": backbone_lr}
+    return make_optimizer(name_or_class, ModelFacts(model), rates, options)
 
 
 def make_optimizer(
     name_or_class: str | Callable[..., torch.optim.Optimizer],
     facts: ModelFacts,
-    lr: float,
     rates: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> torch.optim.Optimizer:
@@ -160,12 +159,11 @@ def make_optimizer(
     Args:
         name_or_class: See `build_optimizer`.
         facts: The network.
-        lr: Learning rate.
-        rates: The other arguments of `param_groups`.
+        rates: The arguments of `param_groups` but the model.
         options: Passed on to the class.
     """
     maker: Any = optimizer_class(name_or_class) if isinstance(name_or_class, str) else name_or_class
-    groups = groups_of(facts, lr, **rates)
+    lr, groups = rates["lr"], groups_of(facts, **rates)
     name = getattr(maker, "__name__", name_or_class)  # timm's variants are partial functions without a name
     if maker is torch.optim.Muon:
         _require_matrices(facts.model)

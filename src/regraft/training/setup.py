@@ -178,8 +178,7 @@ def prepare_setup(
         if sweep is not None:
             rates = {**rates, "lr": sweep.best.lr, "weight_decay": sweep.best.weight_decay}
     is_ridge = config.head_start == "ridge" or (sweep is not None and sweep.best.starts_from_ridge)
-    other_rates = {name: rate for name, rate in rates.items() if name != "lr"}
-    optimizer = make_optimizer(config.optimizer, facts, rates["lr"], other_rates, {})
+    optimizer = make_optimizer(config.optimizer, facts, rates, {})
     if findings := findings_of(facts, optimizer):
         raise ModelError(f"{type(model).__name__} cannot be trained as it is: {findings[0]}")
     if is_ridge and start is not None:
