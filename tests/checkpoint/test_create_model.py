@@ -63,7 +63,7 @@ def test_create_model_refuses_an_edited_network_as_weights_of_another(half_new: 
 
 
 def test_create_model_refuses_options_of_a_weights_file_without_one() -> None:
-    with pytest.raises(ConfigError, match="describe weights in a file, and weights is 'none'"):
+    with pytest.raises(ConfigError, match="are about weights in a file, and weights is 'none'"):
         regraft.create_model(NAME, weights="none", rename={"a": "b"})
 
 
@@ -87,6 +87,8 @@ def test_create_model_takes_what_is_likely_only_if_told_to(shared: Path) -> None
     name, file = "timm/tf_efficientnet_lite0", shared / "weights" / "efficientnet-lite0-57934424.pth"
     with pytest.raises(CheckpointError, match=r"it lacks 'conv_stem\.weight'.*names of 247 tensors differ.*likely"):
         regraft.create_model(name, weights=file)
+    report = regraft.create_model(name, weights=file, accept="likely", dry_run=True)
+    assert (report.dry_run, report.share, len(report.proposed)) == (True, 1.0, 0)
     model = regraft.create_model(name, weights=file, accept="likely")
     known = torch.load(file, weights_only=True, map_location="cpu")
     assert torch.equal(model.get_parameter("conv_stem.weight"), known["_conv_stem.weight"])

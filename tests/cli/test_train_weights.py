@@ -88,7 +88,7 @@ def test_cli_train_says_that_an_edited_network_is_a_model(cli: Cli, photos: Path
     with nothing_written():
         result = cli("train", photos, "--weights", "two.safetensors")
         assert_refused(result, "'two.safetensors'", "another architecture than resnet18")
-        assert_refused(cli("train", photos, "--accept", "likely", "--weights", "none"), "describe weights in a file")
+        assert_refused(cli("train", photos, "--accept", "likely", "--weights", "none"), "are about weights in a file")
         assert_refused(cli("train", photos, "--rename", "x", "--weights", "w.pth"), "'x' is not of the form OLD=NEW")
 
 

@@ -1,9 +1,10 @@
 """Create networks: from a name and weights, or from a checkpoint."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from torch import nn
 
@@ -16,7 +17,7 @@ from regraft.checkpoint.any_file import read_state_dicts
 from regraft.checkpoint.file.format import INDEX_SUFFIX, SUFFIX, read_header
 from regraft.checkpoint.foreign.kinds import first_names
 from regraft.checkpoint.matching.load_plan import UnfitError, carry_out
-from regraft.checkpoint.matching.load_report import Confidence, confidence_of
+from regraft.checkpoint.matching.load_report import Confidence, LoadReport, confidence_of
 from regraft.checkpoint.matching.loading import Rules, plan_loading
 from regraft.checkpoint.read import load, load_untrained
 from regraft.errors import CheckpointError, ConfigError, nearest
@@ -34,6 +35,26 @@ OTHER_WORDS = {  # arguments of torchvision, timm, Keras and transformers → wh
 }
 
 
+@overload
+def create_model(
+    name: str | Path,
+    *,
+    weights: str | Path | Enum | None = ...,
+    num_classes: int | None = ...,
+    rename: Mapping[str, str] | None = ...,
+    match: Literal["names", "shapes"] = ...,
+    entry: str | None = ...,
+    accept: Confidence = ...,
+    dry_run: Literal[False] = ...,
+    trust_code: bool = ...,
+    **others: Any,
+) -> nn.Module: ...
+
+
+@overload
+def create_model(name: str | Path, *, dry_run: Literal[True], **options: Any) -> LoadReport: ...
+
+
 @unmoved_on_failure()
 def create_model(
     name: str | Path,
@@ -44,9 +65,10 @@ def create_model(
     match: Literal["names", "shapes"] = "names",
     entry: str | None = None,
     accept: Confidence = "certain",
+    dry_run: bool = False,
     trust_code: bool = False,
     **others: Any,
-) -> nn.Module:
+) -> nn.Module | LoadReport:
     """Create a network by name or from a checkpoint, with pretrained weights and, if requested, a new head.
 
     Args:
@@ -60,12 +82,13 @@ def create_model(
         rename: As for `load_weights`, for weights in a file.
         match: As for `load_weights`.
         entry: As for `load_weights`.
-        accept: As for `load_weights`, whose `dry_run=True` shows the pairs and their confidence.
+        accept: As for `load_weights`.
+        dry_run: Whether to return how weights in a file fit, with every pair, instead of the network.
         trust_code: Whether a class of your own (`py:…`) may be imported.
         **others: Not accepted; the error names the equivalent of an argument of torchvision, timm or Keras.
 
     Returns:
-        The network in training mode.
+        The network in training mode; with `dry_run`, a report.
 
     Raises:
         ConfigError: An argument is unknown, or describes weights in a file and there is none.
@@ -79,13 +102,15 @@ def create_model(
     rules = Rules(rename or {}, match, entry, confidence_of(accept), adapt=(), may_adapt=False)
     weights = weights_name(name, weights)
     path = weights_path(weights)
-    if path is None and rules != Rules(adapt=(), may_adapt=False):
+    if path is None and (dry_run or rules != Rules(adapt=(), may_adapt=False)):
         raise ConfigError(
-            f"rename, match, entry and accept describe weights in a file, and weights is '{weights}'. Give a file, or "
-            "leave them out."
+            f"rename, match, entry, accept and dry_run are about weights in a file, and weights is '{weights}'. Give a "
+            "file, or leave them out."
         )
     model = _without_weights(name, weights, is_from_file=path is not None, trust_code=trust_code)
     # The file goes in before the head is replaced: it must fit the network that its authors trained.
+    if path is not None and dry_run:
+        return replace(plan_loading(model, read_state_dicts(path), rules).report, dry_run=True)
     if path is not None:
         _load_backbone(model, path, name, rules)
     return replace_head(model, num_classes) if num_classes is not None else model

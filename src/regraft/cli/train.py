@@ -116,15 +116,15 @@ def train(
 
 def _preview(settings: "TrainConfig", *, trust_code: bool, as_json: bool) -> None:
     """Print how a weights file fits the network, and what would be trained."""
-    from regraft.checkpoint import create_model, load_weights
+    from regraft.checkpoint import create_model
     from regraft.checkpoint.create import weights_path
     from regraft.checkpoint.matching.naming import parse_rules
 
     answer: dict[str, Any] = {}
-    if (path := weights_path(settings.weights)) is not None:
-        network = create_model(settings.model, weights="none", trust_code=trust_code)
-        rules: Any = {"match": settings.match, "entry": settings.entry, "accept": settings.accept}
-        report = load_weights(network, path, rename=parse_rules(settings.rename), dry_run=True, adapt=(), **rules)
+    if weights_path(settings.weights) is not None:
+        options: Any = {"match": settings.match, "entry": settings.entry, "accept": settings.accept}
+        options |= {"rename": parse_rules(settings.rename), "weights": settings.weights, "trust_code": trust_code}
+        report = create_model(settings.model, dry_run=True, **options)
         answer["weights"] = report.to_dict()
         if not as_json:
             say_lines(str(report))
