@@ -16,7 +16,7 @@ import regraft
 SOURCE = Path(__file__).parents[1] / "src" / "regraft"
 LEVELS = (
     {"errors", "progress", "torch_internals", "version"},
-    {"arguments", "fields", "train_options"},
+    {"arguments", "console", "fields", "train_options"},
     {"card"},
     {"preprocessing"},
     {"zoo"},
