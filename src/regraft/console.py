@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from html import escape
 from typing import Any
 
+from regraft.display import printable
 from regraft.progress import SILENT, Item, Progress
 
 NOTEBOOK_BAR_S = 0.2  # seconds until a step gets a bar, and between two updates of it
@@ -26,7 +27,7 @@ class ConsoleProgress(Progress):
 
     def track(self, items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
         """Draw a bar that disappears when it is full; nothing if standard error is not a terminal."""
-        if not self._console.is_terminal:
+        if not self._console.file.isatty():  # not `is_terminal`, as FORCE_COLOR in a CI's log is none
             yield from items
             return
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -61,25 +62,28 @@ class NotebookProgress(Progress):
         try:
             for count, item in enumerate(items):
                 if time.monotonic() >= due:
-                    self._draw(_bar_as_html(description, count, total))
+                    self._draw(description, count, total)
                     due, has_bar = time.monotonic() + NOTEBOOK_BAR_S, True
                 yield item
         finally:
             if has_bar:
-                self._draw("")
+                self._show("", "")
 
-    def _draw(self, html: str) -> None:
-        from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]
+    def _draw(self, description: str, count: int, total: int | None) -> None:
+        limits = f' value="{count}" max="{total}"' if total else ""
+        figures = f"{count}/{total}" if total else f"{count}"
+        self._show(
+            f"{escape(description)} <progress{limits}></progress> {figures}", f"{printable(description)} {figures}"
+        )
 
+    def _show(self, html: str, text: str) -> None:
+        from IPython.display import display  # pyright: ignore[reportMissingImports]
+
+        forms = {"text/html": html, "text/plain": text}
         if self._bar is None:
-            self._bar = display(HTML(html), display_id=True)
+            self._bar = display(forms, raw=True, display_id=True)
         else:
-            self._bar.update(HTML(html))
-
-
-def _bar_as_html(description: str, count: int, total: int | None) -> str:
-    limits = f' value="{count}" max="{total}"' if total else ""
-    return f"{escape(description)} <progress{limits}></progress> {count}{f'/{total}' if total else ''}"
+            self._bar.update(forms, raw=True)
 
 
 def progress_of(progress: Progress | bool) -> Progress:
@@ -91,14 +95,3 @@ def progress_of(progress: Progress | bool) -> Progress:
     from rich.console import Console
 
     return NotebookProgress() if Console().is_jupyter else ConsoleProgress()
-
-
-def printable(text: str) -> str:
-    r"""Escape characters that would break a line or a terminal: line breaks, control characters, undecodable bytes.
-
-    >>> printable("caf\u00e9\n\udcff")
-    'café\\n\\udcff'
-    """
-    if text.isprintable():
-        return text
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)

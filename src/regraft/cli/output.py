@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TextIO, TypeVar
 
-from regraft.console import printable
+from regraft.display import printable
 from regraft.errors import InputError, RegraftError
 
 Parameters = ParamSpec("Parameters")
