@@ -15,8 +15,8 @@ import regraft
 
 SOURCE = Path(__file__).parents[1] / "src" / "regraft"
 LEVELS = (
-    {"errors", "progress", "torch_internals", "version"},
-    {"arguments", "fields", "train_options"},
+    {"display", "errors", "progress", "torch_internals", "version"},
+    {"arguments", "console", "fields", "train_options"},
     {"card"},
     {"preprocessing"},
     {"zoo"},

@@ -61,7 +61,7 @@ class LayerSummary:
     unknown: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelSummary:
     """A tree of layers as a table; `str()` gives it as text, notebooks show HTML.
 
@@ -105,6 +105,8 @@ class ModelSummary:
 
     def __str__(self) -> str:
         return text_tree(self)
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return html_tree(self)

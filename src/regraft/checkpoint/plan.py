@@ -28,11 +28,14 @@ from torch import nn
 from regraft.arguments import check_arguments
 from regraft.card import Recipe, Source, Step, attach, card_of
 from regraft.checkpoint.create import create_model
+from regraft.display import block, shortened, some
 from regraft.errors import ConfigError, EditError
 from regraft.fields import CheckedFields
 from regraft.freezing.flags import freeze
 from regraft.surgery.layer_text.build import construct
 from regraft.surgery.recipe import apply_step
+
+MAX_EDITS = 6  # in a session
 
 
 class Freezing(CheckedFields):
@@ -71,6 +74,14 @@ class Plan(CheckedFields):
     @field_serializer("edits")
     def _write_edits(self, edits: tuple[Step, ...]) -> list[dict[str, Any]]:
         return [{edit.operation: edit.arguments} for edit in edits]
+
+    def __repr__(self) -> str:
+        edits = [text for (text,) in shortened([[str(edit)] for edit in self.edits], MAX_EDITS - 1, 1)]
+        freezing = [*self.freeze.layers, *([f"until {self.freeze.until}"] if self.freeze.until else [])]
+        return block(
+            f"Plan: {self.source}, weights {self.weights}",
+            [*(("edits" if not number else "", text) for number, text in enumerate(edits)), ("freeze", some(freezing))],
+        )
 
     def to_toml(self) -> str:
         """Return the plan as the text of a TOML file."""

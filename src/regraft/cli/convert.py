@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from regraft.cli.output import ConsoleProgress, guarded, require, say, say_json, say_lines
+from regraft.cli.output import guarded, require, say, say_json, say_lines
+from regraft.console import ConsoleProgress
 
 
 @guarded

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from regraft.cli.output import ConsoleProgress, guarded, require, say, say_json, say_table
+from regraft.cli.output import guarded, require, say, say_json, say_table
+from regraft.console import ConsoleProgress
 
 
 @guarded

@@ -5,7 +5,8 @@ from typing import Annotated
 from typer import Argument, Option
 
 from regraft.cli.merge import BaseOption
-from regraft.cli.output import ConsoleProgress, guarded, say, say_json, say_table
+from regraft.cli.output import guarded, say, say_json, say_table
+from regraft.console import ConsoleProgress
 
 
 @guarded

@@ -8,12 +8,12 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TextIO, TypeVar
 
+from regraft.display import printable
 from regraft.errors import InputError, RegraftError
-from regraft.progress import Item, Progress
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -21,31 +21,6 @@ Result = TypeVar("Result")
 INTERRUPTED = 130
 WRONG_PATHS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)  # errors that only another path can fix
 _RESULTS: ContextVar[TextIO] = ContextVar("results")
-
-
-class ConsoleProgress(Progress):
-    """Prints lines on standard error, and draws a progress bar for long steps if it is a terminal."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-
-        self._console = Console(stderr=True, highlight=False)
-
-    def say(self, line: str) -> None:
-        """Print one line."""
-        self._console.print(printable(line), markup=False, soft_wrap=True)
-
-    def track(self, items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-        """Draw a bar that disappears when it is full; nothing if standard error is not a terminal."""
-        if not self._console.is_terminal:
-            yield from items
-            return
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Bar(*columns, console=self._console, transient=True) as bar:
-            yield from bar.track(items, total=total, description=description)
 
 
 def results() -> TextIO:
@@ -75,17 +50,6 @@ def say_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequenc
 
     for line in aligned([head, *([printable(cell) for cell in row] for row in rows)], right):
         say(line)
-
-
-def printable(text: str) -> str:
-    r"""Escape characters that would break a line or a terminal: line breaks, control characters, undecodable bytes.
-
-    >>> printable("caf\u00e9\n\udcff")
-    'café\\n\\udcff'
-    """
-    if text.isprintable():
-        return text
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:

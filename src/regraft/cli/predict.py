@@ -7,7 +7,8 @@ from typing import Annotated
 from typer import Argument, Option
 
 from regraft.cli.merge import BaseOption
-from regraft.cli.output import ConsoleProgress, guarded, require, results, say_json, say_table
+from regraft.cli.output import guarded, require, results, say_json, say_table
+from regraft.console import ConsoleProgress
 
 
 @guarded

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
 from typer import Argument, Option
 
-from regraft.cli.output import ConsoleProgress, guarded, require, say, say_json, say_lines, say_table
+from regraft.cli.output import guarded, require, say, say_json, say_lines, say_table
+from regraft.console import ConsoleProgress
 from regraft.train_options import TrainOption, list_options
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 import textwrap
 import tomllib
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +27,7 @@ class TrainConfig(CheckedFields, TrainOptions):
     OTHER_WORDS: ClassVar[dict[str, str]] = {
         **{alias: f"Write {option.name}=…" for option in list_options() for alias in option.text.aliases},
         "pretrained": 'Write weights="default", or "none" for False',
+        "verbose": "Write progress=False for silence; True is the default",
         "validation_data": "Pass data as a pair: (train, validation)",
     }
 
@@ -41,6 +43,11 @@ class TrainConfig(CheckedFields, TrainOptions):
     def _path_as_text(cls, path: Any) -> Any:
         return str(path) if isinstance(path, Path) else path
 
+    @field_validator("data", "out", mode="before")
+    @classmethod
+    def _takes_paths(cls, path: Any) -> Any:
+        return str(path) if isinstance(path, Path) else path
+
     @field_validator("data", "model", "weights", "loss", "out")
     @classmethod
     def _fits_a_toml_file(cls, text: str | None) -> str | None:
@@ -52,6 +59,11 @@ class TrainConfig(CheckedFields, TrainOptions):
             if "\0" in text:
                 raise ValueError("it has a null byte, which no file's name can hold")
         return text
+
+    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+        """Yield the options that are not at their defaults, which pydantic writes."""
+        defaults = type(self)()
+        yield from ((name, value) for name, value in self if value != getattr(defaults, name))
 
     def updated(self, **options: Any) -> "TrainConfig":
         """Return this configuration with other values, checked.
