@@ -18,6 +18,8 @@ from regraft.checkpoint.any_file import read_state_dicts
 from regraft.checkpoint.foreign.kinds import first_names
 from regraft.checkpoint.matching.load_plan import UnfitError, carry_out
 from regraft.checkpoint.matching.loading import Rules, plan_loading
+from regraft.checkpoint.recipes.library_source import build_source
+from regraft.checkpoint.recipes.transformers_config import PREFIX
 from regraft.errors import CheckpointError, ConfigError, EditError, ModelError, RegraftError, nearest
 from regraft.surgery.grafting import rebuild_grafted
 from regraft.surgery.head import replace_head
@@ -121,7 +123,7 @@ def rebuild(recipe: Recipe, *, trust_code: bool = False, unset: bool = False) ->
     # Initialization is skipped only if nothing reads the values: layers given as text, stitched parts and a user's own
     # constructors may compute with their weights, and so do edits such as `replace_stem`.
     is_plain = not recipe.source.layers and not recipe.source.parts and not recipe.source.name.startswith(PYTHON)
-    is_blind = is_plain and all(step.operation == "replace_head" for step in recipe.steps)
+    is_blind = is_plain and all(step.operation in ("replace", "replace_head") for step in recipe.steps)
     with preserved_randomness():
         # The steps lie outside of the interception: a new head is initialized as always, which costs little.
         with _SkipInitialization() if unset and is_blind else contextlib.nullcontext():
@@ -139,6 +141,8 @@ def _from_source(source: Source, trust_code: bool) -> nn.Module:
     """
     if source.layers:
         return construct(source.layers, trust_code=trust_code)
+    if not source.parts and (source.arguments or source.name.startswith(PREFIX)):
+        return build_source(source)
     if not source.parts:
         return build(source.name, trust_code=trust_code)
     join = {"stitch": rebuild_stitched, "graft": rebuild_grafted}.get(source.name)
