@@ -61,10 +61,10 @@ def save(
     check_target(save, "path", path)
     check_minimum(save, 1, shard_bytes=shard_bytes)
     check_weights(save, "model", model)
-    model = _without_wrapper(model)
+    model = without_wrapper(model)
     derivation = derive_recipe(model)
     if derivation.reason is not None:
-        warnings.warn(no_recipe_message(model, derivation.reason, path), stacklevel=2)
+        warnings.warn(derivation.warning(path), stacklevel=2)
     return write_model(model, path, derivation.recipe, base=base, metadata=metadata, shard_bytes=shard_bytes)
 
 
@@ -79,7 +79,7 @@ def write_model(
 ) -> Path:
     """Save `model` as `save` does, with a recipe that is known to rebuild it, or without one."""
     target = Path(path)
-    model = _without_wrapper(model)
+    model = without_wrapper(model)
     tensors, shared = untied_state_dict(model)
     card = _card(model, recipe, target.parent)
     header = Header(
@@ -108,7 +108,7 @@ def write_model(
     return write_checkpoint(target, stored, header.model_copy(update=differences), shard_bytes)
 
 
-def _without_wrapper(model: nn.Module) -> nn.Module:
+def without_wrapper(model: nn.Module) -> nn.Module:
     """Return the network inside of `torch.compile`, `DataParallel` and the like, with the card of the wrapper."""
     prefix, inner = unwrapped(model)
     if not prefix:
@@ -119,15 +119,6 @@ def _without_wrapper(model: nn.Module) -> nn.Module:
     own = card_of(inner)
     known = {name: value for name in type(outer).model_fields if (value := getattr(outer, name))}
     return attach(copy.copy(inner), **{**known, "recipe": own.recipe or outer.recipe})
-
-
-def no_recipe_message(model: nn.Module, reason: str, path: str | os.PathLike[str]) -> str:
-    """Return what to tell the user about a network without a recipe: why, how to load it, and what to change."""
-    return (
-        f"regraft.load will not be able to rebuild this {type(model).__name__} from '{path}': {reason}. Load it with "
-        "load_weights(model, path) into a network that your own code builds. A network is rebuilt where it is one of "
-        "torchvision, timm or transformers, or where its class stands in a .py file and can be built without arguments."
-    )
 
 
 def _card(model: nn.Module, recipe: Recipe | None, folder: Path) -> Card:

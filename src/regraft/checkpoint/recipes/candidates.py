@@ -69,7 +69,7 @@ def _traces(model: nn.Module) -> dict[str, Any]:
     if isinstance(pool_type, str):
         values["global_pool"] = pool_type
     rates = [rate for layer in layers if isinstance(rate := getattr(layer, "drop_prob", None), (int, float))]
-    values["drop_path_rate"] = max(rates, default=0.0)
+    values["drop_path_rate"] = round(max(rates, default=0.0), 6)  # timm draws them up in float32
     return values
 
 

@@ -6,6 +6,7 @@ such as a head that was set by hand, becomes a step `replace` with the new layer
 """
 
 import functools
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,10 +31,26 @@ NEAR = 12  # layers that differ, counted with those in them: a network that is a
 
 @dataclass(frozen=True)
 class Derivation:
-    """A recipe that rebuilds a network, or the reason why there is none; one of them is None."""
+    """A recipe that rebuilds a network, or the reason why there is none; one of them is None.
 
+    Attributes:
+        kind: Name of the network's class.
+        recipe: The recipe.
+        reason: Why there is none.
+    """
+
+    kind: str
     recipe: Recipe | None
     reason: str | None = None
+
+    def warning(self, path: str | os.PathLike[str]) -> str:
+        """Return what to tell the user about a file without a recipe: why, how to load it, and what to change."""
+        return (
+            f"no recipe rebuilds this {self.kind}, so regraft.load will refuse '{os.fspath(path)}': {self.reason}. Load "
+            "it with load_weights(model, path) into a network that your own code builds. What loads by itself: networks "
+            "of torchvision, timm and transformers, layers of torch.nn, and a class in a .py file that is built without "
+            "arguments or keeps each in an attribute of its name."
+        )
 
 
 @dataclass(frozen=True)
@@ -58,22 +75,21 @@ def derive_recipe(model: nn.Module) -> Derivation:
 
     Building a class of the user's own runs its constructor.
     """
-    known = card_of(model).recipe
-    stale = None
-    if known is not None:
-        stale = _difference(model, known)
-        if stale is None:
-            return Derivation(known)
-    reasons = [f"the model no longer matches its recipe ({stale})"] if stale is not None else []
+    known, kind = card_of(model).recipe, type(model).__name__
+    stale = _difference(model, known) if known is not None else None
+    if known is not None and stale is None:
+        return Derivation(kind, known)
+    reasons = [f"it no longer matches its recipe ({stale})"] if stale is not None else []
     for attempt in (_from_recipe, _from_library, _from_text, _from_own_class):
         try:
             recipe = attempt(model)
             if recipe is not None:
                 _require_same(model, recipe)
-                return Derivation(recipe)
+                return Derivation(kind, recipe)
         except RegraftError as error:
-            reasons.append(str(error).rstrip("."))
-    return Derivation(None, reasons[0] if reasons else f"it is a {type(model).__name__}, which no library builds")
+            _, _, of_its_class = str(error).partition(f"{type(model).__qualname__} cannot be written as text: ")
+            reasons.append((of_its_class or str(error)).rstrip("."))
+    return Derivation(kind, None, reasons[0])
 
 
 def _from_recipe(model: nn.Module) -> Recipe | None:

@@ -64,7 +64,9 @@ def _own_difference(layer: nn.Module | None, other: nn.Module | None, seen: set[
             return None
         return f"it is of the class {_class_name(layer)}, and of {_class_name(other)} in a new one"
     if list(children_of(layer)) != list(children_of(other)):
-        return f"it holds the layers {_shown(list(children_of(layer)))}, and a new one {_shown(list(children_of(other)))}"
+        return (
+            f"it holds the layers {_shown(list(children_of(layer)))}, and a new one {_shown(list(children_of(other)))}"
+        )
     return _tensor_difference(layer, other) or _setting_difference(layer, other, seen)
 
 
@@ -83,7 +85,9 @@ def _tensor_difference(layer: nn.Module, other: nn.Module) -> str | None:
             if tensor.shape != expected.shape:
                 return f"'{name}' has the shape {tuple(tensor.shape)}, and {tuple(expected.shape)} in a new one"
             if name in kept_nowhere and not _is_same_tensor(tensor, expected):
-                return f"the buffer '{name}', which no state dict holds, has other values or another dtype than a new one"
+                return (
+                    f"the buffer '{name}', which no state dict holds, has other values or another dtype than a new one"
+                )
     return None
 
 

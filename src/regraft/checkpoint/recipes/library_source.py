@@ -21,7 +21,15 @@ from regraft.surgery.layer_text.parse import shortened
 from regraft.zoo import PYTHON, TIMM, build
 
 OF_TORCHVISION = frozenset(
-    ("num_classes", "aux_logits", "transform_input", "image_size", "dropout", "attention_dropout", "stochastic_depth_prob")
+    (
+        "num_classes",
+        "aux_logits",
+        "transform_input",
+        "image_size",
+        "dropout",
+        "attention_dropout",
+        "stochastic_depth_prob",
+    )
 )
 OF_TIMM = frozenset(
     (
@@ -51,7 +59,9 @@ def build_source(source: Source) -> nn.Module:
     if source.name.startswith(PREFIX):
         data = source.arguments.get("config")
         if not isinstance(data, dict) or set(source.arguments) != {"config"}:
-            raise ModelError(f"the recipe of '{shortened(source.name)}' has no configuration. Get or make the file again.")
+            raise ModelError(
+                f"the recipe of '{shortened(source.name)}' has no configuration. Get or make the file again."
+            )
         class_name = source.name.removeprefix(PREFIX)
         with _bounded():
             build_from_config(class_name, data)

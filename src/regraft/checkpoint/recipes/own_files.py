@@ -58,23 +58,28 @@ def _file_of_module(name: str) -> Path | None:
     file, specification = getattr(module, "__file__", None), getattr(module, "__spec__", None)
     if file is None or not file.endswith(SUFFIX) or "." in getattr(specification, "name", name):
         return None
-    path = Path(file).resolve()
-    if hasattr(module, "__path__") or {"site-packages", "dist-packages"} & set(path.parts):
-        return None
-    return None if path.is_relative_to(Path(sysconfig.get_path("stdlib")).resolve()) else path
+    return None if hasattr(module, "__path__") or _is_installed(Path(file)) else Path(file)
+
+
+def _is_installed(path: Path) -> bool:
+    path = path.resolve()
+    is_library = bool({"site-packages", "dist-packages"} & set(path.parts)) or path.suffix == ".zip"
+    return is_library or path.is_relative_to(Path(sysconfig.get_path("stdlib")).resolve())
 
 
 def _located(where: str, folder: Path) -> str:
     if not where.endswith(SUFFIX):
         return where
     name = PurePosixPath(where.replace("\\", "/")).name
-    places = dict.fromkeys(base / part for base in (folder, Path()) for part in (where, name))
+    places = [base / part for base in (folder, Path()) for part in dict.fromkeys((where, name))]
+    # Beside the running script, where Python imports modules from as well; not among installed libraries.
+    places += [Path(entry, name) for entry in sys.path if not _is_installed(Path(entry))]
     file = next((place for place in places if place.is_file()), None)
     if file is not None:
         return str(file.resolve())
-    searched = ", ".join(f"'{place.absolute()}'" for place in places)
+    searched = ", ".join(f"'{place}'" for place in dict.fromkeys(os.path.abspath(place) for place in places))
     raise ModelError(
-        f"no file '{where}' with the class of the network; searched for {searched}. Put it beside the checkpoint."
+        f"no file '{where}' with the class of the network; searched: {searched}. Put it beside the checkpoint."
     )
 
 

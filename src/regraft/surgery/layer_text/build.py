@@ -146,7 +146,9 @@ class BoundedConstruction(TorchFunctionMode):
             raise EditError(f"a recipe asks for more than {MAX_OPERATIONS:,} operations, to be built alone.")
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor) and not is_lazy(result) and result.numel() > (most := _most_elements.get()):
-            raise TooLargeError(f"a recipe asks for a tensor of {result.numel():,} elements, and {most:,} are the most.")
+            raise TooLargeError(
+                f"a recipe asks for a tensor of {result.numel():,} elements, and {most:,} are the most."
+            )
         return result
 
 
