@@ -46,10 +46,10 @@ class Derivation:
     def warning(self, path: str | os.PathLike[str]) -> str:
         """Return what to tell the user about a file without a recipe: why, how to load it, and what to change."""
         return (
-            f"no recipe rebuilds this {self.kind}, so regraft.load will refuse '{os.fspath(path)}': {self.reason}. Load "
-            "it with load_weights(model, path) into a network that your own code builds. What loads by itself: networks "
-            "of torchvision, timm and transformers, layers of torch.nn, and a class in a .py file that is built without "
-            "arguments or keeps each in an attribute of its name."
+            f"no recipe rebuilds this {self.kind}, so regraft.load will refuse '{os.fspath(path)}': {self.reason}. "
+            "Load it with load_weights(model, path) into a network that your own code builds. What loads by itself: "
+            "networks of torchvision, timm and transformers, layers of torch.nn, and a class in a .py file that is "
+            "built without arguments or keeps each in an attribute of its name."
         )
 
 
