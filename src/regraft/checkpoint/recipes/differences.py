@@ -25,9 +25,12 @@ from regraft.torch_internals import buffers_of, children_of, non_persistent_buff
 
 LIBRARIES = ("torch", "torchvision", "timm", "transformers")
 IGNORED = frozenset((*vars(nn.Module()), ATTRIBUTE, TRAIN, RESET, SCRIPTABLE))  # of every module, and of pins
-DESCRIPTIONS = {  # attributes of libraries' networks that no forward reads, or that each forward sets by its input
-    "timm": ("pretrained_cfg", "default_cfg", "feature_info"),
-    "transformers": ("name_or_path", "generation_config", "warnings_issued", "shift_size", "window_size"),
+NO_SETTINGS = {  # attributes of libraries' networks that change no output, or that each forward sets by its input
+    "timm": ("pretrained_cfg", "default_cfg", "feature_info", "grad_checkpointing"),
+    "transformers": (
+        *("name_or_path", "generation_config", "warnings_issued", "gradient_checkpointing"),
+        *("shift_size", "window_size"),
+    ),
 }
 ADDRESS = re.compile(r"0x[0-9a-f]+")
 MAX_SHOWN = 40  # characters of a value in a message
@@ -94,7 +97,7 @@ def _tensor_difference(layer: nn.Module, other: nn.Module) -> str | None:
 
 def _setting_difference(layer: nn.Module, other: nn.Module, seen: set[tuple[int, int]]) -> str | None:
     library = type(layer).__module__.partition(".")[0]
-    ignored = {*IGNORED, *DESCRIPTIONS.get(library, ())}
+    ignored = {*IGNORED, *NO_SETTINGS.get(library, ())}
     settings, expected = (
         {
             name: value
