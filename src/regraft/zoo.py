@@ -68,6 +68,11 @@ def build(name: str, *, weights: str = "none", trust_code: bool = False) -> nn.M
     return attach(model, recipe=Recipe(source=source), preprocessing=preprocessing)
 
 
+def is_network_name(name: str) -> bool:
+    """Return whether a name is that of a network or a class, rather than a path: a known one, or one with a prefix."""
+    return name.startswith((TIMM, PYTHON)) or name in _torchvision_names()
+
+
 def weights_name(name: str, weights: object) -> str | Path:
     """Normalize an argument `weights`: None, a file, a name, or a member of torchvision's enums or its name.
 

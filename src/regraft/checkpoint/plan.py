@@ -25,11 +25,9 @@ from typing import Any, cast, get_args
 from pydantic import ConfigDict, Field, ValidationError, field_serializer, field_validator
 from torch import nn
 
-from regraft.anatomy.modes import in_mode
 from regraft.arguments import check_arguments
 from regraft.card import Recipe, Source, Step, attach, card_of
 from regraft.checkpoint.create import create_model
-from regraft.checkpoint.read import load
 from regraft.display import block, shortened, some
 from regraft.errors import ConfigError, EditError
 from regraft.fields import CheckedFields
@@ -37,7 +35,6 @@ from regraft.freezing.flags import freeze
 from regraft.surgery.layer_text.build import construct
 from regraft.surgery.recipe import apply_step
 
-SUFFIX = ".safetensors"
 MAX_EDITS = 6  # in a session
 
 
@@ -55,7 +52,7 @@ class Plan(CheckedFields):
 
     Attributes:
         source: A name as for `create_model`, a checkpoint file, or layers of torch.nn as text.
-        weights: As for `create_model`; ignored if the source is a checkpoint or layers.
+        weights: As for `create_model`; ignored if the source is layers.
         edits: Edits to apply, in this order.
         freeze: What to freeze after the edits.
     """
@@ -160,8 +157,6 @@ def plan_of(model: nn.Module) -> Plan:
 
 def _build_source(plan: Plan, trust_code: bool) -> nn.Module:
     """Build the network that a plan starts from."""
-    if plan.source.endswith(SUFFIX):
-        return in_mode(load(plan.source, trust_code=trust_code), True)
     if plan.source.endswith(")"):
         model = construct(plan.source, trust_code=trust_code)
         return attach(model, recipe=Recipe(source=Source(name="torch.nn", layers=plan.source)))

@@ -97,6 +97,26 @@ def load_outline(path: str | os.PathLike[str], *, trust_code: bool = False) -> n
     return in_mode(_apply_header(model, header), False)
 
 
+def load_untrained(path: str | os.PathLike[str], *, trust_code: bool = False) -> nn.Module:
+    """Build the network of a checkpoint with freshly initialized weights and nothing frozen, in training mode.
+
+    Raises:
+        CheckpointError: The file cannot be read, has no recipe, or is much smaller than what its recipe begins with.
+        TrustError: The recipe names a class of your own and `trust_code` is false.
+    """
+    with OpenCheckpoint(Path(path)) as checkpoint:
+        _, recipe = _header_with_recipe(checkpoint)
+        kept_bytes = sum(tensor.nbytes for tensor in resolve(checkpoint).expanded().values())
+    source = checkpoint.path
+    model = rebuild_for(source, recipe, None, kept_bytes=kept_bytes, trust_code=trust_code, unset=False)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise CheckpointError(
+            f"'{source}' holds {kept_bytes:,} bytes of tensors, and its recipe begins with a network that is much "
+            "larger, so it is not built anew. Where you trust it, build that network yourself."
+        )
+    return model
+
+
 def _restore_extra_state(source: Path, model: nn.Module, states: Mapping[str, torch.Tensor]) -> None:
     """Pass extra states to `set_extra_state` of their layers."""
     for name, state in states.items():

@@ -13,11 +13,11 @@ from torch import nn
 from regraft.anatomy.wrappers import unwrapped
 from regraft.arguments import check_arguments, check_minimum, check_target, check_weights
 from regraft.card import ATTRIBUTE, Card, Recipe, Source, attach, card_of
-from regraft.checkpoint.create import rebuild
 from regraft.checkpoint.delta import SHARD_BYTES, choose_base, differing, pin_base, untied_state_dict
 from regraft.checkpoint.file.digest import digests_of
 from regraft.checkpoint.file.format import Header, current_versions, digest_of, index_of
 from regraft.checkpoint.file.shards import write_checkpoint
+from regraft.checkpoint.rebuilding import rebuild
 from regraft.errors import CheckpointError, EditError, RegraftError
 from regraft.surgery.layer_text.build import describe
 

@@ -3,13 +3,16 @@
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
 from typer import Argument, Option
 
-from regraft.cli.output import guarded, require, say, say_json, say_table
+from regraft.cli.output import guarded, require, say, say_json, say_lines, say_table
 from regraft.console import ConsoleProgress
 from regraft.train_options import TrainOption, list_options
+
+if TYPE_CHECKING:
+    from regraft.training.config import TrainConfig
 
 MAX_STEM = 100  # characters of the data's name in a folder name
 
@@ -48,6 +51,9 @@ def train(
     resume: Annotated[
         Path | None, Option(help="Resume the run that stopped in this folder, with its own options.")
     ] = None,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Show how the weights file fits and what would be trained; train nothing.")
+    ] = False,
     trust_code: Annotated[bool, Option("--trust-code", help="Allow the import of custom code (py:…).")] = False,
     config: Annotated[Path | None, Option(help="TOML file with these options; flags take precedence.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
@@ -67,6 +73,7 @@ def train(
             **flags,
             **({"overwrite": True} if overwrite else {}),
             **({"config": config} if config else {}),
+            **({"dry_run": True} if dry_run else {}),
         }
         words = ", ".join("DATA" if name == "data" else f"--{name.replace('_', '-')}" for name in known)
         require(not known, f"--resume continues a run with its own options: leave out {words}.")
@@ -80,6 +87,9 @@ def train(
             options["out"] = _free_folder(str(options["data"]))
         settings = make_config(options, "the options")
 
+    if dry_run:
+        _preview(settings, trust_code=trust_code, as_json=as_json)
+        return
     from regraft.errors import Interrupted
     from regraft.report import write_report
     from regraft.training.fitting import fit
@@ -103,6 +113,25 @@ def train(
         say_json({**result.to_dict(), "report": str(report)})
         return
     _print_result(result, report)
+
+
+def _preview(settings: "TrainConfig", *, trust_code: bool, as_json: bool) -> None:
+    """Print how a weights file fits the network, and what would be trained."""
+    from regraft.checkpoint import create_model
+    from regraft.checkpoint.create import weights_path
+    from regraft.checkpoint.matching.naming import parse_rules
+
+    answer: dict[str, Any] = {}
+    if weights_path(settings.weights) is not None:
+        options: Any = {"match": settings.match, "entry": settings.entry, "accept": settings.accept}
+        options |= {"rename": parse_rules(settings.rename), "weights": settings.weights, "trust_code": trust_code}
+        report = create_model(settings.model, dry_run=True, **options)
+        answer["weights"] = report.to_dict()
+        if not as_json:
+            say_lines(str(report))
+            say()
+    if as_json:
+        say_json(answer)
 
 
 def _free_folder(data: str) -> str:

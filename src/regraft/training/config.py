@@ -36,7 +36,12 @@ class TrainConfig(CheckedFields, TrainOptions):
     def _names_weights(cls, weights: Any) -> Any:
         if weights is None:
             return "none"
-        return str(weights) if isinstance(weights, (Enum, Path)) else weights
+        return str(weights) if isinstance(weights, Enum) else weights
+
+    @field_validator("data", "model", "weights", "out", mode="before")
+    @classmethod
+    def _path_as_text(cls, path: Any) -> Any:
+        return str(path) if isinstance(path, Path) else path
 
     @field_validator("data", "out", mode="before")
     @classmethod

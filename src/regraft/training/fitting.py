@@ -43,7 +43,7 @@ import_compiler()  # optimizers would do it at their first use, in the middle of
 
 
 def fit(
-    model: nn.Module | str,
+    model: nn.Module | str | Path,
     data: Any,
     *,
     config: TrainConfig | None = None,
@@ -66,7 +66,8 @@ def fit(
 
     Args:
         model: A name (see `create_model`), which gets a head for the data's classes, and whose other layers are frozen
-            if it is pretrained; or a module, which is trained in place with its own flags.
+            if it is pretrained; a checkpoint, which keeps its frozen layers, and its head if that fits the classes; or
+            a module, which is trained in place with its own flags.
         data: A folder or a `.csv` table (see `list_data`), or a pair (train, validation) of Datasets or DataLoaders
             that yield (inputs, targets): inputs (N, …), targets (N,) of int64 classes, or of floats for regression.
         config: All options as one value.
@@ -87,6 +88,7 @@ def fit(
     """
     check_arguments(fit, locals())
     listener = progress_of(progress)
+    model = str(model) if isinstance(model, Path) else model
     if isinstance(data, (str, Path)):
         check_path(fit, "data", data)
     if isinstance(loss, type):

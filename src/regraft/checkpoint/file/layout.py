@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from regraft.checkpoint.foreign.kinds import require_weights
+from regraft.checkpoint.foreign.kinds import describe_folder, describe_weights, require_weights
 from regraft.errors import CheckpointError
 
 HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -97,6 +97,8 @@ def open_file(path: Path) -> FileIO:
     Raises:
         CheckpointError: It does not exist.
     """
+    if path.is_dir():
+        raise CheckpointError(f"'{path}' is a folder, and {describe_folder(path)}")
     if not path.is_file():
         raise CheckpointError(f"no file '{path}' (looked from {Path.cwd()}). Give the path of a checkpoint.")
     return path.open("rb", buffering=0)
@@ -121,6 +123,12 @@ def read_start(path: Path, file: FileIO | None = None) -> tuple[dict[str, Any], 
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > min(size - 8, HEADER_LIMIT_BYTES):
             require_weights(path)
+            if (what := describe_weights(path)) is not None:
+                raise CheckpointError(
+                    f"'{path}' is {what}: weights without an architecture. Load it into a model of your own with "
+                    f"load_weights(model, '{path}'), or write a checkpoint with `regraft convert {path} "
+                    "OUT.safetensors --model NAME`. To train with it: --model NAME --weights FILE."
+                )
             raise CheckpointError(
                 f"'{path}' is no safetensors file, or it is cut off ({size:,} bytes). Expected a file written by "
                 "`regraft train` or regraft.save."

@@ -166,11 +166,11 @@ class LoadReport:
         if shown:
             rows = [
                 (match.source, match.name, shape_text(match.shape) or "scalar", self._taken(match), match.reason)
-                for match in shown[:ROWS]
+                for match in (shown if self.dry_run else shown[:ROWS])
             ]
             head = ("in the file", "in the model", "shape", "confidence", "because")
             yield from aligned([head, *rows], [False] * 5)
-            if len(shown) > ROWS:
+            if len(shown) > ROWS and not self.dry_run:
                 yield f"… and {len(shown) - ROWS} more"
         for word, text in (("cause", self.cause), ("suggestion", self.suggestion)):
             if text:

@@ -10,13 +10,13 @@ from typing import Any
 from torch import nn
 
 from regraft.checkpoint.file.atomic import atomic_write
+from regraft.checkpoint.file.format import RUN_CHECKPOINT, RUN_STATES
 from regraft.checkpoint.write import save
 from regraft.errors import ConfigError, RunError
 from regraft.training.config import TrainConfig, write_config
 from regraft.training.result import EpochRecord
 
-CHECKPOINT, METRICS, CONFIG, REPORT = "model.safetensors", "metrics.csv", "config.toml", "report.html"
-STATES, LOCK = "last", "run.lock"
+METRICS, CONFIG, REPORT, LOCK = "metrics.csv", "config.toml", "report.html", "run.lock"
 SAFETENSORS_TEMPORARY = ".tmp??????"  # pattern of the temporary files that the safetensors writer makes
 
 
@@ -45,18 +45,18 @@ class RunFolder:
         if LOCK in names:  # fails here, before any data is read, if another run holds it
             self._acquire_lock().release()
         if names - {LOCK} and not overwrite and not continues:
-            hint = f", or go on with what stopped there: regraft train --resume {path}" if STATES in names else ""
+            hint = f", or go on with what stopped there: regraft train --resume {path}" if RUN_STATES in names else ""
             raise ConfigError(f"'{path}' exists and is not empty. Choose another --out, or pass --overwrite{hint}.")
 
     @property
     def checkpoint(self) -> Path:
         """Path of the saved model."""
-        return self.path / CHECKPOINT
+        return self.path / RUN_CHECKPOINT
 
     @property
     def states(self) -> Path:
         """Folder of the run's states."""
-        return self.path / STATES
+        return self.path / RUN_STATES
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -109,7 +109,7 @@ class RunFolder:
     def _delete_partial_files(self) -> None:
         """Delete temporary files of a process that was killed while writing."""
         with contextlib.suppress(OSError):
-            for pattern in (*(f".{name}.*.tmp" for name in (CHECKPOINT, METRICS, CONFIG)), SAFETENSORS_TEMPORARY):
+            for pattern in (*(f".{name}.*.tmp" for name in (RUN_CHECKPOINT, METRICS, CONFIG)), SAFETENSORS_TEMPORARY):
                 for file in self.path.glob(pattern):
                     file.unlink()
 
