@@ -8,6 +8,8 @@ from torch.overrides import TorchFunctionMode
 
 from regraft.anatomy.modes import preserved_randomness
 from regraft.card import Recipe, Source, attach
+from regraft.checkpoint.recipes.library_source import build_source
+from regraft.checkpoint.recipes.transformers_config import PREFIX
 from regraft.errors import EditError, ModelError, RegraftError
 from regraft.surgery.grafting import rebuild_grafted
 from regraft.surgery.layer_text.build import construct
@@ -49,7 +51,7 @@ def rebuild(recipe: Recipe, *, trust_code: bool = False, unset: bool = False) ->
     # Initialization is skipped only if nothing reads the values: layers given as text, stitched parts and a user's own
     # constructors may compute with their weights, and so do edits such as `replace_stem`.
     is_plain = not recipe.source.layers and not recipe.source.parts and not recipe.source.name.startswith(PYTHON)
-    is_blind = is_plain and all(step.operation == "replace_head" for step in recipe.steps)
+    is_blind = is_plain and all(step.operation in ("replace", "replace_head") for step in recipe.steps)
     with preserved_randomness():
         # The steps lie outside of the interception: a new head is initialized as always, which costs little.
         with _SkipInitialization() if unset and is_blind else contextlib.nullcontext():
@@ -67,6 +69,8 @@ def _from_source(source: Source, trust_code: bool) -> nn.Module:
     """
     if source.layers:
         return construct(source.layers, trust_code=trust_code)
+    if not source.parts and (source.arguments or source.name.startswith(PREFIX)):
+        return build_source(source)
     if not source.parts:
         return build(source.name, trust_code=trust_code)
     join = {"stitch": rebuild_stitched, "graft": rebuild_grafted}.get(source.name)

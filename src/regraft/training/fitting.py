@@ -1,5 +1,6 @@
 """`fit`: train a model on photos, datasets or loaders, and keep the best weights."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -87,8 +88,8 @@ def fit(
         Interrupted: Ctrl-C or SIGTERM; the best weights so far are kept, if any.
     """
     check_arguments(fit, locals())
-    listener = progress_of(progress)
     model = str(model) if isinstance(model, Path) else model
+    listener = progress_of(progress)
     if isinstance(data, (str, Path)):
         check_path(fit, "data", data)
     if isinstance(loss, type):
@@ -122,6 +123,8 @@ def fit(
                 fingerprint = RunFingerprint.of(setup, config, is_named=is_named)
                 if saved_run is not None:
                     check_state(saved_run, setup, fingerprint)
+                if folder is not None and (warning := folder.prepare_recipe(setup.model)) is not None:
+                    warnings.warn(warning, stacklevel=2)
             for line in _lines(setup, config):
                 listener.say(line)
             run = Run(setup, config, fingerprint, folder, run_state, signals, listener, trust_code)

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from regraft.card import Recipe
 from regraft.checkpoint.file.atomic import atomic_write
 from regraft.checkpoint.file.format import RUN_CHECKPOINT, RUN_STATES
-from regraft.checkpoint.write import save
+from regraft.checkpoint.recipes.derivation import derive_recipe
+from regraft.checkpoint.write import without_wrapper, write_model
 from regraft.errors import ConfigError, RunError
 from regraft.training.config import TrainConfig, write_config
 from regraft.training.result import EpochRecord
@@ -35,6 +37,7 @@ class RunFolder:
     def __init__(self, path: Path, *, overwrite: bool, continues: bool = False) -> None:
         self.path = path
         self.has_stale_results = overwrite and not continues
+        self._recipe: Recipe | None = None
         try:
             for parent in (path, *path.parents):
                 if parent.exists() and not parent.is_dir():
@@ -84,9 +87,19 @@ class RunFolder:
                 for folder in created:
                     folder.rmdir()
 
+    def prepare_recipe(self, model: nn.Module) -> str | None:
+        """Derive the recipe with which `model` will be saved; training does not change it.
+
+        Returns:
+            Where there is none: a warning that says why, and how to load the file.
+        """
+        derivation = derive_recipe(without_wrapper(model))
+        self._recipe = derivation.recipe
+        return derivation.warning(self.checkpoint) if derivation.reason is not None else None
+
     def save_model(self, model: nn.Module, config: TrainConfig) -> None:
         """Save the best model so far, with the configuration."""
-        save(model, self.checkpoint)
+        write_model(model, self.checkpoint, self._recipe)
         with self._writing():
             if self.has_stale_results:  # they belong to the model that was just replaced
                 (self.path / REPORT).unlink(missing_ok=True)
