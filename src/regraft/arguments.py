@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from regraft.errors import ArgumentError, ModelError
+from regraft.wording import option
 
 MAX_INTEGER = 2**63 - 1  # sizes in torch are int64
 MAX_NAME_BYTES = 255  # of one part of a path, in every common file system
@@ -141,7 +142,9 @@ def usable_device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise ModelError(f"the device {str(device)!r} cannot be used: {reason}. Try --device cpu.") from error
+        raise ModelError(
+            f"the device {str(device)!r} cannot be used: {reason}. Try {option('device', 'cpu')}."
+        ) from error
     return chosen
 
 

@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TextIO, TypeVar
 
 from regraft.console import printable
 from regraft.errors import InputError, RegraftError
+from regraft.wording import flags_in_messages
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -64,7 +65,7 @@ def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Resul
 
         token = _RESULTS.set(sys.stdout)
         try:
-            with contextlib.redirect_stdout(sys.stderr):
+            with contextlib.redirect_stdout(sys.stderr), flags_in_messages():
                 result = command(*args, **kwargs)
             print(end="", flush=True)  # flush here, where a closed pipe is handled
             return result

@@ -78,7 +78,7 @@ def train(
         require("data" in options, "no data given. Pass the folder that holds your photos: regraft train photos/")
         if "out" not in options:
             options["out"] = _free_folder(str(options["data"]))
-        settings = make_config(options, "the options")
+        settings = make_config(options)
 
     from regraft.errors import Interrupted
     from regraft.report import write_report

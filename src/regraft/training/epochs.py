@@ -27,6 +27,7 @@ from regraft.training.resume.signals import Signals, StopRequested
 from regraft.training.resume.state_writer import StateWriter
 from regraft.training.setup import TrainSetup, make_extractor
 from regraft.training.train_data import with_features
+from regraft.wording import for_caller, option
 
 
 @dataclass
@@ -277,10 +278,9 @@ def _interrupted(run: Run, state_writer: StateWriter, interruption: KeyboardInte
 
 def _resume_hint(run: Run) -> str:
     assert run.folder is not None
-    if run.fingerprint.is_named:
-        trust = " --trust-code" if run.trust_code else ""
-        return f"To continue: regraft train --resume {shlex.quote(str(run.folder.path))}{trust}"
-    return "To continue: the same call of fit with resume=True"
+    trust = " --trust-code" if run.trust_code else ""
+    command = f"regraft train --resume {shlex.quote(str(run.folder.path))}{trust}"
+    return f"To continue: {for_caller(python='the same call of fit with resume=True', command=command)}"
 
 
 def _describe_best(run: Run) -> str:
@@ -329,5 +329,5 @@ def _require_finite(metrics: Metrics, setup: TrainSetup) -> None:
     if not math.isfinite(metrics.loss):
         raise LossError(
             f"the validation loss is {metrics.loss} (learning rate {setup.plan.lr:.3g}). Try a tenth of the learning "
-            "rate, --precision fp32, or look for extreme values in the data."
+            f"rate, {option('precision', 'fp32')}, or look for extreme values in the data."
         )

@@ -35,6 +35,7 @@ from regraft.training.loop import ComputeContext, choose_compute
 from regraft.training.losses import Loss, build_loss
 from regraft.training.result import TrainPlan
 from regraft.training.train_data import TrainData, with_task
+from regraft.wording import option
 from regraft.zoo import preprocessing_of
 
 WARM_UP_SHARE = 0.05
@@ -98,8 +99,8 @@ def check_options(config: TrainConfig, task: Task | None, *, trust_code: bool) -
         )
     if config.unfreeze is not None and (config.unfreeze_all or config.freeze or config.freeze_until is not None):
         raise ConfigError(
-            f"--unfreeze '{config.unfreeze}' says what is frozen when, so it excludes --freeze, --freeze-until and "
-            "--unfreeze-all. Pass one of them."
+            f"{option('unfreeze')} '{config.unfreeze}' says what is frozen when, so it excludes {option('freeze')}, "
+            f"{option('freeze_until')} and {option('unfreeze_all')}. Pass one of them."
         )
 
 
@@ -183,8 +184,8 @@ def prepare_setup(
         raise ModelError(f"{type(model).__name__} cannot be trained as it is: {findings[0]}")
     if is_ridge and start is not None:
         with torch.no_grad():
-            for name, value in start.items():
-                live.get_parameter(name).copy_(value)
+            for path, value in start.items():
+                live.get_parameter(path).copy_(value)
     attach(model, classes=train_data.classes, task=train_data.task, preprocessing=facts.preprocessing)
     return TrainSetup(
         facts=facts,
@@ -253,7 +254,10 @@ def make_extractor(
     if all(parameter.requires_grad for parameter in facts.model.parameters()):
         return None, None
     if is_random(config.augment) and config.views is None:
-        return None, f"augment {config.augment} draws each photo anew in every epoch. A number of --views can be kept"
+        reason = (
+            f"augment {config.augment} draws each photo anew in every epoch. A number of {option('views')} can be kept"
+        )
+        return None, reason
     try:
         extractor = Extractor(
             facts,
@@ -291,8 +295,8 @@ def _require_ridge_start(live: nn.Module, train_data: TrainData) -> dict[str, to
     else:
         reason = train_data.cache_disabled_reason or "nothing is computed once"
     raise ConfigError(
-        f"--head-start ridge needs a linear head on features that are computed once, and few enough of them: {reason}. "
-        "Freeze everything but the last layer, or leave the option out."
+        f"{option('head_start', 'ridge')} needs a linear head on features that are computed once, and few enough of "
+        f"them: {reason}. Freeze everything but the last layer, or leave the option out."
     )
 
 

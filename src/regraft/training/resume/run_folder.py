@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from regraft.checkpoint.write import save
 from regraft.errors import ConfigError, RunError
 from regraft.training.config import TrainConfig, write_config
 from regraft.training.result import EpochRecord
+from regraft.wording import for_caller, option
 
 CHECKPOINT, METRICS, CONFIG, REPORT = "model.safetensors", "metrics.csv", "config.toml", "report.html"
 STATES, LOCK = "last", "run.lock"
@@ -38,15 +40,21 @@ class RunFolder:
         try:
             for parent in (path, *path.parents):
                 if parent.exists() and not parent.is_dir():
-                    raise ConfigError(f"'{parent}' is a file, expected a folder for the results (--out).")
+                    raise ConfigError(f"'{parent}' is a file, expected a folder for the results ({option('out')}).")
             names = {child.name for child in path.iterdir()} if path.is_dir() else set()
         except (OSError, ValueError) as error:
-            raise ConfigError(f"'{path}' cannot be a folder for the results: {error}. Choose another --out.") from error
+            raise ConfigError(
+                f"'{path}' cannot be a folder for the results: {error}. Choose another {option('out')}."
+            ) from error
         if LOCK in names:  # fails here, before any data is read, if another run holds it
             self._acquire_lock().release()
         if names - {LOCK} and not overwrite and not continues:
-            hint = f", or go on with what stopped there: regraft train --resume {path}" if STATES in names else ""
-            raise ConfigError(f"'{path}' exists and is not empty. Choose another --out, or pass --overwrite{hint}.")
+            resume = for_caller(python="resume=True", command=f"regraft train --resume {shlex.quote(str(path))}")
+            hint = f", or go on with what stopped there: {resume}" if STATES in names else ""
+            raise ConfigError(
+                f"'{path}' exists and is not empty. Choose another {option('out')}, or pass "
+                f"{option('overwrite', True)}{hint}."
+            )
 
     @property
     def checkpoint(self) -> Path:
@@ -125,8 +133,8 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 holder = (self.path / LOCK).read_text(encoding="ascii", errors="replace").strip()
             raise ConfigError(
-                f"another run is writing into '{self.path}': process {holder or 'unknown'}. Choose another --out, or "
-                "wait until it has ended."
+                f"another run is writing into '{self.path}': process {holder or 'unknown'}. Choose another "
+                f"{option('out')}, or wait until it has ended."
             ) from error
         return lock
 
@@ -136,5 +144,5 @@ class RunFolder:
             yield
         except OSError as error:
             raise RunError(
-                f"cannot write into '{self.path}': {error}. Free some space, or choose another --out."
+                f"cannot write into '{self.path}': {error}. Free some space, or choose another {option('out')}."
             ) from error
