@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from regraft.freezing import unfreeze as unfreeze
     from regraft.frontier import Partition as Partition
     from regraft.frontier import partition as partition
+    from regraft.progress import Progress as Progress
     from regraft.report import write_report as write_report
     from regraft.surgery import append as append
     from regraft.surgery import graft as graft
@@ -74,6 +75,7 @@ _HOMES = {
     "Partition": "frontier",
     "Prediction": "training",
     "Preprocessing": "card",
+    "Progress": "progress",
     "RegraftError": "errors",
     "Schedule": "freezing",
     "TrainConfig": "training",

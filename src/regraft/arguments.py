@@ -65,12 +65,13 @@ def check_arguments(function: Callable[..., Any], values: Mapping[str, Any]) -> 
     Traceback (most recent call last):
     regraft.errors.ArgumentError: shift: model is the class ReLU, expected a torch.nn.Module. Make one: ReLU(…).
     """
+    see = f"See help(regraft.{function.__qualname__})."
     for name, hint in _hints(function):
         if (mismatch := _mismatch(name, values[name], hint)) is not None:
             where, culprit, wanted = mismatch
             raise ArgumentError(
-                f"{function.__qualname__}: {where} is {_shown(culprit)}, expected {_words(wanted)}. "
-                f"{_advice(culprit, wanted) or f'See help(regraft.{function.__qualname__}).'}"
+                f"{function.__qualname__}: {where} is {shown(culprit)}, expected {_words(wanted)}. "
+                f"{_place(culprit, wanted, values) or _advice(culprit, wanted) or see}"
             )
 
 
@@ -94,7 +95,7 @@ def check_path(function: Callable[..., Any], name: str, path: str | os.PathLike[
         ArgumentError: It is empty, or holds a null byte or a name that is too long.
     """
     if (problem := path_problem(path)) is not None:
-        raise ArgumentError(f"{function.__qualname__}: {name} is {_shown(path)}: {problem}. Give the path of a file.")
+        raise ArgumentError(f"{function.__qualname__}: {name} is {shown(path)}: {problem}. Give the path of a file.")
 
 
 def check_target(function: Callable[..., Any], name: str, path: str | os.PathLike[str]) -> None:
@@ -105,7 +106,7 @@ def check_target(function: Callable[..., Any], name: str, path: str | os.PathLik
     """
     if Path(path).is_dir() or not Path(path).name:
         raise ArgumentError(
-            f"{function.__qualname__}: {name} is the folder {_shown(path)}, expected the path of a file to write. "
+            f"{function.__qualname__}: {name} is the folder {shown(path)}, expected the path of a file to write. "
             "Name a file in it. Nothing was written."
         )
 
@@ -193,7 +194,7 @@ def _mismatch_inside(where: str, value: Any, hint: Any) -> tuple[str, Any, Any] 
     parts: list[tuple[str, Any, Any]] = []
     if isinstance(value, Mapping) and len(inner) == 2:
         parts = [(f"a key of {where}", key, inner[0]) for key in value]
-        parts += [(f"{where}[{_shown(key)}]", element, inner[-1]) for key, element in value.items()]
+        parts += [(f"{where}[{shown(key)}]", element, inner[-1]) for key, element in value.items()]
     elif isinstance(value, (tuple, list)):
         hints = [inner[0]] * len(value) if len(inner) == 1 or inner[1] is Ellipsis else inner
         if len(hints) != len(value):
@@ -246,7 +247,8 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return what a message says of a value: itself if it is short, else its type and size."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if inspect.isroutine(value):
@@ -259,7 +261,11 @@ def _shown(value: Any) -> str:
     name = type(value).__name__
     shape = f" of shape {tuple(value.shape)}" if isinstance(value, (torch.Tensor, np.ndarray)) else ""
     size = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
-    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}{shape or size}"
+    return f"{_with_article(name)}{shape or size}"
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def _words(hint: Any) -> str:
@@ -270,16 +276,32 @@ def _word(hint: Any) -> str:
     kind, inner = _kind(hint), get_args(hint)
     if kind is tuple:
         return f"a tuple of {len(inner)}" if inner and inner[-1] is not Ellipsis else "a tuple"
-    return WORDS.get(kind) or f"a {getattr(kind, '__name__', kind)}"
+    return WORDS.get(kind) or _with_article(getattr(kind, "__name__", str(kind)))
+
+
+def _place(value: Any, hint: Any, values: Mapping[str, Any]) -> str:
+    """Return what to write where the value is right but its place is not; empty for any other."""
+    kinds = {_kind(option) for option in _options(hint)}
+    networks = [other for other in values.values() if isinstance(other, nn.Module) and other is not value]
+    if kinds == {nn.Module} and isinstance(value, str) and networks:
+        return f"The order is ({', '.join(values)})."
+    if str in kinds and isinstance(value, nn.Module):
+        for network in networks:
+            path = next((path for path, layer in network.named_modules() if layer is value), None)
+            if path is not None:
+                return f"Name the layer by its path: {path!r}."
+    return ""
 
 
 def _advice(value: Any, hint: Any) -> str:
     """Return what to write instead, for the most frequent mistakes; empty for any other value."""
     kinds = {_kind(option) for option in _options(hint)}
-    if nn.Module in kinds and (advice := _network_instead_of(value)):
-        return advice
     if kinds & {int, float} and isinstance(value, str) and _is_numeral(value):
         return f"Write it without quotes: {value}."
+    if {int, nn.Module} <= kinds and isinstance(value, (list, tuple)) and value and isinstance(value[0], str):
+        return f"Pass their number: {len(value)}."
+    if nn.Module in kinds and (advice := _network_instead_of(value)):
+        return advice
     if os.PathLike in kinds and isinstance(value, (str, os.PathLike)):
         return f"Give the path of a file: {path_problem(value)}."
     if str in kinds:
@@ -289,6 +311,10 @@ def _advice(value: Any, hint: Any) -> str:
             return "Decode it first: .decode()."
         if isinstance(value, nn.Module):
             return "Name a layer by its path, as in 'layer1.0.conv1'."
+        if inspect.isroutine(value) and value.__name__ != "<lambda>":
+            return f"Pass its name: {value.__name__!r}."
+        if isinstance(value, bool):
+            return ""
         if isinstance(value, (list, tuple, set, frozenset)):
             return "Pass strings one by one: a star takes a list apart, as in *names."
         if isinstance(value, int):

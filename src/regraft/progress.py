@@ -1,4 +1,4 @@
-"""Progress of long jobs: silent by default, shown if the command line or the caller passes a listener."""
+"""Progress of long jobs, as whoever listens to them sees it."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -7,13 +7,29 @@ Item = TypeVar("Item")
 
 
 class Progress:
-    """A silent listener. The command line passes a subclass that draws bars and prints lines."""
+    """A listener to long jobs, which hears nothing unless a subclass says otherwise.
+
+    `fit`, `evaluate` and `predict` take an instance as `progress=`. A subclass overrides what it needs. Both methods
+    are called in the thread of the job, and an exception in them stops it.
+
+    >>> class Log(Progress):
+    ...     def say(self, line: str) -> None:
+    ...         print("log:", line)
+    >>> Log().say("epoch 1/2")
+    log: epoch 1/2
+    """
 
     def say(self, line: str) -> None:
-        """Report one line of plain text about the current step."""
+        """Hear one line of plain text, as of an epoch that is complete or a file that is skipped."""
 
     def track(self, items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-        """Yield `items` unchanged; a subclass counts them."""
+        """Yield `items` unchanged, in order, as the job asks for them; a subclass counts them.
+
+        Args:
+            items: What the step goes through, as batches.
+            description: The step, as in `epoch 3/25`.
+            total: Number of items; None if unknown.
+        """
         yield from items
 
 

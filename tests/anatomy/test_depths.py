@@ -38,8 +38,8 @@ BLOCKS = {  # written down from the published architectures
     "resnet18": [["conv1", "bn1"], *([f"layer{i}.{j}"] for i in (1, 2, 3, 4) for j in (0, 1)), ["fc"]],
     "vit_b_16": [
         ["class_token", "conv_proj", "encoder.pos_embedding"],
-        *([f"{ENCODER}{i}"] for i in range(12)),
-        ["encoder.ln"],
+        *([f"{ENCODER}{i}"] for i in range(11)),
+        [f"{ENCODER}11", "encoder.ln"],
         ["heads"],
     ],
     "swin_t": [
@@ -50,8 +50,8 @@ BLOCKS = {  # written down from the published architectures
         ["features.4"],
         *([f"features.5.{i}"] for i in range(6)),
         ["features.6"],
-        *([f"features.7.{i}"] for i in range(2)),
-        ["norm"],
+        ["features.7.0"],
+        ["features.7.1", "norm"],
         ["head"],
     ],
     "mobilenet_v3_small": [*([f"features.{i}"] for i in range(13)), ["classifier.0"], ["classifier.3"]],
@@ -98,6 +98,15 @@ def test_param_groups_has_the_rates_of_timm_for_networks_of_timm(name: str, deca
     expected = {id(p): 0.01 * group["lr_scale"] for group in theirs for p in group["params"]}
     ours = param_groups(model, 0.01, layer_decay=decay)
     assert {id(p): group["lr"] for group in ours for p in group["params"]} == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "mixer_s16_224", "poolformer_s12"])
+def test_model_facts_depths_by_structure_alone_are_those_of_timm(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    of_timm = ModelFacts(model).depths
+    model.__class__ = type("Own", (type(model),), {"group_matcher": None})
+    assert ModelFacts(model).depths == of_timm
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -212,6 +221,49 @@ HUGGING_FACE = {  # the class, its configuration, and its blocks as they are wri
         ("ViTConfig", HIDDEN | {"image_size": 32, "patch_size": 8}),
         None,
     ),
+    "DistilBERT": (
+        "DistilBertForSequenceClassification",
+        ("DistilBertConfig", {"dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 32, "vocab_size": 50}),
+        [
+            ["distilbert.embeddings"],
+            *([f"distilbert.transformer.layer.{i}"] for i in range(3)),
+            ["pre_classifier"],
+            ["classifier"],
+        ],
+    ),
+}
+RESIDUAL = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 2], "layer_type": "basic"}
+OTHER_HEADS = {  # networks without a classifier, as above; of a tied head, the embeddings keep the lowest rate
+    "GPT-2": (
+        "GPT2LMHeadModel",
+        (
+            "GPT2Config",
+            {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0},
+        ),
+        [["transformer.wte", "transformer.wpe"], ["transformer.h.0"], ["transformer.h.1", "transformer.ln_f"]],
+    ),
+    "T5": (
+        "T5ForConditionalGeneration",
+        ("T5Config", {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 50}),
+        [
+            ["shared"],
+            ["encoder.block.0"],
+            ["encoder.block.1", "encoder.final_layer_norm"],
+            ["decoder.block.0"],
+            ["decoder.block.1", "decoder.final_layer_norm"],
+        ],
+    ),
+    "ResNet": (
+        "ResNetForImageClassification",
+        ("ResNetConfig", RESIDUAL),
+        [
+            ["resnet.embedder"],
+            ["resnet.encoder.stages.0.layers.0"],
+            ["resnet.encoder.stages.1.layers.0"],
+            ["resnet.encoder.stages.1.layers.1"],
+            ["classifier"],
+        ],
+    ),
 }
 
 
@@ -241,3 +293,40 @@ def test_model_facts_depths_tell_blocks_of_hugging_face_networks_apart(name: str
             depth: {name for name in names if any(name.startswith(f"{path}.") for path in block)}
             for depth, block in enumerate(blocks)
         }
+
+
+@pytest.mark.parametrize("name", OTHER_HEADS)
+def test_model_facts_depths_of_hugging_face_networks_are_their_blocks(name: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    kind, (config, options), blocks = OTHER_HEADS[name]
+    network = getattr(transformers, kind)(getattr(transformers, config)(**options))
+    expected = {
+        parameter: depth
+        for parameter, _ in network.named_parameters()
+        for depth, block in enumerate(blocks)
+        if any(parameter.startswith(f"{path}.") for path in block)
+    }
+    assert ModelFacts(network).depths == expected
+
+
+class OfABatch(nn.Module):
+    """Takes what nothing can guess, and keeps its blocks deep inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.body = nn.ModuleDict({"blocks": nn.ModuleList(tiny.build("residual") for _ in range(3))})
+        self.scale = nn.Parameter(torch.ones(1))
+        self.classify = nn.Linear(4, 2)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        raise KeyError(batch["pixels"])
+
+
+def test_param_groups_counts_blocks_by_registration_where_the_forward_cannot_run() -> None:
+    model = OfABatch()
+    rates = {id(p): group["lr"] for group in param_groups(model, 1.0, layer_decay=0.5) for p in group["params"]}
+    blocks = [{rates[id(p)] for p in block.parameters()} for block in model.body["blocks"]]
+    assert rates[id(model.stem.weight)] == 0.5**4
+    assert blocks == [{0.5**3}, {0.5**2}, {0.5}]
+    assert rates[id(model.classify.weight)] == 1

@@ -31,9 +31,10 @@ from regraft.errors import ArgumentError, ConfigError, RegraftError
 from scene import listing
 
 TRIES, SLOW_TRIES = 300, 5_000
+NETWORK = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
 RESULTS = {
     "Diff", "Finding", "FitResult", "FreezeReport", "LayerSummary", "LoadReport", "Metrics", "ModelSummary",
-    "Partition", "Prediction", "RegraftError",
+    "Partition", "Prediction", "Progress", "RegraftError",
 }  # fmt: skip
 SLOW = {"write_report", "to_source"}  # seconds for each call that works
 ENDLESS = {("fit", "epochs"), ("fit", "model"), ("fit", "optimizer")}  # a number of epochs that is no mistake to refuse
@@ -185,15 +186,12 @@ def same(before: Any, after: Any) -> bool:
         (lambda: regraft.audit({"w": torch.zeros(2)}), r"model is a dict, .* give it these with load_state_dict"),
         (lambda: regraft.summary([nn.ReLU()]), r"model is a list of 1, .*Sequential\(\*layers\)"),
         (lambda: regraft.param_groups(nn.Linear(1, 1).parameters(), 1.0), r"model is a generator, .*network itself"),
-        (lambda: regraft.freeze(nn.Sequential(nn.ReLU()), nn.ReLU()), r"patterns\[0\] is a ReLU, .* by its path"),
-        (lambda: regraft.freeze(nn.Sequential(nn.ReLU()), ["0"]), r"patterns\[0\] is a list of 1, expected a string"),
-        (lambda: regraft.freeze(nn.Sequential(nn.ReLU()), 0), r"patterns\[0\] is 0, .* in quotes: '0'\."),
         (lambda: regraft.append(nn.ReLU(), nn.ReLU), r"layers\[0\] is the class ReLU, .* Make one: ReLU\(…\)"),
         (
             lambda: regraft.append(nn.ReLU(), "ReLU()"),
             r"layers\[0\] is 'ReLU\(\)', expected a torch.nn.Module",
         ),
-        (lambda: regraft.select(nn.ReLU(), b"0"), r"patterns\[0\] is a bytes, expected a string. Decode it first"),
+        (lambda: regraft.select(nn.ReLU(), b"0"), r"patterns\[0\] is a bytes, expected a pattern.* Decode it first"),
         (lambda: regraft.param_groups(nn.Linear(1, 1), "1e-3"), r"lr is '1e-3', expected a finite number.* 1e-3\."),
         (lambda: regraft.param_groups(nn.Linear(1, 1), float("nan")), r"lr is nan, expected a finite number"),
         (lambda: regraft.stitch(nn.ReLU(), nn.ReLU(), cut=("0",)), r"cut is a tuple of 1, expected a tuple of 2"),
@@ -207,6 +205,15 @@ def same(before: Any, after: Any) -> bool:
         (lambda: regraft.load_weights(nn.ReLU(), "a", strict="no"), r"strict is 'no', expected True or False"),
         (lambda: regraft.load_weights(nn.ReLU(), "a", rename={"a": 1}), r"rename\['a'\] is 1, expected a string"),
         (lambda: regraft.summary(nn.ReLU(), torch.zeros(2)), r"input_size is a Tensor of shape \(2,\), .*\.tolist"),
+        (lambda: regraft.remove(NETWORK, NETWORK[1]), r"path is a ReLU, expected a string\. .* by its path: '1'\."),
+        (lambda: regraft.build_optimizer(NETWORK, "sgd", lr=1.0), r"model is 'sgd', .*order is \(name_or_class, model"),
+        (lambda: regraft.replace_head(NETWORK, "10"), r"new is '10', .* Write it without quotes: 10\."),
+        (lambda: regraft.replace_head(NETWORK, ["cat", "dog"]), r"new is a list of 2, .* Pass their number: 2\."),
+        (lambda: regraft.create_model("resnet18", weights=False), r"weights is False, .*Write weights=\"none\"\."),
+        (lambda: regraft.create_model(NETWORK), r"name is a Sequential, which is a network already\. .*replace_head"),
+        (lambda: regraft.create_model(regraft.load), r"name is the function load, .* Pass its name: 'load'\."),
+        (lambda: regraft.audit(NETWORK, 3), r"optimizer is 3, expected an Optimizer or None\."),
+        (lambda: regraft.fit(NETWORK, [], progress="no"), r"progress is 'no', expected a Progress or True or False\."),
         (lambda: regraft.truncate(nn.ReLU(), drop=2.0), r"drop is 2.0, expected a whole number .* or None"),
         (lambda: regraft.evaluate(nn.ReLU(), [], batch_size=0), r"batch_size is 0, expected at least 1\. Nothing was"),
     ],
@@ -226,6 +233,9 @@ def test_argument_error_names_a_wrong_kind_with_what_to_write_instead(call: Call
         ({"include_top": False}, r"no argument 'include_top'\. .*regraft.truncate\(model, drop=1\)"),
         ({"num_labels": 3}, r"no argument 'num_labels'\. Write num_classes=K\."),
         ({"num_clases": 3}, r"no argument 'num_clases'\. Nearest: 'num_classes'\."),
+        ({"num_class": 3}, r"no argument 'num_class'\. Nearest: 'num_classes'\."),
+        ({"in_channels": 1}, r"no argument 'in_channels'\. .*regraft.replace_stem\(model, channels\)"),
+        ({"device": "cuda"}, r"no argument 'device'\. Move the finished network: model.to\(device\)\."),
         ({"xyzzy": 3}, r"no argument 'xyzzy'\. It takes weights, num_classes, trust_code\."),
     ],
     ids=str,

@@ -32,6 +32,11 @@ def no_such_layer(model: nn.Module, path: str) -> str:
     return f"no layer '{path}' in {type(model).__name__}. {hint} `regraft inspect` lists all."
 
 
+def paths_of(model: nn.Module, layer: nn.Module) -> list[str]:
+    """Return the paths at which a layer lies in `model`: several of a shared one, none of one of another model."""
+    return [path for path, own in model.named_modules(remove_duplicate=False) if own is layer]
+
+
 def parent_and_name(path: str) -> tuple[str, str]:
     """Split a path into that of the parent and the last name.
 

@@ -12,13 +12,13 @@ from torch.overrides import TorchFunctionMode
 from regraft.anatomy.heads import find_heads
 from regraft.anatomy.modes import preserved_randomness, unmoved_on_failure
 from regraft.anatomy.paths import is_within
-from regraft.arguments import check_arguments
+from regraft.arguments import check_arguments, shown
 from regraft.card import Recipe, Source, attach, card_of
 from regraft.checkpoint.any_file import read_state_dicts
 from regraft.checkpoint.foreign.kinds import first_names
 from regraft.checkpoint.matching.load_plan import UnfitError, carry_out
 from regraft.checkpoint.matching.loading import Rules, plan_loading
-from regraft.errors import CheckpointError, ConfigError, EditError, ModelError, RegraftError, nearest
+from regraft.errors import ArgumentError, CheckpointError, ConfigError, EditError, ModelError, RegraftError, nearest
 from regraft.surgery.grafting import rebuild_grafted
 from regraft.surgery.head import replace_head
 from regraft.surgery.layer_text.build import construct
@@ -36,6 +36,13 @@ OTHER_WORDS = {  # arguments of torchvision, timm, Keras and transformers → wh
     "include_top": "Change the finished network: regraft.truncate(model, drop=1).",
     "features_only": "Change the finished network: regraft.truncate(model, after=LAYER).",
     "drop_rate": "Build the network with timm, and pass the module on.",
+    "progress": "Downloads show theirs on standard error.",
+    "device": "Move the finished network: model.to(device).",
+    "trust_remote_code": "Write trust_code=True.",
+    **dict.fromkeys(
+        ("in_channels", "input_channels", "channels"),
+        "Change the finished network: regraft.replace_stem(model, channels).",
+    ),
     **dict.fromkeys(("classes", "n_classes", "num_labels", "nb_classes", "out_features"), "Write num_classes=K."),
 }
 # The functions with which constructors initialize parameters: methods of tensors, and torch.nn.init. All of them return
@@ -71,11 +78,21 @@ def create_model(
 
     Raises:
         ConfigError: An argument is unknown.
+        ArgumentError: An argument is of another type; the message says what to write.
         ModelError: The name is unknown, the class cannot be built, or weights cannot be downloaded.
         CheckpointError: The file cannot be read, or belongs to another architecture.
         TrustError: The name is `py:…` and `trust_code` is false.
     """
     _refuse_other_words(others)
+    if isinstance(name, nn.Module):
+        raise ArgumentError(
+            f"create_model: name is {shown(name)}, which is a network already. Use it as it is; "
+            "regraft.replace_head(model, num_classes) gives it another head."
+        )
+    if isinstance(weights, bool):
+        raise ArgumentError(
+            f'create_model: weights is {weights}, expected a name. Write weights="{"default" if weights else "none"}".'
+        )
     check_arguments(create_model, locals())
     weights = weights_name(name, weights)
     path = Path(weights)

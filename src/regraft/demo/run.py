@@ -155,7 +155,7 @@ def _run_demo(folder: Path, shots: tuple[int, ...], seeds: int, progress: Progre
             model = METHODS[method](checkpoint)
         few = train.subset(_draw(train, count, seed))
         start = time.perf_counter()
-        result = fit(model, (few, held_out), epochs=TARGET_EPOCHS, augment="none", seed=seed, lr=LR)
+        result = fit(model, (few, held_out), epochs=TARGET_EPOCHS, augment="none", seed=seed, lr=LR, progress=False)
         durations[method, count].append(time.perf_counter() - start)
         accuracies[method, count].append(result.history[-1].validation.accuracy or 0.0)
     return DemoResult(

@@ -8,13 +8,13 @@ from torch.nn.parameter import is_lazy
 
 from regraft.anatomy.inputs import Inputs
 from regraft.anatomy.mode_dependence import follows_batch
-from regraft.anatomy.paths import is_within, layer_at
+from regraft.anatomy.paths import is_within
 from regraft.anatomy.summary_table import percent
 from regraft.anatomy.tracing import Call, Trace, trace
 from regraft.arguments import check_arguments, check_weights
 from regraft.errors import SelectionError
 from regraft.freezing.hold import ByPath
-from regraft.freezing.patterns import PARAMETERS, select, select_parameters
+from regraft.freezing.patterns import PARAMETERS, Pattern, as_patterns, select, select_parameters
 from regraft.freezing.pins import plan_pins
 
 
@@ -51,7 +51,9 @@ class FreezeReport:
         return line + ties + batch
 
 
-def freeze(model: nn.Module, *patterns: str, until: str | None = None, inputs: Inputs | None = None) -> FreezeReport:
+def freeze(
+    model: nn.Module, *patterns: Pattern, until: Pattern | None = None, inputs: Inputs | None = None
+) -> FreezeReport:
     """Freeze layers of `model` in place: their tensors stay bit-identical whatever trains the model.
 
     Sets `requires_grad=False`, clears stale `.grad`, and pins frozen normalization, dropout and custom layers to
@@ -62,12 +64,13 @@ def freeze(model: nn.Module, *patterns: str, until: str | None = None, inputs: I
     Args:
         model: Any module.
         *patterns: What to freeze, see `select`. Neither patterns nor `until`: everything.
-        until: A layer's path. Every parameter that is used up to and with that layer is frozen, in execution order
+        until: A layer or its path. Every parameter that is used up to and with that layer is frozen, in execution order
             (found by a run on shapes alone), whatever the order of registration.
-        inputs: What the forward takes, for `until`: a tensor, a tuple of positional or a dict of keyword inputs, of
-            which the shapes count; guessed where not given.
+        inputs: What the forward takes, for `until` and `"head"`: a tensor, a tuple of positional or a dict of keyword
+            inputs, of which the shapes count; guessed where not given.
 
     Raises:
+        ArgumentError: Something is neither a pattern nor a layer; the message says what to write.
         SelectionError: A pattern or path selects nothing, or `until` is never executed. Nothing was changed.
         ModelError: `until` was given and the forward fails on `inputs`, or on the guessed ones; or something that was
             selected cannot be kept from moving (TorchScript that looks at its mode). Nothing was changed.
@@ -76,27 +79,33 @@ def freeze(model: nn.Module, *patterns: str, until: str | None = None, inputs: I
     >>> print(freeze(model, until="1"))
     28 of 38 parameters frozen (73.7 %), 10 trainable; 4 tensors changed, 1 layers stay in evaluation mode
     """
+    patterns = as_patterns(freeze, model, patterns)
+    limits = as_patterns(freeze, model, [] if until is None else [until], "until")
     check_arguments(freeze, locals())
     check_weights(freeze, "model", model, allow_meta=True)
-    return _set_flags(model, _select(model, patterns, until=until, inputs=inputs), trainable=False)
+    return _set_flags(model, _select(model, patterns, until=limits, inputs=inputs), trainable=False)
 
 
-def unfreeze(model: nn.Module, *patterns: str, since: str | None = None, inputs: Inputs | None = None) -> FreezeReport:
+def unfreeze(
+    model: nn.Module, *patterns: Pattern, since: Pattern | None = None, inputs: Inputs | None = None
+) -> FreezeReport:
     """Make layers of `model` trainable in place; the reverse of `freeze`.
 
     Args:
         model: Any module.
         *patterns: What to thaw, see `select`. Neither patterns nor `since`: everything.
-        since: A layer's path. Every parameter that is first used in that layer or after it is thawed.
-        inputs: What the forward takes, for `since`; see `freeze`.
+        since: A layer or its path. Every parameter that is first used in that layer or after it is thawed.
+        inputs: What the forward takes, for `since` and `"head"`; see `freeze`.
 
     Raises:
         SelectionError: A pattern or path selects nothing, or `since` is never executed. Nothing was changed.
         ModelError: `since` was given and the forward fails on `inputs`, or on the guessed ones. Nothing was changed.
     """
+    patterns = as_patterns(unfreeze, model, patterns)
+    limits = as_patterns(unfreeze, model, [] if since is None else [since], "since")
     check_arguments(unfreeze, locals())
     check_weights(unfreeze, "model", model, allow_meta=True)
-    return _set_flags(model, _select(model, patterns, since=since, inputs=inputs), trainable=True)
+    return _set_flags(model, _select(model, patterns, since=limits, inputs=inputs), trainable=True)
 
 
 def sync_frozen_state(model: nn.Module) -> None:
@@ -125,31 +134,31 @@ def _select(
     model: nn.Module,
     patterns: tuple[str, ...],
     *,
-    until: str | None = None,
-    since: str | None = None,
+    until: tuple[str, ...] = (),
+    since: tuple[str, ...] = (),
     inputs: Inputs | None = None,
 ) -> _Selection:
     """Work out what is selected; nothing is changed here."""
     has_buffers_alone = {path: layer for path, layer in _all_layers(model) if _has_buffers_alone(layer)}
-    if not patterns and until is None and since is None:
+    if not patterns and not until and not since:
         names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         return _Selection(frozenset(names), tuple(has_buffers_alone.values()))
     limits = {"until": until, "since": since}
-    names = select_parameters(model, *patterns)
+    names = select_parameters(model, *patterns, inputs=inputs)
     paths = set(select(model, *(pattern for pattern in patterns if not pattern.startswith(PARAMETERS))))
-    if until is not None:
+    if until:
         traced = trace(model, inputs=inputs)
         end = max(call.ended for call in _calls_of(model, traced, until))
         names |= {name for name, moment in traced.first_uses.items() if moment < end}
         paths |= {call.path for call in traced.calls if call.began < end}
-    if since is not None:
+    if since:
         traced = trace(model, inputs=inputs)
         begin = min(call.began for call in _calls_of(model, traced, since))
         names |= {name for name, moment in traced.first_uses.items() if moment >= begin}
         paths |= {call.path for call in traced.calls if call.began >= begin}
     layers = tuple(has_buffers_alone[path] for path in sorted(paths & has_buffers_alone.keys()))
     if not names and not layers:
-        selected = [*map(repr, patterns), *(f"{word}={path!r}" for word, path in limits.items() if path is not None)]
+        selected = [*map(repr, patterns), *(f"{word}={path!r}" for word, paths in limits.items() for path in paths)]
         raise SelectionError(
             f"{', '.join(selected)} selects no parameters of {type(model).__name__}: nothing to change."
         )
@@ -164,11 +173,13 @@ def _has_buffers_alone(layer: nn.Module) -> bool:
     return next(layer.parameters(), None) is None and next(layer.buffers(), None) is not None
 
 
-def _calls_of(model: nn.Module, traced: Trace, path: str) -> list[Call]:
-    layer_at(model, path)
-    calls = [call for call in traced.calls if is_within(call.path, path)]  # a ModuleList is not called, its layers are
+def _calls_of(model: nn.Module, traced: Trace, patterns: tuple[str, ...]) -> list[Call]:
+    paths = select(model, *patterns)  # a ModuleList is not called, its layers are
+    calls = [call for call in traced.calls if any(is_within(call.path, path) for path in paths)]
     if not calls:
-        raise SelectionError(f"layer '{path}' of {type(model).__name__} is never executed, so nothing is before it.")
+        raise SelectionError(
+            f"layer '{patterns[0]}' of {type(model).__name__} is never executed, so nothing is before it."
+        )
     return calls
 
 

@@ -3,7 +3,6 @@
 Source: Howard and Ruder 2018, https://arxiv.org/abs/1801.06146, section 3.3.
 """
 
-import glob
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from regraft.anatomy.model_facts import ModelFacts
 from regraft.arguments import check_arguments
 from regraft.errors import ConfigError, SelectionError
 from regraft.freezing.flags import FreezeReport, freeze, unfreeze
 from regraft.freezing.groups import param_groups
-from regraft.freezing.patterns import PARAMETERS, select, select_parameters
+from regraft.freezing.patterns import select_parameters
 from regraft.freezing.state import FreezeState
 
-HEAD, ALL = "head", "all"
+ALL = "all"
 EXPRESSION = "re:"
 CLOSED_KINDS = (  # with lists or schedules of their own beside the base rates, from which a new group would be missing
     torch.optim.lr_scheduler.OneCycleLR,
@@ -102,15 +100,13 @@ class Schedule:
             SelectionError: A pattern of any stage selects nothing. Nothing was changed.
         """
         check_arguments(Schedule.start, locals())
-        facts = ModelFacts(model)
-        layers = [_layers(facts, stage) for stage in self.stages]
-        for stage, patterns in zip(self.stages, layers, strict=True):
-            if not select_parameters(model, *patterns):
+        for stage in self.stages:
+            if not select_parameters(model, *_patterns(stage)):
                 raise SelectionError(
                     f"'{'+'.join(stage.patterns)}' selects no parameters of {type(model).__name__}: nothing to thaw."
                 )
         freeze(model)
-        return unfreeze(model, *layers[0])
+        return unfreeze(model, *_patterns(self.stages[0]))
 
     def advance(
         self,
@@ -149,7 +145,7 @@ class Schedule:
             if begins == epoch and stage is not self.stages[0]:
                 require_growing(scheduler)
                 state = FreezeState.of(model)
-                report = unfreeze(model, *_layers(ModelFacts(model), stage))
+                report = unfreeze(model, *_patterns(stage))
                 try:
                     groups = param_groups(model, lr, weight_decay, **rates)
                 except BaseException:
@@ -220,24 +216,8 @@ def _alike(own: dict[str, Any], group: dict[str, Any]) -> bool:
     return own.get("initial_lr", own["lr"]) == group["lr"] and own["weight_decay"] == group["weight_decay"]
 
 
-def _layers(facts: ModelFacts, stage: Stage) -> list[str]:
-    model, layers = facts.model, []
-    for pattern in stage.patterns:
-        if pattern == ALL:
-            layers.append("")
-        elif pattern == HEAD and HEAD not in dict(model.named_modules()):
-            names = dict(model.named_modules(remove_duplicate=False))
-            for head in facts.heads:
-                layers += [head.path] if head.path in names else [_as_pattern(head.path)]
-                layers += map(_as_pattern, head.after)
-        else:
-            layers += select(model, pattern)
-    return layers
-
-
-def _as_pattern(parameter: str) -> str:
-    """Return the pattern of `unfreeze` that stands for one parameter."""
-    return f"{PARAMETERS}{glob.escape(parameter)}"
+def _patterns(stage: Stage) -> tuple[str, ...]:
+    return tuple("" if pattern == ALL else pattern for pattern in stage.patterns)
 
 
 def _split(text: str, separator: str) -> list[str]:

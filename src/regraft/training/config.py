@@ -27,6 +27,7 @@ class TrainConfig(CheckedFields, TrainOptions):
     OTHER_WORDS: ClassVar[dict[str, str]] = {
         **{alias: f"Write {option.name}=…" for option in list_options() for alias in option.text.aliases},
         "pretrained": 'Write weights="default", or "none" for False',
+        "verbose": "Write progress=False for silence; True is the default",
         "validation_data": "Pass data as a pair: (train, validation)",
     }
 

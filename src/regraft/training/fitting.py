@@ -13,10 +13,11 @@ from regraft.anatomy.model_facts import ModelFacts
 from regraft.anatomy.modes import preserved_randomness
 from regraft.arguments import check_arguments, check_path, check_weights
 from regraft.card import attach
+from regraft.console import progress_of
 from regraft.data.folders import Listing
 from regraft.errors import ConfigError, ModelError
 from regraft.freezing.schedule import Schedule
-from regraft.progress import SILENT, Progress
+from regraft.progress import Progress
 from regraft.torch_internals import import_compiler
 from regraft.training.checks.weight_types import compute_for, require_trainable_types
 from regraft.training.config import TrainConfig
@@ -50,7 +51,7 @@ def fit(
     overwrite: bool = False,
     resume: bool = False,
     trust_code: bool = False,
-    progress: Progress = SILENT,
+    progress: Progress | bool = True,
     **options: Any,
 ) -> FitResult:
     """Train `model` on `data`, and keep the weights of the best epoch on the validation part.
@@ -74,7 +75,9 @@ def fit(
         overwrite: Whether results in the folder `out` may be replaced.
         resume: Whether to resume the run that stopped in the folder `out`; without one, a new run starts.
         trust_code: Whether custom code for a class or a loss (`py:…`) may be imported.
-        progress: Reports progress; silent by default.
+        progress: Whether progress is shown. True: bars and a line an epoch, on standard error of a terminal and below
+            the cell of a notebook; elsewhere (a pipe, the log of a job) the lines alone. False: nothing. A `Progress`
+            of your own gets both instead.
         **options: Fields of `TrainConfig`, which take precedence over `config`.
 
     Raises:
@@ -83,6 +86,7 @@ def fit(
         Interrupted: Ctrl-C or SIGTERM; the best weights so far are kept, if any.
     """
     check_arguments(fit, locals())
+    listener = progress_of(progress)
     if isinstance(data, (str, Path)):
         check_path(fit, "data", data)
     if isinstance(loss, type):
@@ -100,7 +104,7 @@ def fit(
         config = config.updated(epochs=Schedule.parse(config.unfreeze).epochs)
     if resume and config.out is None:
         raise ConfigError("resume needs the folder of the run. Pass out=….")
-    saved_run = find_run(Path(config.out), progress) if resume and config.out is not None else None
+    saved_run = find_run(Path(config.out), listener) if resume and config.out is not None else None
     resolved = saved_run.with_resolved_options(config) if saved_run is not None else config
     folder = None
     if config.out is not None:
@@ -112,13 +116,13 @@ def fit(
         check_options(config, listing.task if listing and loss is None else None, trust_code=trust_code)
         with folder.locked() if folder is not None else nullcontext():
             with unchanged_on_failure(model):
-                setup = _prepare(model, data, listing, loss, resolved, run_state, progress, trust_code=trust_code)
+                setup = _prepare(model, data, listing, loss, resolved, run_state, listener, trust_code=trust_code)
                 fingerprint = RunFingerprint.of(setup, config, is_named=is_named)
                 if saved_run is not None:
                     check_state(saved_run, setup, fingerprint)
             for line in _lines(setup, config):
-                progress.say(line)
-            run = Run(setup, config, fingerprint, folder, run_state, signals, progress, trust_code)
+                listener.say(line)
+            run = Run(setup, config, fingerprint, folder, run_state, signals, listener, trust_code)
             with channels_last(setup.model) if setup.compute.has_channels_last else nullcontext():
                 return train(run, saved_run)
 

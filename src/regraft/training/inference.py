@@ -12,12 +12,13 @@ from torch import nn
 
 from regraft.arguments import check_arguments, check_minimum, check_path, check_weights
 from regraft.card import Card, card_of
+from regraft.console import progress_of
 from regraft.data.decode import Unreadable, decode, quiet_decoders
 from regraft.data.folders import Sample, Task, list_labelled, list_regression, photos_in
 from regraft.data.photos import loader, read_photos
 from regraft.data.transforms import center_crop, normalize
 from regraft.errors import DataError, ModelError, RegraftError
-from regraft.progress import SILENT, Progress
+from regraft.progress import Progress
 from regraft.training.checks.targets import has_one_hot_rows
 from regraft.training.checks.weight_types import compute_for, type_names
 from regraft.training.loop import ComputeContext, score
@@ -60,7 +61,7 @@ def evaluate(
     *,
     batch_size: int = BATCH_SIZE,
     device: str | torch.device = "auto",
-    progress: Progress = SILENT,
+    progress: Progress | bool = True,
 ) -> Metrics:
     """Measure `model` on labelled photos.
 
@@ -70,13 +71,14 @@ def evaluate(
             or DataLoader that yields (inputs, targets), targets of every kind that `fit` takes.
         batch_size: Photos per batch.
         device: `auto`, `cpu`, `cuda`, …
-        progress: Reports progress; silent by default.
+        progress: Whether a bar and the files that are skipped are shown, or where; see `fit`.
 
     Raises:
         DataError: The data is missing, empty, unreadable, or has a class that the model does not know.
         ModelError: The model does not know its classes.
     """
     check_arguments(evaluate, locals())
+    listener = progress_of(progress)
     check_minimum(evaluate, 1, batch_size=batch_size)
     batch_size = int(batch_size)  # torch does not accept NumPy integers
     check_weights(evaluate, "model", model)
@@ -84,16 +86,17 @@ def evaluate(
     model.to(compute.device)
     if not isinstance(data, (str, os.PathLike)):
         batches = torch.utils.data.DataLoader(data, batch_size) if isinstance(data, torch.utils.data.Dataset) else data
-        outputs, targets = _score(model, pairs_of(batches), compute)
+        total = len(batches) if hasattr(batches, "__len__") else None
+        outputs, targets = _score(model, listener.track(pairs_of(batches), "evaluating", total), compute)
         task = card_of(model).task or _infer_task(targets)
         names = card_of(model).classes or tuple(map(str, range(outputs.shape[-1])))
         return measure(outputs, targets, None if task == "regression" else names)
     check_path(evaluate, "data", data)
     card = _require_task(model)
     samples = list_regression(data) if card.classes is None else list_labelled(data, card.classes)
-    photos, unreadable = read_photos(samples, preprocessing_of(model), classes=card.classes, progress=progress)
-    _report_skipped(unreadable, progress)
-    batches = progress.track(loader(photos, batch_size), "evaluating", -(-len(photos) // batch_size))
+    photos, unreadable = read_photos(samples, preprocessing_of(model), classes=card.classes, progress=listener)
+    _report_skipped(unreadable, listener)
+    batches = listener.track(loader(photos, batch_size), "evaluating", -(-len(photos) // batch_size))
     outputs, targets = _score(model, batches, compute)
     return measure(outputs, targets, card.classes)
 
@@ -105,7 +108,7 @@ def predict(
     top: int = 5,
     batch_size: int = BATCH_SIZE,
     device: str | torch.device = "auto",
-    progress: Progress = SILENT,
+    progress: Progress | bool = True,
 ) -> list[Prediction]:
     """Classify photos.
 
@@ -117,13 +120,14 @@ def predict(
         top: Number of most probable classes that each prediction lists.
         batch_size: Photos per batch.
         device: `auto`, `cpu`, `cuda`, …
-        progress: Reports progress; silent by default.
+        progress: Whether a bar and the files that are skipped are shown, or where; see `fit`.
 
     Raises:
         DataError: A path does not exist, or no photo can be read.
         ModelError: The model does not know its classes.
     """
     check_arguments(predict, locals())
+    listener = progress_of(progress)
     check_minimum(predict, 1, top=top, batch_size=batch_size)
     batch_size = int(batch_size)  # torch does not accept NumPy integers
     check_weights(predict, "model", model)
@@ -139,11 +143,11 @@ def predict(
     if not items:
         raise DataError("there are no images. Give paths, PIL images, or a tensor (N, C, H, W).")
     if any(isinstance(item, Image.Image) for item in items):
-        return _predict_opened(model, items, top=top, device=device, progress=progress)
+        return _predict_opened(model, items, top=top, device=device, progress=listener)
     samples = [Sample(path, 0) for item in items for path in _files(item)]
-    photos, unreadable = read_photos(samples, preprocessing_of(model), progress=progress)
-    _report_skipped(unreadable, progress)
-    batches = progress.track(loader(photos, batch_size), "predicting", -(-len(photos) // batch_size))
+    photos, unreadable = read_photos(samples, preprocessing_of(model), progress=listener)
+    _report_skipped(unreadable, listener)
+    batches = listener.track(loader(photos, batch_size), "predicting", -(-len(photos) // batch_size))
     outputs, _ = _score(model, batches, compute)
     return _predictions(outputs, [sample.path for sample in photos.samples], card, top)
 
