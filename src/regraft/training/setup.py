@@ -183,8 +183,8 @@ def prepare_setup(
         raise ModelError(f"{type(model).__name__} cannot be trained as it is: {findings[0]}")
     if is_ridge and start is not None:
         with torch.no_grad():
-            for name, value in start.items():
-                live.get_parameter(name).copy_(value)
+            for path, value in start.items():
+                live.get_parameter(path).copy_(value)
     attach(model, classes=train_data.classes, task=train_data.task, preprocessing=facts.preprocessing)
     return TrainSetup(
         facts=facts,
