@@ -1,5 +1,6 @@
 """The epochs of a run, from its beginning or a saved state, to its end or an interruption."""
 
+import contextlib
 import math
 import shlex
 import time
@@ -26,7 +27,7 @@ from regraft.training.resume.saved_run import RunFingerprint, SavedRun, changing
 from regraft.training.resume.signals import Signals, StopRequested
 from regraft.training.resume.state_writer import StateWriter
 from regraft.training.setup import TrainSetup, make_extractor
-from regraft.training.train_data import with_features
+from regraft.training.train_data import TrainData, with_features
 from regraft.wording import for_caller, option
 
 
@@ -85,15 +86,36 @@ def train(run: Run, saved_run: SavedRun | None) -> FitResult:
                 _run_epoch(run, epoch, reader, state_writer)
             _load_best(run)
         except KeyboardInterrupt as interruption:
-            raise _interrupted(run, state_writer, interruption) from interruption
+            stopped: BaseException = _interrupted(run, state_writer, interruption)
+            _attach_result(run, first_data, state_writer, stopped)
+            raise stopped from interruption
         except LossError as error:
-            raise LossError(f"epoch {run.run_state.epoch}: {error} {_describe_best(run)}") from error
+            stopped = LossError(f"epoch {run.run_state.epoch}: {error} {_describe_best(run)}")
+            _attach_result(run, first_data, state_writer, stopped)
+            raise stopped from error
         except (RunError, DataError) as error:  # a full disk or unreadable photos: the user can repair them and resume
             state_writer.wait()
-            if not (state_writer.has_any and state_writer.has_progress):
-                raise
-            raise type(error)(f"{error} {_resume_hint(run)}") from error
-    setup, best = run.setup, run.run_state.best
+            hint = f" {_resume_hint(run)}" if _can_continue(state_writer) else ""
+            stopped = type(error)(f"{error}{hint}")
+            _attach_result(run, first_data, state_writer, stopped)
+            raise stopped from error
+        except Exception as error:  # of the caller's loss or dataset, or of torch: raised as it is
+            state_writer.wait()
+            with contextlib.suppress(Exception):  # after an error of a GPU, nothing can be copied to it
+                if run.run_state.best is not None:
+                    error.add_note(_describe_best(run))
+                _attach_result(run, first_data, state_writer, error)
+            if _can_continue(state_writer):
+                error.add_note(_resume_hint(run))
+            raise
+    return _result(run, first_data)
+
+
+def _result(
+    run: Run, first_data: TrainData, *, stopped_by: str | None = None, to_continue: str | None = None
+) -> FitResult:
+    """Return the result of the best epoch, whose weights are loaded into the model."""
+    setup, config, best = run.setup, run.config, run.run_state.best
     assert best is not None
     best.load_into(setup.model)
     return FitResult(
@@ -106,11 +128,13 @@ def train(run: Run, saved_run: SavedRun | None) -> FitResult:
         outputs=best.outputs,
         targets=best.targets,
         paths=best.paths,
-        seconds=dict(run.run_state.seconds),
+        seconds=run.run_state.all_seconds(),
         out=run.folder.path if run.folder else None,
         checkpoint=run.folder.checkpoint if run.folder else None,
         computed_once=first_data.frontier.summary(config.epochs) if first_data.frontier is not None else None,
         cache_disabled_reason=first_data.cache_disabled_reason,
+        stopped_by=stopped_by,
+        to_continue=to_continue,
     )
 
 
@@ -214,10 +238,9 @@ def _repartition(run: Run) -> TrainSetup:
 
 def _restore(run: Run, saved_run: SavedRun) -> None:
     """Restore the run from a saved state."""
-    prepared = run.run_state.seconds
+    prepared = run.run_state
     run.run_state, has_thawed = restore_state(saved_run, run.setup)
-    for phase, seconds in prepared.items():
-        run.run_state.seconds[phase] = run.run_state.seconds.get(phase, 0.0) + seconds
+    run.run_state.add_preparation(prepared)
     if has_thawed and run.setup.train_data.frontier is not None:
         run.setup = _repartition(run)
     if run.folder is not None:
@@ -276,11 +299,30 @@ def _interrupted(run: Run, state_writer: StateWriter, interruption: KeyboardInte
     return run.signals.interrupted(message)
 
 
+def _attach_result(run: Run, first_data: TrainData, state_writer: StateWriter, error: BaseException) -> None:
+    """Let the error carry the result of the best epoch so far, from which a report can be written."""
+    if run.run_state.best is None:
+        return
+    is_signal = isinstance(error, Interrupted)
+    reason = run.signals.name if is_signal else f"{type(error).__name__}: {error}".partition("\n")[0]
+    is_repeatable = isinstance(error, LossError)  # the same steps give the same loss
+    to_continue = _resume_command(run) if _can_continue(state_writer) and not is_repeatable else None
+    setattr(error, "result", _result(run, first_data, stopped_by=reason, to_continue=to_continue))  # noqa: B010
+
+
+def _can_continue(state_writer: StateWriter) -> bool:
+    return state_writer.has_any and state_writer.has_progress
+
+
 def _resume_hint(run: Run) -> str:
+    return f"To continue: {for_caller(python='the same call of fit with resume=True', command=_resume_command(run))}"
+
+
+def _resume_command(run: Run) -> str:
     assert run.folder is not None
     trust = " --trust-code" if run.trust_code else ""
     command = f"regraft train --resume {shlex.quote(str(run.folder.path))}{trust}"
-    return f"To continue: {for_caller(python='the same call of fit with resume=True', command=command)}"
+    return for_caller(python=f"regraft.fit(…, out={str(run.folder.path)!r}, resume=True)", command=command)
 
 
 def _describe_best(run: Run) -> str:

@@ -84,9 +84,11 @@ def fit(
         InputError: An argument or the data is invalid (its kinds are in `regraft.errors`). Nothing was written.
         LossError: The loss is not a single finite number; the best weights so far are kept, if any.
         Interrupted: Ctrl-C or SIGTERM; the best weights so far are kept, if any.
+
+    Whatever stops a run after its first epoch carries the result so far: `write_report(error.result, path)`.
     """
     check_arguments(fit, locals())
-    listener = progress_of(progress)
+    listener, run_state = progress_of(progress), RunState()
     if isinstance(data, (str, Path)):
         check_path(fit, "data", data)
     if isinstance(loss, type):
@@ -110,14 +112,15 @@ def fit(
     if config.out is not None:
         folder = RunFolder(Path(config.out), overwrite=overwrite, continues=saved_run is not None)
     is_named = isinstance(model, str) and isinstance(data, (str, Path)) and not callable(loss)
-    run_state = RunState()
     with preserved_randomness(config.seed), Signals() as signals:
-        listing = list_if_folder(data, config)
+        with run_state.phase("reading"):
+            listing = list_if_folder(data, config)
         check_options(config, listing.task if listing and loss is None else None, trust_code=trust_code)
         with folder.locked() if folder is not None else nullcontext():
             with unchanged_on_failure(model):
                 setup = _prepare(model, data, listing, loss, resolved, run_state, listener, trust_code=trust_code)
-                fingerprint = RunFingerprint.of(setup, config, is_named=is_named)
+                with run_state.phase("setup"):
+                    fingerprint = RunFingerprint.of(setup, config, is_named=is_named)
                 if saved_run is not None:
                     check_state(saved_run, setup, fingerprint)
             for line in _lines(setup, config):
@@ -150,9 +153,12 @@ def _prepare(
         built.to(compute.device)
     with run_state.phase("reading"):
         train_data = _read(facts, data, listing, config, compute, progress)
+    if train_data.frontier is not None:  # computed while the photos are read, batch by batch
+        run_state.move_seconds("reading", "features", train_data.frontier.seconds)
     own_loss: Any = loss if callable(loss) else None
     name = model if isinstance(model, str) else None
-    return prepare_setup(facts, name, train_data, config, compute, own_loss, trust_code=trust_code)
+    with run_state.phase("setup"):
+        return prepare_setup(facts, name, train_data, config, compute, own_loss, trust_code=trust_code)
 
 
 def _read(

@@ -96,8 +96,8 @@ class RunFolder:
         """Save the best model so far, with the configuration."""
         save(model, self.checkpoint)
         with self._writing():
+            (self.path / REPORT).unlink(missing_ok=True)  # of another model, or of this run when it was stopped before
             if self.has_stale_results:  # they belong to the model that was just replaced
-                (self.path / REPORT).unlink(missing_ok=True)
                 (self.path / METRICS).unlink(missing_ok=True)
                 self.has_stale_results = False
             write_config(config, self.path / CONFIG)
