@@ -8,6 +8,7 @@ judges it. The question runs in a thread of its own, as no timeout of Python's e
 
 import contextlib
 import os
+import re
 import socket
 import threading
 import urllib.error
@@ -21,6 +22,7 @@ from regraft.errors import ModelError
 from regraft.wording import option
 
 MAX_WAIT_S = 5.0  # for the first answer
+ERRNO = re.compile(r"^\[Errno -?\d+\] ")
 MAX_STALL_S = 30.0  # for the next bytes of a download
 # What timm looks for in a repository of the hub.
 HUB_FILES = (
@@ -97,13 +99,14 @@ def answering(name: str, download: Download | None) -> Iterator[None]:
 
 def no_network(name: str, error: Exception, download: Download | None) -> str:
     """Return the message for weights that cannot be downloaded."""
-    reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    reason = getattr(error, "reason", None) or error  # urllib's errors wrap those of the socket
+    text = ERRNO.sub("", str(reason).partition("\n")[0]) or type(reason).__name__
     server = f" from {urlsplit(download.url).hostname}" if download is not None else ""
     other_way = (
         f", or {download.other_way}" if download is not None else f", or pass a file ({option('weights', 'FILE')})"
     )
     return (
-        f"the weights of '{name}' cannot be downloaded{server} ({reason}). Look at the network and its proxy "
+        f"the weights of '{name}' cannot be downloaded{server} ({text}). Look at the network and its proxy "
         f"(HTTPS_PROXY). Without a network, train from scratch ({option('weights', 'none')}){other_way}."
     )
 

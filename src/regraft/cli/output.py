@@ -10,14 +10,18 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
-from typing import Any, ParamSpec, TextIO, TypeVar
+from typing import Annotated, Any, ParamSpec, TextIO, TypeVar
 
-from regraft.console import printable
+import typer
+
+from regraft.console import LABEL, printable, screen_width, wrapped
 from regraft.errors import InputError, RegraftError
 from regraft.wording import flags_in_messages
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Print details too.")]
 
 INTERRUPTED = 130
 WRONG_PATHS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)  # errors that only another path can fix
@@ -30,8 +34,8 @@ def results() -> TextIO:
 
 
 def say(line: str = "") -> None:
-    """Print one line of a result on standard output."""
-    print(printable(line), file=results())
+    """Print one line of a result on standard output; a terminal gets it in several where it is longer than one."""
+    print(wrapped(printable(line), screen_width(results()), LABEL), file=results())
 
 
 def say_lines(text: str) -> None:
@@ -61,8 +65,6 @@ def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Resul
 
     @functools.wraps(command)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        import typer
-
         token = _RESULTS.set(sys.stdout)
         try:
             with contextlib.redirect_stdout(sys.stderr), flags_in_messages():
@@ -98,4 +100,5 @@ def require(condition: bool, message: str) -> None:
 
 
 def _print_error(line: str) -> None:
-    print("\n".join(printable(part) for part in line.splitlines()), file=sys.stderr)
+    width = screen_width(sys.stderr)
+    print("\n".join(wrapped(printable(part), width, len("error: ")) for part in line.splitlines()), file=sys.stderr)

@@ -26,6 +26,7 @@ from regraft.training.resume.run_state import Best, RunState
 from regraft.training.resume.saved_run import RunFingerprint, SavedRun, changing_tensors, restore_state, take_state
 from regraft.training.resume.signals import Signals, StopRequested
 from regraft.training.resume.state_writer import StateWriter
+from regraft.training.run_lines import say_epoch
 from regraft.training.setup import TrainSetup, make_extractor
 from regraft.training.train_data import TrainData, with_features
 from regraft.wording import for_caller, option
@@ -173,7 +174,9 @@ def _run_epoch(run: Run, epoch: int, reader: FaultTolerantReader, state_writer: 
         if run.kept_epoch == 0:
             state_writer.wait()  # the first results need a state beside them, or a run killed now could not be resumed
         _save_results(run, has_new_model=is_best)
-    run.progress.say(_epoch_line(run_state, run.config.epochs, is_best=is_best))
+    assert run_state.best is not None
+    best, skipped = run_state.best.epoch, run_state.tally.skipped
+    say_epoch(run_state.history[-1], best, run.config.epochs, skipped, run.progress)
     run_state.begin_next_epoch()
     run.signals.stop_if_requested()
     if epoch < run.config.epochs and state_writer.is_due_after_epoch():
@@ -190,7 +193,7 @@ def _train_batches(run: Run, reader: FaultTolerantReader, state_writer: StateWri
         run_state.states = random_states(batches, run.setup.train_data.validation)
     read = reader.read(batches, run_state.states, done=run_state.step, min_photos=2)  # batch norm needs two
     total = len(batches) - run_state.step if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
-    for batch in run.progress.track(read, f"epoch {run_state.epoch}/{run.config.epochs}", total):
+    for batch in run.progress.track(read, _step_name(run), total):
         if batch is not None:
             yield batch
         run_state.step += 1  # the step of a batch is complete when the next batch is requested
@@ -203,7 +206,8 @@ def _validation_batches(run: Run, reader: FaultTolerantReader) -> Iterator[Any]:
     """Yield the validation batches; a run that is stopped here repeats the validation when it is resumed."""
     batches = run.setup.train_data.validation
     states = random_states(batches)
-    for batch in reader.read(batches, states):
+    total = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
+    for batch in run.progress.track(reader.read(batches, states), f"{_step_name(run)}, checking", total):
         if run.signals.received is not None:
             set_random_states(states)
             run.signals.stop_if_requested()
@@ -357,14 +361,11 @@ def _align_for_metrics(
     return outputs[labels != ignored], labels[labels != ignored]
 
 
-def _epoch_line(run_state: RunState, epochs: int, *, is_best: bool) -> str:
-    record, skipped = run_state.history[-1], run_state.tally.skipped
-    return (
-        f"epoch {record.epoch:>{len(str(epochs))}}/{epochs}  loss {record.train_loss:.4f}  "
-        f"validation loss {record.validation.loss:.4f}  {record.validation.headline()}  {record.seconds:.1f} s"
-        + (f"  {skipped} steps without a finite loss left out" if skipped else "")
-        + ("  best" if is_best else "")
-    )
+def _step_name(run: Run) -> str:
+    """Name the current epoch on a progress bar, with the best result so far."""
+    best = run.run_state.best
+    so_far = f", {best.metrics.accuracy:.1%} so far" if best is not None and best.metrics.accuracy is not None else ""
+    return f"epoch {run.run_state.epoch}/{run.config.epochs}{so_far}"
 
 
 def _require_finite(metrics: Metrics, setup: TrainSetup) -> None:

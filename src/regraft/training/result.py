@@ -1,7 +1,6 @@
 """The result of a training run, as one value from which a report can be written."""
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ class ComputedOnce:
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """Summary of a run, shown before it starts.
+    """Summary of a run.
 
     Attributes:
         model: Name of the network, or of its class.
@@ -96,30 +95,6 @@ class TrainPlan:
     trained_layers: tuple[str, ...]
     lr: float
     device: str
-
-    def lines(self, config: TrainConfig) -> Iterator[str]:
-        """Return the summary as lines of text."""
-        share = self.trainable / self.parameters
-        yield f"model      {self.model}, weights: {self.weights}"
-        yield (
-            f"trained    {self.trainable:,} of {self.parameters:,} parameters ({share:.2%}): "
-            + (", ".join(self.trained_layers) if share < 1 else "all layers")
-            + ("" if share == 1 else "; the rest is frozen")
-        )
-        if config.unfreeze is not None:
-            yield f"unfreezing {config.unfreeze} (layers:epochs)"
-        if self.classes is not None and self.counts:
-            counts = ", ".join(f"{name} {train}+{measured}" for name, train, measured in self.counts)
-            yield f"photos     {self.train_count} + {self.validation_count} for validation ({self.split})"
-            yield f"classes    {len(self.classes)} (photos + validation): {counts}"
-        elif self.train_count is not None:
-            yield f"examples   {self.train_count} + {self.validation_count} for validation ({self.split})"
-        for file in self.unreadable:
-            yield f"skipped    {str(file.path)!r}: {file.reason}"
-        yield (
-            f"training   {config.epochs} epochs, batches of {config.batch_size}, {config.optimizer}, learning rate "
-            f"{self.lr:g} ({config.schedule}), augmentation {config.augment}, on {self.device}"
-        )
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,7 @@ def prepare_setup(
     config: TrainConfig,
     compute: ComputeContext,
     loss: Loss | None,
+    progress: Progress,
     *,
     trust_code: bool,
 ) -> TrainSetup:
@@ -175,6 +176,7 @@ def prepare_setup(
             may_start_from_ridge=config.head_start == "auto"
             and start is not None,  # a fold may be solvable where all photos are too many
             seed=config.seed,
+            progress=progress,
         )
         if sweep is not None:
             rates = {**rates, "lr": sweep.best.lr, "weight_decay": sweep.best.weight_decay}
@@ -369,7 +371,7 @@ def _plan(model: nn.Module, name: str | None, train_data: TrainData, lr: float, 
         unreadable=train_data.unreadable,
         parameters=sum(parameter.numel() for parameter in parameters),
         trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        trained_layers=tuple(_trained_layers(model)),
+        trained_layers=tuple(trained_layers(model)),
         lr=lr,
         device=f"{compute.device} {precision}",
     )
@@ -380,7 +382,7 @@ def _count(batches: Iterable[Any]) -> int | None:
     return len(cast(Sized, dataset)) if isinstance(dataset, Sized) else None
 
 
-def _trained_layers(model: nn.Module, prefix: str = "") -> list[str]:
+def trained_layers(model: nn.Module, prefix: str = "") -> list[str]:
     """List the paths of the largest layers all of whose parameters are trainable."""
     paths = []
     for name, layer in model.named_children():
@@ -388,5 +390,5 @@ def _trained_layers(model: nn.Module, prefix: str = "") -> list[str]:
         if flags and all(flags):
             paths.append(prefix + name)
         elif any(flags):
-            paths += _trained_layers(layer, f"{prefix}{name}.")
+            paths += trained_layers(layer, f"{prefix}{name}.")
     return list(itertools.islice(paths, 50))
