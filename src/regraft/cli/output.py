@@ -44,6 +44,13 @@ def say_lines(text: str) -> None:
         say(line)
 
 
+def say_summary(summary: Any) -> None:
+    """Print the layers of a network on standard output."""
+    from regraft.anatomy.summary_table import text_tree
+
+    say_lines(text_tree(summary, screen_width(results())))
+
+
 def say_json(value: Any) -> None:
     """Print one JSON value on standard output."""
     print(json.dumps(value, indent=2, allow_nan=False, default=str), file=results())
@@ -53,7 +60,8 @@ def say_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequenc
     """Print aligned columns on standard output."""
     from regraft.anatomy.summary_table import aligned
 
-    for line in aligned([head, *([printable(cell) for cell in row] for row in rows)], right):
+    table = [head, *([printable(cell) for cell in row] for row in rows)]
+    for line in aligned(table, right, screen_width(results())):
         say(line)
 
 

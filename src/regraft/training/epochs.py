@@ -207,7 +207,7 @@ def _validation_batches(run: Run, reader: FaultTolerantReader) -> Iterator[Any]:
     batches = run.setup.train_data.validation
     states = random_states(batches)
     total = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
-    for batch in run.progress.track(reader.read(batches, states), f"{_step_name(run)}, checking", total):
+    for batch in run.progress.track(reader.read(batches, states), f"checking {_step_name(run)}", total):
         if run.signals.received is not None:
             set_random_states(states)
             run.signals.stop_if_requested()

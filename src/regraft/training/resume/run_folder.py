@@ -40,11 +40,13 @@ class RunFolder:
         try:
             for parent in (path, *path.parents):
                 if parent.exists() and not parent.is_dir():
-                    raise ConfigError(f"'{parent}' is a file, expected a folder for the results ({option('out')}).")
+                    raise ConfigError(
+                        f"'{parent}' is a file, expected a folder for the results ({option('out', 'FOLDER')})."
+                    )
             names = {child.name for child in path.iterdir()} if path.is_dir() else set()
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"'{path}' cannot be a folder for the results: {error}. Choose another {option('out')}."
+                f"'{path}' cannot be a folder for the results: {error}. Choose another: {option('out', 'FOLDER')}."
             ) from error
         if LOCK in names:  # fails here, before any data is read, if another run holds it
             self._acquire_lock().release()
@@ -52,7 +54,7 @@ class RunFolder:
             resume = for_caller(python="resume=True", command=f"regraft train --resume {shlex.quote(str(path))}")
             hint = f", or go on with what stopped there: {resume}" if STATES in names else ""
             raise ConfigError(
-                f"'{path}' exists and is not empty. Choose another {option('out')}, or pass "
+                f"'{path}' exists and is not empty. Choose another ({option('out', 'FOLDER')}), or pass "
                 f"{option('overwrite', True)}{hint}."
             )
 
@@ -134,7 +136,7 @@ class RunFolder:
                 holder = (self.path / LOCK).read_text(encoding="ascii", errors="replace").strip()
             raise ConfigError(
                 f"another run is writing into '{self.path}': process {holder or 'unknown'}. Choose another "
-                f"{option('out')}, or wait until it has ended."
+                f"({option('out', 'FOLDER')}), or wait until it has ended."
             ) from error
         return lock
 
@@ -144,5 +146,6 @@ class RunFolder:
             yield
         except OSError as error:
             raise RunError(
-                f"cannot write into '{self.path}': {error}. Free some space, or choose another {option('out')}."
+                f"cannot write into '{self.path}': {error}. Free some space, or choose another folder "
+                f"({option('out', 'FOLDER')})."
             ) from error
