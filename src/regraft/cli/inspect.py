@@ -27,7 +27,7 @@ def inspect(
     trust_code: Annotated[bool, Option("--trust-code", help="Allow the import of custom code (py:…).")] = False,
     as_json: Annotated[bool, Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Show the layers of a model: shapes, parameters, multiply-adds, and frozen state.
+    """Show the layers of a model, their sizes, and what is frozen.
 
     Example: regraft inspect resnet18 --depth 1
     """

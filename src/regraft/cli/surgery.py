@@ -46,7 +46,7 @@ def surgery(
     trust_code: Annotated[bool, Option("--trust-code", help="Allow the import of custom code (py:…).")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Edit a model: remove, insert and append layers, freeze a part, and save the result.
+    """Edit a model: remove, insert, append and freeze layers.
 
     Edits are applied in the order in which the options are listed here, after those of a plan.
 
