@@ -57,8 +57,9 @@ def from_url(url: str) -> Download:
     path = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(urlsplit(url).path))  # noqa: PTH119
 
     def ask() -> None:
-        with contextlib.suppress(urllib.error.HTTPError):  # an answer too
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=MAX_WAIT_S).close()
+        request = urllib.request.Request(url, method="HEAD")
+        with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(request, timeout=MAX_WAIT_S):
+            pass  # any answer will do, an error of the server too
 
     return Download(url, path.is_file(), ask, f"get {url} elsewhere and put it into {path.parent}")
 
@@ -72,7 +73,7 @@ def from_hub(repository: str, filename: str | None = None) -> Download:
     url = f"{constants.ENDPOINT}/{repository}"
     names = (filename, *HUB_FILES) if filename else HUB_FILES
     is_present = any(isinstance(try_to_load_from_cache(repository, name), str) for name in names)
-    other_way = f"get a file of {url} elsewhere and pass it ({option('weights', 'FILE')})"
+    other_way = f"get a file of {url} elsewhere"
     return Download(url, is_present, lambda: get_session().head(url, timeout=MAX_WAIT_S), other_way)
 
 
@@ -102,12 +103,11 @@ def no_network(name: str, error: Exception, download: Download | None) -> str:
     reason = getattr(error, "reason", None) or error  # urllib's errors wrap those of the socket
     text = ERRNO.sub("", str(reason).partition("\n")[0]) or type(reason).__name__
     server = f" from {urlsplit(download.url).hostname}" if download is not None else ""
-    other_way = (
-        f", or {download.other_way}" if download is not None else f", or pass a file ({option('weights', 'FILE')})"
-    )
+    other_way = f", or {download.other_way}" if download is not None else ""
     return (
         f"the weights of '{name}' cannot be downloaded{server} ({text}). Look at the network and its proxy "
-        f"(HTTPS_PROXY). Without a network, train from scratch ({option('weights', 'none')}){other_way}."
+        f"(HTTPS_PROXY). Without a network, pass a file ({option('weights', 'FILE')}), train from scratch "
+        f"({option('weights', 'none')}){other_way}."
     )
 
 

@@ -15,7 +15,13 @@ LONG = "a_photo_with_a_name_that_leaves_no_room_for_other_columns_on_a_screen_of
 NET = ["--model", "py:tiny_net.py:TinyNet", "--trust-code"]
 OUT = ["--out", "runs/photos-1", "--overwrite"]
 COMMANDS = {
-    "train": ["train", "photos", *NET, *"--weights none --freeze conv --epochs 6 --batch-size 4".split(), *OUT],
+    "train": [
+        "train",
+        "photos",
+        *NET,
+        *["--weights", "none", "--freeze", "conv", "--epochs", "6", "--batch-size", "4"],
+        *OUT,
+    ],
     "predict": ["predict", CHECKPOINT, "photos/dogs/0.png", LONG, "--trust-code"],
     "evaluate": ["evaluate", CHECKPOINT, "photos", "--trust-code"],
     "inspect": ["inspect", CHECKPOINT, "--trust-code"],

@@ -324,9 +324,11 @@ def _resume_hint(run: Run) -> str:
 
 def _resume_command(run: Run) -> str:
     assert run.folder is not None
-    trust = " --trust-code" if run.trust_code else ""
-    command = f"regraft train --resume {shlex.quote(str(run.folder.path))}{trust}"
-    return for_caller(python=f"regraft.fit(…, out={str(run.folder.path)!r}, resume=True)", command=command)
+    folder = str(run.folder.path)
+    return for_caller(
+        python=f"regraft.fit(…, out={folder!r}, resume=True)",
+        command=f"regraft train --resume {shlex.quote(folder)}" + (" --trust-code" if run.trust_code else ""),
+    )
 
 
 def _describe_best(run: Run) -> str:
