@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+DEVELOPED := .venv/.developed
 
-.PHONY: install demo test test-oldest slow gpu fuzz families options check bench docs clean
+.PHONY: install develop demo test test-oldest slow gpu fuzz families options check bench docs clean
 .DEFAULT_GOAL := install
 
 install: $(INSTALLED)
@@ -14,14 +15,22 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@if command -v uv >/dev/null; then uv=uv; else \
 		$(BIN)/python -m pip install --quiet uv; uv=$(BIN)/uv; fi; \
-	$$uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	$$uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable .
 	@touch $@
 	@echo "installed: $(BIN)/regraft --help"
+
+# What the tests and checks need besides: transformers, Lightning, pytest, ruff, pyright.
+develop: $(DEVELOPED)
+
+$(DEVELOPED): $(INSTALLED)
+	@if command -v uv >/dev/null; then uv=uv; else uv=$(BIN)/uv; fi; \
+	$$uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $@
 
 demo: install
 	$(BIN)/regraft demo --out regraft-demo --overwrite
 
-test: install
+test: develop
 	$(BIN)/python -m pytest -m 'not slow and not gpu and not fuzz'
 
 # The same tests with the oldest versions that pyproject.toml allows; test_layering holds the list of them against it.
@@ -34,29 +43,29 @@ test-oldest: .venv-oldest/.installed
 	$$uv pip install --quiet --python .venv-oldest/bin/python --constraint constraints-oldest.txt --editable '.[dev]'
 	@touch $@
 
-slow: install
+slow: develop
 	$(BIN)/python -m pytest -m slow --dist worksteal
 
 # On a machine with a CUDA device; each test is skipped with a reason elsewhere.
-gpu: install
+gpu: develop
 	$(BIN)/python -m pytest -o addopts= -q --strict-markers -rs -m gpu
 
-fuzz: install
+fuzz: develop
 	@if command -v uv >/dev/null; then uv=uv; else uv=$(BIN)/uv; fi; \
 	$$uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,fuzz]'
 	$(BIN)/python -m pytest -m fuzz tests/fuzz
 
-check: install
+check: develop
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -p no:xdist -o addopts= -q tests/test_layering.py
 
 # The whole of the sweeps, of which `make slow` takes a part.
-families: install
+families: develop
 	REGRAFT_WRITE_FAMILIES=1 $(BIN)/python -m pytest -o addopts= -q tests/test_architectures.py tests/training/test_features.py tests/freezing/test_families.py tests/surgery/test_surgery_families.py tests/surgery/test_ends_of_families.py tests/checkpoint/test_round_trip_families.py
 
-options: install
+options: develop
 	REGRAFT_WRITE_OPTIONS=1 $(BIN)/python -m pytest -o addopts= -q tests/cli/test_train_options.py
 
 bench: .venv-bench/.installed
@@ -68,7 +77,7 @@ bench: .venv-bench/.installed
 	$$uv pip install --quiet --python .venv-bench/bin/python --constraint constraints.txt --editable '.[bench]'
 	@touch $@
 
-docs: install
+docs: develop
 	$(BIN)/python -m pytest -o addopts= -q tests/test_docs.py
 
 clean:

@@ -15,7 +15,7 @@ import regraft
 
 SOURCE = Path(__file__).parents[1] / "src" / "regraft"
 LEVELS = (
-    {"errors", "progress", "torch_internals", "version", "wording"},
+    {"display", "errors", "progress", "torch_internals", "version", "wording"},
     {"arguments", "console", "fields", "train_options"},
     {"card"},
     {"downloads", "preprocessing"},

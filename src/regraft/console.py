@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from html import escape
 from typing import Any, TextIO
 
+from regraft.display import printable
 from regraft.progress import SILENT, Item, Progress
 
 LABEL = 11  # columns of the label that begins a line, as in "model      resnet18"
@@ -57,7 +58,7 @@ class ConsoleProgress(Progress):
 
     def track(self, items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
         """Draw a bar that disappears when it is full; nothing if standard error is not a terminal."""
-        width = screen_width(self._console.file)
+        width = screen_width(self._console.file)  # rich's `is_terminal` is true also in a CI's log with FORCE_COLOR
         if width is None:
             yield from items
             return
@@ -120,25 +121,28 @@ class NotebookProgress(Progress):
         try:
             for count, item in enumerate(items):
                 if time.monotonic() >= due:
-                    self._draw(_bar_as_html(description, count, total))
+                    self._draw(description, count, total)
                     due, has_bar = time.monotonic() + NOTEBOOK_BAR_S, True
                 yield item
         finally:
             if has_bar:
-                self._draw("")
+                self._show("", "")
 
-    def _draw(self, html: str) -> None:
-        from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]
+    def _draw(self, description: str, count: int, total: int | None) -> None:
+        limits = f' value="{count}" max="{total}"' if total else ""
+        figures = f"{count}/{total}" if total else f"{count}"
+        self._show(
+            f"{escape(description)} <progress{limits}></progress> {figures}", f"{printable(description)} {figures}"
+        )
 
+    def _show(self, html: str, text: str) -> None:
+        from IPython.display import display  # pyright: ignore[reportMissingImports]
+
+        forms = {"text/html": html, "text/plain": text}
         if self._bar is None:
-            self._bar = display(HTML(html), display_id=True)
+            self._bar = display(forms, raw=True, display_id=True)
         else:
-            self._bar.update(HTML(html))
-
-
-def _bar_as_html(description: str, count: int, total: int | None) -> str:
-    limits = f' value="{count}" max="{total}"' if total else ""
-    return f"{escape(description)} <progress{limits}></progress> {count}{f'/{total}' if total else ''}"
+            self._bar.update(forms, raw=True)
 
 
 def progress_of(progress: Progress | bool) -> Progress:
@@ -187,14 +191,3 @@ def wrapped(text: str, width: int | None, indent: int = 0) -> str:
             lines.append(line)
             line = " " * indent + word.lstrip()
     return "\n".join([*lines, line])
-
-
-def printable(text: str) -> str:
-    r"""Escape characters that would break a line or a terminal: line breaks, control characters, undecodable bytes.
-
-    >>> printable("caf\u00e9\n\udcff")
-    'café\\n\\udcff'
-    """
-    if text.isprintable():
-        return text
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)

@@ -2,7 +2,8 @@
 
 No other file touches a name of torch that begins with an underscore: `tests/test_layering.py` holds that. Torch may
 rename or remove any of them in a release; `tests/test_torch_internals.py` checks each against torch itself, so that a
-change fails there, by name. One private table of Python and one attribute of timm's are here for the same reason.
+change fails there, by name. One private table of Python, one attribute of timm's and two names of transformers are here
+for the same reason.
 
 Checked with torch 2.10.0 and 2.15.0, with Python 3.11 and 3.13, and with timm 1.0.21 and 1.0.31.
 
@@ -200,3 +201,18 @@ def drop_workers(loader: torch.utils.data.DataLoader[Any]) -> None:
 def uses_fast_norm(layer: nn.Module) -> bool:
     """Return whether a norm of timm's calls a fused kernel, whose results differ from those of torch's norm."""
     return bool(getattr(layer, "_fast_norm", True))
+
+
+# transformers
+
+
+def module_of_transformers(name: str) -> str | None:
+    """Return the module of transformers that exports a name, as in `models.vit.modeling_vit`; nothing is imported."""
+    import transformers
+
+    return getattr(transformers, "_class_to_module", {}).get(name)
+
+
+def attention_of(config: Any) -> str | None:
+    """Return how a network of transformers computes attention, by its configuration; None where that is open."""
+    return getattr(config, "_attn_implementation", None)

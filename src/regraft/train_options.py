@@ -17,6 +17,7 @@ MAX_SIDE = 10**5  # pixels
 
 Augmentation = Literal["none", "flip", "standard", "trivial"]
 CachePrecision = Literal["full", "bf16", "fp16", "int8"]
+Confidence = Literal["certain", "likely", "ambiguous"]
 ComputePrecision = Literal["auto", "fp32", "bf16", "fp16"]
 HeadStart = Literal["auto", "given", "ridge"]
 OnNan = Literal["stop", "skip"]
@@ -49,8 +50,19 @@ class TrainOptions:
     data: Annotated[str | None, OptionText(
         "Folder with train/ and val/, folder with a folder per class, or .csv path,target.")] = None
     model: Annotated[str, OptionText(
-        "resnet18, timm/NAME, or py:FILE:Class.", "`regraft models` lists the names.")] = "resnet18"
+        "resnet18, timm/NAME, py:FILE:Class, or a checkpoint.",
+        "`regraft models` lists the names. A checkpoint comes with its edits, its weights and its frozen layers.")
+    ] = "resnet18"
     weights: Annotated[str, OptionText("default, none, a registered name, or a file.")] = "default"
+    rename: Annotated[tuple[str, ...], OptionText(
+        "OLD=NEW for names in a weights file, as regular expressions.", r"As in 'encoder\.(.*)=backbone.\1'.")] = ()
+    match: Annotated[Literal["names", "shapes"], OptionText(
+        "Match a weights file by names or shapes.", "See `load_weights`, as for the next two.")] = "names"
+    entry: Annotated[str | None, OptionText(
+        "Key of the state dict in a weights file, as in ema.")] = None
+    accept: Annotated[Confidence, OptionText(
+        "Minimum confidence of a match: certain, likely or ambiguous.",
+        "For weights whose names differ from the network's; `--dry-run` shows the pairs.")] = "certain"
     freeze: Annotated[tuple[str, ...], OptionText(
         "Layers to freeze: path, glob, re:…, type:…, children[:6].", "See `select`.")] = ()
     freeze_until: Annotated[str | None, OptionText("Freeze up to and including this layer, in execution order.")] = None

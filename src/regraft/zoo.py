@@ -12,10 +12,10 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, cast
 
 from torch import nn
@@ -30,6 +30,7 @@ from regraft.wording import option
 TIMM = "timm/"
 TIMM_NAME = re.compile(r"\w+(\.[\w-]+)?")  # NAME.TAG; timm takes other forms as places to load from
 PYTHON = "py:"
+FILE_MODULE = "regraft_user_"  # prefix of the modules that are made of files
 NETWORK_LIBRARIES = ("http", "huggingface_hub", "httpx", "httpx2", "httpcore2")
 
 
@@ -46,7 +47,13 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in _torchvision_names() + _timm_names() if fnmatch.fnmatch(name, pattern)]
 
 
-def build(name: str, *, weights: str = "none", trust_code: bool = False) -> nn.Module:
+def build(
+    name: str,
+    *,
+    weights: str = "none",
+    trust_code: bool = False,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+) -> nn.Module:
     """Build the network `name` as its library defines it, and attach a card with its source and preprocessing.
 
     Args:
@@ -54,6 +61,7 @@ def build(name: str, *, weights: str = "none", trust_code: bool = False) -> nn.M
         weights: `"none"`, `"default"` (the library's recommended pretrained weights, downloaded if needed; a user's
             own class keeps its initial weights), or a registered name such as `"IMAGENET1K_V2"`.
         trust_code: Whether a user's own class may be imported.
+        arguments: Further arguments of the constructor of torchvision's or timm's; the caller has checked them.
 
     Raises:
         ModelError: The name is unknown, the class cannot be built without arguments, or weights cannot be downloaded.
@@ -63,11 +71,16 @@ def build(name: str, *, weights: str = "none", trust_code: bool = False) -> nn.M
         model, preprocessing, registered = _build_python(name, weights, trust_code)
         name = name.replace(os.sep, "/")  # a file that is saved on Windows names its class for other systems too
     elif name.startswith(TIMM):
-        model, preprocessing, registered = _build_timm(name, weights)
+        model, preprocessing, registered = _build_timm(name, weights, arguments)
     else:
-        model, preprocessing, registered = _build_torchvision(name, weights)
-    source = Source(name=name, weights=registered)
+        model, preprocessing, registered = _build_torchvision(name, weights, arguments)
+    source = Source(name=name, weights=registered, arguments=dict(arguments))
     return attach(model, recipe=Recipe(source=source), preprocessing=preprocessing)
+
+
+def is_network_name(name: str) -> bool:
+    """Return whether a name is that of a network or a class, rather than a path: a known one, or one with a prefix."""
+    return name.startswith((TIMM, PYTHON)) or name in _torchvision_names()
 
 
 def weights_name(name: str, weights: object) -> str | Path:
@@ -112,6 +125,16 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
     the model. The default is ImageNet's preprocessing, or one for gray images if the first convolution has one channel.
     """
     return _preprocessing_and_source(model)[0]
+
+
+def own_preprocessing(model: nn.Module) -> Preprocessing | None:
+    """Return the preprocessing that a network's own configuration gives; None where only a default is known.
+
+    A saved network keeps it: built anew from its name, timm's has the configuration of other weights, and the image
+    processor of transformers is no longer found.
+    """
+    known, source = _preprocessing_and_source(model)
+    return known if source is not None or isinstance(getattr(model, "pretrained_cfg", None), dict) else None
 
 
 def preprocessing_source(model: nn.Module) -> str | None:
@@ -192,7 +215,7 @@ def _build_python(name: str, weights: str, trust_code: bool) -> tuple[nn.Module,
     return model, preprocessing_of(model), "none"
 
 
-def _build_torchvision(name: str, weights: str) -> tuple[nn.Module, Preprocessing, str]:
+def _build_torchvision(name: str, weights: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, Preprocessing, str]:
     from torchvision import models
 
     if name not in _torchvision_names():
@@ -210,7 +233,7 @@ def _build_torchvision(name: str, weights: str) -> tuple[nn.Module, Preprocessin
             f"{', '.join(entry.name for entry in known)}."
         )
     with _network_errors(name, download := _download_of(name, weights)), answering(name, download):
-        model = models.get_model(name, weights=chosen, **_extra_arguments(name))
+        model = models.get_model(name, weights=chosen, **_extra_arguments(name), **arguments)
     preset = (chosen or cast(Any, known).DEFAULT).transforms()
     preprocessing = Preprocessing(
         size=preset.crop_size[0],
@@ -227,7 +250,7 @@ def _extra_arguments(name: str) -> dict[str, Any]:
     return {"init_weights": True} if name in ("inception_v3", "googlenet") else {}
 
 
-def _build_timm(name: str, weights: str) -> tuple[nn.Module, Preprocessing, str]:
+def _build_timm(name: str, weights: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, Preprocessing, str]:
     import timm
 
     bare, pretrained = _timm_name(name, weights), weights != "none"
@@ -235,7 +258,7 @@ def _build_timm(name: str, weights: str) -> tuple[nn.Module, Preprocessing, str]
         raise ModelError(_unknown_model(name))
     try:
         with _network_errors(name, download := _download_of(name, weights)), answering(name, download):
-            model = timm.create_model(bare, pretrained=pretrained)
+            model = timm.create_model(bare, pretrained=pretrained, **arguments)
     except RuntimeError as error:
         raise ModelError(f"timm cannot build '{bare}': {error}") from error
     config = cast("dict[str, Any]", model.pretrained_cfg)
@@ -308,8 +331,10 @@ def _network_errors(name: str, download: Download | None) -> Iterator[None]:
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ModelError(f"no file '{path}' (looked from {Path.cwd()}). Give the path of the file with the class.")
+    if (known := _imported_from(path)) is not None:
+        return known
     version = f"{path.resolve()} {path.stat().st_mtime_ns}"
-    module_name = f"regraft_user_{path.stem}_{hashlib.sha256(version.encode()).hexdigest()[:8]}"
+    module_name = f"{FILE_MODULE}{path.stem}_{hashlib.sha256(version.encode()).hexdigest()[:8]}"
     if module_name in sys.modules:  # importing it again would create a second class of the same name
         return sys.modules[module_name]
     spec = importlib.util.spec_from_file_location(module_name, path)
@@ -318,10 +343,36 @@ def _import_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses and pickling look up the module of a class
     try:
-        return _run_import(lambda: (cast(Any, spec.loader).exec_module(module), module)[1], str(path))
+        with _importable_beside(path):
+            return _run_import(lambda: (cast(Any, spec.loader).exec_module(module), module)[1], str(path))
     except ModelError:
         del sys.modules[module_name]
         raise
+
+
+def _imported_from(path: Path) -> ModuleType | None:
+    """Return the module that Python itself imported from a file, or runs as the script: it must not run twice."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if isinstance(file, str) and Path(file).name == path.name and not name.startswith(FILE_MODULE):
+            with contextlib.suppress(OSError):
+                if path.samefile(file):
+                    return module
+    return None
+
+
+@contextlib.contextmanager
+def _importable_beside(path: Path) -> Iterator[None]:
+    """Let a file import what lies beside it, as a script can, inside of the block."""
+    folder = str(path.resolve().parent)
+    is_new = folder not in sys.path
+    if is_new:
+        sys.path.append(folder)
+    try:
+        yield
+    finally:
+        if is_new and folder in sys.path:
+            sys.path.remove(folder)
 
 
 def _import_module(name: str) -> ModuleType:

@@ -77,3 +77,29 @@ def test_cli_train_refuses_real_weights_of_another_architecture(
     with nothing_written():
         result = cli("train", photos, "--model", f"py:{example}:MobileNetV1", "--weights", file, "--trust-code")
         assert_refused(result, f"'{file}'", "MobileNetV1")
+
+
+def test_cli_train_says_that_an_edited_network_is_a_model(cli: Cli, photos: Path, workplace: Path) -> None:
+    assert (
+        cli(
+            "surgery", "Sequential(Linear(12, 4))", "--append", "ReLU()", "Linear(4, 2)", "--out", "two.safetensors"
+        ).exit_code
+        == 0
+    )
+    with nothing_written():
+        result = cli("train", photos, "--weights", "two.safetensors")
+        assert_refused(result, "'two.safetensors'", "another architecture than resnet18")
+        assert_refused(cli("train", photos, "--accept", "likely", "--weights", "none"), "are about weights in a file")
+        assert_refused(cli("train", photos, "--rename", "x", "--weights", "w.pth"), "'x' is not of the form OLD=NEW")
+
+
+def test_cli_train_dry_run_shows_every_pair_and_trains_nothing(shared: Path, cli: Cli, photos: Path) -> None:
+    weights = shared / "weights" / "efficientnet-lite0-57934424.pth"
+    words = ("train", photos, "--model", "timm/tf_efficientnet_lite0", "--weights", weights, "--dry-run")
+    with nothing_written():
+        refused, taken = cli(*words), cli(*words, "--accept", "likely")
+    assert refused.exit_code == taken.exit_code == 0
+    assert refused.stdout.count("likely, not taken") == 247
+    assert "--accept likely" in refused.stdout
+    assert taken.stdout.count(" likely ") == 247
+    assert "not taken" not in taken.stdout

@@ -20,8 +20,8 @@ import regraft
 from hostile.crafted import document, write_with
 from regraft.card import Recipe, Source
 from regraft.checkpoint import Header, read_header
-from regraft.checkpoint.create import rebuild
 from regraft.checkpoint.file.digest import tensor_digest
+from regraft.checkpoint.rebuilding import rebuild
 from regraft.errors import CheckpointError, DataError, InputError, ModelError
 from scene import nothing_written
 

@@ -19,7 +19,7 @@ from wrong_values import write_files
 
 import regraft
 from regraft.cli.app import app
-from regraft.console import printable
+from regraft.display import printable
 from regraft.errors import RunError
 from scene import listing
 

@@ -57,6 +57,12 @@ class Trace:
     outputs: tuple[Output, ...] = ()
     projecting: frozenset[str] = frozenset()
 
+    @property
+    def class_count(self) -> int | None:
+        """K where the output of the network is one tensor of scores (N, K); else None."""
+        shapes = next((call.output_shapes for call in self.calls if call.path == ""), ())
+        return shapes[0][1] if len(shapes) == 1 and len(shapes[0]) == 2 else None
+
 
 class Recorder:
     """Records the calls of every layer of a copied network by hooks."""

@@ -64,7 +64,7 @@ class LayerSummary:
     unknown: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelSummary:
     """A tree of layers as a table; `str()` gives it as text, notebooks show HTML.
 
@@ -108,6 +108,8 @@ class ModelSummary:
 
     def __str__(self) -> str:
         return text_tree(self)
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return html_tree(self)

@@ -18,6 +18,7 @@ from regraft.checkpoint.any_file import read_tensors
 from regraft.checkpoint.file.digest import tensor_digest
 from regraft.checkpoint.file.format import locate
 from regraft.checkpoint.storable import require_bytes
+from regraft.display import block, some
 
 Kind = Literal["identical", "changed", "reshaped", "added", "removed"]
 
@@ -43,7 +44,7 @@ class TensorDiff:
     after: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diff:
     """The comparison of two models, in the order of the first; `str()` groups layers whose tensors agree."""
 
@@ -66,6 +67,13 @@ class Diff:
             "counts": self.counts,
             "tensors": [asdict(tensor) for tensor in self.tensors],
         }
+
+    def __repr__(self) -> str:
+        names = {kind: [tensor.name for tensor in self.tensors if tensor.kind == kind] for kind in self.counts}
+        return block(
+            f"Diff: {'identical, ' if self.identical else ''}{len(self.tensors)} tensors",
+            [(kind, f"{len(of_kind)}: {some(of_kind)}") for kind, of_kind in names.items()],
+        )
 
     def __str__(self) -> str:
         rows = [("tensor", "state", "relative change", "shape"), *self._rows()]

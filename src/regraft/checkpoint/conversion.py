@@ -17,10 +17,11 @@ from regraft.checkpoint.foreign.reading import unwrapping
 from regraft.checkpoint.foreign.state_dicts import StateDicts, Tensors, listed
 from regraft.checkpoint.matching.adapting import shape
 from regraft.checkpoint.matching.load_plan import LoadPlan, carry_out
-from regraft.checkpoint.matching.load_report import Confidence, LoadReport, Match, confidence_of, some
+from regraft.checkpoint.matching.load_report import Confidence, LoadReport, Match, confidence_of
 from regraft.checkpoint.matching.loading import Rules, plan_loading
 from regraft.checkpoint.matching.naming import renamed, without_wrappers
 from regraft.checkpoint.write import save
+from regraft.display import some
 from regraft.errors import CheckpointError
 from regraft.surgery.head import replace_head
 from regraft.wording import option

@@ -1,34 +1,30 @@
-"""Create networks: from a name and weights, or from the recipe of a checkpoint."""
+"""Create networks: from a name and weights, or from a checkpoint."""
 
-import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from regraft.anatomy.heads import find_heads
-from regraft.anatomy.modes import preserved_randomness, unmoved_on_failure
+from regraft.anatomy.modes import in_mode, unmoved_on_failure
 from regraft.anatomy.paths import is_within
-from regraft.arguments import check_arguments, shown
-from regraft.card import Recipe, Source, attach, card_of
+from regraft.arguments import check_arguments, path_problem, shown
+from regraft.card import attach, card_of
 from regraft.checkpoint.any_file import read_state_dicts
+from regraft.checkpoint.file.format import INDEX_SUFFIX, SUFFIX, read_header
 from regraft.checkpoint.foreign.kinds import first_names
 from regraft.checkpoint.matching.load_plan import UnfitError, carry_out
+from regraft.checkpoint.matching.load_report import Confidence, LoadReport, confidence_of
 from regraft.checkpoint.matching.loading import Rules, plan_loading
-from regraft.errors import ArgumentError, CheckpointError, ConfigError, EditError, ModelError, RegraftError, nearest
-from regraft.surgery.grafting import rebuild_grafted
+from regraft.checkpoint.read import load, load_untrained
+from regraft.errors import ArgumentError, CheckpointError, ConfigError, nearest
 from regraft.surgery.head import replace_head
-from regraft.surgery.layer_text.build import construct
-from regraft.surgery.layer_text.parse import shortened
-from regraft.surgery.recipe import apply_step
-from regraft.surgery.stitching import rebuild_stitched
-from regraft.zoo import PYTHON, build, weights_name
+from regraft.zoo import build, is_network_name, weights_name
+from regraft.wording import for_caller
 
-MAX_STEPS = 64  # in a recipe; each costs a shape-only run
-MAX_PARTS = 32
 OTHER_WORDS = {  # arguments of torchvision, timm, Keras and transformers → what to write instead
     "pretrained_cfg": 'Write weights="default", or the name of registered weights.',
     "checkpoint_path": "Write weights=PATH.",
@@ -45,43 +41,69 @@ OTHER_WORDS = {  # arguments of torchvision, timm, Keras and transformers → wh
     ),
     **dict.fromkeys(("classes", "n_classes", "num_labels", "nb_classes", "out_features"), "Write num_classes=K."),
 }
-# The functions with which constructors initialize parameters: methods of tensors, and torch.nn.init. All of them return
-# the tensor that they fill, which is what lets `_SkipInitialization` answer in their place.
-# fmt: off
-FILLS = frozenset((
-    "normal_", "uniform_", "fill_", "zero_", "copy_", "erfinv_", "mul_", "div_", "add_", "sub_", "clamp_", "constant_",
-    "ones_", "zeros_", "eye_", "dirac_", "trunc_normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_",
-    "kaiming_normal_", "orthogonal_", "sparse_",
-))
-# fmt: on
+
+
+@overload
+def create_model(
+    name: str | Path,
+    *,
+    weights: str | Path | Enum | None = ...,
+    num_classes: int | None = ...,
+    rename: Mapping[str, str] | None = ...,
+    match: Literal["names", "shapes"] = ...,
+    entry: str | None = ...,
+    accept: Confidence = ...,
+    dry_run: Literal[False] = ...,
+    trust_code: bool = ...,
+    **others: Any,
+) -> nn.Module: ...
+
+
+@overload
+def create_model(name: str | Path, *, dry_run: Literal[True], **options: Any) -> LoadReport: ...
 
 
 @unmoved_on_failure()
 def create_model(
-    name: str,
+    name: str | Path,
     *,
     weights: str | Path | Enum | None = "default",
     num_classes: int | None = None,
+    rename: Mapping[str, str] | None = None,
+    match: Literal["names", "shapes"] = "names",
+    entry: str | None = None,
+    accept: Confidence = "certain",
+    dry_run: bool = False,
     trust_code: bool = False,
     **others: Any,
-) -> nn.Module:
-    """Create a network by name, with pretrained weights and, if requested, a new head.
+) -> nn.Module | LoadReport:
+    """Create a network by name or from a checkpoint, with pretrained weights and, if requested, a new head.
 
     Args:
-        name: `"resnet18"` (torchvision), `"timm/NAME"`, `"py:path/file.py:Class"` or `"py:package.module:Class"`.
-        weights: `"default"` (what its library recommends, downloaded if needed), `"none"`, the name of registered
-            weights such as `"IMAGENET1K_V2"` or torchvision's `ResNet18_Weights.IMAGENET1K_V1`, or a file. None is
-            `"none"`. A file must fit except for the head.
+        name: `"resnet18"` (torchvision), `"timm/NAME"`, `"py:path/file.py:Class"` or `"py:package.module:Class"`; or a
+            checkpoint of `save`, `fit` or `regraft train` (its file or folder), which comes with its edits and its
+            frozen parameters. A file or folder whose name is that of a network needs `./` before it.
+        weights: `"default"` (what its library recommends, downloaded if needed; those in a checkpoint), `"none"`, the
+            name of registered weights such as `"IMAGENET1K_V2"` or torchvision's `ResNet18_Weights.IMAGENET1K_V1`, or
+            a file. None is `"none"`. A file must fit except for the head. With `"none"` or a file, nothing is frozen.
         num_classes: Number of outputs K of a new, freshly initialized head; None keeps the head.
+        rename: As for `load_weights`, for weights in a file.
+        match: As for `load_weights`.
+        entry: As for `load_weights`.
+        accept: As for `load_weights`.
+        dry_run: Whether to return how weights in a file fit, with every pair, instead of the network.
         trust_code: Whether a class of your own (`py:…`) may be imported.
         **others: Not accepted; the error names the equivalent of an argument of torchvision, timm or Keras.
 
+    Returns:
+        The network in training mode; with `dry_run`, a report.
+
     Raises:
-        ConfigError: An argument is unknown.
+        ConfigError: An argument is unknown, or describes weights in a file and there is none.
         ArgumentError: An argument is of another type; the message says what to write.
         ModelError: The name is unknown, the class cannot be built, or weights cannot be downloaded.
         CheckpointError: The file cannot be read, or belongs to another architecture.
-        TrustError: The name is `py:…` and `trust_code` is false.
+        TrustError: The name is `py:…`, or that of a checkpoint with such a class, and `trust_code` is false.
     """
     _refuse_other_words(others)
     if isinstance(name, nn.Module):
@@ -94,15 +116,50 @@ def create_model(
             f'create_model: weights is {weights}, expected a name. Write weights="{"default" if weights else "none"}".'
         )
     check_arguments(create_model, locals())
+    name = str(name)
+    rules = Rules(rename or {}, match, entry, confidence_of(accept), adapt=(), may_adapt=False)
     weights = weights_name(name, weights)
+    path = weights_path(weights)
+    if path is None and (dry_run or rules != Rules(adapt=(), may_adapt=False)):
+        raise ConfigError(
+            f"rename, match, entry, accept and dry_run are about weights in a file, and weights is '{weights}'. Give a "
+            "file, or leave them out."
+        )
+    model = _without_weights(name, weights, is_from_file=path is not None, trust_code=trust_code)
+    # The file goes in before the head is replaced: it must fit the network that its authors trained.
+    if path is not None and dry_run:
+        return replace(plan_loading(model, read_state_dicts(path), rules).report, dry_run=True)
+    if path is not None:
+        _load_backbone(model, path, name, rules)
+    return replace_head(model, num_classes) if num_classes is not None else model
+
+
+def is_checkpoint(name: str) -> bool:
+    """Return whether a model is named by a checkpoint, rather than by a name that `list_models` knows or a class."""
+    if name.endswith((SUFFIX, INDEX_SUFFIX)):
+        return not is_network_name(name)
+    return not is_network_name(name) and path_problem(name) is None and Path(name).exists()
+
+
+def weights_path(weights: str | Path) -> Path | None:
+    """Return the file that an argument `weights` names; None for `"default"`, `"none"` and registered weights."""
     path = Path(weights)
     looks_like_file = isinstance(weights, Path) or path.exists() or path.suffix != "" or len(path.parts) > 1
-    from_file = str(weights) not in ("default", "none") and looks_like_file
-    model = build(name, weights="none" if from_file else str(weights), trust_code=trust_code)
-    # The file goes in before the head is replaced: it must fit the network that its authors trained.
-    if from_file:
-        _load_backbone(model, path, name)
-    return replace_head(model, num_classes) if num_classes is not None else model
+    return path if str(weights) not in ("default", "none") and looks_like_file else None
+
+
+def _without_weights(name: str, weights: str | Path, *, is_from_file: bool, trust_code: bool) -> nn.Module:
+    """Build a network, with its weights unless they come from a file."""
+    if not is_checkpoint(name):
+        return build(name, weights="none" if is_from_file else str(weights), trust_code=trust_code)
+    if is_from_file or weights == "none":
+        return load_untrained(name, trust_code=trust_code)
+    if weights != "default":
+        raise ConfigError(
+            f"'{name}' is a checkpoint with weights of its own, and has no registered weights '{weights}'. Expected "
+            "default (those in it), none, or a file."
+        )
+    return in_mode(load(name, trust_code=trust_code), True)
 
 
 def _refuse_other_words(others: Mapping[str, Any]) -> None:
@@ -118,103 +175,6 @@ def _refuse_other_words(others: Mapping[str, Any]) -> None:
         raise ConfigError(f"create_model has no argument '{word}'. {OTHER_WORDS.get(word, advice)}")
 
 
-def rebuild(recipe: Recipe, *, trust_code: bool = False, unset: bool = False) -> nn.Module:
-    """Build the architecture that a recipe describes, with fresh weights; the random state is preserved.
-
-    Args:
-        recipe: A source and edits.
-        trust_code: Whether the user's own code may be imported.
-        unset: Whether parameters may stay uninitialized, because the caller overwrites all of them or reads none. This
-            saves most of the time. Buffers are always initialized, as some of them are in no file.
-
-    Raises:
-        ModelError: The source is unknown here.
-        TrustError: The source is the user's own code and `trust_code` is false.
-        EditError: A step does not fit.
-    """
-    # With trusted code, the recipe may run anything, so limits on it would have no effect.
-    if not trust_code:
-        _require_bounded(recipe)
-    # Initialization is skipped only if nothing reads the values: layers given as text, stitched parts and a user's own
-    # constructors may compute with their weights, and so do edits such as `replace_stem`.
-    is_plain = not recipe.source.layers and not recipe.source.parts and not recipe.source.name.startswith(PYTHON)
-    is_blind = is_plain and all(step.operation == "replace_head" for step in recipe.steps)
-    with preserved_randomness():
-        # The steps lie outside of the interception: a new head is initialized as always, which costs little.
-        with _SkipInitialization() if unset and is_blind else contextlib.nullcontext():
-            model = _from_source(recipe.source, trust_code)
-        for step in recipe.steps:
-            model = apply_step(model, step, trust_code=trust_code)
-    return attach(model, recipe=recipe)
-
-
-def _from_source(source: Source, trust_code: bool) -> nn.Module:
-    """Build the network that a recipe starts from.
-
-    Raises:
-        ModelError: The source is unknown, or its parts cannot be joined.
-    """
-    if source.layers:
-        return construct(source.layers, trust_code=trust_code)
-    if not source.parts:
-        return build(source.name, trust_code=trust_code)
-    join = {"stitch": rebuild_stitched, "graft": rebuild_grafted}.get(source.name)
-    if join is None:
-        raise ModelError(f"a recipe puts networks together by '{source.name}', expected stitch or graft.")
-    parts = tuple(rebuild(part, trust_code=trust_code) for part in source.parts)
-    try:
-        return join(parts, source.arguments, trust_code=trust_code)
-    except RegraftError:
-        raise
-    except Exception as error:  # a recipe comes from a file, so its arguments may be of any type
-        raise ModelError(
-            f"a recipe cannot put its {len(parts)} networks together by {source.name}: {type(error).__name__}: "
-            f"{str(error)[:200]}. Get or make the file again."
-        ) from error
-
-
-def _require_bounded(recipe: Recipe) -> None:
-    """Refuse a recipe whose cost has no reasonable limit.
-
-    Raises:
-        EditError: It has too many steps or parts, or selects layers by a regular expression, whose time is unbounded.
-    """
-    # An explicit list instead of recursion: recipes nest as deep as the file says.
-    recipes, steps, waiting = 0, 0, [recipe]
-    while waiting:
-        current = waiting.pop()
-        recipes, steps = recipes + 1, steps + len(current.steps)
-        waiting += current.source.parts
-        slow = next((step for step in current.steps if str(step.arguments.get("path")).startswith("re:")), None)
-        if slow is not None:
-            raise EditError(
-                f"a recipe names layers by a regular expression ('{shortened(str(slow))}'), which it may not. "
-                "Name them one by one."
-            )
-        if recipes > MAX_PARTS or steps > MAX_STEPS:
-            raise EditError(
-                f"a recipe has more than {MAX_STEPS} steps or {MAX_PARTS} parts, which are not carried out. "
-                "Keep the weights alone, and use load_weights with a model of your own."
-            )
-
-
-class _SkipInitialization(TorchFunctionMode):
-    """Skips the initialization of parameters while a network of torchvision or timm is built.
-
-    Initialization takes most of the time of building, and the system does not provide memory until it is written to.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function of torch, or return its target unchanged if it would initialize a parameter."""
-        kwargs = kwargs or {}
-        # Methods have their tensor first; torch.nn.init passes itself on by keyword, with the name "tensor".
-        target = args[0] if args else kwargs.get("tensor")
-        # Parameters only: buffers and temporary tensors, such as timm's drop-path rates, keep their values.
-        if isinstance(target, nn.Parameter) and getattr(func, "__name__", "") in FILLS:
-            return target
-        return func(*args, **kwargs)
-
-
 def note_weights(model: nn.Module, path: Path) -> None:
     """Name the file that a network's weights are from in its recipe, if it has one."""
     recipe = card_of(model).recipe
@@ -223,16 +183,18 @@ def note_weights(model: nn.Module, path: Path) -> None:
         attach(model, recipe=recipe.model_copy(update={"source": source}))
 
 
-def _load_backbone(model: nn.Module, path: Path, name: str) -> None:
-    """Load a file into a freshly built model; only the head may be missing or of another width."""
+def _load_backbone(model: nn.Module, path: Path, name: str, rules: Rules) -> None:
+    """Load a file into a freshly built model; only the head may be missing or of another width.
+
+    Raises:
+        CheckpointError: The file belongs to another architecture.
+    """
+    _require_no_edits(model, path, name)
     try:
-        plan = plan_loading(model, read_state_dicts(path), Rules(adapt=(), may_adapt=False))
+        plan = plan_loading(model, read_state_dicts(path), rules)
         carry_out(plan, model, min_share=0.0)
     except UnfitError as error:
-        raise CheckpointError(
-            f"{error.problem} Look with `regraft convert {path.name} OUT.safetensors --model {name} --dry-run`, which "
-            "has options to choose and to rename, and give its result."
-        ) from error
+        raise CheckpointError(f"{error.problem} {error.advice}") from error
     report = plan.report
     heads = find_heads(model)
     absent = [*report.missing, *(name for name, _, _ in report.mismatched)]
@@ -245,8 +207,29 @@ def _load_backbone(model: nn.Module, path: Path, name: str) -> None:
         problem = (
             f"it lacks {first_names(absent)}" if absent else f"it has {first_names(surplus)}, which the model lacks"
         )
+        ways = f"Or {report.cause}: {report.suggestion}. Otherwise give" if report.proposed else "Give"
         raise CheckpointError(
-            f"'{path}' holds weights of another architecture than {name}: {problem}. "
-            "Give the name of the network that the file was trained with."
+            f"'{path}' holds weights of another architecture than {name}: {problem}. {ways} the "
+            "name of the network that the file was trained with."
         )
     note_weights(model, path)
+
+
+def _require_no_edits(model: nn.Module, path: Path, name: str) -> None:
+    """Refuse a checkpoint of an edited network as weights of another: its new layers would be dropped.
+
+    Raises:
+        CheckpointError: It is one.
+    """
+    header = read_header(path) if path.name.endswith((SUFFIX, INDEX_SUFFIX)) and path.is_file() else None
+    recipe = header.card.recipe if header is not None else None
+    if recipe is None or recipe.steps == getattr(card_of(model).recipe, "steps", ()):
+        return
+    edits = [step for step in recipe.steps if step.operation != "replace_head"]
+    if edits or recipe.source.parts:
+        what = f"{recipe.source.name} with the edits {', '.join(map(str, edits))}" if edits else recipe.source.name
+        raise CheckpointError(
+            f"'{path}' is a checkpoint of another architecture than {name}: {what}. As weights of {name} it would lose "
+            f"its new layers and what is frozen in it. It is a model itself: "
+            f"{for_caller(python=f'create_model({str(path)!r})', command=f'--model {path}')}."
+        )

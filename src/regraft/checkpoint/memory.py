@@ -12,8 +12,8 @@ from torch.nn.modules import module as hooks
 
 from regraft.anatomy.paths import parent_and_name
 from regraft.card import Recipe
-from regraft.checkpoint.create import rebuild
 from regraft.checkpoint.foreign.limits import SLACK_BYTES
+from regraft.checkpoint.rebuilding import rebuild
 from regraft.errors import ArgumentError, CheckpointError, EditError, RegraftError
 from regraft.surgery.layer_text.build import TooLargeError, at_most
 
@@ -21,9 +21,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def rebuild_for(
-    source: Path, recipe: Recipe, shapes: Shapes | None, *, kept_bytes: int, trust_code: bool = False
+    source: Path,
+    recipe: Recipe,
+    shapes: Shapes | None,
+    *,
+    kept_bytes: int,
+    trust_code: bool = False,
+    unset: bool = True,
 ) -> nn.Module:
-    """Build the network of a recipe as a target for the tensors of a checkpoint; its initial values are overwritten.
+    """Build the network of a recipe as a target for the tensors of a checkpoint.
 
     A network that starts much larger than the checkpoint, such as one that was truncated later, is built on the meta
     device first. So a small file that names a network of gigabytes cannot take that memory.
@@ -34,6 +40,7 @@ def rebuild_for(
         shapes: Shape of each tensor in the checkpoint, by name; None if unknown, as for a delta without its base.
         kept_bytes: Size of all tensors in the checkpoint.
         trust_code: Whether the user's own code may be imported; memory is not limited then.
+        unset: Whether parameters may stay uninitialized, as they are overwritten.
 
     Raises:
         CheckpointError: The network needs other tensors than these, cannot be built on the meta device, or a step of
@@ -42,21 +49,21 @@ def rebuild_for(
         TrustError: The source is the user's own code and `trust_code` is false.
     """
     try:
-        return _rebuild_limited(source, recipe, shapes, kept_bytes, trust_code)
+        return _rebuild_limited(source, recipe, shapes, kept_bytes, trust_code=trust_code, unset=unset)
     except (ArgumentError, EditError) as error:
         raise CheckpointError(f"'{source}' has a recipe that cannot be followed: {error}") from error
 
 
 def _rebuild_limited(
-    source: Path, recipe: Recipe, shapes: Shapes | None, kept_bytes: int, trust_code: bool
+    source: Path, recipe: Recipe, shapes: Shapes | None, kept_bytes: int, *, trust_code: bool, unset: bool
 ) -> nn.Module:
     """Build the network in memory if it stays below the limit, otherwise on the meta device."""
     if trust_code:
-        return rebuild(recipe, trust_code=True, unset=True)
+        return rebuild(recipe, trust_code=True, unset=unset)
     limit = kept_bytes + SLACK_BYTES
     with _limit_registered(limit) as count:
         try:
-            return rebuild(recipe, unset=True)
+            return rebuild(recipe, unset=unset)
         except RegraftError as error:
             # Only an exceeded limit leads to the meta device; other errors are those of the recipe.
             if count.bytes <= limit and not isinstance(error, TooLargeError):

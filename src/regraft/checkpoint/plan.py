@@ -25,18 +25,17 @@ from typing import Any, cast, get_args
 from pydantic import ConfigDict, Field, ValidationError, field_serializer, field_validator
 from torch import nn
 
-from regraft.anatomy.modes import in_mode
 from regraft.arguments import check_arguments
 from regraft.card import Recipe, Source, Step, attach, card_of
 from regraft.checkpoint.create import create_model
-from regraft.checkpoint.read import load
+from regraft.display import block, shortened, some
 from regraft.errors import ConfigError, EditError
 from regraft.fields import CheckedFields
 from regraft.freezing.flags import freeze
 from regraft.surgery.layer_text.build import construct
 from regraft.surgery.recipe import apply_step
 
-SUFFIX = ".safetensors"
+MAX_EDITS = 6  # in a session
 
 
 class Freezing(CheckedFields):
@@ -53,7 +52,7 @@ class Plan(CheckedFields):
 
     Attributes:
         source: A name as for `create_model`, a checkpoint file, or layers of torch.nn as text.
-        weights: As for `create_model`; ignored if the source is a checkpoint or layers.
+        weights: As for `create_model`; ignored if the source is layers.
         edits: Edits to apply, in this order.
         freeze: What to freeze after the edits.
     """
@@ -75,6 +74,14 @@ class Plan(CheckedFields):
     @field_serializer("edits")
     def _write_edits(self, edits: tuple[Step, ...]) -> list[dict[str, Any]]:
         return [{edit.operation: edit.arguments} for edit in edits]
+
+    def __repr__(self) -> str:
+        edits = [text for (text,) in shortened([[str(edit)] for edit in self.edits], MAX_EDITS - 1, 1)]
+        freezing = [*self.freeze.layers, *([f"until {self.freeze.until}"] if self.freeze.until else [])]
+        return block(
+            f"Plan: {self.source}, weights {self.weights}",
+            [*(("edits" if not number else "", text) for number, text in enumerate(edits)), ("freeze", some(freezing))],
+        )
 
     def to_toml(self) -> str:
         """Return the plan as the text of a TOML file."""
@@ -150,8 +157,6 @@ def plan_of(model: nn.Module) -> Plan:
 
 def _build_source(plan: Plan, trust_code: bool) -> nn.Module:
     """Build the network that a plan starts from."""
-    if plan.source.endswith(SUFFIX):
-        return in_mode(load(plan.source, trust_code=trust_code), True)
     if plan.source.endswith(")"):
         model = construct(plan.source, trust_code=trust_code)
         return attach(model, recipe=Recipe(source=Source(name="torch.nn", layers=plan.source)))

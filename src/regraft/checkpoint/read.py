@@ -18,6 +18,7 @@ from regraft.checkpoint.file.opening import OpenCheckpoint
 from regraft.checkpoint.file.shards import shard_of
 from regraft.checkpoint.foreign.state_dicts import split_extra
 from regraft.checkpoint.memory import rebuild_for
+from regraft.checkpoint.recipes.own_files import located_recipe
 from regraft.checkpoint.storable import stored_state
 from regraft.errors import CheckpointError
 from regraft.freezing.pins import sync_pins
@@ -53,7 +54,7 @@ def load(
     check_arguments(load, locals())
     device = usable_device(device)
     with OpenCheckpoint(Path(path)) as checkpoint:
-        header, recipe = _header_with_recipe(checkpoint)
+        header, recipe = _header_with_recipe(checkpoint, trust_code=trust_code)
         tensors = resolve(checkpoint, base).expanded()
     source = checkpoint.path
     kept_bytes = sum({id(tensor): tensor.nbytes for tensor in tensors.values()}.values())  # tied tensors once
@@ -80,7 +81,7 @@ def load_outline(path: str | os.PathLike[str], *, trust_code: bool = False) -> n
         TrustError: The recipe names a class of your own and `trust_code` is false.
     """
     with OpenCheckpoint(Path(path)) as checkpoint:
-        header, recipe = _header_with_recipe(checkpoint)
+        header, recipe = _header_with_recipe(checkpoint, trust_code=trust_code)
         entries = {name: entry for name, (_, entry) in checkpoint.entries.items()}
     source = checkpoint.path
     kept_bytes = sum(entry.size for entry in entries.values())
@@ -97,6 +98,26 @@ def load_outline(path: str | os.PathLike[str], *, trust_code: bool = False) -> n
     return in_mode(_apply_header(model, header), False)
 
 
+def load_untrained(path: str | os.PathLike[str], *, trust_code: bool = False) -> nn.Module:
+    """Build the network of a checkpoint with freshly initialized weights and nothing frozen, in training mode.
+
+    Raises:
+        CheckpointError: The file cannot be read, has no recipe, or is much smaller than what its recipe begins with.
+        TrustError: The recipe names a class of your own and `trust_code` is false.
+    """
+    with OpenCheckpoint(Path(path)) as checkpoint:
+        _, recipe = _header_with_recipe(checkpoint, trust_code=trust_code)
+        kept_bytes = sum(tensor.nbytes for tensor in resolve(checkpoint).expanded().values())
+    source = checkpoint.path
+    model = rebuild_for(source, recipe, None, kept_bytes=kept_bytes, trust_code=trust_code, unset=False)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise CheckpointError(
+            f"'{source}' holds {kept_bytes:,} bytes of tensors, and its recipe begins with a network that is much "
+            "larger, so it is not built anew. Where you trust it, build that network yourself."
+        )
+    return model
+
+
 def _restore_extra_state(source: Path, model: nn.Module, states: Mapping[str, torch.Tensor]) -> None:
     """Pass extra states to `set_extra_state` of their layers."""
     for name, state in states.items():
@@ -109,10 +130,15 @@ def _restore_extra_state(source: Path, model: nn.Module, states: Mapping[str, to
             ) from error
 
 
-def _header_with_recipe(checkpoint: OpenCheckpoint) -> tuple[Header, Recipe]:
+def _header_with_recipe(checkpoint: OpenCheckpoint, *, trust_code: bool) -> tuple[Header, Recipe]:
+    """Return the header and its recipe; files of the user's own that it names are searched for if they are trusted."""
     source, header = checkpoint.path, checkpoint.header
     if header is not None and header.card.recipe is not None:
-        return header, header.card.recipe
+        recipe = header.card.recipe
+        if trust_code:
+            recipe = located_recipe(recipe, source.parent)
+            header = header.model_copy(update={"card": header.card.model_copy(update={"recipe": recipe})})
+        return header, recipe
     if not is_index(source) and (index := shard_of(source)) is not None:
         raise CheckpointError(f"'{source}' is one of several files of a checkpoint. Load its index, '{index}'.")
     raise CheckpointError(

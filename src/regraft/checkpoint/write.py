@@ -1,25 +1,24 @@
 """Save a checkpoint: collect tensors and header, and write them atomically."""
 
 import copy
-import functools
 import os
 import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from regraft.anatomy.wrappers import unwrapped
 from regraft.arguments import check_arguments, check_minimum, check_target, check_weights
-from regraft.card import ATTRIBUTE, Card, Recipe, Source, attach, card_of
-from regraft.checkpoint.create import rebuild
+from regraft.card import ATTRIBUTE, Card, Recipe, attach, card_of
 from regraft.checkpoint.delta import SHARD_BYTES, choose_base, differing, pin_base, untied_state_dict
 from regraft.checkpoint.file.digest import digests_of
 from regraft.checkpoint.file.format import Header, current_versions, digest_of, index_of
 from regraft.checkpoint.file.shards import write_checkpoint
-from regraft.errors import CheckpointError, EditError, RegraftError
-from regraft.surgery.layer_text.build import describe
+from regraft.checkpoint.recipes.derivation import derive_recipe
+from regraft.checkpoint.recipes.own_files import portable_recipe
+from regraft.errors import CheckpointError
+from regraft.zoo import own_preprocessing
 
 
 def save(
@@ -36,11 +35,12 @@ def save(
     of every tensor, the class names, the preprocessing and the names of frozen parameters. The file is written under a
     temporary name, flushed to the disk and renamed, so a crash leaves a previous file unchanged.
 
-    A network that `create_model` did not make is described as text if possible: layers of `torch.nn` in containers, and
-    classes of your own that keep their arguments as attributes. Any other network, and one that was changed by other
-    means than regraft's edits, is saved without a recipe, with a warning in the second case; `load_weights` reads it
-    into a model of your own. For `torch.compile(model)`, `DataParallel`, `DistributedDataParallel` and
-    `AveragedModel`, the network inside is saved, under its own names.
+    The recipe of a network that `create_model` did not make is derived, and proved by building it: networks of
+    torchvision, timm and transformers that their own constructors made, layers of `torch.nn` in containers, classes of
+    your own in a file that can be built without arguments or keep these as attributes; with whatever layers of them
+    were replaced. Where there is no recipe, a warning says why, and `load_weights` reads the file into a model of your
+    own. For `torch.compile(model)`, `DataParallel`, `DistributedDataParallel` and `AveragedModel`, the network inside
+    is saved, under its own names.
 
     Args:
         model: Any module.
@@ -61,10 +61,27 @@ def save(
     check_target(save, "path", path)
     check_minimum(save, 1, shard_bytes=shard_bytes)
     check_weights(save, "model", model)
+    model = without_wrapper(model)
+    derivation = derive_recipe(model)
+    if derivation.reason is not None:
+        warnings.warn(derivation.warning(path), stacklevel=2)
+    return write_model(model, path, derivation.recipe, base=base, metadata=metadata, shard_bytes=shard_bytes)
+
+
+def write_model(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    recipe: Recipe | None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    metadata: dict[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Save `model` as `save` does, with a recipe that is known to rebuild it, or without one."""
     target = Path(path)
-    model = _without_wrapper(model)
+    model = without_wrapper(model)
     tensors, shared = untied_state_dict(model)
-    card = _card_with_recipe(model)
+    card = _card(model, recipe, target.parent)
     header = Header(
         **card.carried,
         card=card,
@@ -91,7 +108,7 @@ def save(
     return write_checkpoint(target, stored, header.model_copy(update=differences), shard_bytes)
 
 
-def _without_wrapper(model: nn.Module) -> nn.Module:
+def without_wrapper(model: nn.Module) -> nn.Module:
     """Return the network inside of `torch.compile`, `DataParallel` and the like, with the card of the wrapper."""
     prefix, inner = unwrapped(model)
     if not prefix:
@@ -104,52 +121,10 @@ def _without_wrapper(model: nn.Module) -> nn.Module:
     return attach(copy.copy(inner), **{**known, "recipe": own.recipe or outer.recipe})
 
 
-def _card_with_recipe(model: nn.Module) -> Card:
-    """Return the card of `model`, with a recipe if one rebuilds it."""
+def _card(model: nn.Module, recipe: Recipe | None, folder: Path) -> Card:
+    """Return the card of `model` as it is written into a checkpoint in `folder`."""
     card = card_of(model)
-    if card.recipe is None:
-        return card.model_copy(update={"recipe": _describe(model)})
-    difference = _difference(model, card.recipe)
-    if difference is None:
-        return card
-    warnings.warn(
-        f"the model no longer matches its recipe ({difference}), so it is saved without one: load it with "
-        "load_weights into a model of your own. Edits made with regraft keep the recipe.",
-        stacklevel=3,
-    )
-    return card.model_copy(update={"recipe": None})
-
-
-def _describe(model: nn.Module) -> Recipe | None:
-    """Return the recipe of a network that text can describe; None for any other. `load` ties tied tensors again."""
-    try:
-        recipe = Recipe(source=Source(name="torch.nn", weights="none", layers=describe(model, tied=True)))
-    except EditError:
-        return None
-    return recipe if _difference(model, recipe) is None else None
-
-
-def _difference(model: nn.Module, recipe: Recipe) -> str | None:
-    """Return the name of the first difference between `model` and what `recipe` builds; None if there is none."""
-    try:
-        expected = _expected_structure(recipe.model_dump_json())
-    except RegraftError as error:
-        return str(error)
-    structure = _structure(model)
-    return next((f"'{name}'" for name in [*expected, *structure] if structure.get(name) != expected.get(name)), None)
-
-
-@functools.lru_cache(maxsize=4)
-def _expected_structure(recipe_json: str) -> dict[str, object]:
-    # The model exists, so a user's own class has already been imported: importing it again trusts nothing new.
-    return _structure(rebuild(Recipe.model_validate_json(recipe_json), trust_code=True, unset=True))
-
-
-def _structure(model: nn.Module) -> dict[str, object]:
-    """Return the type of each layer, with the options that no tensor shows, and the shape of each tensor, by name."""
-    layers: dict[str, object] = {}
-    for path, layer in model.named_modules(remove_duplicate=False):
-        has_geometry = type(layer).__module__ in ("torch.nn.modules.conv", "torch.nn.modules.pooling")
-        layers[path] = type(layer).__name__, layer.extra_repr() if has_geometry else ""  # stride, padding and the like
-    shapes = {name: value.shape for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-    return {**layers, **shapes}
+    fields: dict[str, Any] = {"recipe": portable_recipe(recipe, folder) if recipe is not None else None}
+    if recipe is not None and card.preprocessing is None and (known := own_preprocessing(model)) is not None:
+        fields["preprocessing"] = known
+    return card.model_copy(update=fields)

@@ -50,10 +50,11 @@ def convert(
     require(dry_run or overwrite or not out.exists(), f"'{out}' exists. Choose another name, or pass --overwrite.")
     require(out.parent.is_dir(), f"no folder '{out.parent}' to write '{out.name}' into. Create it first.")
     from regraft.checkpoint import convert as write
+    from regraft.checkpoint.matching.naming import parse_rules
 
     options: dict[str, Any] = {"match": match, "accept": accept, "entry": entry, "tensors_only": tensors_only}
     report = write(
-        file, out, model=model, rename=_rules(rename or []), dry_run=dry_run, trust_code=trust_code, **options
+        file, out, model=model, rename=parse_rules(rename or []), dry_run=dry_run, trust_code=trust_code, **options
     )
     if as_json:
         say_json({"out": None if dry_run else str(out), **report.to_dict()})
@@ -61,14 +62,3 @@ def convert(
     say_lines(str(report))
     if not dry_run:
         say(f"{out}: {len(report.loaded)} tensors")
-
-
-def _rules(texts: list[str]) -> dict[str, str]:
-    rules = {}
-    for text in texts:
-        pattern, separator, replacement = text.partition("=")
-        require(
-            bool(separator and pattern), rf"'{text}' is not of the form OLD=NEW, as in 'encoder\.(.*)=backbone.\1'."
-        )
-        rules[pattern] = replacement
-    return rules

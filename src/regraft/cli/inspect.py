@@ -33,6 +33,7 @@ def inspect(
     """
     size = _parse_size(input_size)
     from regraft.anatomy import summary
+    from regraft.checkpoint.create import is_checkpoint
     from regraft.zoo import build
 
     if plan:
@@ -42,10 +43,10 @@ def inspect(
         from regraft.checkpoint import load
         from regraft.surgery import to_source
 
-        create = load if _is_checkpoint(model) else build  # with weights, as its constants become part of the source
+        create = load if is_checkpoint(model) else build  # with weights, as its constants become part of the source
         say_lines(to_source(create(model, trust_code=trust_code)))
         return
-    if _is_checkpoint(model):
+    if is_checkpoint(model):
         _inspect_checkpoint(Path(model), size, depth, verify=verify, trust_code=trust_code, as_json=as_json)
         return
     require(not verify, f"'{model}' is not a checkpoint, so there are no digests to verify.")
@@ -62,17 +63,16 @@ def _inspect_checkpoint(
     from regraft.anatomy import summary
     from regraft.checkpoint import load_outline, read_header
     from regraft.checkpoint.delta import resolve
-    from regraft.errors import CheckpointError, TrustError
+    from regraft.errors import TrustError
 
-    header = read_header(path)
-    if header is None:
-        raise CheckpointError(f"'{path}' has tensors but no recipe, so its architecture is unknown.")
     if verify:
         resolve(path)
     try:
         model_summary, problem = summary(load_outline(path, trust_code=trust_code), size, depth), None
     except TrustError as error:  # everything except the layers can be shown without running custom code
         model_summary, problem = None, str(error)
+    header = read_header(path)
+    assert header is not None
     if as_json:
         layers = model_summary.to_dict() if model_summary else {"layers": [], "problem": problem}
         say_json({**layers, "checkpoint": header.model_dump(mode="json")})
@@ -88,18 +88,13 @@ def _inspect_checkpoint(
         say(f"layers     not shown: {problem}")
 
 
-def _is_checkpoint(model: str) -> bool:
-    path = Path(model)
-    has_index = path.is_dir() and any(path.glob("*.safetensors.index.json"))
-    return path.is_file() or has_index or model.endswith((".safetensors", ".index.json"))
-
-
 def _plan(model: str, *, trust_code: bool) -> str:
     from regraft.checkpoint import load_outline
+    from regraft.checkpoint.create import is_checkpoint
     from regraft.checkpoint.plan import plan_of
     from regraft.zoo import build
 
-    create = load_outline if _is_checkpoint(model) else build
+    create = load_outline if is_checkpoint(model) else build
     return plan_of(create(model, trust_code=trust_code)).to_toml()
 
 

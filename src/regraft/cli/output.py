@@ -14,7 +14,8 @@ from typing import Annotated, Any, ParamSpec, TextIO, TypeVar
 
 import typer
 
-from regraft.console import LABEL, printable, screen_width, wrapped
+from regraft.console import LABEL, screen_width, wrapped
+from regraft.display import printable
 from regraft.errors import InputError, RegraftError
 from regraft.wording import flags_in_messages
 

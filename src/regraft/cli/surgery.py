@@ -37,6 +37,7 @@ def surgery(
     freeze_until: Annotated[
         str | None, Option(help="Freeze up to and including this layer, in execution order.")
     ] = None,
+    seed: Annotated[int, Option(help="Random seed of the new layers' initial weights.", min=0)] = 0,
     out: Annotated[Path | None, Option(help="Output file, as in edited.safetensors.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing file.")] = False,
     dry_run: Annotated[
@@ -65,7 +66,7 @@ def surgery(
     if dry_run:
         _show(edited_plan, depth, trust_code=trust_code, as_json=as_json)
     else:
-        _write(edited_plan, options["out"], trust_code=trust_code, as_json=as_json)
+        _write(edited_plan, options["out"], seed, trust_code=trust_code, as_json=as_json)
 
 
 def _plan(options: dict[str, Any]) -> "Plan":
@@ -125,11 +126,13 @@ def _show(plan: "Plan", depth: int, *, trust_code: bool, as_json: bool) -> None:
     say_summary(after)
 
 
-def _write(plan: "Plan", out: Path, *, trust_code: bool, as_json: bool) -> None:
+def _write(plan: "Plan", out: Path, seed: int, *, trust_code: bool, as_json: bool) -> None:
+    from regraft.anatomy.modes import preserved_randomness
     from regraft.checkpoint import save
     from regraft.checkpoint.plan import build_plan
 
-    model = build_plan(plan, trust_code=trust_code)
+    with preserved_randomness(seed):
+        model = build_plan(plan, trust_code=trust_code)
     path = save(model, out)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
 from typer import Argument, Option
 
-from regraft.cli.output import VerboseOption, guarded, require, say, say_json, say_table
+from regraft.cli.output import VerboseOption, guarded, require, say, say_json, say_lines, say_table
 from regraft.console import ConsoleProgress
 from regraft.train_options import TrainOption, list_options
 
@@ -54,6 +54,9 @@ def train(
     resume: Annotated[
         Path | None, Option(help="Resume the run that stopped in this folder, with its own options.")
     ] = None,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Show how the weights file fits and what would be trained; train nothing.")
+    ] = False,
     trust_code: Annotated[bool, Option("--trust-code", help="Allow the import of custom code (py:…).")] = False,
     config: Annotated[Path | None, Option(help="TOML file with these options; flags take precedence.")] = None,
     verbose: VerboseOption = False,
@@ -69,10 +72,13 @@ def train(
     flags = {name: value for name, value in train_options.items() if value is not None}
     progress = ConsoleProgress(verbose=verbose)
     with progress.status("starting"):  # imports PyTorch, which takes seconds
-        settings = _settings(flags, resume, config, overwrite=overwrite)
+        settings = _settings(flags, resume, config, overwrite=overwrite, dry_run=dry_run)
         from regraft.errors import Interrupted
         from regraft.training.fitting import fit
 
+    if dry_run:
+        _preview(settings, trust_code=trust_code, as_json=as_json)
+        return
     result = fit(
         settings.model,
         settings.data,
@@ -96,7 +102,9 @@ def train(
     _print_result(result, report, verbose=verbose)
 
 
-def _settings(flags: dict[str, Any], resume: Path | None, config: Path | None, *, overwrite: bool) -> "TrainConfig":
+def _settings(
+    flags: dict[str, Any], resume: Path | None, config: Path | None, *, overwrite: bool, dry_run: bool
+) -> "TrainConfig":
     """Return the options of the run: those of the flags and a file, or of the run that is continued."""
     from regraft.training.config import make_config, read_config
 
@@ -106,12 +114,32 @@ def _settings(flags: dict[str, Any], resume: Path | None, config: Path | None, *
         if "out" not in options:
             options["out"] = _free_folder(str(options["data"]))
         return make_config(options)
-    known = {**flags, **({"overwrite": True} if overwrite else {}), **({"config": config} if config else {})}
+    own = {"overwrite": overwrite, "config": config, "dry_run": dry_run}
+    known = {**flags, **{name: value for name, value in own.items() if value}}
     words = ", ".join("DATA" if name == "data" else f"--{name.replace('_', '-')}" for name in known)
     require(not known, f"--resume continues a run with its own options: leave out {words}.")
     from regraft.training.resume.saved_run import find_run_to_continue
 
     return find_run_to_continue(resume)
+
+
+def _preview(settings: "TrainConfig", *, trust_code: bool, as_json: bool) -> None:
+    """Print how a weights file fits the network, and what would be trained."""
+    from regraft.checkpoint import create_model
+    from regraft.checkpoint.create import weights_path
+    from regraft.checkpoint.matching.naming import parse_rules
+
+    answer: dict[str, Any] = {}
+    if weights_path(settings.weights) is not None:
+        options: Any = {"match": settings.match, "entry": settings.entry, "accept": settings.accept}
+        options |= {"rename": parse_rules(settings.rename), "weights": settings.weights, "trust_code": trust_code}
+        report = create_model(settings.model, dry_run=True, **options)
+        answer["weights"] = report.to_dict()
+        if not as_json:
+            say_lines(str(report))
+            say()
+    if as_json:
+        say_json(answer)
 
 
 def _free_folder(data: str) -> str:

@@ -17,9 +17,12 @@ from regraft.anatomy.model_facts import ModelFacts
 from regraft.anatomy.modes import preserved_randomness
 from regraft.arguments import check_arguments
 from regraft.card import card_of
+from regraft.display import block, some, table_html
 from regraft.errors import ModelError
 from regraft.freezing.pins import frozen_layers
 from regraft.torch_internals import NormBase, tree_leaves
+
+MAX_KINDS = 2  # that a line of a session has in full
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,39 @@ class Finding:
         return f"{self.path}: {self.problem} {self.fix}"
 
 
+class Findings(list[Finding]):
+    """A list of findings; a session shows it by kind, with a count and examples."""
+
+    @property
+    def by_kind(self) -> dict[str, list[Finding]]:
+        """The findings of each kind that occurs."""
+        groups: dict[str, list[Finding]] = {}
+        for finding in self:
+            groups.setdefault(finding.kind, []).append(finding)
+        return groups
+
+    def __repr__(self) -> str:
+        rows: list[tuple[str, str]] = []
+        kinds = list(self.by_kind.items())
+        for kind, findings in kinds[:MAX_KINDS]:
+            paths = some(finding.path for finding in findings)
+            rows += [(kind, f"{len(findings)}: {paths} {findings[0].problem}"), ("", f"-> {findings[0].fix}")]
+        rest = ", ".join(f"{kind} {len(findings)}" for kind, findings in kinds[MAX_KINDS:])
+        return block(f"Findings: {len(self) or 'none'}", [*rows, ("and", rest)])
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (kind, f"{len(findings)}", some(finding.path for finding in findings), findings[0].problem, findings[0].fix)
+            for kind, findings in self.by_kind.items()
+        ]
+        return table_html(
+            f"Findings: {len(self) or 'none'}", ("kind", "count", "where", "what", "how to mend it"), rows
+        )
+
+
 def audit(
     model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, inputs: Inputs | None = None
-) -> list[Finding]:
+) -> Findings:
     """List what contradicts the freezing of `model`. Nothing is changed. Parameters are compared by identity.
 
     Reported are: frozen parameters in the optimizer, trainable ones missing from it, parameters in it twice or of
@@ -61,6 +94,9 @@ def audit(
         optimizer: The optimizer that is to train it; None audits the model alone.
         inputs: A batch: a tensor, a tuple of positional inputs or a dict of keyword inputs. None: no run.
 
+    Returns:
+        A list of findings, empty where all is well. A session shows it by kind, with counts and examples.
+
     Raises:
         ModelError: The training forward, or the backward, fails on `inputs`. Nothing was changed.
     """
@@ -70,19 +106,23 @@ def audit(
 
 def findings_of(
     facts: ModelFacts, optimizer: torch.optim.Optimizer | None = None, inputs: Inputs | None = None
-) -> list[Finding]:
+) -> Findings:
     """List what contradicts the freezing of a network; see `audit`."""
     model = facts.model
-    findings = [
-        *_stale_gradients(model),
-        *_unpinned(model),
-        *_still_pinned(model),
-        *_broken_statistics(model),
-        *_head(facts),
-    ]
+    findings = Findings(
+        (
+            *_stale_gradients(model),
+            *_unpinned(model),
+            *_still_pinned(model),
+            *_broken_statistics(model),
+            *_head(facts),
+        )
+    )
     if inputs is not None:
         findings += _after_a_step(model, inputs)
-    return findings if optimizer is None else [*findings, *_optimizer(model, optimizer)]
+    if optimizer is not None:
+        findings += _optimizer(model, optimizer)
+    return findings
 
 
 def _stale_gradients(model: nn.Module) -> Iterator[Finding]:

@@ -1,6 +1,6 @@
 """Freeze and unfreeze: set `requires_grad` of parameters, and pin frozen layers to evaluation mode."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -12,15 +12,19 @@ from regraft.anatomy.paths import is_within
 from regraft.anatomy.summary_table import percent
 from regraft.anatomy.tracing import Call, Trace, trace
 from regraft.arguments import check_arguments, check_weights
+from regraft.display import block, shortened, some, table_html
 from regraft.errors import SelectionError
 from regraft.freezing.hold import ByPath
 from regraft.freezing.patterns import PARAMETERS, Pattern, as_patterns, select, select_parameters
 from regraft.freezing.pins import plan_pins
 
+MAX_NAMED = 12  # layers in a line
+MAX_ROWS = 20  # of a table
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class FreezeReport:
-    """What a call of `freeze` or `unfreeze` changed; `str()` gives one line.
+    """What a call of `freeze` or `unfreeze` changed; `str()` gives one line, a session more.
 
     Attributes:
         changed: Names of the parameters whose flag changed.
@@ -31,6 +35,8 @@ class FreezeReport:
             holds for all of them, as it is one tensor.
         follow_batch: Paths of frozen layers whose tensors stay, but whose outputs depend on the other samples of a
             batch: batch norms without running statistics, and fake quantization that still observes.
+        children: (name, frozen, all) of each top-level layer with parameters, after the call; of the model's own
+            parameters under an empty name.
     """
 
     changed: tuple[str, ...]
@@ -39,6 +45,37 @@ class FreezeReport:
     pinned: tuple[str, ...]
     split_ties: tuple[tuple[str, ...], ...] = ()
     follow_batch: tuple[str, ...] = ()
+    children: tuple[tuple[str, int, int], ...] = ()
+
+    def __repr__(self) -> str:
+        states: dict[str, list[str]] = {"frozen": [], "partly": [], "trainable": []}
+        for name, frozen, total in self.children:
+            states[_state(frozen, total)].append(name or "its own parameters")
+        return block(
+            f"FreezeReport: {self.frozen:,} of {self.total:,} parameters frozen ({percent(self.frozen, self.total)})",
+            [(state, some(names, MAX_NAMED)) for state, names in states.items()] + self._notes(),
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (name or "its own parameters", _state(frozen, total), f"{frozen:,}", f"{total:,}")
+            for name, frozen, total in self.children
+        ]
+        return table_html(
+            f"{self.frozen:,} of {self.total:,} parameters frozen ({percent(self.frozen, self.total)})",
+            ("layer", "state", "frozen", "parameters"),
+            shortened(rows, MAX_ROWS - 5, 5),
+            [f"{label}: {text}" for label, text in self._notes() if text],
+        )
+
+    def _notes(self) -> list[tuple[str, str]]:
+        layers = [path or "the model itself" for path in self.pinned]
+        return [
+            ("changed", f"{len(self.changed)} tensors: {some(self.changed)}" if self.changed else "nothing"),
+            ("pinned", f"{len(layers)} layers: {some(layers)}" if layers else ""),
+            ("shared", some(" = ".join(names) for names in self.split_ties)),
+            ("of batch", some(self.follow_batch)),
+        ]
 
     def __str__(self) -> str:
         line = (
@@ -211,4 +248,18 @@ def _set_flags(model: nn.Module, selection: _Selection, *, trainable: bool) -> F
         pinned=tuple(pinned),
         split_ties=tuple(split),
         follow_batch=tuple(path for path, layer in plan.frozen if follows_batch(layer)),
+        children=tuple(_count(model, sizes)),
     )
+
+
+def _count(model: nn.Module, sizes: dict[nn.Parameter, int]) -> Iterator[tuple[str, int, int]]:
+    parts = [("", list(model.parameters(recurse=False)))]
+    parts += [(name, list(child.parameters())) for name, child in model.named_children()]
+    for name, parameters in parts:
+        if parameters:
+            frozen = sum(sizes[parameter] for parameter in parameters if not parameter.requires_grad)
+            yield name, frozen, sum(sizes[parameter] for parameter in parameters)
+
+
+def _state(frozen: int, total: int) -> str:
+    return "trainable" if not frozen else "frozen" if frozen == total else "partly"

@@ -37,7 +37,7 @@ class Stage:
     epochs: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Schedule:
     """Consecutive stages; layers of earlier stages stay trainable.
 
@@ -52,6 +52,9 @@ class Schedule:
     """
 
     stages: tuple[Stage, ...]
+
+    def __repr__(self) -> str:
+        return f"Schedule.parse({','.join(map(_as_text, self.stages))!r})"
 
     @classmethod
     def parse(cls, text: str) -> "Schedule":
@@ -218,6 +221,12 @@ def _alike(own: dict[str, Any], group: dict[str, Any]) -> bool:
 
 def _patterns(stage: Stage) -> tuple[str, ...]:
     return tuple("" if pattern == ALL else pattern for pattern in stage.patterns)
+
+
+def _as_text(stage: Stage) -> str:
+    """Return a stage as `Schedule.parse` reads it."""
+    quoted = [f"'{pattern}'" if set(pattern) & set(",+") else pattern for pattern in stage.patterns]
+    return f"{'+'.join(quoted)}:{stage.epochs}"
 
 
 def _split(text: str, separator: str) -> list[str]:

@@ -33,6 +33,7 @@ from regraft.anatomy.dataflow.values import Values, compute_costs, sizes_of, val
 from regraft.anatomy.inputs import Arguments, example_arguments
 from regraft.anatomy.tracing import trace
 from regraft.arguments import check_arguments
+from regraft.display import block
 from regraft.errors import EditError, ModelError
 from regraft.frontier.independence import dependent_values
 from regraft.frontier.liveness import live_nodes, mixed_layers
@@ -75,7 +76,7 @@ class Cut:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Partition:
     """A network in two parts that share its weights: `suffix(*prefix(x))` equals the network's output.
 
@@ -99,6 +100,9 @@ class Partition:
     def bytes(self) -> int:
         """Bytes of the frontier for one image."""
         return sum(cut.bytes for cut in self.frontier)
+
+    def __repr__(self) -> str:
+        return block(f"Partition: {self}", [])
 
     def __str__(self) -> str:
         constant, live = self.multiply_adds

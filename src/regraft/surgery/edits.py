@@ -68,7 +68,7 @@ def truncate(
     except ModelError:
         edited = stop_at(model, after=after, drop=drop, inputs=inputs)
     what = f"truncate after '{after}'" if after is not None else f"drop the last {drop} layers"
-    _require_something_to_train(edited, model, what)
+    _require_parameters(edited, model, what)
     prove(edited, model, what, inputs)
     return finish(edited, "truncate", new_outputs=True, after=after, drop=drop, drop_skips=drop_skips or None)
 
@@ -324,15 +324,9 @@ def _insert_call(flow: Flow, name: str, call: ModuleCall, *, is_after: bool, pla
             call.output.replace_input_with(value, flow.graph.call_module(name, (value,)))
 
 
-def _require_something_to_train(edited: nn.Module, model: nn.Module, what: str) -> None:
+def _require_parameters(edited: nn.Module, model: nn.Module, what: str) -> None:
     if next(edited.parameters(), None) is None and next(model.parameters(), None) is not None:
         raise EditError(f"cannot {what}: no layer with parameters would be left. Nothing was changed.")
-    had = any(parameter.requires_grad for parameter in model.parameters())
-    if had and not any(parameter.requires_grad for parameter in edited.parameters()):
-        raise EditError(
-            f"cannot {what}: all that would be left is frozen, and there would be nothing to train. Cut later, or "
-            "freeze the whole model before, which says that this is meant. Nothing was changed."
-        )
 
 
 def _listed(layers: Collection[nn.Module]) -> str:

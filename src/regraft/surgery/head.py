@@ -103,7 +103,7 @@ def replace_head(
     with torch.no_grad():
         for old_rows, new_rows in rows:
             new_rows[list(pairs.values())] = old_rows[list(pairs)].to(new_rows.dtype)
-    if isinstance(new, nn.Module) and (classes := _class_count(run)) is not None:
+    if isinstance(new, nn.Module) and run is not None and (classes := run.class_count) is not None:
         before = width_of(model.get_submodule(targets[0].path))
         _set_class_count(edited, list(layers), before, classes, is_sure=is_automatic)
     if is_automatic:
@@ -328,9 +328,3 @@ def _width_into(facts: ModelFacts, path: str) -> int:
             "Nothing was changed."
         )
     return shapes[0][1]
-
-
-def _class_count(run: Trace | None) -> int | None:
-    """Return K where the output of a network is one tensor of scores (N, K); else None."""
-    shapes = next((call.output_shapes for call in run.calls if call.path == ""), ()) if run is not None else ()
-    return shapes[0][1] if len(shapes) == 1 and len(shapes[0]) == 2 else None

@@ -2,6 +2,7 @@
 
 import textwrap
 import tomllib
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,7 +37,17 @@ class TrainConfig(CheckedFields, TrainOptions):
     def _names_weights(cls, weights: Any) -> Any:
         if weights is None:
             return "none"
-        return str(weights) if isinstance(weights, (Enum, Path)) else weights
+        return str(weights) if isinstance(weights, Enum) else weights
+
+    @field_validator("data", "model", "weights", "out", mode="before")
+    @classmethod
+    def _path_as_text(cls, path: Any) -> Any:
+        return str(path) if isinstance(path, Path) else path
+
+    @field_validator("data", "out", mode="before")
+    @classmethod
+    def _takes_paths(cls, path: Any) -> Any:
+        return str(path) if isinstance(path, Path) else path
 
     @field_validator("data", "model", "weights", "loss", "out")
     @classmethod
@@ -49,6 +60,11 @@ class TrainConfig(CheckedFields, TrainOptions):
             if "\0" in text:
                 raise ValueError("it has a null byte, which no file's name can hold")
         return text
+
+    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+        """Yield the options that are not at their defaults, which pydantic writes."""
+        defaults = type(self)()
+        yield from ((name, value) for name, value in self if value != getattr(defaults, name))
 
     def updated(self, **options: Any) -> "TrainConfig":
         """Return this configuration with other values, checked.

@@ -1,5 +1,6 @@
 """`fit`: train a model on photos, datasets or loaders, and keep the best weights."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -42,7 +43,7 @@ from regraft.zoo import needs_download, preprocessing_source
 
 
 def fit(
-    model: nn.Module | str,
+    model: nn.Module | str | Path,
     data: Any,
     *,
     config: TrainConfig | None = None,
@@ -65,7 +66,8 @@ def fit(
 
     Args:
         model: A name (see `create_model`), which gets a head for the data's classes, and whose other layers are frozen
-            if it is pretrained; or a module, which is trained in place with its own flags.
+            if it is pretrained; a checkpoint, which keeps its frozen layers, and its head if that fits the classes; or
+            a module, which is trained in place with its own flags.
         data: A folder or a `.csv` table (see `list_data`), or a pair (train, validation) of Datasets or DataLoaders
             that yield (inputs, targets): inputs (N, …), targets (N,) of int64 classes, or of floats for regression.
         config: All options as one value.
@@ -87,6 +89,7 @@ def fit(
     Whatever stops a run after its first epoch carries the result so far: `write_report(error.result, path)`.
     """
     check_arguments(fit, locals())
+    model = str(model) if isinstance(model, Path) else model
     listener, run_state = progress_of(progress), RunState()
     if isinstance(data, (str, Path)):
         check_path(fit, "data", data)
@@ -124,6 +127,8 @@ def fit(
                     fingerprint = RunFingerprint.of(setup, config, is_named=is_named)
                 if saved_run is not None:
                     check_state(saved_run, setup, fingerprint)
+            if folder is not None and (warning := folder.prepare_recipe(setup.model)) is not None:
+                warnings.warn(warning, stacklevel=2)
             say_setup(setup, config, listener)
             run = Run(setup, config, fingerprint, folder, run_state, signals, listener, trust_code)
             with channels_last(setup.model) if setup.compute.has_channels_last else nullcontext():

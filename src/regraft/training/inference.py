@@ -31,7 +31,7 @@ from regraft.zoo import preprocessing_of
 BATCH_SIZE = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prediction:
     """The prediction for one photo.
 
@@ -48,6 +48,11 @@ class Prediction:
     probability: float | None = None
     top: tuple[tuple[str, float], ...] = ()
     value: float | None = None
+
+    def __repr__(self) -> str:
+        name = f"{str(self.path)!r}: " if self.path else ""
+        answer = f"{self.value:.4g}" if self.value is not None else f"{self.label!r} {self.probability or 0:.3f}"
+        return f"Prediction({name}{answer})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the prediction as JSON data."""

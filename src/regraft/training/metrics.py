@@ -8,13 +8,18 @@ from typing import Any
 
 import torch
 
+from regraft.anatomy.summary_table import aligned
 from regraft.arguments import check_arguments
 from regraft.data.decode import Unreadable
 from regraft.data.folders import Task
+from regraft.display import block, printable, table_html
 from regraft.errors import DataError
 from regraft.training.checks.targets import class_labels
 
 NORMAL_QUANTILE = 1.959964  # of 0.975: leaves 2.5 % on either side
+CLASS_HEAD, CLASS_RIGHT = ("class", "precision", "recall", "F1", "count"), (False, True, True, True, True)
+MAX_CLASSES = 8  # in a session
+MAX_NAME = 40  # characters of a class in a session
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Scores:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Metrics:
     """Metrics of the predictions on a set of photos.
 
@@ -88,6 +93,30 @@ class Metrics:
         if self.accuracy is None:
             return None
         return wilson_interval(round(self.accuracy * self.count), self.count)
+
+    def __repr__(self) -> str:
+        rows = [(printable(name)[:MAX_NAME], *cells) for name, *cells in self._worst()]
+        table = aligned([CLASS_HEAD, *rows], CLASS_RIGHT) if rows else []
+        return "\n".join([block(self._title(), []), *(f"  {line}" for line in [*table, self._more()] if line)])
+
+    def _repr_html_(self) -> str:
+        return table_html(self._title(), CLASS_HEAD, self._worst(), [self._more()])
+
+    def _title(self) -> str:
+        error = f", calibration error {self.calibration_error:.4f}" if self.calibration_error is not None else ""
+        return f"Metrics: {self.headline()}, loss {self.loss:.4f}{error}"
+
+    def _more(self) -> str:
+        more = len(self.per_class) - MAX_CLASSES
+        return f"the {MAX_CLASSES} classes of the lowest F1 scores; .per_class has {more} more" if more > 0 else ""
+
+    def _worst(self) -> list[tuple[str, ...]]:
+        """Return the rows of the table of classes; of many, those of the lowest F1 scores."""
+        worst = sorted(self.per_class, key=lambda entry: entry.f1)[:MAX_CLASSES]
+        return [
+            (entry.name, f"{entry.precision:.3f}", f"{entry.recall:.3f}", f"{entry.f1:.3f}", f"{entry.count}")
+            for entry in (worst if len(self.per_class) > MAX_CLASSES else self.per_class)
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the metrics of the task as JSON data."""

@@ -8,13 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from regraft.anatomy.summary_table import percent
 from regraft.data.decode import Unreadable
 from regraft.data.folders import Task
+from regraft.display import block, shortened, some, table_html
 from regraft.training.config import TrainConfig
 from regraft.training.metrics import Metrics
 
+COLUMNS = ("epoch", "training loss", "validation loss", "validation", "seconds")
+MAX_EPOCHS = 12  # in a session
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class EpochRecord:
     """One epoch: mean training loss, metrics on the validation photos, learning rate at its end, seconds."""
 
@@ -23,6 +28,14 @@ class EpochRecord:
     validation: Metrics
     lr: float
     seconds: float
+
+    def __repr__(self) -> str:
+        return f"EpochRecord({self.epoch}: {self.validation.headline()})"
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the record as one row of a table to read."""
+        losses = (f"{self.train_loss:.4f}", f"{self.validation.loss:.4f}")
+        return (f"{self.epoch}", *losses, self.validation.headline(), f"{self.seconds:.1f}")
 
     def to_row(self) -> dict[str, Any]:
         """Return the record as one row of a table."""
@@ -60,7 +73,7 @@ class ComputedOnce:
     note: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainPlan:
     """Summary of a run.
 
@@ -96,8 +109,29 @@ class TrainPlan:
     lr: float
     device: str
 
+    def __repr__(self) -> str:
+        return block("TrainPlan", self.rows())
 
-@dataclass(frozen=True)
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the summary as labelled lines for a session."""
+        names = f"{len(self.classes)}: {some(self.classes, 6)}" if self.classes else ""
+        count = "unknown number of" if self.train_count is None else f"{self.train_count:,}"
+        validation = "" if self.validation_count is None else f", {self.validation_count:,} for validation"
+        return [
+            ("model", f"{self.model}, weights: {self.weights}"),
+            (
+                "trained",
+                f"{self.trainable:,} of {self.parameters:,} parameters "
+                f"({percent(self.trainable, self.parameters)}): {some(self.trained_layers, 4)}",
+            ),
+            ("data", f"{count} samples for training{validation}"),
+            ("classes", names),
+            ("skipped", f"{len(self.unreadable)} unreadable files" if self.unreadable else ""),
+            ("rate", f"{self.lr:g}, on {self.device}"),
+        ]
+
+
+@dataclass(frozen=True, repr=False)
 class FitResult:
     """The result of `fit`.
 
@@ -137,6 +171,29 @@ class FitResult:
     cache_disabled_reason: str | None = None
     stopped_by: str | None = None
     to_continue: str | None = None
+
+    def __repr__(self) -> str:
+        return block(f"FitResult: {self._title()}", self._rows())
+
+    def _repr_html_(self) -> str:
+        rows = [(*record.cells(), "best" if record.epoch == self.best_epoch else "") for record in self.history]
+        head, notes = (*COLUMNS, ""), [f"{label}: {text}" for label, text in self._rows() if text]
+        return table_html(self._title(), head, shortened(rows, 2, MAX_EPOCHS - 3), notes)
+
+    def _title(self) -> str:
+        return f"{self.validation.headline()} in the best epoch, {self.best_epoch} of {len(self.history)}"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        losses = [f"{record.train_loss:.4f}" for record in self.history]
+        where = "nowhere (out=FOLDER writes it)" if self.checkpoint is None else str(self.checkpoint)
+        share = "" if self.computed_once is None else f"{self.computed_once.share:.1%} of the network"
+        return [
+            *self.plan.rows(),
+            ("losses", f"{' -> '.join(dict.fromkeys((losses[0], losses[-1])))} in training" if losses else ""),
+            ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())),
+            ("once", share),
+            ("saved", where),
+        ]
 
     @property
     def not_once_because(self) -> str | None:

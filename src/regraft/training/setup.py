@@ -12,7 +12,7 @@ from torch import nn
 
 from regraft.anatomy.model_facts import ModelFacts
 from regraft.card import ATTRIBUTE, attach, card_of
-from regraft.checkpoint.create import create_model
+from regraft.checkpoint.create import is_checkpoint
 from regraft.data.folders import Listing, Task
 from regraft.data.photos import Photos
 from regraft.data.transforms import is_random
@@ -33,6 +33,7 @@ from regraft.training.features.extract import Extractor
 from regraft.training.heads.sweep import DECAYS, Sweep, ridge_obstacle, ridge_start, sweep_heads
 from regraft.training.loop import ComputeContext, choose_compute
 from regraft.training.losses import Loss, build_loss
+from regraft.training.model_for_data import create_for_data
 from regraft.training.result import TrainPlan
 from regraft.training.train_data import TrainData, with_task
 from regraft.wording import option
@@ -110,14 +111,13 @@ def prepare_model(
     """Build the model if it is a name, with a head for the data, and freeze layers as the options say.
 
     Its structure and its card stay as they are from here on, so its facts are worked out once for the whole run.
-    Without freezing options, a pretrained model by name is frozen except for its head. The flags of a module change
-    only through options; its frozen normalization and dropout layers are pinned to evaluation behaviour.
+    Without freezing options, a pretrained model by name is frozen except for its head. The flags of a module and of a
+    checkpoint change only through options; frozen normalization and dropout layers are pinned to evaluation behaviour.
     """
     if isinstance(model, str):
         if listing is None:
             raise ConfigError("a model's name needs a folder as data. Pass a module with datasets and loaders.")
-        outputs = len(listing.classes) if listing.classes is not None else 1
-        built = create_model(model, weights=config.weights, num_classes=outputs, trust_code=trust_code)
+        built = create_for_data(model, listing, config, trust_code=trust_code)
     else:
         built = model
     if config.image_size is not None:
@@ -125,7 +125,7 @@ def prepare_model(
         resize = max(1, round(config.image_size * known.resize / known.size))
         attach(built, preprocessing=known.model_copy(update={"size": config.image_size, "resize": resize}))
     facts = ModelFacts(built)
-    recipe = card_of(built).recipe if isinstance(model, str) else None
+    recipe = card_of(built).recipe if isinstance(model, str) and not is_checkpoint(model) else None
     if recipe is not None and recipe.source.weights != "none" and not _names_layers(config):
         freeze(built)
         unfreeze(built, *(head.path for head in facts.heads))
@@ -186,8 +186,8 @@ def prepare_setup(
         raise ModelError(f"{type(model).__name__} cannot be trained as it is: {findings[0]}")
     if is_ridge and start is not None:
         with torch.no_grad():
-            for path, value in start.items():
-                live.get_parameter(path).copy_(value)
+            for parameter_name, value in start.items():
+                live.get_parameter(parameter_name).copy_(value)
     attach(model, classes=train_data.classes, task=train_data.task, preprocessing=facts.preprocessing)
     return TrainSetup(
         facts=facts,

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from pathlib import Path
 def atomic_write(target: Path, *, flush: bool = True) -> Iterator[Path]:
     """Give the block a temporary path beside `target`, and rename that file to `target` afterwards.
 
-    On any failure, `target` is unchanged and the temporary file is removed.
+    On any failure, `target` is unchanged and the temporary file is removed. The file gets the permissions of any new
+    file, as the umask and the folder say.
 
     Args:
         target: The file to write.
@@ -22,7 +24,15 @@ def atomic_write(target: Path, *, flush: bool = True) -> Iterator[Path]:
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        # The writer of safetensors puts a file of its own in the place of this one, which only its owner may read. The
+        # permissions that the system gives to a new file are read off one: asking for the umask would change it.
+        temporary.unlink(missing_ok=True)
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         yield temporary
+        if temporary.stat().st_mode != mode:
+            with contextlib.suppress(OSError):  # of a file system without permissions
+                temporary.chmod(stat.S_IMODE(mode))
         if flush:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())

@@ -24,6 +24,7 @@ KEY = "regraft"
 DOCUMENT_LIMIT_BYTES = 32_000_000
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
+RUN_CHECKPOINT, RUN_STATES = "model.safetensors", "last"  # in the folder of a run
 REGISTERED = re.compile(r"(timm/)?\w+@[\w.]+", re.ASCII)  # NAME@WEIGHTS of the zoo; matches no path and no code
 INDEX_ADVICE = 'Expected {"weight_map": {NAME: FILE}} with files beside it. Get or make it again.'
 DIGEST = r"^[0-9a-f]{64}$"
@@ -137,7 +138,7 @@ def current_versions() -> dict[str, str]:
 
 
 def locate(path: Path) -> Path:
-    """Return the file that describes a checkpoint: `path` itself, the index of its shards, or the index in a folder.
+    """Return the file that describes a checkpoint: `path` itself, the index of its shards, or that of a folder.
 
     Raises:
         CheckpointError: `path` is a folder with several indexes.
@@ -147,7 +148,7 @@ def locate(path: Path) -> Path:
         if len(indexes) > 1:
             names = ", ".join(f"'{index.name}'" for index in indexes[:3])
             raise CheckpointError(f"'{path}' holds {len(indexes)} checkpoints ({names}). Give the path of one of them.")
-        return indexes[0] if indexes else path
+        return indexes[0] if indexes else path / RUN_CHECKPOINT if (path / RUN_CHECKPOINT).is_file() else path
     return index_of(path) if not path.exists() and index_of(path).is_file() else path
 
 

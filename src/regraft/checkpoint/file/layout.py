@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from regraft.checkpoint.foreign.kinds import require_weights
+from regraft.checkpoint.foreign.kinds import describe_folder, describe_weights, require_weights
 from regraft.errors import CheckpointError
+from regraft.wording import for_caller
 
 HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library itself
 ENTRY_LIMIT = 2_000_000  # values in a JSON text; parsed, they take at most 256 MiB
@@ -97,6 +98,8 @@ def open_file(path: Path) -> FileIO:
     Raises:
         CheckpointError: It does not exist.
     """
+    if path.is_dir():
+        raise CheckpointError(f"'{path}' is a folder, and {describe_folder(path)}")
     if not path.is_file():
         raise CheckpointError(f"no file '{path}' (looked from {Path.cwd()}). Give the path of a checkpoint.")
     return path.open("rb", buffering=0)
@@ -121,6 +124,15 @@ def read_start(path: Path, file: FileIO | None = None) -> tuple[dict[str, Any], 
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > min(size - 8, HEADER_LIMIT_BYTES):
             require_weights(path)
+            if (what := describe_weights(path)) is not None:
+                use = for_caller(
+                    python=f"Load it into a model of your own with load_weights(model, {str(path)!r})",
+                    command="Train with it (regraft train DATA --model NAME --weights FILE)",
+                )
+                raise CheckpointError(
+                    f"'{path}' is {what}: weights without an architecture. {use}, or write a checkpoint with `regraft "
+                    f"convert {path} OUT.safetensors --model NAME`."
+                )
             raise CheckpointError(
                 f"'{path}' is no safetensors file, or it is cut off ({size:,} bytes). Expected a file written by "
                 "`regraft train` or regraft.save."

@@ -7,11 +7,13 @@ remedy, because the usual causes are a failed download and a file of another fra
 import contextlib
 import json
 import re
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from regraft.errors import CheckpointError
+from regraft.wording import for_caller
 
 HEAD_BYTES = 64 * 2**10
 MAX_EXCERPT = 120  # characters of a text file that are quoted
@@ -81,6 +83,19 @@ def require_weights(path: Path) -> None:
         raise unreadable_error(path, f"it is {described[0]}", described[1])
 
 
+def describe_weights(path: Path) -> str | None:
+    """Return which library wrote a file of weights, by its first bytes; None for any other file."""
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    if head[:1] == b"\x80":
+        return "a file of torch.save"
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    return "an npz file" if names and all(name.endswith(".npy") for name in names) else "a file of torch.save"
+
+
 def unreadable_error(path: Path, reason: str, advice: str) -> CheckpointError:
     """Return the error for a file that cannot be read as weights."""
     return CheckpointError(f"'{path}' cannot be read as weights: {reason}. {advice}")
@@ -96,6 +111,11 @@ def describe_folder(path: Path) -> str:
     for name, what, advice in FOLDERS:
         if (path / name).exists():
             return f"it is {what}. {advice}"
+    if (path / "last").is_dir():
+        call = for_caller(
+            python=f"regraft.fit(…, out={str(path)!r}, resume=True)", command=f"regraft train --resume {path}"
+        )
+        return f"it is that of a run which has not kept a model yet. Continue it: {call}"
     files = sorted(file.name for file in path.iterdir() if file.name.endswith(WEIGHTS))
     if files:
         return f"it holds {first_names(files)}. Give the path of one of them."

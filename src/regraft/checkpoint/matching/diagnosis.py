@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 
 from regraft.checkpoint.foreign.state_dicts import StateDict, listed
 from regraft.checkpoint.matching.adapting import Fitter
-from regraft.checkpoint.matching.load_report import LoadReport, some
+from regraft.checkpoint.matching.load_report import LoadReport
 from regraft.checkpoint.matching.mapping import Proposal, weakest
 from regraft.checkpoint.matching.naming import Shape
+from regraft.display import some
 from regraft.wording import for_caller, option, rename_option
 
 SIDES_OF_LINEAR = 2  # of its weight: (out, in)

@@ -42,11 +42,12 @@ class UnfitError(CheckpointError):
 
     Attributes:
         problem: What does not fit, and why.
+        advice: What to do about it.
     """
 
     def __init__(self, problem: str, advice: str) -> None:
         super().__init__(" ".join(part for part in (problem, advice, "Nothing was changed.") if part))
-        self.problem = problem
+        self.problem, self.advice = problem, advice
 
 
 def carry_out(plan: LoadPlan, model: nn.Module, *, min_share: float = MIN_SHARE, strict: bool = False) -> None:

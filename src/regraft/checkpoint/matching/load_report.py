@@ -2,9 +2,11 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
+
+from regraft.display import block, some
 
 Confidence = Literal["certain", "likely", "ambiguous"]
 CONFIDENCE_LEVELS: tuple[Confidence, ...] = ("certain", "likely", "ambiguous")  # highest first
@@ -63,7 +65,7 @@ class Adaptation:
     what: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadReport:
     """What was loaded from a file; `str()` shows it as a table, `headline()` in one line.
 
@@ -131,6 +133,24 @@ class LoadReport:
         """Return everything as JSON data."""
         return {**asdict(self), "matches": [match.to_dict() for match in self.matches], "counts": self.counts}
 
+    def __repr__(self) -> str:
+        verb = "would be loaded" if self.dry_run else "loaded"
+        lists = {
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "mismatched": [name for name, _, _ in self.mismatched],
+            "proposed": [match.name for match in self.proposed],
+        }
+        return block(
+            f"LoadReport: {len(self.loaded)} tensors {verb} from '{self.path}', {self.share:.1%} of the parameters",
+            [
+                *((word, f"{len(names)}: {some(names)}" if names else "") for word, names in lists.items()),
+                ("adapted", some((f"{change.name} {change.what}".strip() for change in self.adapted), 2)),
+                ("cause", self.cause),
+                ("suggestion", self.suggestion),
+            ],
+        )
+
     def __str__(self) -> str:
         return "\n".join([self.headline(), *self._lines()])
 
@@ -146,11 +166,11 @@ class LoadReport:
         if shown:
             rows = [
                 (match.source, match.name, shape_text(match.shape) or "scalar", self._taken(match), match.reason)
-                for match in shown[:ROWS]
+                for match in (shown if self.dry_run else shown[:ROWS])
             ]
             head = ("in the file", "in the model", "shape", "confidence", "because")
             yield from aligned([head, *rows], [False] * 5)
-            if len(shown) > ROWS:
+            if len(shown) > ROWS and not self.dry_run:
                 yield f"… and {len(shown) - ROWS} more"
         for word, text in (("cause", self.cause), ("suggestion", self.suggestion)):
             if text:
@@ -166,9 +186,3 @@ def confidence_of(level: str) -> Confidence:
         warnings.warn(f'"{OLD_LEVEL}" is deprecated. Use "ambiguous".', DeprecationWarning, stacklevel=3)
         return "ambiguous"
     return cast(Confidence, level)
-
-
-def some(names: Iterable[str], count: int = 3) -> str:
-    """List the first few names."""
-    known = list(names)
-    return f"{', '.join(known[:count])}{', …' if len(known) > count else ''}"

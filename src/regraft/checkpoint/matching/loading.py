@@ -28,11 +28,11 @@ from regraft.checkpoint.matching.load_report import (
     LoadReport,
     Match,
     confidence_of,
-    some,
 )
 from regraft.checkpoint.matching.mapping import Proposal, match_shapes, propose
 from regraft.checkpoint.matching.naming import renamed, strip_wrapper_parts
 from regraft.checkpoint.matching.parts import joined_parts
+from regraft.display import some
 from regraft.errors import CheckpointError
 from regraft.wording import option, rename_option
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from regraft.checkpoint.foreign.state_dicts import Tensors
 from regraft.checkpoint.matching.load_report import Confidence
-from regraft.errors import CheckpointError
+from regraft.errors import CheckpointError, ConfigError
 
 WRAPPER_PARTS = (
     "module",
@@ -138,6 +138,24 @@ def strip_wrapper_parts(names: Iterable[str]) -> dict[str, str]:
         if len(set(plain.values())) == len(plain):
             current = plain
     return current
+
+
+def parse_rules(texts: Iterable[str]) -> dict[str, str]:
+    r"""Parse renamings, each as `OLD=NEW`.
+
+    Raises:
+        ConfigError: One has no OLD, or no `=`.
+
+    >>> parse_rules([r"encoder\.(.*)=backbone.\1"])
+    {'encoder\\.(.*)': 'backbone.\\1'}
+    """
+    rules = {}
+    for text in texts:
+        pattern, separator, replacement = text.partition("=")
+        if not separator or not pattern:
+            raise ConfigError(rf"'{text}' is not of the form OLD=NEW, as in 'encoder\.(.*)=backbone.\1'.")
+        rules[pattern] = replacement
+    return rules
 
 
 def renamed(tensors: Tensors, rules: Mapping[str, str], path: Path) -> Tensors:

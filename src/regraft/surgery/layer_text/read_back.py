@@ -4,12 +4,15 @@ Attributes may differ from the arguments that the constructor was given, so the 
 it.
 """
 
+import ast
 import inspect
 import numbers
 import operator
 import sys
 from collections.abc import Callable, Mapping
 from keyword import iskeyword
+from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -18,10 +21,10 @@ from torch import nn
 from regraft.errors import EditError
 from regraft.surgery.layer_text.parse import LayerCall, shortened, written
 from regraft.torch_internals import ConvBase, children_of
+from regraft.zoo import FILE_MODULE
 
 LIBRARIES = ("torchvision.ops", "timm.layers")  # beside torch.nn; their classes are written with these names before
 OWN = "py"  # the name under which text calls a class of the user's own
-FILE_MODULE = "regraft_user_"  # prefix of the modules that zoo.import_object makes of files
 TAKE_ANYTHING = (nn.Module, nn.Identity)  # their constructors accept any arguments and store none
 
 _RECURRENT_DEFAULTS = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
@@ -103,7 +106,7 @@ def read_call(layer: nn.Module, path: str = "") -> LayerCall:
         entries = {name: read_call(child, f"{path}.{name}".lstrip(".")) for name, child in layer.named_children()}
         return LayerCall("ModuleDict", (entries,) if entries else ())
     name = library_name(kind)
-    reference = () if name is not None else (_reference(layer, path),)
+    reference = () if name is not None else (reference_of(layer, path),)
     positional, keywords = _arguments(layer, path, name)
     return LayerCall(name or OWN, (*reference, *positional), keywords)
 
@@ -131,15 +134,19 @@ def _occupied(layer: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, child) for name, child in children_of(layer).items() if child is not None]
 
 
-def _reference(layer: nn.Module, path: str) -> str:
-    """Return `FILE:Class` or `package.module:Class` for a class of the user's own."""
+def reference_of(layer: nn.Module, path: str = "") -> str:
+    """Return `FILE:Class` or `package.module:Class` for the class of a layer, which is the user's own.
+
+    Raises:
+        EditError: It cannot be imported from anywhere; the message says why.
+    """
     kind = type(layer)
-    advice = "Move the class to the top level of a file or module of its own, and import it from there."
+    advice = "Move the class to the top level of a file of its own, and import it from there."
     if "." in kind.__qualname__:
         raise undescribable(layer, path, "its class is defined inside of a function or another class", advice)
-    if kind.__module__ == "__main__":
-        raise undescribable(layer, path, "its class is defined in the script that runs (__main__)", advice)
     module = sys.modules.get(kind.__module__)
+    if kind.__module__ == "__main__" and (problem := _script_problem(module, kind.__name__)) is not None:
+        raise undescribable(layer, path, problem, advice)
     if getattr(module, kind.__name__, None) is not kind:
         reason = f"its class was made at run time, and {kind.__module__} has no such name"
         raise undescribable(layer, path, reason)
@@ -147,6 +154,21 @@ def _reference(layer: nn.Module, path: str) -> str:
         return f"{kind.__module__}:{kind.__name__}"
     specification = getattr(module, "__spec__", None)
     return f"{specification.origin if specification else getattr(module, '__file__', '')}:{kind.__name__}"
+
+
+def _script_problem(script: ModuleType | None, name: str) -> str | None:
+    """Return why a class of the running script cannot be imported from its file; None if it can."""
+    file = getattr(script, "__file__", None)
+    try:
+        body = ast.parse(Path(file).read_text(encoding="utf-8")).body if file else []
+    except (OSError, ValueError, SyntaxError):
+        body = []
+    if not any(isinstance(node, ast.ClassDef) and node.name == name for node in body):
+        return "its class is defined in a notebook or an interactive session, so that no file holds it"
+    is_guarded = any(isinstance(node, ast.If) and "__name__" in ast.unparse(node.test) for node in body)
+    if not is_guarded:
+        return "its class is defined in the script that runs, and to import it would run the whole script again"
+    return None
 
 
 def _arguments(layer: nn.Module, path: str, library: str | None) -> tuple[list[Any], dict[str, Any]]:

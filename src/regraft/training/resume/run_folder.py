@@ -10,15 +10,17 @@ from typing import Any
 
 from torch import nn
 
+from regraft.card import Recipe
 from regraft.checkpoint.file.atomic import atomic_write
-from regraft.checkpoint.write import save
+from regraft.checkpoint.file.format import RUN_CHECKPOINT, RUN_STATES
+from regraft.checkpoint.recipes.derivation import derive_recipe
+from regraft.checkpoint.write import without_wrapper, write_model
 from regraft.errors import ConfigError, RunError
 from regraft.training.config import TrainConfig, write_config
 from regraft.training.result import EpochRecord
 from regraft.wording import for_caller, option
 
-CHECKPOINT, METRICS, CONFIG, REPORT = "model.safetensors", "metrics.csv", "config.toml", "report.html"
-STATES, LOCK = "last", "run.lock"
+METRICS, CONFIG, REPORT, LOCK = "metrics.csv", "config.toml", "report.html", "run.lock"
 SAFETENSORS_TEMPORARY = ".tmp??????"  # pattern of the temporary files that the safetensors writer makes
 
 
@@ -37,6 +39,7 @@ class RunFolder:
     def __init__(self, path: Path, *, overwrite: bool, continues: bool = False) -> None:
         self.path = path
         self.has_stale_results = overwrite and not continues
+        self._recipe: Recipe | None = None
         try:
             for parent in (path, *path.parents):
                 if parent.exists() and not parent.is_dir():
@@ -52,7 +55,7 @@ class RunFolder:
             self._acquire_lock().release()
         if names - {LOCK} and not overwrite and not continues:
             resume = for_caller(python="resume=True", command=f"regraft train --resume {shlex.quote(str(path))}")
-            hint = f", or go on with what stopped there: {resume}" if STATES in names else ""
+            hint = f", or go on with what stopped there: {resume}" if RUN_STATES in names else ""
             raise ConfigError(
                 f"'{path}' exists and is not empty. Choose another ({option('out', 'FOLDER')}), or pass "
                 f"{option('overwrite', True)}{hint}."
@@ -61,12 +64,12 @@ class RunFolder:
     @property
     def checkpoint(self) -> Path:
         """Path of the saved model."""
-        return self.path / CHECKPOINT
+        return self.path / RUN_CHECKPOINT
 
     @property
     def states(self) -> Path:
         """Folder of the run's states."""
-        return self.path / STATES
+        return self.path / RUN_STATES
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -94,9 +97,19 @@ class RunFolder:
                 for folder in created:
                     folder.rmdir()
 
+    def prepare_recipe(self, model: nn.Module) -> str | None:
+        """Derive the recipe with which `model` will be saved; training does not change it.
+
+        Returns:
+            Where there is none: a warning that says why, and how to load the file.
+        """
+        derivation = derive_recipe(without_wrapper(model))
+        self._recipe = derivation.recipe
+        return derivation.warning(self.checkpoint) if derivation.reason is not None else None
+
     def save_model(self, model: nn.Module, config: TrainConfig) -> None:
         """Save the best model so far, with the configuration."""
-        save(model, self.checkpoint)
+        write_model(model, self.checkpoint, self._recipe)
         with self._writing():
             (self.path / REPORT).unlink(missing_ok=True)  # of another model, or of this run when it was stopped before
             if self.has_stale_results:  # they belong to the model that was just replaced
@@ -119,7 +132,7 @@ class RunFolder:
     def _delete_partial_files(self) -> None:
         """Delete temporary files of a process that was killed while writing."""
         with contextlib.suppress(OSError):
-            for pattern in (*(f".{name}.*.tmp" for name in (CHECKPOINT, METRICS, CONFIG)), SAFETENSORS_TEMPORARY):
+            for pattern in (*(f".{name}.*.tmp" for name in (RUN_CHECKPOINT, METRICS, CONFIG)), SAFETENSORS_TEMPORARY):
                 for file in self.path.glob(pattern):
                     file.unlink()
 

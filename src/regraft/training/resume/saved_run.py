@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from regraft.checkpoint.file.format import RUN_CHECKPOINT, RUN_STATES
 from regraft.checkpoint.file.tree import Tree, snapshot
 from regraft.data.folders import Sample
 from regraft.errors import CheckpointError, ConfigError, DataError
@@ -21,7 +22,6 @@ from regraft.frontier.cache.key import sum_of_bits
 from regraft.progress import SILENT, Progress
 from regraft.training.config import TrainConfig, make_config
 from regraft.training.resume.rng import random_states, set_random_states
-from regraft.training.resume.run_folder import CHECKPOINT, STATES
 from regraft.training.resume.run_state import RunState
 from regraft.training.resume.state_writer import find_state
 from regraft.training.setup import TrainSetup
@@ -106,7 +106,7 @@ def find_run(folder: Path, progress: Progress = SILENT) -> SavedRun | None:
     Raises:
         ConfigError: It cannot be read, or another version wrote it.
     """
-    newest = find_state(folder / STATES, progress)
+    newest = find_state(folder / RUN_STATES, progress)
     if newest is None:
         return None
     path, tree = newest
@@ -125,8 +125,8 @@ def find_run_to_continue(folder: Path, progress: Progress = SILENT) -> TrainConf
     if saved_run is None:
         if not folder.is_dir():
             problem = f"there is no folder '{folder}' (looked from {Path.cwd()})"
-        elif (folder / CHECKPOINT).exists():
-            problem = f"the run in '{folder}' has ended: its model is '{folder / CHECKPOINT}'"
+        elif (folder / RUN_CHECKPOINT).exists():
+            problem = f"the run in '{folder}' has ended: its model is '{folder / RUN_CHECKPOINT}'"
         else:
             problem = f"no run has begun in '{folder}'"
         start = for_caller(python="regraft.fit", command="regraft train DATA")

@@ -1,0 +1,1 @@
+"""How the architecture of a network comes about: read off the network, proved, and built again."""
