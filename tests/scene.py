@@ -62,6 +62,9 @@ class Recorder(Progress):
     def say(self, line: str) -> None:
         self.lines.append(line)
 
+    def detail(self, line: str) -> None:
+        self.lines.append(line)
+
 
 def write_photo(path: Path, brightness: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,10 +15,10 @@ import regraft
 
 SOURCE = Path(__file__).parents[1] / "src" / "regraft"
 LEVELS = (
-    {"display", "errors", "progress", "torch_internals", "version"},
+    {"display", "errors", "progress", "torch_internals", "version", "wording"},
     {"arguments", "console", "fields", "train_options"},
     {"card"},
-    {"preprocessing"},
+    {"downloads", "preprocessing"},
     {"zoo"},
     {"anatomy", "data"},
     {"freezing"},

@@ -282,7 +282,7 @@ def test_read_config_and_read_plan_take_other_line_ends(own: str, tmp_path: Path
     (tmp_path / "plan.toml").write_text(plan.to_toml(), encoding="utf-8")
     for file in tmp_path.glob("*.toml"):
         file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
-    assert make_config(read_config(tmp_path / "config.toml"), "a file") == config
+    assert make_config(read_config(tmp_path / "config.toml")) == config
     assert read_plan(tmp_path / "plan.toml") == plan
 
 

@@ -144,7 +144,7 @@ def test_create_model_names_a_module_of_ones_own_by_its_package(own: Path, monke
 
 
 def test_import_object_imports_nothing_without_trust(own: Path) -> None:
-    with pytest.raises(TrustError, match="If you know and trust it, pass --trust-code"):
+    with pytest.raises(TrustError, match="If you know and trust it, pass trust_code=True"):
         import_object(f"py:{own}:made", trust_code=False)
     assert import_object(f"py:{own}:made", trust_code=True) == []
 

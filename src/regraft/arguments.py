@@ -13,6 +13,7 @@ import math
 import numbers
 import operator
 import os
+import re
 import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +25,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from regraft.errors import ArgumentError, ModelError
+from regraft.wording import option
 
+DEVICE_PROBLEMS = {  # how messages of torch begin, which go on with all that it could be built for
+    "Expected one of": "PyTorch has no device of that name",
+    "Could not run": "this PyTorch is built without it",
+}
 MAX_INTEGER = 2**63 - 1  # sizes in torch are int64
 MAX_NAME_BYTES = 255  # of one part of a path, in every common file system
 MAX_SHOWN = 60  # characters of a value in a message
@@ -130,20 +136,43 @@ def check_weights(function: Callable[..., Any], name: str, model: nn.Module, *, 
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """Return a device after checking that tensors can be created on it.
+    """Return a device after checking that tensors can be created on it; `gpu` is the first GPU of any maker.
 
     Raises:
         ModelError: The device does not exist here, or is the meta device.
     """
     try:
-        chosen = torch.device(device)
+        chosen = torch.device(_device_name(device) if isinstance(device, str) else device)
         if chosen.type == "meta":
             raise RuntimeError("it holds shapes without numbers")
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ModelError(f"the device {str(device)!r} cannot be used: {reason}. Try --device cpu.") from error
+        reason = re.split(r"\n|\. ", str(error))[0].rstrip(".")
+        for start, words in DEVICE_PROBLEMS.items():
+            reason = words if reason.startswith(start) else reason
+        here = ", ".join(_devices_here())
+        raise ModelError(
+            f"the device {str(device)!r} cannot be used: {reason}. This machine has {here}. "
+            f"Try {option('device', 'cpu')}."
+        ) from error
     return chosen
+
+
+def _device_name(text: str) -> str:
+    """Return a device's name in PyTorch: of `gpu`, `CUDA`, `cuda0`, `gpu:1`, `metal`; any other text as it is."""
+    word = re.fullmatch(r"(cpu|gpu|cuda|mps|metal)[: ]?(\d*)", text.strip().lower())
+    if word is None:
+        return text
+    kind, number = word.groups()
+    if kind == "metal" or (kind == "gpu" and not torch.cuda.is_available() and torch.backends.mps.is_available()):
+        kind = "mps"
+    kind = "cuda" if kind == "gpu" else kind
+    return f"{kind}:{number}" if number else kind
+
+
+def _devices_here() -> list[str]:
+    gpus = [f"cuda:{number} ({torch.cuda.get_device_name(number)})" for number in range(torch.cuda.device_count())]
+    return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def path_problem(path: str | os.PathLike[Any]) -> str | None:

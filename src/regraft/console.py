@@ -2,40 +2,99 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from html import escape
-from typing import Any
+from typing import Any, TextIO
 
 from regraft.display import printable
 from regraft.progress import SILENT, Item, Progress
 
+LABEL = 11  # columns of the label that begins a line, as in "model      resnet18"
+MIN_BAR, BESIDE_BAR = 8, 48  # columns of a bar, and of what stands beside it
+WORDS = re.compile(r" *(?:(?<![^ (])'[^']*'\S*|\S+)")  # with the spaces before them; what is in quotes is one word
 NOTEBOOK_BAR_S = 0.2  # seconds until a step gets a bar, and between two updates of it
 
 
 class ConsoleProgress(Progress):
-    """Prints lines on standard error, and draws a progress bar for long steps if it is a terminal."""
+    """Prints lines on standard error; on a terminal, shows also that a step is running, and bars for long ones.
 
-    def __init__(self) -> None:
+    Args:
+        verbose: Whether details are printed too.
+    """
+
+    def __init__(self, *, verbose: bool = False) -> None:
         from rich.console import Console
 
         self._console = Console(stderr=True, highlight=False)
+        self._verbose = verbose
+        self._steps: list[str] = []  # the running steps, the innermost last
+        self._spinner: Any = None
 
     def say(self, line: str) -> None:
-        """Print one line."""
-        self._console.print(printable(line), markup=False, soft_wrap=True)
+        """Print one line, broken between words where the terminal ends."""
+        self._console.print(
+            wrapped(printable(line), screen_width(self._console.file), LABEL), markup=False, soft_wrap=True
+        )
+
+    def detail(self, line: str) -> None:
+        """Print one line if details are wanted."""
+        if self._verbose:
+            self.say(line)
+
+    @contextlib.contextmanager
+    def status(self, description: str) -> Iterator[None]:
+        """Show a spinner with the description while the block runs; nothing if standard error is not a terminal."""
+        self._steps.append(description)
+        self._spin()
+        try:
+            yield
+        finally:
+            self._steps.pop()
+            self._spin()
 
     def track(self, items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
         """Draw a bar that disappears when it is full; nothing if standard error is not a terminal."""
-        if not self._console.file.isatty():  # not `is_terminal`, as FORCE_COLOR in a CI's log is none
+        width = screen_width(self._console.file)  # rich's `is_terminal` is true also in a CI's log with FORCE_COLOR
+        if width is None:
             yield from items
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Bar(*columns, console=self._console, transient=True) as bar:
-            yield from bar.track(items, total=total, description=description)
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(max(MIN_BAR, min(40, width - BESIDE_BAR))),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+        )
+        self._stop_spinner()
+        try:
+            with Bar(*columns, console=self._console, transient=True) as bar:
+                yield from bar.track(items, total=total, description=description)
+        finally:
+            self._spin()
+
+    def _spin(self) -> None:
+        """Show the innermost running step, if there is one."""
+        if not self._steps or screen_width(self._console.file) is None:
+            self._stop_spinner()
+        elif self._spinner is None:
+            from rich.text import Text
+
+            self._spinner = self._console.status(Text(self._steps[-1]))
+            self._spinner.start()
+        else:
+            self._spinner.update(self._steps[-1])
+
+    def _stop_spinner(self) -> None:
+        if self._spinner is not None:
+            self._spinner.stop()
+            self._spinner = None
 
 
 class NotebookProgress(Progress):
@@ -95,3 +154,40 @@ def progress_of(progress: Progress | bool) -> Progress:
     from rich.console import Console
 
     return NotebookProgress() if Console().is_jupyter else ConsoleProgress()
+
+
+def screen_width(stream: TextIO) -> int | None:
+    """Return the columns of the terminal that a stream writes to; None for a file or a pipe."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or None if stream.isatty() else None
+    except (OSError, ValueError):  # no file behind it, or closed
+        return None
+
+
+def wrapped(text: str, width: int | None, indent: int = 0) -> str:
+    """Break a line between words, where a terminal would break it anywhere.
+
+    A word longer than a line, such as a path, stays whole; so does what is in quotes.
+
+    Args:
+        text: One line.
+        width: Columns of the terminal; None leaves the line as it is.
+        indent: Columns before the second line and those after it.
+
+    >>> print(wrapped("model      resnet18, pretrained", 24, indent=11))
+    model      resnet18,
+               pretrained
+    """
+    from rich.cells import cell_len
+
+    if width is None or cell_len(text) <= width:
+        return text
+    lines, line = [], ""
+    for word in WORDS.findall(text):
+        has_room = cell_len(line + word) <= width
+        if has_room or not line.strip() or (len(line) < indent and not lines):  # a label is never alone
+            line += word
+        else:
+            lines.append(line)
+            line = " " * indent + word.lstrip()
+    return "\n".join([*lines, line])

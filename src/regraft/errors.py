@@ -21,14 +21,20 @@ A message has four parts in this order: what failed (with the value), where, wha
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 MAX_MESSAGE = 2_000  # characters; messages quote names from files
 
 
 class RegraftError(Exception):
-    """Base class of all exceptions of regraft, except `Interrupted`."""
+    """Base class of all exceptions of regraft, except `Interrupted`.
+
+    Attributes:
+        result: Where it stopped a run, the `FitResult` of the best epoch so far; None before the first was complete.
+    """
 
     exit_code = 1
+    result: Any = None
 
 
 class InputError(RegraftError):
@@ -106,9 +112,13 @@ class Interrupted(KeyboardInterrupt):
     Args:
         message: The message.
         number: Number of the signal; the exit code is 128 + number.
+
+    Attributes:
+        result: The `FitResult` of the best epoch so far; None before the first was complete.
     """
 
     exit_code = 130
+    result: Any = None
 
     def __init__(self, message: str = "", *, number: int = 2) -> None:
         super().__init__(message)

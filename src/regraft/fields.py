@@ -1,5 +1,6 @@
 """pydantic models whose constructors raise errors of regraft."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -27,18 +28,21 @@ class CheckedFields(BaseModel):
         __init__.__pydantic_base_init__ = True  # pydantic's flag for constructors that validation may skip
 
 
-def explain(error: ValidationError, kind: type[BaseModel], help_text: str = "") -> str:
+def explain(
+    error: ValidationError, kind: type[BaseModel], help_text: str = "", name_field: Callable[[str], str] = repr
+) -> str:
     """Describe the wrong fields of a model; for an unknown name, suggest similar ones.
 
     Args:
         error: The error of pydantic.
         kind: The class of the model.
         help_text: Advice for an unknown name without similar ones.
+        name_field: Writes the name of a field, in quotes unless it says otherwise.
     """
-    return "; ".join(_explain(problem, kind, help_text) for problem in error.errors())
+    return "; ".join(_explain(problem, kind, help_text, name_field) for problem in error.errors())
 
 
-def _explain(problem: Any, kind: type[BaseModel], help_text: str) -> str:
+def _explain(problem: Any, kind: type[BaseModel], help_text: str, name_field: Callable[[str], str]) -> str:
     name = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
         other = getattr(kind, "OTHER_WORDS", {}).get(name)
@@ -47,15 +51,16 @@ def _explain(problem: Any, kind: type[BaseModel], help_text: str) -> str:
     field = kind.model_fields.get(str(problem["loc"][0])) if problem["loc"] else None
     choices = get_args(field.annotation) if field is not None and problem["type"] == "literal_error" else ()
     if choices:
-        expected = f"expected one of {', '.join(map(str, choices))}"
+        known = [str(choice) for choice in choices]
+        expected = f"expected one of {', '.join(known)}. {nearest(str(problem['input']), known)}".rstrip(". ")
     elif problem["type"] == "missing":
-        return f"'{name}' is missing"
+        return f"{name_field(name)} is missing"
     elif problem["type"] == "tuple_type":
         expected = 'expected a list, as in ["layer1", "layer2"]'
     else:
         expected = problem["msg"].removeprefix("Value error, ")
         expected = expected[:1].lower() + expected[1:]
-    return f"'{name}' cannot be {_shown(problem['input'])}: {expected}" if name else expected
+    return f"{name_field(name)} cannot be {_shown(problem['input'])}: {expected}" if name else expected
 
 
 def _shown(value: Any) -> str:

@@ -130,7 +130,7 @@ class TrainOptions:
         "auto, fp32, bf16 or fp16.",
         "Precision of the forward pass with float32 weights; `auto` is bf16 on a GPU that supports it, else fp32. A "
         "head of one layer on cached features stays in float32.")] = "auto"
-    device: Annotated[str, OptionText("auto, cpu, cuda, cuda:1, …")] = "auto"
+    device: Annotated[str, OptionText("auto, cpu, gpu, cuda:1, …")] = "auto"
     workers: Annotated[int | None, OptionText(
         "Loading processes.", "By default one per core for photos that are decoded on access, else none.",
         ge=0, le=MAX_WORKERS, default="automatic", aliases=("num_workers", "n_jobs"))] = None

@@ -22,8 +22,10 @@ from torch import nn
 
 from regraft.arguments import check_arguments
 from regraft.card import Preprocessing, Recipe, Source, attach, card_of
+from regraft.downloads import Download, answering, from_hub, from_url, no_network
 from regraft.errors import InputError, ModelError, TrustError, nearest
 from regraft.preprocessing import is_processor, of_processor, of_timm, of_transformers
+from regraft.wording import option
 
 TIMM = "timm/"
 TIMM_NAME = re.compile(r"\w+(\.[\w-]+)?")  # NAME.TAG; timm takes other forms as places to load from
@@ -186,7 +188,7 @@ def import_object(reference: str, *, trust_code: bool) -> Any:
     if not trust_code:
         raise TrustError(
             f"'{reference}' names Python code, which would run with your rights. "
-            "If you know and trust it, pass --trust-code (in Python: trust_code=True)."
+            f"If you know and trust it, pass {option('trust_code', True)}."
         )
     module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
     if not hasattr(module, attribute):
@@ -230,7 +232,7 @@ def _build_torchvision(name: str, weights: str, arguments: Mapping[str, Any]) ->
             f"no weights '{weights}' for {name}: it is neither a file nor one of "
             f"{', '.join(entry.name for entry in known)}."
         )
-    with _network_errors(name):
+    with _network_errors(name, download := _download_of(name, weights)), answering(name, download):
         model = models.get_model(name, weights=chosen, **_extra_arguments(name), **arguments)
     preset = (chosen or cast(Any, known).DEFAULT).transforms()
     preprocessing = Preprocessing(
@@ -251,19 +253,47 @@ def _extra_arguments(name: str) -> dict[str, Any]:
 def _build_timm(name: str, weights: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, Preprocessing, str]:
     import timm
 
-    bare = name.removeprefix(TIMM)
-    pretrained = weights != "none"
-    if weights not in ("none", "default"):
-        bare = f"{bare.split('.')[0]}.{weights}"
+    bare, pretrained = _timm_name(name, weights), weights != "none"
     if bare.split(".")[0] not in timm.list_models() or not TIMM_NAME.fullmatch(bare):
         raise ModelError(_unknown_model(name))
     try:
-        with _network_errors(name):
+        with _network_errors(name, download := _download_of(name, weights)), answering(name, download):
             model = timm.create_model(bare, pretrained=pretrained, **arguments)
     except RuntimeError as error:
         raise ModelError(f"timm cannot build '{bare}': {error}") from error
     config = cast("dict[str, Any]", model.pretrained_cfg)
     return model, of_timm(config), (config.get("tag") or "default") if pretrained else "none"
+
+
+def _timm_name(name: str, weights: str) -> str:
+    """Return NAME or NAME.TAG, as timm takes it."""
+    bare = name.removeprefix(TIMM)
+    return bare if weights in ("none", "default") else f"{bare.split('.')[0]}.{weights}"
+
+
+def needs_download(name: str, weights: str) -> bool:
+    """Return whether `build` would download weights; names that it refuses need none."""
+    download = _download_of(name, weights)
+    return download is not None and not download.is_present
+
+
+def _download_of(name: str, weights: str) -> Download | None:
+    if weights == "none" or name.startswith(PYTHON):
+        return None
+    if name.startswith(TIMM):
+        import timm
+
+        config: Any = None
+        with contextlib.suppress(RuntimeError):  # no such tag
+            config = timm.get_pretrained_cfg(_timm_name(name, weights))
+        if config is None or not (config.hf_hub_id or config.url):
+            return None
+        return from_hub(config.hf_hub_id, config.hf_hub_filename) if config.hf_hub_id else from_url(config.url)
+    from torchvision import models
+
+    known: Any = models.get_model_weights(name) if name in _torchvision_names() else None
+    chosen = known.__members__.get("DEFAULT" if weights == "default" else weights) if known is not None else None
+    return from_url(chosen.url) if chosen is not None else None
 
 
 def _torchvision_names() -> list[str]:
@@ -286,7 +316,7 @@ def _unknown_model(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _network_errors(name: str) -> Iterator[None]:
+def _network_errors(name: str, download: Download | None) -> Iterator[None]:
     """Convert the network errors of all libraries to one error with advice."""
     try:
         yield
@@ -295,10 +325,7 @@ def _network_errors(name: str) -> Iterator[None]:
         is_cut_off = isinstance(error, RuntimeError) and str(error).startswith("invalid hash value")  # torch.hub's
         if not isinstance(error, OSError) and not is_cut_off and library not in NETWORK_LIBRARIES:
             raise
-        raise ModelError(
-            f"the weights of '{name}' cannot be downloaded ({type(error).__name__}: {error}). Without a network, pass "
-            "a file that you have (--weights FILE), or train from scratch (--weights none)."
-        ) from error
+        raise ModelError(no_network(name, error, download)) from error
 
 
 def _import_file(path: Path) -> ModuleType:

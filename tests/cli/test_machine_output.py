@@ -66,7 +66,7 @@ def test_cli_train_as_a_process_prints_nothing_but_json(train_words: list[object
     words = [sys.executable, "-m", "regraft", *map(str, train_words), "--out", "run", "--json"]
     found = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
     assert only_json(found.stdout)["out"] == "run"
-    assert found.stderr.splitlines()[0].startswith("model ")
+    assert found.stderr.splitlines()[0].startswith("photos ")
 
 
 @pytest.mark.parametrize("pattern", ["*", "resnet18"], ids=["more than a buffer", "less than a buffer"])

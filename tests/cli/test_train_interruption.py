@@ -158,5 +158,5 @@ def test_cli_train_refuses_two_runs_in_one_folder(cli: Cli, fit: Fit, train_word
         return torch.nn.functional.cross_entropy(outputs, targets)
 
     fit(loss=loss, out="run")
-    assert_refused(refused[0], f"another run is writing into 'run': process {os.getpid()}", "Choose another --out")
+    assert_refused(refused[0], f"another run is writing into 'run': process {os.getpid()}", "--out FOLDER")
     assert {*listing(Path("run"))} == {"model.safetensors", "metrics.csv", "config.toml"}

@@ -39,6 +39,7 @@ def test_cli_train_says_how_to_go_on_where_weights_cannot_be_downloaded(
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(workplace / "cache"))
     monkeypatch.setattr("torch.hub.urlopen", answer)
+    monkeypatch.setattr("urllib.request.urlopen", answer)
     result = cli("train", photos, "--model", "squeezenet1_1", "--out", "run")
     assert_refused(
         result,

@@ -48,7 +48,7 @@ def test_fit_stops_at_more_than_a_tenth_of_unreadable_files_unless_more_is_allow
         (photos / "cats" / f"{name}.jpg").write_text("no photo")
     with nothing_written(), pytest.raises(DataError, match=r"3 of 15 files cannot be read \('.*a\.jpg': not an image"):
         fit(out="run")
-    with pytest.raises(DataError, match=r"Repair or remove them, or allow more with --max-unreadable \(now 0\.1\)"):
+    with pytest.raises(DataError, match=r"Repair or remove them, or allow more with max_unreadable \(now 0\.1\)"):
         fit()
     assert len(fit(max_unreadable=0.2).plan.unreadable) == 3
 

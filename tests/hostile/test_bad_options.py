@@ -13,7 +13,7 @@ from regraft.errors import ConfigError, DataError, LossError, ModelError, Select
 from scene import Cli, Fit, Recorder, listing, nothing_written
 
 VALUES: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"epochs": 0}, ConfigError, r"the options: 'epochs' cannot be 0: input should be greater than or equal to 1"),
+    ({"epochs": 0}, ConfigError, r"'epochs' cannot be 0: input should be greater than or equal to 1"),
     ({"batch_size": 0}, ConfigError, r"'batch_size' cannot be 0: input should be greater than or equal to 1"),
     ({"epochs": "many"}, ConfigError, r"'epochs' cannot be 'many': input should be a valid integer"),
     ({"lr": 0}, ConfigError, r"'lr' cannot be 0: input should be greater than 0"),
@@ -39,12 +39,12 @@ VALUES: list[tuple[dict[str, Any], type[Exception], str]] = [
         ConfigError,
         r"no loss 'mse' for classification\. Choose from cross-entropy, focal, or py:FILE:name",
     ),
-    ({"device": "quantum"}, ModelError, r"the device 'quantum' cannot be used: .*\. Try --device cpu"),
-    ({"device": "meta"}, ModelError, r"the device 'meta' cannot be used: .*\. Try --device cpu"),
+    ({"device": "quantum"}, ModelError, r"the device 'quantum' cannot be used: .*\. Try device='cpu'"),
+    ({"device": "meta"}, ModelError, r"the device 'meta' cannot be used: .*\. Try device='cpu'"),
     (
         {"freeze": ("*",)},
         SelectionError,
-        r"every parameter of TinyNet is frozen, .*Thaw some .*--unfreeze-all.*conv, norm, fc",
+        r"every parameter of TinyNet is frozen, .*Thaw some .*regraft\.unfreeze.*conv, norm, fc",
     ),
     (
         {"freeze": ("conv1",)},
@@ -63,7 +63,7 @@ VALUES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"weights": "IMAGENET1K_V1"}, ModelError, r"has no registered weights 'IMAGENET1K_V1'\. Give a file, or 'none'"),
     ({"model": "resnet18", "weights": "V9"}, ModelError, r"no weights 'V9' for resnet18: .*IMAGENET1K_V1"),
     ({"weights": "no.pth"}, regraft.RegraftError, r"no file 'no.pth' \(looked from .*Give the path"),
-    ({"trust_code": False}, TrustError, r"names Python code, which would run with your rights\. .*--trust-code"),
+    ({"trust_code": False}, TrustError, r"names Python code, which would run with your rights\. .*trust_code=True"),
 ]
 
 
@@ -155,7 +155,7 @@ def test_fit_keeps_the_best_epoch_where_a_loss_turns_nan(fit: Fit) -> None:
 def test_fit_refuses_an_output_folder_inside_a_file_before_training(out: str, fit: Fit) -> None:
     Path("taken").write_text("mine")
     told = Recorder()
-    with nothing_written(), pytest.raises(ConfigError, match=r"'taken' is a file, expected a folder .*--out"):
+    with nothing_written(), pytest.raises(ConfigError, match=r"'taken' is a file, expected a folder .*out=FOLDER"):
         fit(out=out, progress=told)
     assert told.lines == []
 

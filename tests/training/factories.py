@@ -29,6 +29,9 @@ class Lines(Progress):
     def say(self, line: str) -> None:
         self.lines.append(line)
 
+    def detail(self, line: str) -> None:
+        self.lines.append(line)
+
     def __contains__(self, part: str) -> bool:
         return any(part in line for line in self.lines)
 

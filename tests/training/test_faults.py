@@ -64,7 +64,7 @@ def test_fit_learns_from_a_batch_that_does_not_fit_in_parts(most: int, mixup: fl
 
 
 def test_fit_refuses_to_run_without_memory_for_a_single_photo() -> None:
-    with pytest.raises(RunError, match=r"cpu has no memory for a single photo \(CUDA out of memory.*--image-size"):
+    with pytest.raises(RunError, match=r"cpu has no memory for a single photo \(CUDA out of memory.*image_size"):
         regraft.fit(Small(0), (dataset(20), dataset(9, 1)), **OPTIONS)
 
 
@@ -113,7 +113,7 @@ def test_train_epoch_names_the_first_layer_at_fault_and_nothing_else_changes(lay
 
 
 def test_train_epoch_tells_a_loss_at_fault_from_a_layer() -> None:
-    with pytest.raises(LossError, match=r"Every layer's output is finite, so it is the loss itself.*--on-nan skip"):
+    with pytest.raises(LossError, match=r"Every layer's output is finite, so it is the loss itself.*on_nan='skip'"):
         step(tiny.build("plain"), lambda outputs, targets: outputs.sum() * math.nan)
 
 
@@ -235,7 +235,7 @@ def test_fit_leaves_a_photo_that_vanishes_out_of_its_batch(photos: Path, workers
 def test_fit_stops_at_too_many_photos_that_vanish(photos: Path) -> None:
     lines = Deletes(*sorted((photos / "train/dark").iterdir())[:4])
     options = {"epochs": 3, "batch_size": 5, "image_size": tiny.SIDE, "cache": False, "workers": 0}
-    with pytest.raises(DataError, match=r"3 of 24 photos cannot be read any more \('.*png': no such file\).*--max-unr"):
+    with pytest.raises(DataError, match=r"3 of 24 photos cannot be read any more \('.*png': no such file\).*max_unr"):
         regraft.fit(tiny.PlainCnn(num_classes=2), photos, progress=lines, **options)
 
 

@@ -74,7 +74,7 @@ def test_fit_with_photos_around_what_the_closed_form_takes(
         return
     assert result.config.head_start == "given"
     reason = f"{count} photos × 1 with 128 features and 2 outputs are too many"
-    with pytest.raises(ConfigError, match=f"--head-start ridge needs a linear head .* few enough of them: {reason}"):
+    with pytest.raises(ConfigError, match=f"head_start='ridge' needs a linear head .* few enough of them: {reason}"):
         regraft.fit(built("cnn, head"), photos, head_start="ridge", out=str(tmp_path / "run"), **options)
     assert not (tmp_path / "run").exists()
 

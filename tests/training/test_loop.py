@@ -121,7 +121,7 @@ def test_score_in_mixed_precision_is_torchs_autocast() -> None:
 
 @pytest.mark.parametrize("device", ["cuda:99", "abacus", "mps:x"])
 def test_choose_compute_refuses_a_device_that_does_not_exist(device: str) -> None:
-    with pytest.raises(ModelError, match=f"the device '{device}' cannot be used: .*Try --device cpu"):
+    with pytest.raises(ModelError, match=f"the device '{device}' cannot be used: .*Try device='cpu'"):
         choose_compute(device, "auto")
 
 

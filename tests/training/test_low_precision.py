@@ -273,7 +273,7 @@ class Scaled(nn.Module):
         return self.head(self.factor * F.relu(self.front(x)).mean((2, 3)))
 
 
-NO_ROOM = "what is constant holds values that fp16 has no room for, too large or too small; --cache-precision bf16"
+NO_ROOM = "what is constant holds values that fp16 has no room for, too large or too small; cache_precision='bf16'"
 
 
 @pytest.mark.parametrize(

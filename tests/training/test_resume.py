@@ -321,7 +321,7 @@ def test_fit_resume_replaces_results_of_an_older_run_as_in_one_go(make: Any, tmp
 def test_fit_that_begins_in_the_folder_of_another_run_drops_its_states(make: Any, tmp_path: Path) -> None:
     out = tmp_path / "run"
     stopped(make, out)
-    with pytest.raises(ConfigError, match=r"is not empty.*or go on with what stopped there: regraft train --resume"):
+    with pytest.raises(ConfigError, match=r"is not empty.*or go on with what stopped there: resume=True"):
         train(make("mixup"), out)
     with pytest.raises(Interrupted):
         train(make("mixup"), out, StopsAt(1, 1), overwrite=True)

@@ -200,7 +200,7 @@ def test_fit_starts_from_ridge_where_that_is_asked_for(tmp_path: Path) -> None:
     assert result.validation.accuracy is not None
     assert result.validation.accuracy > 0.9
     assert result.config.head_start == "ridge"
-    with pytest.raises(ConfigError, match="--head-start ridge needs a linear head"):
+    with pytest.raises(ConfigError, match="head_start='ridge' needs a linear head"):
         run(photos, half_frozen(), head_start="ridge", cache=False)
 
 

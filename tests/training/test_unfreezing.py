@@ -41,7 +41,7 @@ def test_fit_keeps_the_weights_of_the_best_epoch_also_when_layers_joined_later(
 
 
 def test_fit_with_a_schedule_excludes_other_ways_to_freeze(data: tuple[TensorDataset, TensorDataset]) -> None:
-    with pytest.raises(ConfigError, match="excludes --freeze"):
+    with pytest.raises(ConfigError, match="excludes freeze, freeze_until and unfreeze_all"):
         regraft.fit(tiny.build("plain"), data, unfreeze="head:1", freeze=("fc",))
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from regraft.anatomy.heads import Head, width_of
 from regraft.card import card_of
 from regraft.errors import EditError
+from regraft.wording import for_caller
 
 COUNTS = ("num_classes", "num_labels")  # attributes in which networks keep the number of their classes
 MAX_NAMED = 12  # heads in a message
@@ -64,10 +65,14 @@ def _question(model: nn.Module, heads: Sequence[Head]) -> str:
     described = [f"'{head.path}'" + (f" ({width} outputs)" if (width := _width(model, head)) else "") for head in heads]
     named = ", ".join(described[:MAX_NAMED]) + (f" and {len(heads) - MAX_NAMED} more" if len(heads) > MAX_NAMED else "")
     first, second = heads[0].path, heads[1].path
+    advice = for_caller(
+        python=f"Pass their paths: replace_head(model, 10, path='{first}'), path=[…] for several, or each with a width "
+        f"of its own as in replace_head(model, {{'{first}': 10, '{second}': 40}}).",
+        command="In Python, regraft.replace_head takes their paths.",
+    )
     return (
-        f"{type(model).__name__} has several heads, and which of them give the classes is unclear: {named}. Pass "
-        f"their paths: replace_head(model, 10, path='{first}'), path=[…] for several, or each with a width of its own "
-        f"as in replace_head(model, {{'{first}': 10, '{second}': 40}}). Nothing was changed."
+        f"{type(model).__name__} has several heads, and which of them give the classes is unclear: {named}. {advice} "
+        "Nothing was changed."
     )
 
 

@@ -8,6 +8,9 @@ from typing import Any, Literal
 from regraft.anatomy.inputs import Shape
 
 COLUMNS = ("layer", "type", "output", "parameters", "multiply-adds", "state")
+SHORT_NAMES = {"parameters": "params", "multiply-adds": "mult-adds"}
+NARROWER = ((), ("multiply-adds",), ("multiply-adds", "output"))  # columns that a narrow screen does without
+MIN_COLUMN = 8
 RIGHT_ALIGNED = {"parameters", "multiply-adds"}
 
 State = Literal["trainable", "frozen", "partly frozen", "no parameters"]
@@ -112,11 +115,38 @@ class ModelSummary:
         return html_tree(self)
 
 
-def text_tree(summary: ModelSummary) -> str:
-    """Render the layers as an indented tree with aligned columns, and the totals below."""
+def text_tree(summary: ModelSummary, screen: int | None = None) -> str:
+    """Render the layers as an indented tree with aligned columns, and the totals below.
+
+    Where the table is wider than the screen, numbers are rounded, and then columns left out.
+    """
     labels = _tree_labels(summary.shown)
-    rows = [(label, *cells(layer)) for label, layer in zip(labels, summary.shown, strict=True)]
-    return "\n".join([*aligned([COLUMNS, *rows], [name in RIGHT_ALIGNED for name in COLUMNS]), totals(summary)])
+    rows = [COLUMNS, *((label, *cells(layer)) for label, layer in zip(labels, summary.shown, strict=True))]
+    lines = _aligned_columns(rows, COLUMNS)
+    for left_out in NARROWER:
+        if screen is None or max(map(len, lines)) <= screen:
+            break
+        short = [tuple(SHORT_NAMES.get(cell) or _short_number(cell) for cell in row) for row in rows]
+        lines = _aligned_columns(short, [name for name in COLUMNS if name not in left_out])
+    return "\n".join([*lines, totals(summary)])
+
+
+def _aligned_columns(rows: Sequence[Sequence[str]], names: Sequence[str]) -> list[str]:
+    places = [COLUMNS.index(name) for name in names]
+    return aligned([[row[place] for place in places] for row in rows], [name in RIGHT_ALIGNED for name in names])
+
+
+def _short_number(text: str) -> str:
+    """Round a number with thousands separators to three digits; any other text stays as it is.
+
+    >>> _short_number("118,013,952"), _short_number("9,408"), _short_number("1,026 + ?")
+    ('118 M', '9.41 k', '1,026 + ?')
+    """
+    if "," not in text or not text.replace(",", "").isdecimal():
+        return text
+    number = int(text.replace(",", ""))
+    size, unit = next((size, unit) for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")) if number >= size)
+    return f"{number / size:#.3g}".removesuffix(".") + f" {unit}"
 
 
 def html_tree(summary: ModelSummary) -> str:
@@ -215,16 +245,35 @@ def shape_text(shape: Sequence[int] | None) -> str:
     return "×".join(map(str, shape)) if shape is not None else "?"
 
 
-def aligned(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> list[str]:
-    """Pad the cells of each column to one width, two spaces between columns."""
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[bool], screen: int | None = None) -> list[str]:
+    r"""Pad the cells of each column to one width, two spaces between columns.
+
+    Where the table is wider than the screen, its widest column of text gets what the others leave. A longer cell in it,
+    such as a path, stays whole, and the cells after it go on the next line.
+
+    >>> rows = [("path", "label"), ("ants/a_long_name.jpg", "ants"), ("ants/b.jpg", "bees")]
+    >>> print(*aligned(rows, [False, False], 20), sep="\n")
+    path        label
+    ants/a_long_name.jpg
+                ants
+    ants/b.jpg  bees
+    """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
+    widest = max(range(len(widths)), key=lambda column: (not right[column], widths[column]))
+    room = screen - sum(widths) - 2 * (len(widths) - 1) + widths[widest] if screen is not None else widths[widest]
+    if MIN_COLUMN <= room < widths[widest]:
+        widths[widest] = max((len(row[widest]) for row in rows if len(row[widest]) <= room), default=0)
+    lines = []
+    for row in rows:
+        padded = [
             cell.rjust(width) if to_right else cell.ljust(width)
             for cell, width, to_right in zip(row, widths, right, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
+        ]
+        if len(row[widest]) > widths[widest]:
+            lines.append("  ".join(padded[: widest + 1]))
+            padded[: widest + 1] = [" " * width for width in widths[: widest + 1]]
+        lines.append("  ".join(padded).rstrip())
+    return lines
 
 
 def _own_name(layer: LayerSummary) -> str:

@@ -24,6 +24,7 @@ from regraft.checkpoint.write import save
 from regraft.display import some
 from regraft.errors import CheckpointError
 from regraft.surgery.head import replace_head
+from regraft.wording import option
 from regraft.zoo import build
 
 
@@ -102,8 +103,8 @@ def _strip_wrappers(contents: StateDicts, rename: Mapping[str, str], entry: str 
     choices = contents.choices(entry)
     if len(choices) > 1:
         raise CheckpointError(
-            f"'{contents.path}' holds several state dicts: {listed(choices)}. Choose one with entry=KEY (--entry KEY). "
-            "Nothing was written."
+            f"'{contents.path}' holds several state dicts: {listed(choices)}. "
+            f"Choose one with {option('entry', 'KEY')}. Nothing was written."
         )
     tensors = renamed(choices[0].tensors, rename, contents.path)
     names, notes = without_wrappers(tensors)

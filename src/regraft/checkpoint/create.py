@@ -23,6 +23,7 @@ from regraft.checkpoint.read import load, load_untrained
 from regraft.errors import ArgumentError, CheckpointError, ConfigError, nearest
 from regraft.surgery.head import replace_head
 from regraft.zoo import build, is_network_name, weights_name
+from regraft.wording import for_caller
 
 OTHER_WORDS = {  # arguments of torchvision, timm, Keras and transformers → what to write instead
     "pretrained_cfg": 'Write weights="default", or the name of registered weights.',
@@ -229,5 +230,6 @@ def _require_no_edits(model: nn.Module, path: Path, name: str) -> None:
         what = f"{recipe.source.name} with the edits {', '.join(map(str, edits))}" if edits else recipe.source.name
         raise CheckpointError(
             f"'{path}' is a checkpoint of another architecture than {name}: {what}. As weights of {name} it would lose "
-            f"its new layers and what is frozen in it. It is a model itself: create_model('{path}') (--model {path})."
+            f"its new layers and what is frozen in it. It is a model itself: "
+            f"{for_caller(python=f'create_model({str(path)!r})', command=f'--model {path}')}."
         )

@@ -33,6 +33,7 @@ from regraft.checkpoint.file.shards import write_checkpoint
 from regraft.checkpoint.foreign.reading import only_state_dict, read_foreign, weights_file
 from regraft.checkpoint.storable import require_storable, stored_state
 from regraft.errors import CheckpointError, ModelError
+from regraft.wording import option
 from regraft.zoo import build, list_models
 
 DEPTH_LIMIT = 16  # deltas in a chain
@@ -324,12 +325,12 @@ def _place_of(delta: Path, base: Base, location: PathLike | None) -> Place:
         if place.resolve().parent not in (folder.resolve(), delta.resolve().parent):
             raise MissingBaseError(
                 f"'{place}', the base of '{delta}', is a link to another folder.",
-                "Say that it may be read: base=FILE (--base FILE).",
+                f"Say that it may be read: {option('base', 'FILE')}.",
             )
         return place
     raise MissingBaseError(
         f"'{delta}' is a delta over {base}, which is not in '{folder}'. Put it there,",
-        "or say where it is: base=FILE (--base FILE).",
+        f"or say where it is: {option('base', 'FILE')}.",
     )
 
 
@@ -346,12 +347,14 @@ def _build_registered(name: str) -> nn.Module:
         with preserved_randomness():
             return build(model, weights=weights)
     except ModelError as error:
-        raise CheckpointError(f"the base '{name}' cannot be had: {error} Or give a file of it: base=FILE.") from error
+        raise CheckpointError(
+            f"the base '{name}' cannot be had: {error} Or give a file of it: {option('base', 'FILE')}."
+        ) from error
 
 
 def _wrong_base_error(delta: Place, pinned: Base, place: Place, digest: str) -> CheckpointError:
     """Return the error for a base with another digest than the pinned one."""
     return MissingBaseError(
         f"'{delta}' is a delta over {pinned}, and '{place}' is another ({digest[:12]}…).",
-        "Give the one that it was made from: base=FILE (--base FILE).",
+        f"Give the one that it was made from: {option('base', 'FILE')}.",
     )

@@ -52,7 +52,7 @@ def load(
         TrustError: The recipe names a class of your own and `trust_code` is false.
     """
     check_arguments(load, locals())
-    usable_device(device)
+    device = usable_device(device)
     with OpenCheckpoint(Path(path)) as checkpoint:
         header, recipe = _header_with_recipe(checkpoint, trust_code=trust_code)
         tensors = resolve(checkpoint, base).expanded()

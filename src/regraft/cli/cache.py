@@ -7,7 +7,7 @@ from typer import Option, Typer
 from regraft.cli.output import guarded, say, say_json, say_table
 
 cache = Typer(
-    help="List or clear the features and photos that are cached between runs.",
+    help="List or clear what is cached between runs.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

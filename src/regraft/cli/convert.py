@@ -33,7 +33,7 @@ def convert(
     trust_code: Annotated[bool, Option("--trust-code", help="Allow the import of custom code (py:…).")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Convert weights of other libraries to safetensors, without running code in the file.
+    """Convert files of weights to safetensors, running no code.
 
     Example: regraft convert resnet18_ddp.pth resnet18.safetensors --model resnet18
     """

@@ -15,7 +15,9 @@ def demo(
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the contents of that folder.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Train on the digits 0-4, then learn 5-9 from 1 to 20 images each, with four methods.
+    """Compare four ways to learn from few images, on digits.
+
+    A network learns the digits 0-4, and then 5-9 from 1 to 20 images each, with four methods.
 
     Example: regraft demo --out regraft-demo
     """

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from regraft.cli.output import guarded, require, say, say_json, say_lines
+from regraft.cli.output import guarded, require, say, say_json, say_lines, say_summary
 
 if TYPE_CHECKING:
     from regraft.anatomy.inputs import InputSize
@@ -27,7 +27,7 @@ def inspect(
     trust_code: Annotated[bool, Option("--trust-code", help="Allow the import of custom code (py:…).")] = False,
     as_json: Annotated[bool, Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Show the layers of a model: shapes, parameters, multiply-adds, and frozen state.
+    """Show the layers of a model, their sizes, and what is frozen.
 
     Example: regraft inspect resnet18 --depth 1
     """
@@ -54,7 +54,7 @@ def inspect(
     if as_json:
         say_json(model_summary.to_dict())
     else:
-        say_lines(str(model_summary))
+        say_summary(model_summary)
 
 
 def _inspect_checkpoint(
@@ -82,7 +82,10 @@ def _inspect_checkpoint(
     if verify:
         say("verified   all tensors match their digests")
     say()
-    say_lines(str(model_summary) if model_summary else f"layers     not shown: {problem}")
+    if model_summary is not None:
+        say_summary(model_summary)
+    else:
+        say(f"layers     not shown: {problem}")
 
 
 def _plan(model: str, *, trust_code: bool) -> str:

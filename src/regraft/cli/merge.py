@@ -21,7 +21,7 @@ def merge(
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing file.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Merge a delta with its base into a full checkpoint, which needs no base.
+    """Merge a delta with its base into a full checkpoint.
 
     Example: regraft merge ants.safetensors --out full.safetensors
     """

@@ -10,13 +10,19 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
-from typing import Any, ParamSpec, TextIO, TypeVar
+from typing import Annotated, Any, ParamSpec, TextIO, TypeVar
 
+import typer
+
+from regraft.console import LABEL, screen_width, wrapped
 from regraft.display import printable
 from regraft.errors import InputError, RegraftError
+from regraft.wording import flags_in_messages
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Print details too.")]
 
 INTERRUPTED = 130
 WRONG_PATHS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)  # errors that only another path can fix
@@ -29,14 +35,21 @@ def results() -> TextIO:
 
 
 def say(line: str = "") -> None:
-    """Print one line of a result on standard output."""
-    print(printable(line), file=results())
+    """Print one line of a result on standard output; a terminal gets it in several where it is longer than one."""
+    print(wrapped(printable(line), screen_width(results()), LABEL), file=results())
 
 
 def say_lines(text: str) -> None:
     """Print the lines of a text on standard output."""
     for line in text.splitlines():
         say(line)
+
+
+def say_summary(summary: Any) -> None:
+    """Print the layers of a network on standard output."""
+    from regraft.anatomy.summary_table import text_tree
+
+    say_lines(text_tree(summary, screen_width(results())))
 
 
 def say_json(value: Any) -> None:
@@ -48,7 +61,8 @@ def say_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequenc
     """Print aligned columns on standard output."""
     from regraft.anatomy.summary_table import aligned
 
-    for line in aligned([head, *([printable(cell) for cell in row] for row in rows)], right):
+    table = [head, *([printable(cell) for cell in row] for row in rows)]
+    for line in aligned(table, right, screen_width(results())):
         say(line)
 
 
@@ -60,11 +74,9 @@ def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Resul
 
     @functools.wraps(command)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        import typer
-
         token = _RESULTS.set(sys.stdout)
         try:
-            with contextlib.redirect_stdout(sys.stderr):
+            with contextlib.redirect_stdout(sys.stderr), flags_in_messages():
                 result = command(*args, **kwargs)
             print(end="", flush=True)  # flush here, where a closed pipe is handled
             return result
@@ -97,4 +109,5 @@ def require(condition: bool, message: str) -> None:
 
 
 def _print_error(line: str) -> None:
-    print("\n".join(printable(part) for part in line.splitlines()), file=sys.stderr)
+    width = screen_width(sys.stderr)
+    print("\n".join(wrapped(printable(part), width, len("error: ")) for part in line.splitlines()), file=sys.stderr)

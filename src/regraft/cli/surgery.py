@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from regraft.cli.output import guarded, require, say, say_json, say_lines
+from regraft.cli.output import guarded, require, say, say_json, say_summary
 
 if TYPE_CHECKING:
     from regraft.checkpoint.plan import Plan
@@ -47,7 +47,7 @@ def surgery(
     trust_code: Annotated[bool, Option("--trust-code", help="Allow the import of custom code (py:…).")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Edit a model: remove, insert and append layers, freeze a part, and save the result.
+    """Edit a model: remove, insert, append and freeze layers.
 
     Edits are applied in the order in which the options are listed here, after those of a plan.
 
@@ -120,10 +120,10 @@ def _show(plan: "Plan", depth: int, *, trust_code: bool, as_json: bool) -> None:
         say_json({"before": before.to_dict(), "after": after.to_dict(), "plan": plan.model_dump(mode="json")})
         return
     say("before")
-    say_lines(str(before))
+    say_summary(before)
     say()
     say("after")
-    say_lines(str(after))
+    say_summary(after)
 
 
 def _write(plan: "Plan", out: Path, seed: int, *, trust_code: bool, as_json: bool) -> None:

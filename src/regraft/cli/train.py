@@ -1,18 +1,21 @@
 """`regraft train`: train a classifier on photos, and write a report."""
 
 import inspect
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
 from typer import Argument, Option
 
-from regraft.cli.output import guarded, require, say, say_json, say_lines, say_table
+from regraft.cli.output import VerboseOption, guarded, require, say, say_json, say_lines, say_table
 from regraft.console import ConsoleProgress
 from regraft.train_options import TrainOption, list_options
 
 if TYPE_CHECKING:
     from regraft.training.config import TrainConfig
+    from regraft.training.metrics import Metrics
+    from regraft.training.result import FitResult
 
 MAX_STEM = 100  # characters of the data's name in a folder name
 
@@ -56,6 +59,7 @@ def train(
     ] = False,
     trust_code: Annotated[bool, Option("--trust-code", help="Allow the import of custom code (py:…).")] = False,
     config: Annotated[Path | None, Option(help="TOML file with these options; flags take precedence.")] = None,
+    verbose: VerboseOption = False,
     as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
     **train_options: Any,
 ) -> None:
@@ -66,35 +70,15 @@ def train(
     Resume a stopped run: regraft train --resume runs/photos-1
     """
     flags = {name: value for name, value in train_options.items() if value is not None}
-    from regraft.training.config import make_config, read_config
-
-    if resume is not None:
-        known = {
-            **flags,
-            **({"overwrite": True} if overwrite else {}),
-            **({"config": config} if config else {}),
-            **({"dry_run": True} if dry_run else {}),
-        }
-        words = ", ".join("DATA" if name == "data" else f"--{name.replace('_', '-')}" for name in known)
-        require(not known, f"--resume continues a run with its own options: leave out {words}.")
-        from regraft.training.resume.saved_run import find_run_to_continue
-
-        settings = find_run_to_continue(resume)
-    else:
-        options = {**read_config(config), **flags} if config is not None else flags
-        require("data" in options, "no data given. Pass the folder that holds your photos: regraft train photos/")
-        if "out" not in options:
-            options["out"] = _free_folder(str(options["data"]))
-        settings = make_config(options, "the options")
+    progress = ConsoleProgress(verbose=verbose)
+    with progress.status("starting"):  # imports PyTorch, which takes seconds
+        settings = _settings(flags, resume, config, overwrite=overwrite, dry_run=dry_run)
+        from regraft.errors import Interrupted
+        from regraft.training.fitting import fit
 
     if dry_run:
         _preview(settings, trust_code=trust_code, as_json=as_json)
         return
-    from regraft.errors import Interrupted
-    from regraft.report import write_report
-    from regraft.training.fitting import fit
-
-    progress = ConsoleProgress()
     result = fit(
         settings.model,
         settings.data,
@@ -106,13 +90,37 @@ def train(
     )
     assert result.out is not None
     try:
-        report = write_report(result, result.out / "report.html")
+        with progress.status("writing the report"):
+            from regraft.report import write_report  # here, as it imports matplotlib
+
+            report = write_report(result, result.out / "report.html")
     except KeyboardInterrupt as interruption:
         raise Interrupted(f"stopped by Ctrl-C. The model is kept in '{result.checkpoint}'.") from interruption
     if as_json:
         say_json({**result.to_dict(), "report": str(report)})
         return
-    _print_result(result, report)
+    _print_result(result, report, verbose=verbose)
+
+
+def _settings(
+    flags: dict[str, Any], resume: Path | None, config: Path | None, *, overwrite: bool, dry_run: bool
+) -> "TrainConfig":
+    """Return the options of the run: those of the flags and a file, or of the run that is continued."""
+    from regraft.training.config import make_config, read_config
+
+    if resume is None:
+        options = {**read_config(config), **flags} if config is not None else flags
+        require("data" in options, "no data given. Pass the folder that holds your photos: regraft train photos/")
+        if "out" not in options:
+            options["out"] = _free_folder(str(options["data"]))
+        return make_config(options)
+    own = {"overwrite": overwrite, "config": config, "dry_run": dry_run}
+    known = {**flags, **{name: value for name, value in own.items() if value}}
+    words = ", ".join("DATA" if name == "data" else f"--{name.replace('_', '-')}" for name in known)
+    require(not known, f"--resume continues a run with its own options: leave out {words}.")
+    from regraft.training.resume.saved_run import find_run_to_continue
+
+    return find_run_to_continue(resume)
 
 
 def _preview(settings: "TrainConfig", *, trust_code: bool, as_json: bool) -> None:
@@ -146,19 +154,29 @@ def _free_folder(data: str) -> str:
     return str(Path("runs", f"{stem}-{number}"))
 
 
-def _print_result(result: Any, report: Path) -> None:
+def _print_result(result: "FitResult", report: Path, *, verbose: bool) -> None:
+    metrics = result.validation
     say()
-    say(f"best       epoch {result.best_epoch} of {len(result.history)}: {result.validation.headline()}")
-    if result.validation.per_class:
-        say()
-        rows = [
-            (entry.name, f"{entry.precision:.3f}", f"{entry.recall:.3f}", f"{entry.f1:.3f}", str(entry.count))
-            for entry in result.validation.per_class
-        ]
-        say_table(("class", "precision", "recall", "F1", "photos"), rows, (False, True, True, True, True))
-        say()
-    say("seconds    " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items()))
+    say(f"result     {metrics.headline()}, after epoch {result.best_epoch}")
+    say(f"           on {metrics.count:,} photos held back{_uncertainty(metrics)}")
+    if verbose:
+        say("seconds    " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items()))
+        if metrics.per_class:
+            say()
+            rows = [
+                (entry.name, f"{entry.precision:.3f}", f"{entry.recall:.3f}", f"{entry.f1:.3f}", str(entry.count))
+                for entry in metrics.per_class
+            ]
+            say_table(("class", "precision", "recall", "F1", "photos"), rows, (False, True, True, True, True))
+            say()
     say(f"model      {result.checkpoint}")
     say(f"report     {report}")
-    say(f"metrics    {result.out / 'metrics.csv'}")
-    say(f"options    {result.out / 'config.toml'}")
+    trust = " --trust-code" if result.config.model.startswith("py:") else ""
+    say(f"next       regraft predict {shlex.quote(str(result.checkpoint))} PHOTO.jpg{trust}")
+
+
+def _uncertainty(metrics: "Metrics") -> str:
+    if metrics.accuracy_interval is None:
+        return ""
+    low, high = metrics.accuracy_interval
+    return f"; expect {low:.0%} to {high:.0%} on others like them"

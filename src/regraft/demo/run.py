@@ -225,10 +225,10 @@ def _draw(photos: Photos, count: int, seed: int) -> list[int]:
 
 
 class _OnlyBars(Progress):
-    """Passes progress bars on, and drops lines."""
+    """Passes on what shows that a step is running, and drops lines."""
 
     def __init__(self, inner: Progress) -> None:
-        self.track = inner.track
+        self.track, self.status = inner.track, inner.status
 
 
 def _only_bars(progress: Progress) -> Progress:

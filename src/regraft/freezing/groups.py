@@ -12,6 +12,7 @@ from regraft.anatomy.model_facts import ModelFacts
 from regraft.arguments import check_arguments
 from regraft.errors import ConfigError, SelectionError, nearest
 from regraft.torch_internals import NormBase
+from regraft.wording import for_caller
 
 NORM_LAYERS = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
@@ -232,10 +233,9 @@ def _nothing_trainable(model: nn.Module) -> str:
     last = f"'{children[-1]}'" if children else ""
     return (
         f"every parameter of {type(model).__name__} is frozen, so there is nothing to train. "
-        f"Thaw some with regraft.unfreeze(model, {last})"
-        + (
-            f" (--freeze fewer layers, or --unfreeze-all); top-level layers: {', '.join(children)}."
-            if children
-            else "."
+        + for_caller(
+            python=f"Thaw some with regraft.unfreeze(model, {last})",
+            command="Freeze fewer layers with --freeze, or pass --unfreeze-all",
         )
+        + (f"; top-level layers: {', '.join(children)}." if children else ".")
     )

@@ -20,6 +20,7 @@ from regraft.surgery.checks import finish, prove, require_editable
 from regraft.surgery.detour import detour, first_dropped, is_detoured, stop_at
 from regraft.surgery.fitting import fitted, materialize_lazy
 from regraft.surgery.rewired import EditedModule, prune, rewire, unused_names
+from regraft.wording import for_caller
 
 
 def truncate(
@@ -58,9 +59,8 @@ def truncate(
     if after is not None:
         layer_at(model, after)
         if not after:
-            raise EditError(
-                "truncate: after='' is the model itself, after which nothing comes. Name one of its layers."
-            )
+            where = for_caller(python="truncate: after='' is", command="--truncate-after '' names")
+            raise EditError(f"{where} the model itself, after which nothing comes. Name one of its layers.")
     elif drop is not None and drop < 1:
         raise EditError(f"drop is {drop}, expected the number of layers to delete, at least 1.")
     try:
@@ -251,9 +251,10 @@ def _value_before_the_last(flow: Flow, drop: int, model: nn.Module) -> fx.Node:
     first = first_dropped(model, list(first_calls), drop)
     inputs = nodes_in((first_calls[first].args, first_calls[first].kwargs))
     if len(inputs) != 1:
+        other = for_caller(python="truncate(model, after=PATH)", command="--truncate-after LAYER")
         raise EditError(
             f"cannot drop {drop} layers: '{first}' takes {len(inputs)} values, which are no single output. "
-            "Use truncate(model, after=PATH). Nothing was changed."
+            f"Use {other}. Nothing was changed."
         )
     return inputs[0]
 
@@ -273,11 +274,12 @@ def crossed(
     users = {str(user.meta.get(LAYER, "")) for node in over for user in node.users if order[user] > here}
     joined = " and ".join(f"'{path}'" for path in sorted(users) if path) or "its own forward"
     nearest = " and ".join(f"'{path}'" for path in [*before, *behind])
+    drop_skips = for_caller(python="drop_skips=True", command="a plan with drop_skips = true")
     return (
         f"cannot cut after '{after}': a skip connection crosses the cut. What {names} gives is used after it as well, "
         f"in {joined}. "
         + (f"Nearest clean cuts: after {nearest}. " if nearest else "")
-        + ("Or pass drop_skips=True to lose the connection. " if has_choice else "")
+        + (f"Or pass {drop_skips} to lose the connection. " if has_choice else "")
         + "Nothing was changed."
     )
 

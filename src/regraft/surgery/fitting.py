@@ -14,6 +14,7 @@ from regraft.anatomy.inputs import Inputs, Shape
 from regraft.anatomy.tracing import Trace, trace
 from regraft.errors import EditError
 from regraft.torch_internals import BatchNormBase, InstanceNormBase, infer_lazy_shapes
+from regraft.wording import for_caller
 
 CHANNELS_FIRST = (*CONVOLUTIONS, nn.GroupNorm, BatchNormBase, InstanceNormBase)
 
@@ -145,7 +146,7 @@ def materialize_lazy(edited: nn.Module, added: Mapping[str, nn.Module], run: Tra
     if lazy and run is None:
         raise EditError(
             f"cannot {what}: the widths of lazy layers are unknown, as the network cannot be run on shapes. "
-            "Pass inputs=, or layers with widths. Nothing was changed."
+            f"Pass {for_caller(python='inputs=, or ', command='')}layers with widths. Nothing was changed."
         )
     calls = {call.path: call for call in reversed(run.calls)} if run else {}
     for path in lazy:

@@ -25,6 +25,7 @@ from regraft.surgery.checks import finish, prove, require_editable
 from regraft.surgery.fitting import materialize_lazy, place
 from regraft.surgery.new_head import kept_tensors, layer_like, norm_like
 from regraft.surgery.swap import with_layers
+from regraft.wording import for_caller
 
 New = int | nn.Module
 
@@ -302,9 +303,10 @@ def _own(new: int | nn.Module, position: int) -> int | nn.Module:
 def _new_head(facts: ModelFacts, target: _Target) -> nn.Module:
     model, path, new = facts.model, target.path, target.new
     if isinstance(new, int) and path in dict(model.named_parameters()):
+        choice = for_caller(python=", or name the layer to replace with path=", command="")
         raise EditError(
             f"the head is '{path}', a parameter that {type(model).__name__} multiplies with itself, so its width is up "
-            "to that code. Change it there, or name the layer to replace with path=. Nothing was changed."
+            f"to that code. Change it there{choice}. Nothing was changed."
         )
     old = layer_at(model, path)
     if isinstance(new, nn.Module):

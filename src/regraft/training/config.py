@@ -13,6 +13,7 @@ from regraft.checkpoint.file.atomic import atomic_write
 from regraft.errors import ConfigError
 from regraft.fields import CheckedFields, explain
 from regraft.train_options import TrainOptions, list_options
+from regraft.wording import for_caller, option
 
 HEAD_LR = 1e-2
 FINE_TUNE_LR = 5e-4
@@ -71,7 +72,7 @@ class TrainConfig(CheckedFields, TrainOptions):
         Raises:
             ConfigError: An option is unknown or has an invalid value.
         """
-        return make_config({**self.model_dump(exclude_unset=True), **options}, "the options")
+        return make_config({**self.model_dump(exclude_unset=True), **options})
 
 
 TrainConfig.__doc__ = f"{TrainConfig.__doc__}\n\n    Attributes:\n" + "\n".join(
@@ -80,8 +81,8 @@ TrainConfig.__doc__ = f"{TrainConfig.__doc__}\n\n    Attributes:\n" + "\n".join(
 )
 
 
-def make_config(values: dict[str, Any], where: str) -> TrainConfig:
-    """Check a dict of options and return the configuration; errors name `where` the options come from.
+def make_config(values: dict[str, Any], file: Path | None = None) -> TrainConfig:
+    """Check a dict of options and return the configuration; errors name the `file` that the options come from.
 
     Raises:
         ConfigError: An option is unknown (the nearest names are shown) or has an invalid value.
@@ -89,7 +90,13 @@ def make_config(values: dict[str, Any], where: str) -> TrainConfig:
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {explain(error, TrainConfig, '`regraft train --help` lists all.')}.") from error
+        where, name_field = ("", _quoted_option) if file is None else (f"'{file}': ", repr)
+        problems = explain(error, TrainConfig, "`regraft train --help` lists all.", name_field)
+        raise ConfigError(f"{where}{problems}.") from error
+
+
+def _quoted_option(name: str) -> str:
+    return for_caller(python=repr(name), command=option(name))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -104,7 +111,7 @@ def read_config(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"'{path}' is not TOML: {error}.") from error
-    make_config(values, f"'{path}'")
+    make_config(values, path)
     return values
 
 

@@ -1,5 +1,6 @@
 """The epochs of a run, from its beginning or a saved state, to its end or an interruption."""
 
+import contextlib
 import math
 import shlex
 import time
@@ -25,8 +26,10 @@ from regraft.training.resume.run_state import Best, RunState
 from regraft.training.resume.saved_run import RunFingerprint, SavedRun, changing_tensors, restore_state, take_state
 from regraft.training.resume.signals import Signals, StopRequested
 from regraft.training.resume.state_writer import StateWriter
+from regraft.training.run_lines import say_epoch
 from regraft.training.setup import TrainSetup, make_extractor
-from regraft.training.train_data import with_features
+from regraft.training.train_data import TrainData, with_features
+from regraft.wording import for_caller, option
 
 
 @dataclass
@@ -84,15 +87,36 @@ def train(run: Run, saved_run: SavedRun | None) -> FitResult:
                 _run_epoch(run, epoch, reader, state_writer)
             _load_best(run)
         except KeyboardInterrupt as interruption:
-            raise _interrupted(run, state_writer, interruption) from interruption
+            stopped: BaseException = _interrupted(run, state_writer, interruption)
+            _attach_result(run, first_data, state_writer, stopped)
+            raise stopped from interruption
         except LossError as error:
-            raise LossError(f"epoch {run.run_state.epoch}: {error} {_describe_best(run)}") from error
+            stopped = LossError(f"epoch {run.run_state.epoch}: {error} {_describe_best(run)}")
+            _attach_result(run, first_data, state_writer, stopped)
+            raise stopped from error
         except (RunError, DataError) as error:  # a full disk or unreadable photos: the user can repair them and resume
             state_writer.wait()
-            if not (state_writer.has_any and state_writer.has_progress):
-                raise
-            raise type(error)(f"{error} {_resume_hint(run)}") from error
-    setup, best = run.setup, run.run_state.best
+            hint = f" {_resume_hint(run)}" if _can_continue(state_writer) else ""
+            stopped = type(error)(f"{error}{hint}")
+            _attach_result(run, first_data, state_writer, stopped)
+            raise stopped from error
+        except Exception as error:  # of the caller's loss or dataset, or of torch: raised as it is
+            state_writer.wait()
+            with contextlib.suppress(Exception):  # after an error of a GPU, nothing can be copied to it
+                if run.run_state.best is not None:
+                    error.add_note(_describe_best(run))
+                _attach_result(run, first_data, state_writer, error)
+            if _can_continue(state_writer):
+                error.add_note(_resume_hint(run))
+            raise
+    return _result(run, first_data)
+
+
+def _result(
+    run: Run, first_data: TrainData, *, stopped_by: str | None = None, to_continue: str | None = None
+) -> FitResult:
+    """Return the result of the best epoch, whose weights are loaded into the model."""
+    setup, config, best = run.setup, run.config, run.run_state.best
     assert best is not None
     best.load_into(setup.model)
     return FitResult(
@@ -105,11 +129,13 @@ def train(run: Run, saved_run: SavedRun | None) -> FitResult:
         outputs=best.outputs,
         targets=best.targets,
         paths=best.paths,
-        seconds=dict(run.run_state.seconds),
+        seconds=run.run_state.all_seconds(),
         out=run.folder.path if run.folder else None,
         checkpoint=run.folder.checkpoint if run.folder else None,
         computed_once=first_data.frontier.summary(config.epochs) if first_data.frontier is not None else None,
         cache_disabled_reason=first_data.cache_disabled_reason,
+        stopped_by=stopped_by,
+        to_continue=to_continue,
     )
 
 
@@ -148,7 +174,9 @@ def _run_epoch(run: Run, epoch: int, reader: FaultTolerantReader, state_writer: 
         if run.kept_epoch == 0:
             state_writer.wait()  # the first results need a state beside them, or a run killed now could not be resumed
         _save_results(run, has_new_model=is_best)
-    run.progress.say(_epoch_line(run_state, run.config.epochs, is_best=is_best))
+    assert run_state.best is not None
+    best, skipped = run_state.best.epoch, run_state.tally.skipped
+    say_epoch(run_state.history[-1], best, run.config.epochs, skipped, run.progress)
     run_state.begin_next_epoch()
     run.signals.stop_if_requested()
     if epoch < run.config.epochs and state_writer.is_due_after_epoch():
@@ -165,7 +193,7 @@ def _train_batches(run: Run, reader: FaultTolerantReader, state_writer: StateWri
         run_state.states = random_states(batches, run.setup.train_data.validation)
     read = reader.read(batches, run_state.states, done=run_state.step, min_photos=2)  # batch norm needs two
     total = len(batches) - run_state.step if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
-    for batch in run.progress.track(read, f"epoch {run_state.epoch}/{run.config.epochs}", total):
+    for batch in run.progress.track(read, _step_name(run), total):
         if batch is not None:
             yield batch
         run_state.step += 1  # the step of a batch is complete when the next batch is requested
@@ -178,7 +206,8 @@ def _validation_batches(run: Run, reader: FaultTolerantReader) -> Iterator[Any]:
     """Yield the validation batches; a run that is stopped here repeats the validation when it is resumed."""
     batches = run.setup.train_data.validation
     states = random_states(batches)
-    for batch in reader.read(batches, states):
+    total = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
+    for batch in run.progress.track(reader.read(batches, states), f"checking {_step_name(run)}", total):
         if run.signals.received is not None:
             set_random_states(states)
             run.signals.stop_if_requested()
@@ -213,10 +242,9 @@ def _repartition(run: Run) -> TrainSetup:
 
 def _restore(run: Run, saved_run: SavedRun) -> None:
     """Restore the run from a saved state."""
-    prepared = run.run_state.seconds
+    prepared = run.run_state
     run.run_state, has_thawed = restore_state(saved_run, run.setup)
-    for phase, seconds in prepared.items():
-        run.run_state.seconds[phase] = run.run_state.seconds.get(phase, 0.0) + seconds
+    run.run_state.add_preparation(prepared)
     if has_thawed and run.setup.train_data.frontier is not None:
         run.setup = _repartition(run)
     if run.folder is not None:
@@ -275,12 +303,32 @@ def _interrupted(run: Run, state_writer: StateWriter, interruption: KeyboardInte
     return run.signals.interrupted(message)
 
 
+def _attach_result(run: Run, first_data: TrainData, state_writer: StateWriter, error: BaseException) -> None:
+    """Let the error carry the result of the best epoch so far, from which a report can be written."""
+    if run.run_state.best is None:
+        return
+    is_signal = isinstance(error, Interrupted)
+    reason = run.signals.name if is_signal else f"{type(error).__name__}: {error}".partition("\n")[0]
+    is_repeatable = isinstance(error, LossError)  # the same steps give the same loss
+    to_continue = _resume_command(run) if _can_continue(state_writer) and not is_repeatable else None
+    setattr(error, "result", _result(run, first_data, stopped_by=reason, to_continue=to_continue))  # noqa: B010
+
+
+def _can_continue(state_writer: StateWriter) -> bool:
+    return state_writer.has_any and state_writer.has_progress
+
+
 def _resume_hint(run: Run) -> str:
+    return f"To continue: {for_caller(python='the same call of fit with resume=True', command=_resume_command(run))}"
+
+
+def _resume_command(run: Run) -> str:
     assert run.folder is not None
-    if run.fingerprint.is_named:
-        trust = " --trust-code" if run.trust_code else ""
-        return f"To continue: regraft train --resume {shlex.quote(str(run.folder.path))}{trust}"
-    return "To continue: the same call of fit with resume=True"
+    folder = str(run.folder.path)
+    return for_caller(
+        python=f"regraft.fit(…, out={folder!r}, resume=True)",
+        command=f"regraft train --resume {shlex.quote(folder)}" + (" --trust-code" if run.trust_code else ""),
+    )
 
 
 def _describe_best(run: Run) -> str:
@@ -315,19 +363,16 @@ def _align_for_metrics(
     return outputs[labels != ignored], labels[labels != ignored]
 
 
-def _epoch_line(run_state: RunState, epochs: int, *, is_best: bool) -> str:
-    record, skipped = run_state.history[-1], run_state.tally.skipped
-    return (
-        f"epoch {record.epoch:>{len(str(epochs))}}/{epochs}  loss {record.train_loss:.4f}  "
-        f"validation loss {record.validation.loss:.4f}  {record.validation.headline()}  {record.seconds:.1f} s"
-        + (f"  {skipped} steps without a finite loss left out" if skipped else "")
-        + ("  best" if is_best else "")
-    )
+def _step_name(run: Run) -> str:
+    """Name the current epoch on a progress bar, with the best result so far."""
+    best = run.run_state.best
+    so_far = f", {best.metrics.accuracy:.1%} so far" if best is not None and best.metrics.accuracy is not None else ""
+    return f"epoch {run.run_state.epoch}/{run.config.epochs}{so_far}"
 
 
 def _require_finite(metrics: Metrics, setup: TrainSetup) -> None:
     if not math.isfinite(metrics.loss):
         raise LossError(
             f"the validation loss is {metrics.loss} (learning rate {setup.plan.lr:.3g}). Try a tenth of the learning "
-            "rate, --precision fp32, or look for extreme values in the data."
+            f"rate, {option('precision', 'fp32')}, or look for extreme values in the data."
         )

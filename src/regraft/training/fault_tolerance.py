@@ -19,6 +19,7 @@ from regraft.training.config import TrainConfig
 from regraft.training.partial_batches import PartialBatch
 from regraft.training.resume.rng import set_random_states
 from regraft.training.train_data import TrainData
+from regraft.wording import option
 
 
 class FaultTolerantReader:
@@ -93,7 +94,7 @@ class FaultTolerantReader:
             last = partial.lost[-1]
             raise DataError(
                 f"{count} of {total} photos cannot be read any more ('{last.path}': {last.reason}). Repair them, or "
-                f"allow more with --max-unreadable (now {self._max_unreadable:g})."
+                f"allow more with {option('max_unreadable')} (now {self._max_unreadable:g})."
             )
         return partial.batch if partial.batch is not None and len(partial.batch[1]) >= min_photos else None
 

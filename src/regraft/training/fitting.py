@@ -1,7 +1,7 @@
 """`fit`: train a model on photos, datasets or loaders, and keep the best weights."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from regraft.training.resume.run_folder import RunFolder
 from regraft.training.resume.run_state import RunState
 from regraft.training.resume.saved_run import RunFingerprint, check_state, find_run
 from regraft.training.resume.signals import Signals
+from regraft.training.run_lines import say_data, say_model, say_setup
 from regraft.training.setup import (
     TrainSetup,
     check_options,
@@ -38,9 +39,7 @@ from regraft.training.setup import (
     unchanged_on_failure,
 )
 from regraft.training.train_data import TrainData, list_if_folder, load_train_data
-from regraft.zoo import preprocessing_source
-
-import_compiler()  # optimizers would do it at their first use, in the middle of a run
+from regraft.zoo import needs_download, preprocessing_source
 
 
 def fit(
@@ -86,10 +85,12 @@ def fit(
         InputError: An argument or the data is invalid (its kinds are in `regraft.errors`). Nothing was written.
         LossError: The loss is not a single finite number; the best weights so far are kept, if any.
         Interrupted: Ctrl-C or SIGTERM; the best weights so far are kept, if any.
+
+    Whatever stops a run after its first epoch carries the result so far: `write_report(error.result, path)`.
     """
     check_arguments(fit, locals())
     model = str(model) if isinstance(model, Path) else model
-    listener = progress_of(progress)
+    listener, run_state = progress_of(progress), RunState()
     if isinstance(data, (str, Path)):
         check_path(fit, "data", data)
     if isinstance(loss, type):
@@ -113,20 +114,22 @@ def fit(
     if config.out is not None:
         folder = RunFolder(Path(config.out), overwrite=overwrite, continues=saved_run is not None)
     is_named = isinstance(model, str) and isinstance(data, (str, Path)) and not callable(loss)
-    run_state = RunState()
     with preserved_randomness(config.seed), Signals() as signals:
-        listing = list_if_folder(data, config)
+        with run_state.phase("reading"), listener.status("looking for photos"):
+            listing = list_if_folder(data, config)
+        if listing is not None:
+            say_data(listing, listener)
         check_options(config, listing.task if listing and loss is None else None, trust_code=trust_code)
         with folder.locked() if folder is not None else nullcontext():
             with unchanged_on_failure(model):
                 setup = _prepare(model, data, listing, loss, resolved, run_state, listener, trust_code=trust_code)
-                fingerprint = RunFingerprint.of(setup, config, is_named=is_named)
+                with run_state.phase("setup"):
+                    fingerprint = RunFingerprint.of(setup, config, is_named=is_named)
                 if saved_run is not None:
                     check_state(saved_run, setup, fingerprint)
-                if folder is not None and (warning := folder.prepare_recipe(setup.model)) is not None:
-                    warnings.warn(warning, stacklevel=2)
-            for line in _lines(setup, config):
-                listener.say(line)
+            if folder is not None and (warning := folder.prepare_recipe(setup.model)) is not None:
+                warnings.warn(warning, stacklevel=2)
+            say_setup(setup, config, listener)
             run = Run(setup, config, fingerprint, folder, run_state, signals, listener, trust_code)
             with channels_last(setup.model) if setup.compute.has_channels_last else nullcontext():
                 return train(run, saved_run)
@@ -144,20 +147,28 @@ def _prepare(
     trust_code: bool,
 ) -> TrainSetup:
     """Build the network, read the data, and prepare everything that the training loop needs."""
-    with run_state.phase("model"):
+    name = model if isinstance(model, str) else None
+    # A download draws a bar of its own, which a spinner would hide.
+    is_download = name is not None and needs_download(name, config.weights)
+    step = nullcontext() if is_download else progress.status(f"preparing {name or 'the network'}")
+    with run_state.phase("model"), step:
         facts = prepare_model(model, listing, config, trust_code=trust_code)
         built = facts.model
         require_trainable_types(built, thaws_all=config.unfreeze is not None)
         if listing is not None and (source := preprocessing_source(built)) is not None:
             attach(built, preprocessing=facts.preprocessing)
-            progress.say(f"images     {facts.preprocessing.summary()}; from {source}")
+            progress.detail(f"images     {facts.preprocessing.summary()}; from {source}")
         compute = replace(compute_for(built, config.device, config.precision), has_channels_last=config.fast)
         built.to(compute.device)
+        say_model(facts, name, config, compute, progress)
     with run_state.phase("reading"):
         train_data = _read(facts, data, listing, config, compute, progress)
+    if train_data.frontier is not None:  # computed while the photos are read, batch by batch
+        run_state.move_seconds("reading", "features", train_data.frontier.seconds)
     own_loss: Any = loss if callable(loss) else None
-    name = model if isinstance(model, str) else None
-    return prepare_setup(facts, name, train_data, config, compute, own_loss, trust_code=trust_code)
+    with run_state.phase("setup"), progress.status("preparing the training"):
+        import_compiler()  # an optimizer would do it at its first use, in the middle of the run
+        return prepare_setup(facts, name, train_data, config, compute, own_loss, progress, trust_code=trust_code)
 
 
 def _read(
@@ -169,7 +180,8 @@ def _read(
     progress: Progress,
 ) -> TrainData:
     """Read the data, and compute the constant part once where that is possible."""
-    extractor, reason = make_extractor(facts, data, config, compute, progress)
+    with progress.status("looking for what can be computed once"):
+        extractor, reason = make_extractor(facts, data, config, compute, progress)
     try:
         train_data = load_train_data(data, listing, facts.preprocessing, config, progress, extractor)
     except ModelError as error:  # only the extractor runs the model here, so training without it is still possible
@@ -177,14 +189,5 @@ def _read(
         train_data = load_train_data(data, listing, facts.preprocessing, config, progress)
     if extractor is not None or reason is None:
         return train_data
-    progress.say(f"caching    disabled, every epoch runs the full network: {reason}")
+    progress.detail(f"caching    disabled, every epoch runs the full network: {reason}")
     return replace(train_data, cache_disabled_reason=reason)
-
-
-def _lines(setup: TrainSetup, config: TrainConfig) -> Iterator[str]:
-    """Describe the run before it starts."""
-    yield from setup.plan.lines(config)
-    if setup.train_data.frontier is not None:
-        yield from setup.train_data.frontier.lines()
-    if setup.sweep is not None:
-        yield f"chosen     {setup.sweep}"

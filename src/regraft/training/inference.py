@@ -1,6 +1,8 @@
 """Evaluate a trained model on photos, and predict what photos show."""
 
+import glob
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +21,10 @@ from regraft.data.photos import loader, read_photos
 from regraft.data.transforms import center_crop, normalize
 from regraft.errors import DataError, ModelError, RegraftError
 from regraft.progress import Progress
-from regraft.training.checks.targets import has_one_hot_rows
+from regraft.training.checks.targets import class_labels, has_one_hot_rows
 from regraft.training.checks.weight_types import compute_for, type_names
 from regraft.training.loop import ComputeContext, score
-from regraft.training.metrics import Metrics, measure
+from regraft.training.metrics import Metrics, Scores, measure
 from regraft.training.train_data import pairs_of
 from regraft.zoo import preprocessing_of
 
@@ -70,6 +72,8 @@ def evaluate(
 ) -> Metrics:
     """Measure `model` on labelled photos.
 
+    `write_report(evaluate(model, data), path)` writes the report of the evaluation.
+
     Args:
         model: A model that knows its classes and preprocessing, as `load` and `fit` return it.
         data: A folder with a folder per class, or one that holds `val/`; a `.csv` table for regression; or a Dataset
@@ -87,6 +91,7 @@ def evaluate(
     check_minimum(evaluate, 1, batch_size=batch_size)
     batch_size = int(batch_size)  # torch does not accept NumPy integers
     check_weights(evaluate, "model", model)
+    began = time.perf_counter()
     compute = compute_for(model, device)
     model.to(compute.device)
     if not isinstance(data, (str, os.PathLike)):
@@ -95,15 +100,29 @@ def evaluate(
         outputs, targets = _score(model, listener.track(pairs_of(batches), "evaluating", total), compute)
         task = card_of(model).task or _infer_task(targets)
         names = card_of(model).classes or tuple(map(str, range(outputs.shape[-1])))
-        return measure(outputs, targets, None if task == "regression" else names)
+        metrics = measure(outputs, targets, None if task == "regression" else names)
+        labels = targets if task == "regression" else class_labels(outputs, targets)
+        seconds = {"evaluating": time.perf_counter() - began}
+        return replace(metrics, scores=Scores(outputs, labels, model=_name(model), seconds=seconds))
     check_path(evaluate, "data", data)
     card = _require_task(model)
     samples = list_regression(data) if card.classes is None else list_labelled(data, card.classes)
     photos, unreadable = read_photos(samples, preprocessing_of(model), classes=card.classes, progress=listener)
     _report_skipped(unreadable, listener)
+    read = time.perf_counter()
     batches = listener.track(loader(photos, batch_size), "evaluating", -(-len(photos) // batch_size))
     outputs, targets = _score(model, batches, compute)
-    return measure(outputs, targets, card.classes)
+    metrics = measure(outputs, targets, card.classes)
+    scores = Scores(
+        outputs,
+        targets,
+        paths=tuple(sample.path for sample in photos.samples),
+        unreadable=unreadable,
+        model=_name(model),
+        data=str(data),
+        seconds={"reading": read - began, "evaluating": time.perf_counter() - read},
+    )
+    return replace(metrics, scores=scores)
 
 
 def predict(
@@ -119,9 +138,9 @@ def predict(
 
     Args:
         model: A model that knows its classes and preprocessing, as `load` and `fit` return it.
-        images: A path of a photo or of a folder of photos (folders below it included), a `PIL.Image`, a batch of
-            preprocessed images (N, C, H, W), or a list of paths and `PIL.Image`s. Unreadable files are skipped and
-            reported to `progress`.
+        images: A path of a photo or of a folder of photos (folders below it included), a pattern of paths such as
+            `new/*.jpg`, a `PIL.Image`, a batch of preprocessed images (N, C, H, W), or a list of paths and
+            `PIL.Image`s. Unreadable files are skipped and reported to `progress`.
         top: Number of most probable classes that each prediction lists.
         batch_size: Photos per batch.
         device: `auto`, `cpu`, `cuda`, …
@@ -195,6 +214,11 @@ def _score(model: nn.Module, batches: Any, compute: ComputeContext) -> tuple[tor
         ) from error
 
 
+def _name(model: nn.Module) -> str:
+    recipe = card_of(model).recipe
+    return recipe.source.name if recipe else type(model).__name__
+
+
 def _require_task(model: nn.Module) -> Card:
     card = card_of(model)
     if card.task is None or (card.task == "classification" and card.classes is None):
@@ -220,9 +244,11 @@ def _files(item: Any) -> list[Path]:
         if not files:
             raise DataError(f"no photos in '{path}'.")
         return files
-    if not path.exists():
-        raise DataError(f"no file or folder '{path}' (looked from {Path.cwd()}).")
-    return [path]
+    if path.exists():
+        return [path]
+    if glob.has_magic(str(path)) and (matches := sorted(glob.glob(str(path), recursive=True))):  # quoted for the shell
+        return [file for match in matches for file in _files(match)]
+    raise DataError(f"no file or folder '{path}' (looked from {Path.cwd()}).")
 
 
 def _report_skipped(unreadable: Sequence[Unreadable], progress: Progress) -> None:

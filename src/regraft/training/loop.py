@@ -28,13 +28,9 @@ from regraft.training.micro_batch import (
     rows,
     single_samples_refused,
 )
+from regraft.wording import option
 
 HALVES = (torch.float16, torch.bfloat16)
-
-NAN_ADVICE = (
-    "Try a tenth of the learning rate, --precision fp32, or look for extreme values in the data and the loss; "
-    "--on-nan skip leaves such steps out."
-)
 
 
 @dataclass(frozen=True)
@@ -151,7 +147,9 @@ def train_epoch(
             rate = optimizer.param_groups[0]["lr"]
             raise LossError(
                 f"the loss is {loss} at step {tally.steps} of this epoch (learning rate {rate:.3g}). "
-                f"{_first_nonfinite_layer(model, batch.inputs, compute)} {NAN_ADVICE}"
+                f"{_first_nonfinite_layer(model, batch.inputs, compute)} Try a tenth of the learning "
+                f"rate, {option('precision', 'fp32')}, or look for extreme values in the data and the loss; "
+                f"{option('on_nan', 'skip')} leaves such steps out."
             )
         else:
             tally.skipped += 1
@@ -231,8 +229,8 @@ def _halved_size(size: int, compute: ComputeContext, error: torch.OutOfMemoryErr
         reason = str(error).partition("\n")[0]
         photos = "a single photo" if min_size == 1 else "two photos, and batch norm cannot learn from one alone"
         raise RunError(
-            f"{compute.device} has no memory for {photos} ({reason}). Try a smaller --image-size, freeze "
-            "more layers, or use a smaller network."
+            f"{compute.device} has no memory for {photos} ({reason}). Try a smaller {option('image_size')}, "
+            "freeze more layers, or use a smaller network."
         ) from error
     return (size + 1) // 2
 

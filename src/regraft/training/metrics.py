@@ -2,18 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from regraft.anatomy.summary_table import aligned
 from regraft.arguments import check_arguments
+from regraft.data.decode import Unreadable
 from regraft.data.folders import Task
 from regraft.display import block, printable, table_html
 from regraft.errors import DataError
 from regraft.training.checks.targets import class_labels
 
+NORMAL_QUANTILE = 1.959964  # of 0.975: leaves 2.5 % on either side
 CLASS_HEAD, CLASS_RIGHT = ("class", "precision", "recall", "F1", "count"), (False, True, True, True, True)
 MAX_CLASSES = 8  # in a session
 MAX_NAME = 40  # characters of a class in a session
@@ -28,6 +31,29 @@ class ClassMetrics:
     recall: float
     f1: float
     count: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Scores:
+    """The scores behind metrics, and whose they are; from these `write_report` writes the report of an evaluation.
+
+    Attributes:
+        outputs: Scores (N, K), or predictions (N, 1) for regression.
+        targets: Classes (N,), or numbers.
+        paths: The photos, in order; empty for datasets and loaders.
+        unreadable: Files that were skipped.
+        model: Name of the network, or of its class.
+        data: Path of the data; None for datasets and loaders.
+        seconds: Time of each phase.
+    """
+
+    outputs: torch.Tensor
+    targets: torch.Tensor
+    paths: tuple[Path, ...] = ()
+    unreadable: tuple[Unreadable, ...] = ()
+    model: str = ""
+    data: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,6 +72,7 @@ class Metrics:
         mae: Mean absolute error; None for classification.
         rmse: Root mean squared error; None for classification.
         r2: Coefficient of determination; None for classification, and if all targets are equal.
+        scores: The scores behind metrics of `evaluate`; None for those of a training run.
     """
 
     task: Task
@@ -58,6 +85,14 @@ class Metrics:
     mae: float | None = None
     rmse: float | None = None
     r2: float | None = None
+    scores: Scores | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def accuracy_interval(self) -> tuple[float, float] | None:
+        """The 95 % confidence interval of the accuracy (Wilson's); None for regression."""
+        if self.accuracy is None:
+            return None
+        return wilson_interval(round(self.accuracy * self.count), self.count)
 
     def __repr__(self) -> str:
         rows = [(printable(name)[:MAX_NAME], *cells) for name, *cells in self._worst()]
@@ -85,7 +120,20 @@ class Metrics:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the metrics of the task as JSON data."""
-        return {name: value for name, value in asdict(self).items() if value is not None and value != ()}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "scores"}
+        values["per_class"] = tuple(map(asdict, self.per_class))
+        return {name: value for name, value in values.items() if value is not None and value != ()}
+
+    def confusions(self) -> list[tuple[str, str, int]]:
+        """Return (true class, predicted class, number of photos) of all confusions, the most frequent first."""
+        names = [entry.name for entry in self.per_class]
+        pairs = [
+            (names[row], names[column], count)
+            for row, line in enumerate(self.confusion)
+            for column, count in enumerate(line)
+            if count and row != column
+        ]
+        return sorted(pairs, key=lambda pair: -pair[2])
 
     def is_better_than(self, other: "Metrics | None") -> bool:
         """Return whether these metrics are better: higher accuracy, then lower loss; NaN ranks last."""
@@ -101,6 +149,21 @@ class Metrics:
             return f"accuracy {self.accuracy:.4f} ({round(self.accuracy * self.count)} of {self.count})"
         explained = f", R² {self.r2:.3f}" if self.r2 is not None else ""
         return f"mean absolute error {self.mae:.4g}{explained} ({self.count} photos)"
+
+
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a share.
+
+    Source: Wilson, Probable inference, the law of succession, and statistical inference (1927).
+
+    >>> [round(end, 3) for end in wilson_interval(9, 10)]
+    [0.596, 0.982]
+    """
+    share, z = correct / count, NORMAL_QUANTILE
+    scale = 1 + z**2 / count
+    middle = (share + z**2 / (2 * count)) / scale
+    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / scale
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def measure(outputs: torch.Tensor, targets: torch.Tensor, classes: Sequence[str] | None) -> Metrics:

@@ -1,7 +1,6 @@
 """The result of a training run, as one value from which a report can be written."""
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,7 +75,7 @@ class ComputedOnce:
 
 @dataclass(frozen=True, repr=False)
 class TrainPlan:
-    """Summary of a run, shown before it starts.
+    """Summary of a run.
 
     Attributes:
         model: Name of the network, or of its class.
@@ -131,30 +130,6 @@ class TrainPlan:
             ("rate", f"{self.lr:g}, on {self.device}"),
         ]
 
-    def lines(self, config: TrainConfig) -> Iterator[str]:
-        """Return the summary as lines of text."""
-        share = self.trainable / self.parameters
-        yield f"model      {self.model}, weights: {self.weights}"
-        yield (
-            f"trained    {self.trainable:,} of {self.parameters:,} parameters ({share:.2%}): "
-            + (", ".join(self.trained_layers) if share < 1 else "all layers")
-            + ("" if share == 1 else "; the rest is frozen")
-        )
-        if config.unfreeze is not None:
-            yield f"unfreezing {config.unfreeze} (layers:epochs)"
-        if self.classes is not None and self.counts:
-            counts = ", ".join(f"{name} {train}+{measured}" for name, train, measured in self.counts)
-            yield f"photos     {self.train_count} + {self.validation_count} for validation ({self.split})"
-            yield f"classes    {len(self.classes)} (photos + validation): {counts}"
-        elif self.train_count is not None:
-            yield f"examples   {self.train_count} + {self.validation_count} for validation ({self.split})"
-        for file in self.unreadable:
-            yield f"skipped    {str(file.path)!r}: {file.reason}"
-        yield (
-            f"training   {config.epochs} epochs, batches of {config.batch_size}, {config.optimizer}, learning rate "
-            f"{self.lr:g} ({config.schedule}), augmentation {config.augment}, on {self.device}"
-        )
-
 
 @dataclass(frozen=True, repr=False)
 class FitResult:
@@ -175,6 +150,9 @@ class FitResult:
         checkpoint: Path of the saved model; None if nothing was written.
         computed_once: The part that was computed once; None if every epoch ran the whole network.
         cache_disabled_reason: Why every epoch ran it; None if a part was computed once, or if nothing is frozen.
+        stopped_by: What stopped the run before its last epoch (a signal, an error); None if it ended. The result of a
+            stopped run is an attribute of the exception: `error.result`.
+        to_continue: The command or call that resumes it; None if it ended, or if there is no state to resume from.
     """
 
     model: nn.Module
@@ -191,6 +169,8 @@ class FitResult:
     checkpoint: Path | None = None
     computed_once: ComputedOnce | None = None
     cache_disabled_reason: str | None = None
+    stopped_by: str | None = None
+    to_continue: str | None = None
 
     def __repr__(self) -> str:
         return block(f"FitResult: {self._title()}", self._rows())

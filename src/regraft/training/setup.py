@@ -36,6 +36,7 @@ from regraft.training.losses import Loss, build_loss
 from regraft.training.model_for_data import create_for_data
 from regraft.training.result import TrainPlan
 from regraft.training.train_data import TrainData, with_task
+from regraft.wording import option
 from regraft.zoo import preprocessing_of
 
 WARM_UP_SHARE = 0.05
@@ -99,8 +100,8 @@ def check_options(config: TrainConfig, task: Task | None, *, trust_code: bool) -
         )
     if config.unfreeze is not None and (config.unfreeze_all or config.freeze or config.freeze_until is not None):
         raise ConfigError(
-            f"--unfreeze '{config.unfreeze}' says what is frozen when, so it excludes --freeze, --freeze-until and "
-            "--unfreeze-all. Pass one of them."
+            f"{option('unfreeze')} '{config.unfreeze}' says what is frozen when, so it excludes {option('freeze')}, "
+            f"{option('freeze_until')} and {option('unfreeze_all')}. Pass one of them."
         )
 
 
@@ -145,6 +146,7 @@ def prepare_setup(
     config: TrainConfig,
     compute: ComputeContext,
     loss: Loss | None,
+    progress: Progress,
     *,
     trust_code: bool,
 ) -> TrainSetup:
@@ -174,6 +176,7 @@ def prepare_setup(
             may_start_from_ridge=config.head_start == "auto"
             and start is not None,  # a fold may be solvable where all photos are too many
             seed=config.seed,
+            progress=progress,
         )
         if sweep is not None:
             rates = {**rates, "lr": sweep.best.lr, "weight_decay": sweep.best.weight_decay}
@@ -253,7 +256,10 @@ def make_extractor(
     if all(parameter.requires_grad for parameter in facts.model.parameters()):
         return None, None
     if is_random(config.augment) and config.views is None:
-        return None, f"augment {config.augment} draws each photo anew in every epoch. A number of --views can be kept"
+        reason = (
+            f"augment {config.augment} draws each photo anew in every epoch. A number of {option('views')} can be kept"
+        )
+        return None, reason
     try:
         extractor = Extractor(
             facts,
@@ -291,8 +297,8 @@ def _require_ridge_start(live: nn.Module, train_data: TrainData) -> dict[str, to
     else:
         reason = train_data.cache_disabled_reason or "nothing is computed once"
     raise ConfigError(
-        f"--head-start ridge needs a linear head on features that are computed once, and few enough of them: {reason}. "
-        "Freeze everything but the last layer, or leave the option out."
+        f"{option('head_start', 'ridge')} needs a linear head on features that are computed once, and few enough of "
+        f"them: {reason}. Freeze everything but the last layer, or leave the option out."
     )
 
 
@@ -365,7 +371,7 @@ def _plan(model: nn.Module, name: str | None, train_data: TrainData, lr: float, 
         unreadable=train_data.unreadable,
         parameters=sum(parameter.numel() for parameter in parameters),
         trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        trained_layers=tuple(_trained_layers(model)),
+        trained_layers=tuple(trained_layers(model)),
         lr=lr,
         device=f"{compute.device} {precision}",
     )
@@ -376,7 +382,7 @@ def _count(batches: Iterable[Any]) -> int | None:
     return len(cast(Sized, dataset)) if isinstance(dataset, Sized) else None
 
 
-def _trained_layers(model: nn.Module, prefix: str = "") -> list[str]:
+def trained_layers(model: nn.Module, prefix: str = "") -> list[str]:
     """List the paths of the largest layers all of whose parameters are trainable."""
     paths = []
     for name, layer in model.named_children():
@@ -384,5 +390,5 @@ def _trained_layers(model: nn.Module, prefix: str = "") -> list[str]:
         if flags and all(flags):
             paths.append(prefix + name)
         elif any(flags):
-            paths += _trained_layers(layer, f"{prefix}{name}.")
+            paths += trained_layers(layer, f"{prefix}{name}.")
     return list(itertools.islice(paths, 50))

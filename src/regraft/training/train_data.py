@@ -29,6 +29,7 @@ from regraft.training.loop import Inputs
 from regraft.training.losses import Loss
 from regraft.training.partial_batches import PartialBatch, fault_tolerant_loader
 from regraft.training.resume.rng import random_states, set_random_states
+from regraft.wording import for_caller, option
 
 VALIDATION_BATCH_SIZE = 256
 
@@ -324,7 +325,10 @@ def require_scores(
     if output.shape[1] < wanted or (known and output.shape[1] != wanted):
         raise ModelError(
             f"{type(model).__name__} gives {output.shape[1]} scores, the data has {wanted} classes. "
-            f"Use model = regraft.replace_head(model, {wanted})."
+            + for_caller(
+                python=f"Use model = regraft.replace_head(model, {wanted}).",
+                command=f"Let the network end with a layer of {wanted} outputs.",
+            )
         )
     _require_known_labels(train_data, output.shape[1], ignored)
 
@@ -354,7 +358,7 @@ def _require_readable(unreadable: list[Unreadable], count: int, limit: float) ->
         examples = "; ".join(f"'{file.path}': {file.reason}" for file in unreadable[:3])
         raise DataError(
             f"{len(unreadable)} of {count} files cannot be read ({examples}). Repair or remove them, or allow more "
-            f"with --max-unreadable (now {limit:g})."
+            f"with {option('max_unreadable')} (now {limit:g})."
         )
 
 

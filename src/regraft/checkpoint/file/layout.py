@@ -18,6 +18,7 @@ import torch
 
 from regraft.checkpoint.foreign.kinds import describe_folder, describe_weights, require_weights
 from regraft.errors import CheckpointError
+from regraft.wording import for_caller
 
 HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library itself
 ENTRY_LIMIT = 2_000_000  # values in a JSON text; parsed, they take at most 256 MiB
@@ -124,10 +125,13 @@ def read_start(path: Path, file: FileIO | None = None) -> tuple[dict[str, Any], 
         if length > min(size - 8, HEADER_LIMIT_BYTES):
             require_weights(path)
             if (what := describe_weights(path)) is not None:
+                use = for_caller(
+                    python=f"Load it into a model of your own with load_weights(model, {str(path)!r})",
+                    command="Train with it (regraft train DATA --model NAME --weights FILE)",
+                )
                 raise CheckpointError(
-                    f"'{path}' is {what}: weights without an architecture. Load it into a model of your own with "
-                    f"load_weights(model, '{path}'), or write a checkpoint with `regraft convert {path} "
-                    "OUT.safetensors --model NAME`. To train with it: --model NAME --weights FILE."
+                    f"'{path}' is {what}: weights without an architecture. {use}, or write a checkpoint with `regraft "
+                    f"convert {path} OUT.safetensors --model NAME`."
                 )
             raise CheckpointError(
                 f"'{path}' is no safetensors file, or it is cut off ({size:,} bytes). Expected a file written by "

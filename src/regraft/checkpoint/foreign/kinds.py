@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.errors import CheckpointError
+from regraft.wording import for_caller
 
 HEAD_BYTES = 64 * 2**10
 MAX_EXCERPT = 120  # characters of a text file that are quoted
@@ -111,7 +112,10 @@ def describe_folder(path: Path) -> str:
         if (path / name).exists():
             return f"it is {what}. {advice}"
     if (path / "last").is_dir():
-        return f"it is that of a run which has not kept a model yet. Continue it: regraft train --resume {path}"
+        call = for_caller(
+            python=f"regraft.fit(…, out={str(path)!r}, resume=True)", command=f"regraft train --resume {path}"
+        )
+        return f"it is that of a run which has not kept a model yet. Continue it: {call}"
     files = sorted(file.name for file in path.iterdir() if file.name.endswith(WEIGHTS))
     if files:
         return f"it holds {first_names(files)}. Give the path of one of them."

@@ -8,6 +8,7 @@ from regraft.checkpoint.matching.load_report import LoadReport
 from regraft.checkpoint.matching.mapping import Proposal, weakest
 from regraft.checkpoint.matching.naming import Shape
 from regraft.display import some
+from regraft.wording import for_caller, option, rename_option
 
 SIDES_OF_LINEAR = 2  # of its weight: (out, in)
 MANY = 3  # from this number on, tensors are counted instead of explained one by one
@@ -29,11 +30,14 @@ def diagnose(
     advice = [suggestion for _, suggestion in explained if suggestion]
     averages = [entry for entry in others if entry.is_average]
     if averages:
-        advice.append(f"the file also has averaged weights, {listed(averages)}: take them with entry= (--entry)")
+        advice.append(
+            f"the file also has averaged weights, {listed(averages)}: take them with {option('entry', 'KEY')}"
+        )
     if proposal.averages:
         prefix = proposal.averages[0]
         pattern = prefix.rstrip(".").replace(".", r"\.")
-        advice.append(f"the file also has averaged weights under '{prefix}': rename={{r'^{pattern}\\.': ''}}")
+        rule = for_caller(python=f"rename={{r'^{pattern}\\.': ''}}", command=f"--rename '^{pattern}\\.='")
+        advice.append(f"the file also has averaged weights under '{prefix}': {rule}")
     return "; ".join(cause for cause, _ in explained), "; ".join(advice)
 
 
@@ -41,15 +45,16 @@ def _explain(report: LoadReport, proposal: Proposal, fitter: Fitter, *, may_adap
     if proposal.rivals:
         yield (
             f"several parts of the file fit equally well: {'; '.join(proposal.rivals)}",
-            r"choose one by its prefix, as in rename={r'^student\.(.*)': r'\1'} (--rename 'student\.(.*)=\1')",
+            "choose one by its prefix, as in "
+            + for_caller(python=r"rename={r'^student\.(.*)': r'\1'}", command=r"--rename 'student\.(.*)=\1'"),
         )
     proposed = report.proposed
     if proposed and not proposal.rivals:
         level = weakest(proposed)
         yield (
             f"the names of {len(proposed)} tensors differ, as '{proposed[0].source}' for '{proposed[0].name}'",
-            f"look at the mapping with dry_run=True (--dry-run); take it with accept='{level}' (--accept {level}), or "
-            "give rename= (--rename)",
+            f"look at the mapping with {option('dry_run', True)}; take it with {option('accept', level)}, or give "
+            f"{rename_option()}",
         )
     yield from _explain_shapes(report, fitter, may_adapt=may_adapt)
     missing = [name for name in report.missing if name not in {match.name for match in proposed}]
@@ -103,7 +108,10 @@ def _explain_head(
     file_features, model_features = ([side for side in shape[1:] if side != 1] for shape in (file_shape, model_shape))
     if file_shape and model_shape and file_features == model_features and fitter.is_in_output(name):
         is_adaptable = may_adapt and len(file_shape) == len(model_shape)
-        options = ", or take the first classes with adapt=('positions', 'stem', 'head')" if is_adaptable else ""
+        first_classes = for_caller(
+            python=", or take the first classes with adapt=('positions', 'stem', 'head')", command=""
+        )
+        options = first_classes if is_adaptable else ""
         return (
             f"the head '{layer}' is for {file_shape[0]} classes in the file and for {model_shape[0]} in the model, so "
             "it keeps its values",

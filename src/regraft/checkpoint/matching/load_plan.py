@@ -15,6 +15,7 @@ from regraft.checkpoint.matching.adapting import shape
 from regraft.checkpoint.matching.load_report import LoadReport
 from regraft.checkpoint.matching.naming import Shapes
 from regraft.errors import CheckpointError
+from regraft.wording import for_caller, option, rename_option
 
 MIN_SHARE = 0.5
 
@@ -92,20 +93,21 @@ def _require_fit(plan: LoadPlan, model: nn.Module, slots: Tensors, min_share: fl
         raise UnfitError(
             f"nothing in '{report.path}' fits {kind}: the file has {_first_two(plan.file_shapes)}, the model "
             f"{_first_two({name: shape(slot) for name, slot in slots.items()})}.{cause}",
-            "Give the architecture that the file was trained with, or rename={…} (--rename).",
+            f"Give the architecture that the file was trained with, or {rename_option()}.",
         )
     if strict and (report.missing or report.unexpected or report.mismatched):
         raise UnfitError(f"'{report.path}' does not fit {kind} in all: {report.headline()}.{cause}", suggestion)
     if not plan.values:
         raise UnfitError(
             f"nothing in '{report.path}' is certain to fit {kind}.{cause}",
-            f"{suggestion} Look with dry_run=True (--dry-run).".lstrip(),
+            f"{suggestion} Look with {option('dry_run', True)}.".lstrip(),
         )
     if report.share < min_share:
         raise UnfitError(
             f"only {report.share:.1%} of the parameters of {kind} would be loaded from '{report.path}', expected at "
             f"least {min_share:.0%}.{cause}",
-            f"{suggestion} Look with dry_run=True (--dry-run), or allow less with min_share=.".lstrip(),
+            f"{suggestion} Look with {option('dry_run', True)}"
+            f"{for_caller(python=', or allow less with min_share=', command='')}.".lstrip(),
         )
     _require_one_value_for_tied(plan, slots)
 

@@ -34,6 +34,7 @@ from regraft.checkpoint.matching.naming import renamed, strip_wrapper_parts
 from regraft.checkpoint.matching.parts import joined_parts
 from regraft.display import some
 from regraft.errors import CheckpointError
+from regraft.wording import option, rename_option
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _best_in_parts(whole: Sequence[tuple[StateDict, LoadPlan]], contents: StateD
         if len(plan.report.loaded) == len(best.report.loaded) and not set(other.parts) & set(entry.parts):
             raise UnfitError(
                 f"'{contents.path}' holds several networks in parts: '{entry.key}' and '{other.key}'.",
-                "Choose one with entry=KEY (--entry KEY).",
+                f"Choose one with {option('entry', 'KEY')}.",
             )
     return best
 
@@ -172,8 +173,8 @@ def _require_all_parts(plan: LoadPlan, joined: LoadPlan, contents: StateDicts) -
             f"'{contents.path}' keeps a network in parts: {listed(contents.entries)}. One of them has "
             f"'{waiting[0].source}', which may be '{waiting[0].name}' of the model, but that is no more "
             f"than {waiting[0].confidence}.",
-            "Look with dry_run=True (--dry-run), or rename the parts with rename={…} (--rename), or take one alone "
-            "with entry=KEY (--entry KEY).",
+            f"Look with {option('dry_run', True)}, or rename the parts with {rename_option()}, or take one alone with "
+            f"{option('entry', 'KEY')}.",
         )
 
 
@@ -341,7 +342,7 @@ def _best_plan(plans: list[LoadPlan], contents: StateDicts, choices: Sequence[St
     fit = ", ".join(f"{plan.report.share:.0%}" for plan in plans)
     raise UnfitError(
         f"'{contents.path}' holds several state dicts: {listed(choices)}, which would fill {fit} of the model.",
-        "Choose one with entry=KEY (--entry KEY).",
+        f"Choose one with {option('entry', 'KEY')}.",
     )
 
 

@@ -28,6 +28,7 @@ from regraft.checkpoint.matching.alignment import COUNTER, ROLES, Unit, align, a
 from regraft.checkpoint.matching.load_report import CONFIDENCE_LEVELS, Confidence, Match
 from regraft.checkpoint.matching.naming import Shapes, fit_names
 from regraft.errors import CheckpointError
+from regraft.wording import rename_option
 
 HALF = 0.5  # share of the layers; a renaming of fewer may be another part of the network that looks the same
 COMPLETE = 0.9  # share of the layers that must be paired in order, for the order to be evidence
@@ -105,7 +106,7 @@ def match_shapes(file_shapes: Shapes, model_shapes: Shapes, *, is_ordered: bool 
     if len(file_units) * len(model_units) > MAX_PAIRS:
         raise CheckpointError(
             f"{len(file_units):,} layers of the file and {len(model_units):,} of the model are too many to pair "
-            "by shape. Give rename={…} (--rename). Nothing was changed."
+            f"by shape. Give {rename_option()}. Nothing was changed."
         )
     if is_ordered:
         pairs, choices = align(file_units, model_units, by_name=False)
@@ -125,7 +126,7 @@ def match_shapes(file_shapes: Shapes, model_shapes: Shapes, *, is_ordered: bool 
         reason = "" if is_ordered else " The file does not keep the order of layers."
         raise CheckpointError(
             f"by order and shape, '{model_units[position].path}' of the model may be {names} of the file or another"
-            f"{others}.{reason} Rename what names can tell, with rename={{…}} (--rename). Nothing was changed."
+            f"{others}.{reason} Rename what names can tell, with {rename_option()}. Nothing was changed."
         )
     paired = {j for _, j in pairs}
     unpaired = [unit.path for j, unit in enumerate(model_units) if j not in paired]

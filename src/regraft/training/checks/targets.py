@@ -16,6 +16,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset, d
 from regraft.data.folders import Task
 from regraft.errors import DataError
 from regraft.training.losses import FocalLoss, Loss, OnColumns, check_loss
+from regraft.wording import for_caller, option
 
 Kind = Literal["classes", "numbers", "logits", "unknown"]
 
@@ -65,7 +66,7 @@ def fit_targets(loss: Loss, outputs: torch.Tensor, targets: torch.Tensor) -> tor
         raise DataError(
             f"the outputs have the shape {tuple(outputs.shape)} and the targets {tuple(targets.shape)}, which "
             f"{_name(loss)} cannot compare. Expected one target for each output. Use a network with as many outputs "
-            "as there are targets, as in regraft.replace_head(model, 1)."
+            f"as there are targets{for_caller(python=', as in regraft.replace_head(model, 1)', command='')}."
         )
     return targets.to(outputs.dtype).reshape(outputs.shape)
 
@@ -130,8 +131,8 @@ def require_labels(labels: torch.Tensor, classes: int, *, ignored: int | None = 
         advice = (
             "Number the classes from 0; to leave samples out, pass loss=nn.CrossEntropyLoss(ignore_index=…)"
             if label < 0
-            else "Number the classes from 0 without gaps, or use a network with more outputs: "
-            f"regraft.replace_head(model, {int(labels.max()) + 1})"
+            else "Number the classes from 0 without gaps, or use a network with more outputs"
+            + for_caller(python=f": regraft.replace_head(model, {int(labels.max()) + 1})", command="")
         )
         raise DataError(
             f"the {part}data has the label {label}, the network has {classes} outputs: expected labels from 0 to "
@@ -164,9 +165,10 @@ def task_of(
         return "regression"
     if kind == "classes":
         if targets.is_floating_point() and (targets.ndim != 2 or targets.shape[1] < 2):
+            choice = for_caller(python="Return targets.long(), or pass", command="Pass")
             raise DataError(
                 f"the targets are {_described(targets)}, and {_name(loss)} compares outputs with classes (N,) of "
-                "integers, or with shares (N, K). Return targets.long(), or pass loss='mse' to predict numbers."
+                f"integers, or with shares (N, K). {choice} {option('loss', 'mse')} to predict numbers."
             )
         _require_one_class(targets)
         return "classification"

@@ -12,6 +12,7 @@ from regraft.training.loop import ComputeContext, main_output, run
 from regraft.training.losses import Loss
 from regraft.training.micro_batch import as_tuple, require_learnable
 from regraft.training.train_data import TrainData, first_batch, require_scores
+from regraft.wording import for_caller, option
 
 
 def try_one_batch(
@@ -33,7 +34,7 @@ def try_one_batch(
     tensors, targets = as_tuple(inputs), targets.to(compute.device)
     if config.mixup and not all(tensor.is_floating_point() for tensor in tensors):
         raise ConfigError(
-            f"--mixup {config.mixup:g} mixes images or features of floating numbers, and the inputs are "
+            f"{option('mixup', config.mixup)} mixes images or features of floating numbers, and the inputs are "
             f"{type_names(tensors)}. Leave the option out, or give inputs that are scaled."
         )
     require_learnable(live, lambda: run(live, inputs, compute), len(targets))
@@ -58,9 +59,10 @@ def try_one_batch(
             raise
         except Exception as error:  # arbitrary user code: the loss
             reason = str(error).partition("\n")[0]
-            advice = (
-                "Use model = regraft.replace_head(model, 1)." if train_data.task == "regression" else "Pass another."
+            one_output = for_caller(
+                python="Use model = regraft.replace_head(model, 1).", command="Let the network end with one output."
             )
+            advice = one_output if train_data.task == "regression" else "Pass another."
             raise LossError(
                 f"the loss fails on scores of shape {tuple(output.shape)} ({type_names([output])}) and targets of "
                 f"shape {tuple(targets.shape)} ({type_names([targets])}): {reason}. {advice}"

@@ -8,6 +8,7 @@ from torch import nn
 
 from regraft.errors import ConfigError, ModelError
 from regraft.training.loop import HALVES, ComputeContext, choose_compute
+from regraft.wording import option
 
 FLOATING = (*HALVES, torch.float32, torch.float64)
 NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,7 +31,7 @@ def compute_for(model: nn.Module, device: str | torch.device, precision: str = "
         return replace(compute, input_dtype=input_dtype)
     if precision in NAMES and NAMES[precision] not in dtypes:
         raise ConfigError(
-            f"--precision {precision} casts weights in float32, and those of {type(model).__name__} are in "
+            f"{option('precision', precision)} casts weights in float32, and those of {type(model).__name__} are in "
             f"{type_names(model.parameters())}. Convert them with model.float(), or leave the option out."
         )
     return replace(compute, autocast_dtype=None, input_dtype=input_dtype)
@@ -51,7 +52,8 @@ def require_trainable_types(model: nn.Module, *, thaws_all: bool) -> None:
         if has_no_room and (thaws_all or parameter.requires_grad):
             raise ModelError(
                 f"'{name}' of {type(model).__name__} cannot be trained in {type_names([parameter])}, in which "
-                "gradients and steps vanish. Convert the model with model.float(); for speed, pass precision='fp16'."
+                "gradients and steps vanish. Convert the model with model.float(); for speed, pass "
+                f"{option('precision', 'fp16')}."
             )
 
 

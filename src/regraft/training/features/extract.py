@@ -28,6 +28,7 @@ from regraft.progress import SILENT, Progress
 from regraft.train_options import CachePrecision
 from regraft.training.features.batches import Features
 from regraft.training.loop import HALVES, ComputeContext, main_output
+from regraft.wording import option
 
 BATCH = {"cpu": 16, "cuda": 256}  # photos per batch of the constant part
 MEMORY_BYTES = 512 * 2**20  # features that are larger stay on the disk
@@ -264,7 +265,7 @@ class _Extraction:
         if precision != "full" and not error <= TOLERANCES[precision]:
             raise ModelError(
                 f"what is constant holds values that {precision} has no room for, too large or too small; "
-                "--cache-precision bf16 has"
+                f"{option('cache_precision', 'bf16')} has"
             )
         parts = self._extractor.parts
         holds = f"{self._count} photos × {self._views_per_photo} at {', '.join(cut.place for cut in parts.frontier)}"

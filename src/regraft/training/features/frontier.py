@@ -32,6 +32,11 @@ class Frontier:
         train, validation = features
         return cls(extractor.parts, train, validation, checksum(extractor.parts.prefix))
 
+    @property
+    def seconds(self) -> float:
+        """Time to compute or load the features of training and validation photos."""
+        return self.train.seconds + self.validation.seconds
+
     def is_valid(self) -> bool:
         """Return whether the constant part is unchanged since the features were computed."""
         return checksum(self.parts.prefix) == self.sum
@@ -41,7 +46,6 @@ class Frontier:
         parts, both = self.parts, (self.train, self.validation)
         constant, live = parts.multiply_adds
         an_epoch_s = sum(part.cost_s / part.views for part in both)
-        seconds = sum(part.seconds for part in both)
         return ComputedOnce(
             frontier=tuple((cut.place, cut.shape) for cut in parts.frontier),
             share=constant / max(constant + live, 1),
@@ -49,18 +53,17 @@ class Frontier:
             bytes=sum(part.bytes for part in both),
             where=self.train.where,
             was_found=all(part.was_found for part in both),
-            seconds=seconds,
-            saved_s=max(0.0, epochs * an_epoch_s - seconds),
+            seconds=self.seconds,
+            saved_s=max(0.0, epochs * an_epoch_s - self.seconds),
             note=parts.note,
         )
 
     def lines(self) -> list[str]:
         """Describe the computed features as lines of text."""
-        seconds = self.train.seconds + self.validation.seconds
         how = "found in the cache" if self.train.was_found and self.validation.was_found else "computed once"
         views = f", {self.train.views} versions of each photo" if self.train.views > 1 else ""
         kept = f"kept {self.train.where}"
         if self.train.precision != "full":
             error = max(self.train.error, self.validation.error)
             kept += f" as {self.train.precision} (wrong by {error:.2%} of the largest value at most)"
-        return [f"frontier   {self.parts}", f"           {how} in {seconds:.1f} s{views}, {kept}"]
+        return [f"frontier   {self.parts}", f"           {how} in {self.seconds:.1f} s{views}, {kept}"]

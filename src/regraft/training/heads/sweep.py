@@ -21,6 +21,7 @@ from torch.func import functional_call, vmap
 
 from regraft.anatomy.modes import preserved_randomness
 from regraft.freezing.groups import undecayed_names
+from regraft.progress import SILENT, Progress
 from regraft.training.checks.targets import fit_targets
 from regraft.training.features.batches import FeatureBatches
 from regraft.training.heads.ridge import is_solvable, linear_head, ridge
@@ -85,6 +86,7 @@ def sweep_heads(
     decays: tuple[float, ...],
     may_start_from_ridge: bool,
     seed: int,
+    progress: Progress = SILENT,
 ) -> Sweep | None:
     """Train heads with several options, and return their losses; `live` is not changed.
 
@@ -96,6 +98,7 @@ def sweep_heads(
         decays: Weight decays to try, of weight matrices.
         may_start_from_ridge: Whether to try that start as well, if every fold has a solution.
         seed: Random seed of the folds, the order of the photos, and the initial weights.
+        progress: Counts the steps.
 
     Returns:
         None if a sweep is impossible: too few photos, too large a head, or layers that vmap cannot train.
@@ -131,7 +134,7 @@ def sweep_heads(
         with preserved_randomness(seed):
             live.train()
             steps = list(_steps(train_rows, batches.batch_size, min(epochs, MAX_EPOCHS), generator))
-            for step, rows in enumerate(steps):
+            for step, rows in enumerate(progress.track(steps, "choosing the learning rate", len(steps))):
                 draws = torch.randint(2**62, rows.shape, generator=generator)
                 losses_of(rows, draws).sum().backward()
                 optimizer.step(0.5 * (1 + math.cos(math.pi * step / len(steps))))

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from regraft.checkpoint.write import without_wrapper, write_model
 from regraft.errors import ConfigError, RunError
 from regraft.training.config import TrainConfig, write_config
 from regraft.training.result import EpochRecord
+from regraft.wording import for_caller, option
 
 METRICS, CONFIG, REPORT, LOCK = "metrics.csv", "config.toml", "report.html", "run.lock"
 SAFETENSORS_TEMPORARY = ".tmp??????"  # pattern of the temporary files that the safetensors writer makes
@@ -41,15 +43,23 @@ class RunFolder:
         try:
             for parent in (path, *path.parents):
                 if parent.exists() and not parent.is_dir():
-                    raise ConfigError(f"'{parent}' is a file, expected a folder for the results (--out).")
+                    raise ConfigError(
+                        f"'{parent}' is a file, expected a folder for the results ({option('out', 'FOLDER')})."
+                    )
             names = {child.name for child in path.iterdir()} if path.is_dir() else set()
         except (OSError, ValueError) as error:
-            raise ConfigError(f"'{path}' cannot be a folder for the results: {error}. Choose another --out.") from error
+            raise ConfigError(
+                f"'{path}' cannot be a folder for the results: {error}. Choose another: {option('out', 'FOLDER')}."
+            ) from error
         if LOCK in names:  # fails here, before any data is read, if another run holds it
             self._acquire_lock().release()
         if names - {LOCK} and not overwrite and not continues:
-            hint = f", or go on with what stopped there: regraft train --resume {path}" if RUN_STATES in names else ""
-            raise ConfigError(f"'{path}' exists and is not empty. Choose another --out, or pass --overwrite{hint}.")
+            resume = for_caller(python="resume=True", command=f"regraft train --resume {shlex.quote(str(path))}")
+            hint = f", or go on with what stopped there: {resume}" if RUN_STATES in names else ""
+            raise ConfigError(
+                f"'{path}' exists and is not empty. Choose another ({option('out', 'FOLDER')}), or pass "
+                f"{option('overwrite', True)}{hint}."
+            )
 
     @property
     def checkpoint(self) -> Path:
@@ -101,8 +111,8 @@ class RunFolder:
         """Save the best model so far, with the configuration."""
         write_model(model, self.checkpoint, self._recipe)
         with self._writing():
+            (self.path / REPORT).unlink(missing_ok=True)  # of another model, or of this run when it was stopped before
             if self.has_stale_results:  # they belong to the model that was just replaced
-                (self.path / REPORT).unlink(missing_ok=True)
                 (self.path / METRICS).unlink(missing_ok=True)
                 self.has_stale_results = False
             write_config(config, self.path / CONFIG)
@@ -138,8 +148,8 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 holder = (self.path / LOCK).read_text(encoding="ascii", errors="replace").strip()
             raise ConfigError(
-                f"another run is writing into '{self.path}': process {holder or 'unknown'}. Choose another --out, or "
-                "wait until it has ended."
+                f"another run is writing into '{self.path}': process {holder or 'unknown'}. Choose another "
+                f"({option('out', 'FOLDER')}), or wait until it has ended."
             ) from error
         return lock
 
@@ -149,5 +159,6 @@ class RunFolder:
             yield
         except OSError as error:
             raise RunError(
-                f"cannot write into '{self.path}': {error}. Free some space, or choose another --out."
+                f"cannot write into '{self.path}': {error}. Free some space, or choose another folder "
+                f"({option('out', 'FOLDER')})."
             ) from error

@@ -81,6 +81,8 @@ class RunState:
     best: Best | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     states: Tree | None = None
+    began: float = field(default_factory=time.perf_counter)  # on the clock of this process
+    _earlier_s: float = 0.0  # of `seconds`, from the processes before this one
     _written: list[Tree] = field(default_factory=list)  # converted records, so that each is converted once
 
     @contextmanager
@@ -91,6 +93,22 @@ class RunState:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def move_seconds(self, source: str, target: str, seconds: float) -> None:
+        """Count a part of one phase as another phase."""
+        self.seconds[source] -= seconds
+        self.seconds[target] = self.seconds.get(target, 0.0) + seconds
+
+    def add_preparation(self, prepared: "RunState") -> None:
+        """Take over the clock, and the times so far, of the state with which this process began."""
+        self.began, self._earlier_s = prepared.began, sum(self.seconds.values())
+        for phase, seconds in prepared.seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def all_seconds(self) -> dict[str, float]:
+        """Return the time of each phase, and as `other` what remains to the clock's time."""
+        rest = time.perf_counter() - self.began + self._earlier_s - sum(self.seconds.values())
+        return {**self.seconds, "other": self.seconds.get("other", 0.0) + max(0.0, rest)}
 
     def begin_next_epoch(self) -> None:
         """Move on to the next epoch; the micro-batch size is kept, as memory is no larger there."""
@@ -107,7 +125,7 @@ class RunState:
             "tally": dataclasses.asdict(self.tally),
             "history": list(self._written),
             "best": self.best.to_tree() if self.best is not None else None,
-            "seconds": dict(self.seconds),
+            "seconds": self.all_seconds(),
         }
 
     @classmethod

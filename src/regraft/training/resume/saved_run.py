@@ -26,6 +26,7 @@ from regraft.training.resume.run_state import RunState
 from regraft.training.resume.state_writer import find_state
 from regraft.training.setup import TrainSetup
 from regraft.training.train_data import TrainData
+from regraft.wording import for_caller
 
 FORMAT = 1
 FREE_OPTIONS = {"data", "out", "workers", "checkpoint_minutes", "keep_last", "max_unreadable"}  # change no weight
@@ -81,7 +82,7 @@ class SavedRun:
     @property
     def config(self) -> TrainConfig:
         """The options of the run, as the user passed them."""
-        return make_config(self.fingerprint.config, f"the options in '{self.path}'")
+        return make_config(self.fingerprint.config, self.path)
 
     def with_resolved_options(self, config: TrainConfig) -> TrainConfig:
         """Return the options completed by the values that the run resolved.
@@ -128,7 +129,8 @@ def find_run_to_continue(folder: Path, progress: Progress = SILENT) -> TrainConf
             problem = f"the run in '{folder}' has ended: its model is '{folder / RUN_CHECKPOINT}'"
         else:
             problem = f"no run has begun in '{folder}'"
-        raise ConfigError(f"there is nothing to continue: {problem}. Begin one with regraft train DATA.")
+        start = for_caller(python="regraft.fit", command="regraft train DATA")
+        raise ConfigError(f"there is nothing to continue: {problem}. Begin one with {start}.")
     if not saved_run.fingerprint.is_named:
         raise ConfigError(
             f"the run in '{folder}' was begun in Python, with a network, data or a loss of its own. Continue it there: "

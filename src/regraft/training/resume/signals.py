@@ -64,10 +64,14 @@ class Signals:
         if self.received is not None:
             raise StopRequested
 
+    @property
+    def name(self) -> str:
+        """What stopped the run, as its user calls it."""
+        return NAMES[self.received or signal.SIGINT]
+
     def interrupted(self, message: str) -> Interrupted:
         """Return the error for the signal that stopped the run; `message` says what was saved."""
-        number = self.received or signal.SIGINT
-        return Interrupted(f"stopped by {NAMES[number]}. {message}", number=number)
+        return Interrupted(f"stopped by {self.name}. {message}", number=self.received or signal.SIGINT)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         # The second signal interrupts even while deferring: a step or a write may hang.

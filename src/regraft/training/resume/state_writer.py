@@ -10,6 +10,7 @@ from types import TracebackType
 from regraft.checkpoint.file.tree import Tree, read_tree, write_tree
 from regraft.errors import CheckpointError, ConfigError, LossError, RunError
 from regraft.progress import SILENT, Progress
+from regraft.wording import option
 
 PATTERN = "state-*.safetensors"
 MIN_SECONDS = 1.0  # between states at the ends of epochs
@@ -152,5 +153,7 @@ def find_state(folder: Path, progress: Progress) -> tuple[Path, Tree] | None:
         except CheckpointError as error:
             progress.say(f"state      passed over: {error}")
     if files:
-        raise ConfigError(f"none of the {len(files)} states in '{folder}' can be read. Start again with --overwrite.")
+        raise ConfigError(
+            f"none of the {len(files)} states in '{folder}' can be read. Start again with {option('overwrite', True)}."
+        )
     return None

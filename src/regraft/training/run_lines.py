@@ -1,0 +1,111 @@
+"""What a run says: each line as soon as it is known, in plain words; the rest as details."""
+
+import math
+from collections.abc import Sequence
+
+from regraft.anatomy.model_facts import ModelFacts
+from regraft.card import card_of
+from regraft.data.decode import Unreadable
+from regraft.data.folders import Listing
+from regraft.progress import Progress
+from regraft.training.config import TrainConfig
+from regraft.training.loop import ComputeContext
+from regraft.training.result import EpochRecord
+from regraft.training.setup import TrainSetup, trained_layers
+
+MAX_CLASSES = 10  # that are named
+MAX_SKIPPED = 3
+MAX_LAYERS = 4
+SHOWN_EPOCHS = 5  # of many
+SLOW_EPOCH_S = 10.0  # an epoch that takes longer is always shown
+
+
+def say_data(listing: Listing, progress: Progress) -> None:
+    """Say how many photos there are, of what, and how they are split."""
+    train, validation = len(listing.train), len(listing.validation)
+    counts = [(name, learned + checked) for name, learned, checked in listing.counts()]
+    named = ", ".join(f"{name} {count}" for name, count in counts[:MAX_CLASSES])
+    rest = f" and {len(counts) - MAX_CLASSES} more" if len(counts) > MAX_CLASSES else ""
+    kinds = f"in {len(counts)} classes: {named}{rest}" if counts else "with a number each"
+    progress.say(f"photos     {train + validation:,} {kinds}")
+    progress.say(f"           {train:,} for training, {validation:,} for validation ({listing.split})")
+    if counts:
+        both = ", ".join(f"{name} {learned}+{checked}" for name, learned, checked in listing.counts())
+        progress.detail(f"classes    {len(counts)} (photos + validation): {both}")
+
+
+def say_model(
+    facts: ModelFacts, name: str | None, config: TrainConfig, compute: ComputeContext, progress: Progress
+) -> None:
+    """Say which network is trained, and what of it."""
+    model, recipe = facts.model, card_of(facts.model).recipe
+    kind = name or (recipe.source.name if recipe else type(model).__name__)
+    weights = recipe.source.weights if recipe else None
+    start = "" if weights is None else ", untrained" if weights == "none" else f", pretrained ({weights})"
+    progress.say(f"model      {kind}{start}")
+    parameters = dict(model.named_parameters())
+    trainable = {path: parameter.numel() for path, parameter in parameters.items() if parameter.requires_grad}
+    total = sum(parameter.numel() for parameter in parameters.values())
+    share = f"{sum(trainable.values()):,} of {_rounded(total)} numbers"
+    layers = trained_layers(model)
+    if len(trainable) == len(parameters):
+        what = f"all layers ({_rounded(total)} numbers)"
+    elif trainable.keys() <= facts.head_parameters:
+        what = f"only the {'new ' if name is not None else ''}last layer: {share}; the rest is frozen"
+    else:
+        named = ", ".join(layers[:MAX_LAYERS]) + (" …" if len(layers) > MAX_LAYERS else "")
+        what = f"{named} ({share}); the rest is frozen"
+    progress.say(f"training   {what}")
+    progress.say(f"           {config.epochs} epochs, on {compute.device}")
+    if config.unfreeze is not None:
+        progress.say(f"unfreezing {config.unfreeze} (layers:epochs)")
+    progress.detail(f"trained    {sum(trainable.values()):,} of {total:,} parameters: {', '.join(layers)}")
+
+
+def say_setup(setup: TrainSetup, config: TrainConfig, progress: Progress) -> None:
+    """Say which files are skipped, and in detail what was chosen and computed."""
+    plan, train_data = setup.plan, setup.train_data
+    if train_data.listing is None and plan.train_count is not None:
+        progress.say(f"samples    {plan.train_count} + {plan.validation_count} for validation ({plan.split})")
+    _say_skipped(plan.unreadable, progress)
+    progress.detail(
+        f"options    batches of {config.batch_size}, {config.optimizer}, learning rate {plan.lr:g} "
+        f"({config.schedule}), augmentation {config.augment}, on {plan.device}"
+    )
+    if train_data.frontier is not None:
+        for line in train_data.frontier.lines():
+            progress.detail(line)
+    if setup.sweep is not None:
+        progress.detail(f"chosen     {setup.sweep}")
+
+
+def say_epoch(record: EpochRecord, best: int, epochs: int, skipped: int, progress: Progress) -> None:
+    """Say how an epoch went; of many fast ones, most are details."""
+    is_shown = record.epoch in (1, epochs) or record.epoch % math.ceil(epochs / SHOWN_EPOCHS) == 0
+    tell = progress.say if is_shown or skipped or record.seconds >= SLOW_EPOCH_S else progress.detail
+    tell(
+        f"epoch {record.epoch:>{len(str(epochs))}}/{epochs}  {record.validation.headline()}"
+        + (f"  {skipped} steps without a finite loss left out" if skipped else "")
+        + ("  best so far" if best == record.epoch else f"  best so far: epoch {best}")
+    )
+    progress.detail(
+        f"           loss {record.train_loss:.4f}  validation loss {record.validation.loss:.4f}  "
+        f"learning rate {record.lr:.3g}  {record.seconds:.1f} s"
+    )
+
+
+def _say_skipped(unreadable: Sequence[Unreadable], progress: Progress) -> None:
+    for number, file in enumerate(unreadable):
+        tell = progress.say if number < MAX_SKIPPED else progress.detail
+        tell(f"skipped    {str(file.path)!r}: {file.reason}")
+    if len(unreadable) > MAX_SKIPPED:
+        progress.say(f"           and {len(unreadable) - MAX_SKIPPED} more")
+
+
+def _rounded(count: int) -> str:
+    """Write a number of weights, in millions if it is large.
+
+    >>> _rounded(11_177_538), _rounded(5_130)
+    ('11.2 M', '5,130')
+    """
+    return f"{count / 10**6:,.1f} M" if count >= 10**6 else f"{count:,}"
