@@ -1,13 +1,15 @@
 """`regraft train`: train a classifier on photos, and write a report."""
 
+import contextlib
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
 
 from typer import Argument, Option
 
-from regraft.cli.output import ConsoleProgress, guarded, require, say, say_json, say_table
+from regraft.cli.output import ConsoleProgress, guarded, require, say, say_classes, say_json, seconds_since_start
 from regraft.train_options import TrainOption, list_options
 
 MAX_STEM = 100  # characters of the data's name in a folder name
@@ -84,24 +86,48 @@ def train(
     from regraft.training.fitting import fit
 
     progress = ConsoleProgress()
-    result = fit(
-        settings.model,
-        settings.data,
-        config=settings,
-        overwrite=overwrite,
-        resume=resume is not None,
-        trust_code=trust_code,
-        progress=progress,
-    )
-    assert result.out is not None
+    start_s = seconds_since_start()
     try:
-        report = write_report(result, result.out / "report.html")
+        result = fit(
+            settings.model,
+            settings.data,
+            config=settings,
+            overwrite=overwrite,
+            resume=resume is not None,
+            trust_code=trust_code,
+            progress=progress,
+        )
+    except (Exception, KeyboardInterrupt) as error:
+        _report_so_far(error, start_s, progress)
+        raise
+    folder = result.out
+    assert folder is not None
+    result = replace(result, seconds={"start": start_s, **result.seconds})
+    trained_s = seconds_since_start()
+    try:
+        report = write_report(result, folder / "report.html")
     except KeyboardInterrupt as interruption:
         raise Interrupted(f"stopped by Ctrl-C. The model is kept in '{result.checkpoint}'.") from interruption
+    result = replace(result, seconds={**result.seconds, "report": seconds_since_start() - trained_s})
     if as_json:
         say_json({**result.to_dict(), "report": str(report)})
         return
     _print_result(result, report)
+
+
+def _report_so_far(error: BaseException, start_s: float, progress: ConsoleProgress) -> None:
+    """Write the report of a run that was stopped, of its best epoch so far, if there is one."""
+    from regraft.errors import RegraftError
+    from regraft.report import write_report
+    from regraft.training.result import FitResult
+
+    result = getattr(error, "result", None)
+    if not isinstance(result, FitResult) or (folder := result.out) is None:
+        return
+    result = replace(result, seconds={"start": start_s, **result.seconds})
+    progress.say("stopping   writing the report of the best epoch so far; Ctrl-C skips it")
+    with contextlib.suppress(RegraftError, OSError, KeyboardInterrupt):  # it says less than the error that follows
+        progress.say(f"report     {write_report(result, folder / 'report.html')}")
 
 
 def _free_folder(data: str) -> str:
@@ -121,13 +147,10 @@ def _print_result(result: Any, report: Path) -> None:
     say(f"best       epoch {result.best_epoch} of {len(result.history)}: {result.validation.headline()}")
     if result.validation.per_class:
         say()
-        rows = [
-            (entry.name, f"{entry.precision:.3f}", f"{entry.recall:.3f}", f"{entry.f1:.3f}", str(entry.count))
-            for entry in result.validation.per_class
-        ]
-        say_table(("class", "precision", "recall", "F1", "photos"), rows, (False, True, True, True, True))
+        say_classes(result.validation)
         say()
-    say("seconds    " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items()))
+    phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items())
+    say(f"seconds    {sum(result.seconds.values()):.1f}: {phases}")
     say(f"model      {result.checkpoint}")
     say(f"report     {report}")
     say(f"metrics    {result.out / 'metrics.csv'}")
