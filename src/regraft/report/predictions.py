@@ -1,5 +1,6 @@
 """What the pages of a run and of an evaluation share: figures, plots and example photos of measured predictions."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +98,8 @@ def _galleries_of_classes(scores: Scores, names: Sequence[str]) -> list[Gallery]
     order = probability.argsort(descending=True, stable=True)
     wrong: list[int] = order[~is_right[order]].tolist()
     right: list[int] = order[is_right[order]].tolist()
-    surest = right[:MAX_RIGHT]
-    least = right[len(surest) :][::-1][:MAX_RIGHT]
+    surest = _of_many_classes(right, predicted.tolist(), len(names))
+    least = [index for index in reversed(right) if index not in surest][:MAX_RIGHT]
 
     def gallery(title: str, note: str, indices: Sequence[int]) -> Gallery:
         examples = tuple(
@@ -119,8 +120,18 @@ def _galleries_of_classes(scores: Scores, names: Sequence[str]) -> list[Gallery]
     return [
         gallery("Most confident mistakes", note, wrong[:MAX_MISTAKES]),
         gallery("Right, but least sure", "More photos like these teach it the most.", least),
-        gallery("Right and sure", "What it takes for typical.", surest),
+        gallery("Right and sure", "What the model takes for typical.", surest),
     ]
+
+
+def _of_many_classes(order: Sequence[int], classes: Sequence[int], count: int) -> list[int]:
+    """Return the first predictions of an order, so few of each of the `count` classes that many are shown."""
+    limit, taken, chosen = -(-MAX_RIGHT // count), Counter[int](), []
+    for index in order:
+        if taken[classes[index]] < limit and len(chosen) < MAX_RIGHT:
+            taken[classes[index]] += 1
+            chosen.append(index)
+    return chosen
 
 
 def _example(path: Path, true: str, predicted: str, degree: str, *, is_right: bool = False) -> Example:

@@ -16,7 +16,7 @@ from regraft.training.result import FitResult
 MIN_CONFUSED = 3  # photos, and this share of the class: fewer may be chance
 MIN_CONFUSED_SHARE = 0.1
 MAX_CONFUSED_PAIRS = 2
-MAX_SHOWN_FILES = 8
+MAX_SHOWN_FILES = 3
 FEW_TRAINING_PHOTOS = 20
 MAX_NAMED_CLASSES = 5
 MIN_GAP = 0.2  # of cross-entropy, between validation and training
@@ -84,9 +84,8 @@ def _fine_tuning(result: FitResult) -> Iterator[Suggestion]:
     is_pretrained = result.plan.weights not in ("none", "as given")
     if is_good or chooses_layers or not is_pretrained or result.plan.trainable == result.plan.parameters:
         return
-    share = result.plan.trainable / result.plan.parameters
     yield Suggestion(
-        f"{share:.1%} of the parameters were trained; the others kept their pretrained weights.",
+        f"{result.plan.trainable:,} of {result.plan.parameters:,} parameters were trained; the others are pretrained.",
         "Fine-tune them too, after the head. Each epoch takes longer, as it runs all that it trains:",
         _again(result, "fine-tuned", unfreeze=f"head:3,all:{max(5, config.epochs // 2)}"),
     )
