@@ -93,7 +93,7 @@ def say_classes(metrics: Any) -> None:
     ]
     say_table(("most confused", "taken for", "photos"), lines, (False, False, True))
     if rest := mistakes - sum(count for _, _, count in shown):
-        say(f"and {rest} others of {mistakes} mistakes")
+        say(f"{rest} of the {mistakes} mistakes are in other pairs")
 
 
 def shortened(text: str, limit: int) -> str:

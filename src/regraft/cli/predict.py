@@ -48,12 +48,7 @@ def predict(
     """
     require(not (as_json and as_csv), "--json and --csv exclude each other. Pass one of them.")
     if out is not None:
-        require(
-            out.suffix.lower() in (".csv", ".json"), f"--out '{out}' ends in '{out.suffix}', expected .csv or .json."
-        )
-        require(out.parent.is_dir(), f"no folder '{out.parent}' to write '{out.name}' into. Create it first.")
-        require(not out.is_dir(), f"--out '{out}' is a folder. Give the path of a file.")
-        require(overwrite or not out.exists(), f"'{out}' exists. Choose another --out, or pass --overwrite.")
+        _check_file(out, overwrite=overwrite)
     from regraft.card import card_of
     from regraft.checkpoint import load
     from regraft.training.inference import predict as predict_images
@@ -69,31 +64,45 @@ def predict(
         device=device,
         progress=ConsoleProgress(),
     )
-    values = [_shortened(prediction.to_dict(), top or DEFAULT_TOP) for prediction in predictions]
-    rows = _rows(predictions, classes, top)
+
+    def text(*, is_csv: bool) -> str:
+        if is_csv:
+            return csv_text(_rows(predictions, classes, top))
+        return json_text([_shortened(prediction.to_dict(), top or DEFAULT_TOP) for prediction in predictions])
+
     if out is not None:
-        write_text(out, json_text(values) if out.suffix.lower() == ".json" else csv_text(rows))
+        write_text(out, text(is_csv=out.suffix.lower() == ".csv"))
     if as_json or as_csv:
-        say_text(json_text(values) if as_json else csv_text(rows))
+        say_text(text(is_csv=as_csv))
     elif out is not None:
         say(f"predictions of {len(predictions)} photos: {out}")
-    elif predictions[0].label is None:
-        say_table(
-            ("path", "value"),
-            [(str(prediction.path), f"{prediction.value:.6g}") for prediction in predictions],
-            (False, True),
-        )
     else:
-        lines = [
-            (
-                str(prediction.path),
-                str(prediction.label),
-                f"{prediction.probability:.3f}",
-                ", ".join(f"{label} {share:.3f}" for label, share in prediction.top[1 : top or DEFAULT_TOP]),
-            )
-            for prediction in predictions
-        ]
-        say_table(("path", "label", "probability", "next"), lines, (False, False, True, False))
+        _say_predictions(predictions, top or DEFAULT_TOP)
+
+
+def _check_file(out: Path, *, overwrite: bool) -> None:
+    known = out.suffix.lower() in (".csv", ".json")
+    require(known, f"--out '{out}' ends in '{out.suffix}', expected a file that ends in .csv or .json.")
+    require(out.parent.is_dir(), f"no folder '{out.parent}' to write '{out.name}' into. Create it first.")
+    require(not out.is_dir(), f"--out '{out}' is a folder. Give the path of a file.")
+    require(overwrite or not out.exists(), f"'{out}' exists. Choose another --out, or pass --overwrite.")
+
+
+def _say_predictions(predictions: Sequence[Any], top: int) -> None:
+    if predictions[0].label is None:
+        numbers = [(str(one.path), f"{one.value:.6g}") for one in predictions]
+        say_table(("path", "value"), numbers, (False, True))
+        return
+    rows = [
+        (
+            str(one.path),
+            str(one.label),
+            f"{one.probability:.3f}",
+            ", ".join(f"{label} {share:.3f}" for label, share in one.top[1:top]),
+        )
+        for one in predictions
+    ]
+    say_table(("path", "label", "probability", "next"), rows, (False, False, True, False))
 
 
 def _shortened(value: dict[str, Any], top: int) -> dict[str, Any]:
