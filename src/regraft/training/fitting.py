@@ -148,9 +148,10 @@ def _prepare(
 ) -> TrainSetup:
     """Build the network, read the data, and prepare everything that the training loop needs."""
     name = model if isinstance(model, str) else None
-    # A download draws a bar of its own, which a spinner would hide.
-    is_download = name is not None and needs_download(name, config.weights)
-    step = nullcontext() if is_download else progress.status(f"preparing {name or 'the network'}")
+    step = progress.status(f"preparing {name or 'the network'}")
+    if name is not None and _needs_download(name, config, progress):
+        progress.say(f"weights    downloading those of {name}")
+        step = nullcontext()  # the download draws a bar of its own, which a spinner would hide
     with run_state.phase("model"), step:
         facts = prepare_model(model, listing, config, trust_code=trust_code)
         built = facts.model
@@ -169,6 +170,11 @@ def _prepare(
     with run_state.phase("setup"), progress.status("preparing the training"):
         import_compiler()  # an optimizer would do it at its first use, in the middle of the run
         return prepare_setup(facts, name, train_data, config, compute, own_loss, progress, trust_code=trust_code)
+
+
+def _needs_download(name: str, config: TrainConfig, progress: Progress) -> bool:
+    with progress.status(f"preparing {name}"):  # imports a library of networks
+        return needs_download(name, config.weights)
 
 
 def _read(
