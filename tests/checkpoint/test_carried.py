@@ -115,6 +115,7 @@ def test_save_refuses_lazy_layers_in_words(tmp_path: Path) -> None:
         save(nn.Sequential(nn.LazyLinear(2)), tmp_path / "model.safetensors")
 
 
+@pytest.mark.filterwarnings("ignore:no recipe rebuilds")
 @pytest.mark.parametrize("change", [torch.conj, lambda x: x.conj().imag, lambda x: x.mT, lambda x: x[:, ::2]])
 def test_save_writes_the_values_that_a_view_shows(
     change: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path

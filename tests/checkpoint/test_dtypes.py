@@ -29,6 +29,7 @@ def numbers(dtype: torch.dtype) -> torch.Tensor:
     return torch.arange(64, dtype=torch.uint8).view(dtype)
 
 
+@pytest.mark.filterwarnings("ignore:no recipe rebuilds")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 def test_save_writes_every_dtype_that_load_weights_and_convert_read_again(dtype: torch.dtype, tmp_path: Path) -> None:
     model, expected = holding(numbers(dtype)), numbers(dtype).view(torch.uint8)
@@ -106,6 +107,7 @@ def test_load_weights_gives_layers_their_extra_state(state: Any, prefix: str, tm
     assert "0._extra_state" in report.loaded
 
 
+@pytest.mark.filterwarnings("ignore:no recipe rebuilds")
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
 def test_load_weights_and_save_keep_extra_state_that_is_a_tensor(kind: str, tmp_path: Path) -> None:
     trained, model = nn.Sequential(Extra(torch.ones(3))), nn.Sequential(Extra(torch.zeros(3)))

@@ -181,8 +181,10 @@ def test_load_restores_classes_preprocessing_task_and_metrics(tmp_path: Path) ->
     assert header.versions == current_versions()
 
 
+@pytest.mark.filterwarnings("ignore:no recipe rebuilds this PlainCnn")
 def test_load_answers_with_load_weights_where_a_custom_class_has_no_recipe(tmp_path: Path) -> None:
     model = tiny.build("plain")
+    model.scale = 2.0
     path = save(model, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
         load(path)
@@ -200,20 +202,44 @@ HAND_EDITS: dict[str, Callable[[nn.Module], object]] = {
     "activation": lambda model: setattr(model, "relu", nn.GELU()),
     "no pooling": lambda model: setattr(model, "maxpool", nn.Identity()),
     "stride": lambda model: setattr(model, "conv1", nn.Conv2d(3, 64, 7, 1, 3, bias=False)),
+}
+UNWRITTEN_EDITS: dict[str, Callable[[nn.Module], object]] = {
     "one more layer": lambda model: model.layer1.append(nn.ReLU()),
     "one layer less": lambda model: model.layer1.pop(1),
+    "a function": lambda model: setattr(model, "relu", Unwritten(lambda x: x.relu())),
 }
 
 
 @pytest.mark.parametrize("edit", HAND_EDITS.values(), ids=list(HAND_EDITS))
+def test_save_notices_an_edit_by_hand_and_load_repeats_it(edit: Callable[[nn.Module], object], tmp_path: Path) -> None:
+    model = create_model("resnet18", weights="none", num_classes=5)
+    edit(model)
+    loaded = load(save(shake(model), tmp_path / "model.safetensors"))
+    assert_equal(loaded, model)
+    assert str(loaded) == str(model)
+    inputs = torch.randn(2, 3, 64, 64)
+    assert identical(loaded(inputs), model.eval()(inputs))
+    assert [step.operation for step in card_of(model).recipe.steps] == ["replace_head"]
+
+
+@pytest.mark.parametrize("edit", UNWRITTEN_EDITS.values(), ids=list(UNWRITTEN_EDITS))
 def test_save_notices_an_edit_by_hand_and_writes_no_recipe(edit: Callable[[nn.Module], object], tmp_path: Path) -> None:
     model = create_model("resnet18", weights="none")
     edit(model)
-    with pytest.warns(UserWarning, match="no longer matches its recipe"):
+    with pytest.warns(UserWarning, match=r"no recipe rebuilds this ResNet.*: it no longer matches its recipe"):
         path = save(model, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="no recipe"):
         load(path)
     assert card_of(model).recipe is not None
+
+
+class Unwritten(nn.Module):
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
 
 
 def fails_half_way(tensors: object, path: Path, metadata: object) -> None:

@@ -142,11 +142,11 @@ def test_freeze_takes_the_head_by_its_role_only_where_no_layer_has_that_path() -
         (lambda model: [], "patterns[0] is a list of 0, so it names no layer. Leave it out to take the whole model."),
         (
             lambda model: 6,
-            "patterns[0] is 6, expected a pattern, a layer or a list. Write 'children[:6]' for the first 6",
+            "Write 'children[6]' for that top-level layer alone, 'children[:6]' for the first 6.",
         ),
         (
             lambda model: -2,
-            "Write 'children[:-2]' for all but the last 2 top-level layers, 'children[-2]' for that one",
+            "'children[-2]' for that top-level layer alone, 'children[:-2]' for all but the last 2.",
         ),
         (lambda model: slice(None, 6), "Write 'children[:6]' for these top-level layers."),
         (lambda model: nn.BatchNorm2d, "Write 'type:BatchNorm2d' for all layers of that class."),

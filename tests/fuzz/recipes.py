@@ -33,7 +33,9 @@ NAMES = (
 def hostile_recipe(random: Random, known: dict[str, Any]) -> Any:
     """Return a recipe as JSON data; `known` is one that makes sense."""
     recipe = copy.deepcopy(known)
-    change = random.choice(["layers", "layers", "layers", "name", "steps", "steps", "many", "parts", "nonsense"])
+    change = random.choice(
+        ["layers", "layers", "layers", "name", "given", "steps", "steps", "many", "parts", "nonsense"]
+    )
     if change == "layers":
         recipe["source"] = {"name": "torch.nn", "layers": _layers(random)}
     elif change == "name":
@@ -41,6 +43,8 @@ def hostile_recipe(random: Random, known: dict[str, Any]) -> Any:
             "name": random.choice(NAMES),
             "weights": random.choice(["none", "../x", "default", "http://x"]),
         }
+    elif change == "given":
+        recipe["source"] = _with_arguments(random)
     elif change == "steps":
         recipe["steps"] = [*recipe["steps"], *(_step(random) for _ in range(random.choice([1, 1, 3])))]
     elif change == "many":
@@ -53,6 +57,18 @@ def hostile_recipe(random: Random, known: dict[str, Any]) -> Any:
             [[], "x", {"source": []}, {"source": {"name": 5}}, {"steps": []}, {**recipe, "steps": {}}]
         )
     return recipe
+
+
+def _with_arguments(random: Random) -> dict[str, Any]:
+    big: Any = random.choice([*HUGE, -1, True, 1.5, None, "x", [], [10**5, 10**5], {}, "../outside"])
+    name = random.choice(
+        ["timm/test_vit", "timm/swin_tiny_patch4_window7_224", "resnet18", "vit_b_32", "py:marker:call", "torch.nn"]
+    )
+    known = ("num_classes", "img_size", "image_size", "in_chans", "global_pool", "checkpoint_path", "weights", "config")
+    names = [random.choice(known) for _ in range(random.choice([1, 1, 3]))]
+    if random.random() < 0.1:
+        return {"name": "transformers/Trainer", "arguments": {"config": {"auto_map": {"x": "marker.call"}}}}
+    return {"name": name, "arguments": dict.fromkeys(names, big)}
 
 
 def _layers(random: Random) -> Any:

@@ -53,7 +53,7 @@ def test_fit_interrupted_keeps_the_best_epoch_in_the_module_where_nothing_is_wri
 
 
 @pytest.mark.parametrize(
-    "moment", ["regraft.training.resume.run_folder.save", "regraft.training.resume.run_folder.write_config"]
+    "moment", ["regraft.training.resume.run_folder.write_model", "regraft.training.resume.run_folder.write_config"]
 )
 def test_fit_interrupted_while_saving_still_keeps_the_epoch(
     moment: str, fit: Fit, monkeypatch: pytest.MonkeyPatch

@@ -136,7 +136,10 @@ UNDESCRIBABLE = {
     ),
     "inside": (nn.Sequential(nn.ReLU(), tiny.NoisyBlock(3)), "a layer of type tiny.NoisyBlock at '1' cannot"),
     "local": (local_class(), "defined inside of a function or another class. Move the class to the top level"),
-    "main": (main_class(), "defined in the script that runs (__main__). Move the class to the top level"),
+    "main": (
+        main_class(),
+        "in a notebook or an interactive session, so that no file holds it. Move the class to the top level",
+    ),
     "parametrized": (nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), "its class was made at run time"),
     "traced": (torch.fx.symbolic_trace(nn.ReLU()), "its class is defined inside of a function"),
     "tensor": (nn.CrossEntropyLoss(weight=torch.ones(3)), "its argument 'weight' is a Tensor, no plain value"),

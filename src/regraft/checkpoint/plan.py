@@ -139,7 +139,8 @@ def plan_of(model: nn.Module) -> Plan:
     """Return the plan of a network that has a recipe.
 
     Raises:
-        EditError: It has no recipe, or is joined from several networks, each of which has a plan of its own.
+        EditError: It has no recipe, was built with arguments other than `num_classes`, or is joined from several
+            networks, each of which has a plan of its own.
     """
     check_arguments(plan_of, locals())
     recipe = card_of(model).recipe
@@ -150,9 +151,14 @@ def plan_of(model: nn.Module) -> Plan:
         )
     if recipe.source.parts:
         raise EditError(f"a network from {recipe.source.name} has several sources, which one plan cannot hold.")
+    arguments, steps = recipe.source.arguments, recipe.steps
+    if set(arguments) == {"num_classes"}:
+        steps = (Step(operation="replace_head", arguments={"new": arguments["num_classes"]}), *steps)
+    elif arguments:
+        raise EditError(f"'{recipe.source.name}' was built with {', '.join(sorted(arguments))}, which no plan holds.")
     source = recipe.source.layers or recipe.source.name
     freezing = Freezing(layers=tuple(_frozen_patterns(model, "")))
-    return Plan(source=source, weights=recipe.source.weights, edits=recipe.steps, freeze=freezing)
+    return Plan(source=source, weights=recipe.source.weights, edits=steps, freeze=freezing)
 
 
 def _build_source(plan: Plan, trust_code: bool) -> nn.Module:

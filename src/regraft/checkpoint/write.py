@@ -17,6 +17,7 @@ from regraft.checkpoint.file.format import Header, current_versions, digest_of, 
 from regraft.checkpoint.file.shards import write_checkpoint
 from regraft.checkpoint.recipes.derivation import derive_recipe
 from regraft.checkpoint.recipes.own_files import portable_recipe
+from regraft.checkpoint.storable import require_storable, stored_state
 from regraft.errors import CheckpointError
 from regraft.zoo import own_preprocessing
 
@@ -62,10 +63,12 @@ def save(
     check_minimum(save, 1, shard_bytes=shard_bytes)
     check_weights(save, "model", model)
     model = without_wrapper(model)
+    require_storable(stored_state(model))
     derivation = derive_recipe(model)
+    written = write_model(model, path, derivation.recipe, base=base, metadata=metadata, shard_bytes=shard_bytes)
     if derivation.reason is not None:
-        warnings.warn(derivation.warning(path), stacklevel=2)
-    return write_model(model, path, derivation.recipe, base=base, metadata=metadata, shard_bytes=shard_bytes)
+        warnings.warn(derivation.warning(written), stacklevel=2)
+    return written
 
 
 def write_model(

@@ -102,7 +102,9 @@ def _describe(header: Any) -> list[str]:
     card = header.card
     lines = [f"format     {header.format}"]
     if card.recipe:
-        lines.append(f"source     {card.recipe.source.name}, weights: {card.recipe.source.weights}")
+        source = card.recipe.source
+        given = [f"{name}={value}" for name, value in source.arguments.items() if isinstance(value, (int, float, str))]
+        lines.append(", ".join((f"source     {source.name}, weights: {source.weights}", *given)))
         lines += [f"edit       {step}" for step in card.recipe.steps]
     if card.task:
         lines.append(f"task       {card.task}")

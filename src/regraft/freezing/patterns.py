@@ -141,8 +141,9 @@ def _advice(model: nn.Module, value: Any) -> str:
     if isinstance(value, type) and issubclass(value, nn.Module):
         return f"Write 'type:{value.__name__}' for all layers of that class."
     if isinstance(value, int) and not isinstance(value, bool):
-        first = f"the first {value}" if value >= 0 else f"all but the last {-value}"
-        return f"Write '{CHILDREN}[:{value}]' for {first} top-level layers, '{CHILDREN}[{value}]' for that one alone."
+        one = f"'{CHILDREN}[{value}]' for that top-level layer alone"
+        first = f"the first {value}" if value > 0 else f"all but the last {-value}"
+        return f"Write {one}, '{CHILDREN}[:{value}]' for {first}." if value else f"Write {one}."
     if isinstance(value, slice):
         start, stop = ("" if end is None else end for end in (value.start, value.stop))
         return f"Write '{CHILDREN}[{start}:{stop}]' for these top-level layers."

@@ -46,10 +46,10 @@ class Derivation:
     def warning(self, path: str | os.PathLike[str]) -> str:
         """Return what to tell the user about a file without a recipe: why, how to load it, and what to change."""
         return (
-            f"no recipe rebuilds this {self.kind}, so regraft.load will refuse '{os.fspath(path)}': {self.reason}. Load "
-            "it with load_weights(model, path) into a network that your own code builds. What loads by itself: networks "
-            "of torchvision, timm and transformers, layers of torch.nn, and a class in a .py file that is built without "
-            "arguments or keeps each in an attribute of its name."
+            f"no recipe rebuilds this {self.kind}, so regraft.load will refuse '{os.fspath(path)}': {self.reason}. "
+            "Load it with load_weights(model, path) into a network that your own code builds. What loads by itself: "
+            "networks of torchvision, timm and transformers, layers of torch.nn, and a class in a .py file that is "
+            "built without arguments or keeps each in an attribute of its name."
         )
 
 
@@ -105,7 +105,7 @@ def _from_library(model: nn.Module) -> Recipe | None:
     nearest = None
     for source in library_sources(model):
         for start in _starts(model, source):
-            if nearest is None or start.distance(model) < nearest.distance(model):
+            if nearest is None or start.distance(model) <= nearest.distance(model):
                 nearest = start
         if nearest is not None and nearest.distance(model) <= NEAR:
             break
@@ -137,7 +137,9 @@ def _starts(model: nn.Module, source: Source) -> Iterator[_Start]:
 
 
 def _from_text(model: nn.Module) -> Recipe | None:
-    if type(model).__module__.partition(".")[0] in LIBRARIES and not type(model).__module__.startswith("torch.nn."):
+    module = type(model).__module__
+    is_undescribable = module.partition(".")[0] in LIBRARIES and not module.startswith("torch.nn.")
+    if is_undescribable or module.startswith("regraft."):
         return None
     return Recipe(source=Source(name="torch.nn", layers=describe(model, tied=True)))
 
@@ -145,6 +147,11 @@ def _from_text(model: nn.Module) -> Recipe | None:
 def _from_own_class(model: nn.Module) -> Recipe | None:
     if type(model).__module__.partition(".")[0] in LIBRARIES:
         return None
+    if type(model).__module__.startswith("regraft."):
+        raise EditError(
+            "regraft edited it before it had a recipe. Make the network with create_model, or save and load it, and "
+            "edit it then"
+        )
     recipe = Recipe(source=own_source(model))
     return _completed(model, _Start(recipe, differing_layers(model, rebuild(recipe, trust_code=True))))
 

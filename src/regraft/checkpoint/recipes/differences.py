@@ -20,13 +20,17 @@ from torch import nn
 
 from regraft.card import ATTRIBUTE
 from regraft.checkpoint.recipes.transformers_config import config_data, is_config
+from regraft.freezing.hold import RESET, SCRIPTABLE, TRAIN
 from regraft.torch_internals import buffers_of, children_of, non_persistent_buffers, parameters_of
 
 LIBRARIES = ("torch", "torchvision", "timm", "transformers")
-OF_EVERY_MODULE = frozenset((*vars(nn.Module()), ATTRIBUTE, "train"))  # `train` is replaced on pinned layers
-DESCRIPTIONS = {  # attributes of libraries' networks that no forward reads
-    "timm": ("pretrained_cfg", "default_cfg", "feature_info"),
-    "transformers": ("name_or_path", "generation_config", "warnings_issued"),
+IGNORED = frozenset((*vars(nn.Module()), ATTRIBUTE, TRAIN, RESET, SCRIPTABLE))  # of every module, and of pins
+NO_SETTINGS = {  # attributes of libraries' networks that change no output, or that each forward sets by its input
+    "timm": ("pretrained_cfg", "default_cfg", "feature_info", "grad_checkpointing"),
+    "transformers": (
+        *("name_or_path", "generation_config", "warnings_issued", "gradient_checkpointing"),
+        *("shift_size", "window_size"),
+    ),
 }
 ADDRESS = re.compile(r"0x[0-9a-f]+")
 MAX_SHOWN = 40  # characters of a value in a message
@@ -93,7 +97,7 @@ def _tensor_difference(layer: nn.Module, other: nn.Module) -> str | None:
 
 def _setting_difference(layer: nn.Module, other: nn.Module, seen: set[tuple[int, int]]) -> str | None:
     library = type(layer).__module__.partition(".")[0]
-    ignored = {*OF_EVERY_MODULE, *DESCRIPTIONS.get(library, ())}
+    ignored = {*IGNORED, *NO_SETTINGS.get(library, ())}
     settings, expected = (
         {
             name: value

@@ -16,7 +16,7 @@ from torch.nn.modules import module as hooks
 from regraft.card import Source
 from regraft.checkpoint.recipes.transformers_config import PREFIX, build_from_config
 from regraft.errors import ModelError, RegraftError
-from regraft.surgery.layer_text.build import BoundedConstruction
+from regraft.surgery.layer_text.build import CountedConstruction, TooLargeError, max_elements
 from regraft.surgery.layer_text.parse import shortened
 from regraft.zoo import PYTHON, TIMM, build
 
@@ -81,8 +81,8 @@ def _build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     except Exception as error:  # constructors raise anything where an argument does not suit them
         shown = ", ".join(f"{argument}={value!r}" for argument, value in arguments.items())
         raise ModelError(
-            f"'{name}' cannot be built with {shown}: {type(error).__name__}: {str(error)[:200]}. Was another version of "
-            "its library used?"
+            f"'{name}' cannot be built with {shown}: {type(error).__name__}: {str(error)[:200]}. Was another "
+            "version of its library used?"
         ) from error
 
 
@@ -103,6 +103,18 @@ def _argument(source: str, name: str, value: Any) -> Any:
     )
 
 
+class _BoundedConstruction(CountedConstruction):
+    """Limits the size of each tensor as well, as tables of positions grow with the square of an argument."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(result, torch.Tensor) and result.numel() > (most := max_elements()):
+            raise TooLargeError(
+                f"a recipe asks for a tensor of {result.numel():,} elements, and {most:,} are the most."
+            )
+        return result
+
+
 @contextlib.contextmanager
 def _bounded() -> Iterator[None]:
     """Build on the meta device, and limit layers, operations and the size of each tensor, inside of the block.
@@ -120,7 +132,7 @@ def _bounded() -> Iterator[None]:
 
     handle = hooks.register_module_module_registration_hook(registered)
     try:
-        with BoundedConstruction(), torch.device("meta"):
+        with _BoundedConstruction(), torch.device("meta"):
             yield
     finally:
         handle.remove()

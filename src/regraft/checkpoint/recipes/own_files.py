@@ -72,12 +72,14 @@ def _located(where: str, folder: Path) -> str:
         return where
     name = PurePosixPath(where.replace("\\", "/")).name
     places = [base / part for base in (folder, Path()) for part in dict.fromkeys((where, name))]
-    # Beside the running script, where Python imports modules from as well; not among installed libraries.
-    places += [Path(entry, name) for entry in sys.path if not _is_installed(Path(entry))]
+    # Where this process has imported a file of this name, or would, as beside the running script; but no library.
+    imported = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    elsewhere = [Path(file) for file in imported if isinstance(file, str) and Path(file).name == name]
+    places += [path for path in (*elsewhere, *(Path(entry, name) for entry in sys.path)) if not _is_installed(path)]
     file = next((place for place in places if place.is_file()), None)
     if file is not None:
         return str(file.resolve())
-    searched = ", ".join(f"'{place}'" for place in dict.fromkeys(os.path.abspath(place) for place in places))
+    searched = ", ".join(f"'{place}'" for place in dict.fromkeys(place.absolute() for place in places))
     raise ModelError(
         f"no file '{where}' with the class of the network; searched: {searched}. Put it beside the checkpoint."
     )

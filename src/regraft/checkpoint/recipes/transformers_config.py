@@ -30,7 +30,7 @@ LEFT_OUT = frozenset(
         *("quantization_config", "compression_config", "sparsity_config", "adapter_path", "peft_config"),
     )
 )
-FETCHES = re.compile(r"\b(get_kernel|lazy_load_kernel|load_backbone|timm\.create_model|torch\.hub|torch\.load)\(")
+FETCHES = re.compile(r"\b(get_kernel|lazy_load_kernel|load_backbone|timm\.create_model|torch\.hub\.\w+)\(")
 MAX_INTEGER = 2**24  # some constructors run a loop over a number of the configuration
 
 

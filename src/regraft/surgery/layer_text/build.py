@@ -120,6 +120,11 @@ class TooLargeError(EditError):
 _most_elements: ContextVar[int] = ContextVar("most_elements", default=MAX_ELEMENTS)
 
 
+def max_elements() -> int:
+    """Return the number of elements that all tensors of one text may have together."""
+    return _most_elements.get()
+
+
 @contextlib.contextmanager
 def at_most(elements: int) -> Iterator[None]:
     """Limit the number of elements of all tensors of one text together, inside of the block."""
@@ -130,11 +135,8 @@ def at_most(elements: int) -> Iterator[None]:
         _most_elements.reset(token)
 
 
-class BoundedConstruction(TorchFunctionMode):
-    """Limits the operations of constructors on the meta device, and the size of each tensor that they make.
-
-    Some run a loop over an argument, which may be any number, or make tables that grow with its square.
-    """
+class CountedConstruction(TorchFunctionMode):
+    """Limits the operations of a constructor: some run a loop over an argument, which may be any number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,13 +145,8 @@ class BoundedConstruction(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._count += 1
         if self._count > MAX_OPERATIONS:
-            raise EditError(f"a recipe asks for more than {MAX_OPERATIONS:,} operations, to be built alone.")
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and not is_lazy(result) and result.numel() > (most := _most_elements.get()):
-            raise TooLargeError(
-                f"a recipe asks for a tensor of {result.numel():,} elements, and {most:,} are the most."
-            )
-        return result
+            raise EditError(f"a text asks for more than {MAX_OPERATIONS:,} operations, to be built alone.")
+        return func(*args, **(kwargs or {}))
 
 
 def _dry_run(value: Any, *, trust_code: bool) -> Any:
@@ -157,7 +154,7 @@ def _dry_run(value: Any, *, trust_code: bool) -> Any:
     makers = _makers(value, trust_code=trust_code)
     with warnings.catch_warnings(), preserved_randomness():
         warnings.simplefilter("ignore")  # the real run gives them
-        with BoundedConstruction():
+        with CountedConstruction():
             built = _built(value, makers, dry=True)
     layers = built if isinstance(built, tuple) else (built,)
     text = ", ".join(map(str, value if isinstance(value, tuple) else (value,)))
