@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from html import escape
-from typing import Any, TextIO
+from typing import IO, Any
 
 from regraft.display import printable
 from regraft.progress import SILENT, Item, Progress
@@ -160,7 +160,7 @@ def progress_of(progress: Progress | bool) -> Progress:
     return NotebookProgress() if Console().is_jupyter else ConsoleProgress()
 
 
-def screen_width(stream: TextIO) -> int | None:
+def screen_width(stream: IO[str]) -> int | None:
     """Return the columns of the terminal that a stream writes to; None for a file or a pipe."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or None if stream.isatty() else None

@@ -18,7 +18,8 @@ from regraft import save
 from regraft.card import Preprocessing, attach
 from regraft.cli.app import app
 from regraft.errors import CheckpointError, TrustError
-from scene import Cli, assert_refused, nothing_written, write_folder, write_photo
+from report.results import Page, assert_complete_in_itself
+from scene import Cli, assert_refused, nothing_written, only_json, write_folder, write_photo
 
 
 @pytest.mark.parametrize(
@@ -124,3 +125,40 @@ def test_cli_predict_and_evaluate_take_the_base_of_a_delta(tmp_path: Path) -> No
         assert "--base" in refused.output
         ran = CliRunner().invoke(app, [*words, "--base", str(tmp_path / "bases")])
         assert ran.exit_code == 0, ran.output
+
+
+def test_cli_evaluate_writes_a_report(cli: Cli, saved: Path, photos: Path) -> None:
+    (photos / "cats" / "bad.jpg").write_text("no photo")
+    words = ("evaluate", saved, photos, "--trust-code")
+    result = cli(*words, "--report", "test.html", "--json")
+    value = only_json(result.stdout)
+    assert value["report"] == "test.html"
+    page = Page(Path("test.html").read_text())
+    assert_complete_in_itself(page)
+    correct = round(value["accuracy"] * 12)
+    assert f"Accuracy {100 * value['accuracy']:.1f} % {correct} of 12 photos" in page.text
+    assert f"{photos}/cats/bad.jpg not an image" in page.text
+    assert all(f" {phase} " in page.text for phase in ("start", "model", "reading", "evaluating", "report"))
+    assert {attributes["href"][1:] for attributes in page.all("a")} <= {a["id"] for _, a in page.tags if "id" in a}
+    with nothing_written():
+        assert_refused(cli(*words, "--report", "test.html"), "'test.html' exists. Choose another --report")
+        assert_refused(cli(*words, "--report", "test.pdf"), "'test.pdf' does not end in .html")
+        assert_refused(cli(*words, "--report", "no/test.html"), "no folder 'no' to write 'test.html' into")
+
+
+def test_cli_evaluate_fits_into_80_columns(cli: Cli, tmp_path: Path) -> None:
+    names = tuple(f"a very long name of a class of photos, number {index}" for index in range(12))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 12))
+    attach(model, classes=names, task="classification", preprocessing=Preprocessing(size=8, resize=8))
+    save(model, "m.safetensors")
+    write_folder(tmp_path / "data", names, count=2)
+    lines = cli("evaluate", "m.safetensors", "data").stdout.splitlines()
+    metrics = regraft.evaluate(model, "data")
+    low, high = metrics.accuracy_interval or (0, 0)
+    assert lines[1] == f"95 % interval {low:.4f} to {high:.4f} (Wilson)"
+    assert max(map(len, lines)) <= 80
+    true, predicted, count = metrics.confusions()[0]
+    first = lines[lines.index("") + 16]
+    assert true[-9:] in first
+    assert predicted[-9:] in first
+    assert first.endswith(f"{count} of 2")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import functools
+import io
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TextIO, TypeVar
 
 import typer
@@ -27,6 +31,10 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Print deta
 INTERRUPTED = 130
 WRONG_PATHS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)  # errors that only another path can fix
 _RESULTS: ContextVar[TextIO] = ContextVar("results")
+_BEGAN: ContextVar[float] = ContextVar("began")
+MAX_START_S = 60  # of Python and this package; a process that seems older has a clock that was changed
+MAX_CLASS_NAME = 36  # characters, so that the table of the classes fits into 80 columns
+MAX_PAIRS = 5
 
 
 def results() -> TextIO:
@@ -37,6 +45,59 @@ def results() -> TextIO:
 def say(line: str = "") -> None:
     """Print one line of a result on standard output; a terminal gets it in several where it is longer than one."""
     print(wrapped(printable(line), screen_width(results()), LABEL), file=results())
+
+
+def say_classes(metrics: Any) -> None:
+    """Print the table of the classes, and the most frequent confusions."""
+    rows = [
+        (
+            shortened(entry.name, MAX_CLASS_NAME),
+            str(entry.count),
+            str(metrics.confusion[index][index]),
+            f"{entry.precision:.3f}",
+            f"{entry.recall:.3f}",
+            f"{entry.f1:.3f}",
+        )
+        for index, entry in enumerate(metrics.per_class)
+    ]
+    say_table(("class", "photos", "right", "precision", "recall", "F1"), rows, (False, *5 * (True,)))
+    pairs = metrics.confusions()
+    say()
+    if not pairs:
+        say("no photo was taken for another class")
+        return
+    mistakes, shown = sum(count for _, _, count in pairs), pairs[:MAX_PAIRS]
+    counts = {entry.name: entry.count for entry in metrics.per_class}
+    lines = [
+        (shortened(true, 30), shortened(predicted, 30), f"{count} of {counts[true]}")
+        for true, predicted, count in shown
+    ]
+    say_table(("most confused", "taken for", "photos"), lines, (False, False, True))
+    if rest := mistakes - sum(count for _, _, count in shown):
+        say(f"{rest} of the {mistakes} mistakes are in other pairs")
+
+
+def shortened(text: str, limit: int) -> str:
+    """Replace the middle of a text that is longer than `limit` characters.
+
+    >>> shortened("Staffordshire bullterrier", 12)
+    'Staffo…rrier'
+    """
+    text = printable(text)
+    return text if len(text) <= limit else f"{text[: limit // 2]}…{text[len(text) - (limit - 1) // 2 :]}"
+
+
+def mark_process_start() -> None:
+    """Let `seconds_since_start` count from the start of this process, which is a command alone."""
+    import psutil
+
+    age = time.time() - psutil.Process().create_time()
+    _BEGAN.set(time.perf_counter() - (age if 0 <= age < MAX_START_S else 0.0))
+
+
+def seconds_since_start() -> float:
+    """Return the seconds since the process began, or the command where it runs in another program."""
+    return time.perf_counter() - _BEGAN.get()
 
 
 def say_lines(text: str) -> None:
@@ -52,9 +113,37 @@ def say_summary(summary: Any) -> None:
     say_lines(text_tree(summary, screen_width(results())))
 
 
+def say_text(text: str) -> None:
+    """Print a text for programs on standard output, with its line ends as they are."""
+    stream = results()
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(newline="")  # a line break within a cell of a CSV stays what it is on Windows too
+    print(text, end="", file=stream)
+
+
 def say_json(value: Any) -> None:
     """Print one JSON value on standard output."""
-    print(json.dumps(value, indent=2, allow_nan=False, default=str), file=results())
+    print(json_text(value), end="", file=results())
+
+
+def json_text(value: Any) -> str:
+    """Return one JSON value as text."""
+    return json.dumps(value, indent=2, allow_nan=False, default=str) + "\n"
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Return a table as CSV, with cells in quotes where they need them."""
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8; bytes of file names that are no UTF-8 become escapes."""
+    from regraft.checkpoint.file.atomic import atomic_write
+
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def say_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[bool]) -> None:
@@ -75,6 +164,7 @@ def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Resul
     @functools.wraps(command)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         token = _RESULTS.set(sys.stdout)
+        began = _BEGAN.set(_BEGAN.get(time.perf_counter()))
         try:
             with contextlib.redirect_stdout(sys.stderr), flags_in_messages():
                 result = command(*args, **kwargs)
@@ -98,6 +188,7 @@ def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Resul
             raise typer.Exit(RegraftError.exit_code) from error
         finally:
             _RESULTS.reset(token)
+            _BEGAN.reset(began)
 
     return run
 

@@ -1,14 +1,25 @@
 """`regraft train`: train a classifier on photos, and write a report."""
 
+import contextlib
 import inspect
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
 from typer import Argument, Option
 
-from regraft.cli.output import VerboseOption, guarded, require, say, say_json, say_lines, say_table
+from regraft.cli.output import (
+    VerboseOption,
+    guarded,
+    require,
+    say,
+    say_classes,
+    say_json,
+    say_lines,
+    seconds_since_start,
+)
 from regraft.console import ConsoleProgress
 from regraft.train_options import TrainOption, list_options
 
@@ -79,23 +90,32 @@ def train(
     if dry_run:
         _preview(settings, trust_code=trust_code, as_json=as_json)
         return
-    result = fit(
-        settings.model,
-        settings.data,
-        config=settings,
-        overwrite=overwrite,
-        resume=resume is not None,
-        trust_code=trust_code,
-        progress=progress,
-    )
-    assert result.out is not None
+    start_s = seconds_since_start()
+    try:
+        result = fit(
+            settings.model,
+            settings.data,
+            config=settings,
+            overwrite=overwrite,
+            resume=resume is not None,
+            trust_code=trust_code,
+            progress=progress,
+        )
+    except (Exception, KeyboardInterrupt) as error:
+        _report_so_far(error, start_s, progress)
+        raise
+    folder = result.out
+    assert folder is not None
+    result = replace(result, seconds={"start": start_s, **result.seconds})
+    trained_s = seconds_since_start()
     try:
         with progress.status("writing the report"):
             from regraft.report import write_report  # here, as it imports matplotlib
 
-            report = write_report(result, result.out / "report.html")
+            report = write_report(result, folder / "report.html")
     except KeyboardInterrupt as interruption:
         raise Interrupted(f"stopped by Ctrl-C. The model is kept in '{result.checkpoint}'.") from interruption
+    result = replace(result, seconds={**result.seconds, "report": seconds_since_start() - trained_s})
     if as_json:
         say_json({**result.to_dict(), "report": str(report)})
         return
@@ -142,6 +162,21 @@ def _preview(settings: "TrainConfig", *, trust_code: bool, as_json: bool) -> Non
         say_json(answer)
 
 
+def _report_so_far(error: BaseException, start_s: float, progress: ConsoleProgress) -> None:
+    """Write the report of a run that was stopped, of its best epoch so far, if there is one."""
+    from regraft.errors import RegraftError
+    from regraft.report import write_report
+    from regraft.training.result import FitResult
+
+    result = getattr(error, "result", None)
+    if not isinstance(result, FitResult) or (folder := result.out) is None:
+        return
+    result = replace(result, seconds={"start": start_s, **result.seconds})
+    progress.say("stopping   writing the report of the best epoch so far; Ctrl-C skips it")
+    with contextlib.suppress(RegraftError, OSError, KeyboardInterrupt):  # it says less than the error that follows
+        progress.say(f"report     {write_report(result, folder / 'report.html')}")
+
+
 def _free_folder(data: str) -> str:
     from regraft.arguments import path_problem
 
@@ -160,14 +195,11 @@ def _print_result(result: "FitResult", report: Path, *, verbose: bool) -> None:
     say(f"result     {metrics.headline()}, after epoch {result.best_epoch}")
     say(f"           on {metrics.count:,} photos held back{_uncertainty(metrics)}")
     if verbose:
-        say("seconds    " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items()))
+        phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items())
+        say(f"seconds    {sum(result.seconds.values()):.1f}: {phases}")
         if metrics.per_class:
             say()
-            rows = [
-                (entry.name, f"{entry.precision:.3f}", f"{entry.recall:.3f}", f"{entry.f1:.3f}", str(entry.count))
-                for entry in metrics.per_class
-            ]
-            say_table(("class", "precision", "recall", "F1", "photos"), rows, (False, True, True, True, True))
+            say_classes(metrics)
             say()
     say(f"model      {result.checkpoint}")
     say(f"report     {report}")

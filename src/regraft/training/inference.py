@@ -246,7 +246,8 @@ def _files(item: Any) -> list[Path]:
         return files
     if path.exists():
         return [path]
-    if glob.has_magic(str(path)) and (matches := sorted(glob.glob(str(path), recursive=True))):  # quoted for the shell
+    # A pattern that the shell has passed on. Path.glob takes no absolute one.
+    if matches := sorted(glob.glob(str(path), recursive=True)):  # noqa: PTH207
         return [file for match in matches for file in _files(match)]
     raise DataError(f"no file or folder '{path}' (looked from {Path.cwd()}).")
 
