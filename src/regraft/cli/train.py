@@ -88,7 +88,7 @@ def train(
         from regraft.training.fitting import fit
 
     if dry_run:
-        _preview(settings, trust_code=trust_code, as_json=as_json)
+        _preview(settings, progress, trust_code=trust_code, as_json=as_json)
         return
     start_s = seconds_since_start()
     try:
@@ -143,13 +143,15 @@ def _settings(
     return find_run_to_continue(resume)
 
 
-def _preview(settings: "TrainConfig", *, trust_code: bool, as_json: bool) -> None:
+def _preview(settings: "TrainConfig", progress: ConsoleProgress, *, trust_code: bool, as_json: bool) -> None:
     """Print how a weights file fits the network, and what would be trained."""
     from regraft.checkpoint import create_model
     from regraft.checkpoint.create import weights_path
     from regraft.checkpoint.matching.naming import parse_rules
+    from regraft.errors import CheckpointError
+    from regraft.training.fitting import preview
 
-    answer: dict[str, Any] = {}
+    answer: dict[str, Any] = {"weights": None}
     if weights_path(settings.weights) is not None:
         options: Any = {"match": settings.match, "entry": settings.entry, "accept": settings.accept}
         options |= {"rename": parse_rules(settings.rename), "weights": settings.weights, "trust_code": trust_code}
@@ -160,6 +162,10 @@ def _preview(settings: "TrainConfig", *, trust_code: bool, as_json: bool) -> Non
             say()
     if as_json:
         say_json(answer)
+    try:
+        preview(settings, progress, trust_code=trust_code)
+    except CheckpointError as error:  # the answer to a dry run, not a failure of it
+        progress.say(f"would fail {error}")
 
 
 def _report_so_far(error: BaseException, start_s: float, progress: ConsoleProgress) -> None:
