@@ -40,10 +40,9 @@ def predict(
     require(not (as_json and as_csv), "--json and --csv exclude each other. Pass one of them.")
     if out is not None:
         _check_file(out, overwrite=overwrite)
-    from regraft.card import card_of
-
     progress = ConsoleProgress()
     with progress.status("loading the model"):
+        from regraft.card import card_of
         from regraft.checkpoint import load
         from regraft.training.inference import predict as predict_images
 
