@@ -107,6 +107,12 @@ def say_lines(text: str) -> None:
         say(line)
 
 
+def say_code(text: str) -> None:
+    """Print code on standard output, with its lines as they are."""
+    for line in text.splitlines():
+        print(printable(line), file=results())
+
+
 def say_summary(summary: Any) -> None:
     """Print the layers of a network on standard output."""
     from regraft.anatomy.summary_table import text_tree
