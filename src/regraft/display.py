@@ -62,6 +62,15 @@ def shortened(rows: Sequence[Sequence[str]], first: int, last: int) -> list[Sequ
     return [*rows[:first], gap, *rows[len(rows) - last :]]
 
 
+def cut_middle(text: str, limit: int) -> str:
+    """Replace the middle of a text that is longer than `limit` characters.
+
+    >>> cut_middle("Staffordshire bullterrier", 12)
+    'Staffo…rrier'
+    """
+    return text if len(text) <= limit else f"{text[: limit // 2]}…{text[len(text) - (limit - 1) // 2 :]}"
+
+
 def printable(text: str) -> str:
     r"""Escape characters that would break a line or a terminal: line breaks, control characters, undecodable bytes.
 

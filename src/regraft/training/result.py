@@ -195,6 +195,7 @@ class FitResult:
             ("losses", f"{' -> '.join(dict.fromkeys((losses[0], losses[-1])))} in training" if losses else ""),
             ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())),
             ("once", share),
+            ("stopped", f"by {self.stopped_by}" if self.stopped_by else ""),
         ]
 
     @property
