@@ -22,8 +22,8 @@ from regraft.checkpoint.matching.loading import Rules, plan_loading
 from regraft.checkpoint.read import load, load_untrained
 from regraft.errors import ArgumentError, CheckpointError, ConfigError, nearest
 from regraft.surgery.head import replace_head
-from regraft.zoo import build, is_network_name, weights_name
 from regraft.wording import for_caller
+from regraft.zoo import build, is_network_name, weights_name
 
 OTHER_WORDS = {  # arguments of torchvision, timm, Keras and transformers → what to write instead
     "pretrained_cfg": 'Write weights="default", or the name of registered weights.',
