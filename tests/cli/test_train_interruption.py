@@ -13,10 +13,11 @@ import typer.testing
 
 import regraft
 from regraft.errors import Interrupted
+from report.results import Page
 from scene import Cli, Fit, assert_refused, interrupting, listing, nothing_written, only_json, results
 
 
-@pytest.mark.parametrize("phase", ["regraft.data.photos.decode_all", "regraft.training.setup.create_model"])
+@pytest.mark.parametrize("phase", ["regraft.data.photos.decode_all", "regraft.training.model_for_data.create_model"])
 def test_cli_train_interrupted_before_training_begins_writes_nothing(
     phase: str, cli: Cli, train_words: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,10 +109,54 @@ def test_cli_train_exits_with_143_at_sigterm_and_keeps_everything(cli: Cli, trai
     last = result.stderr.splitlines()[-1]
     assert last.startswith("stopped by SIGTERM. The best so far (epoch 1, ")
     assert last.endswith("To continue: regraft train --resume run --trust-code")
-    assert results() == {"model.safetensors", "metrics.csv", "config.toml"}
+    assert "report     run/report.html" in result.stderr.splitlines()
+    assert results() == {"model.safetensors", "metrics.csv", "config.toml", "report.html"}
+    page = Page(Path("run/report.html").read_text())
+    assert "stopped after 1 of 3 epochs, by SIGTERM. The figures are those of the best epoch so far." in page.text
+    assert page.text.count("regraft train --resume run --trust-code") == 2
     result = cli("train", "--resume", "run", "--trust-code", "--json")
+    assert "stopped" not in Path("run/report.html").read_text()
     assert len(only_json(result.stdout)["epochs"]) == 3
     assert {*listing(Path("run"))} == {"model.safetensors", "metrics.csv", "config.toml", "report.html"}
+
+
+RAISING = """
+import torch
+
+calls = []
+
+def loss(outputs, targets):
+    calls.append(1)
+    if len(calls) == 6:
+        raise ValueError("a bug in the loss")
+    return torch.nn.functional.cross_entropy(outputs, targets)
+"""
+
+
+def test_cli_train_reports_what_a_crash_has_left(cli: Cli, train_words: list[object]) -> None:
+    Path("raising.py").write_text(RAISING)
+    words = (*train_words, "--epochs", 3, "--checkpoint-minutes", 0, "--loss", "py:raising.py:loss", "--out", "run")
+    result = cli(*words)
+    assert isinstance(result.exception, ValueError)
+    best, hint = result.exception.__notes__
+    assert best.startswith("The best so far (epoch 1, accuracy ")
+    assert hint == "To continue: regraft train --resume run --trust-code"
+    page = Page(Path("run/report.html").read_text())
+    assert "stopped after 1 of 3 epochs, by ValueError: a bug in the loss." in page.text
+
+
+def test_cli_train_interrupted_again_leaves_out_the_report(
+    cli: Cli, train_words: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    Path("term.py").write_text(TERMINATED)
+    monkeypatch.setattr("regraft.report.write_report", stop)
+    result = cli(*train_words, "--epochs", 3, "--loss", "py:term.py:loss", "--out", "run")
+    assert result.exit_code == 143
+    assert result.stderr.splitlines()[-1].startswith("stopped by SIGTERM. The best so far (epoch 1, ")
+    assert results() == {"model.safetensors", "metrics.csv", "config.toml"}
 
 
 def test_cli_train_leaves_nothing_at_sigterm_before_training(
@@ -120,7 +165,7 @@ def test_cli_train_leaves_nothing_at_sigterm_before_training(
     def stop(*_: object, **__: object) -> None:
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("regraft.training.setup.create_model", stop)
+    monkeypatch.setattr("regraft.training.model_for_data.create_model", stop)
     with nothing_written():
         result = cli(*train_words, "--out", "run")
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (143, "stopped by SIGTERM. Nothing was written.")

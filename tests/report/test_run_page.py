@@ -14,11 +14,10 @@ from scipy.stats import binomtest
 from torch import nn
 
 from regraft.data.decode import Unreadable
-from regraft.errors import RunError
+from regraft.errors import ArgumentError, RunError
 from regraft.report import plots, write_report
-from regraft.report.run_page import wilson_interval
 from regraft.training.config import TrainConfig
-from regraft.training.metrics import measure
+from regraft.training.metrics import Scores, measure
 from regraft.training.result import ComputedOnce, EpochRecord
 from report.results import Page, assert_complete_in_itself, classified, photos, regressed, written
 
@@ -58,13 +57,6 @@ def test_write_report_states_the_figures_of_the_result(tmp_path: Path) -> None:
     assert f"torch {torch.__version__.partition('+')[0]}" in page.text
 
 
-@pytest.mark.parametrize(("correct", "count"), [(0, 7), (7, 7), (132, 153), (1, 1)])
-def test_wilson_interval_agrees_with_scipy(correct: int, count: int) -> None:
-    assert wilson_interval(correct, count) == pytest.approx(
-        tuple(binomtest(correct, count).proportion_ci(method="wilson")), abs=1e-6
-    )
-
-
 def test_write_report_calls_few_photos_few(tmp_path: Path) -> None:
     assert "interval is wide" in written(classified(("a", "b"), count=99), tmp_path).text
     assert "interval is wide" not in written(classified(("a", "b"), count=100), tmp_path).text
@@ -80,7 +72,7 @@ def test_write_report_shows_the_most_confident_mistakes_first_and_upright(tmp_pa
     turned[0x0112] = 6  # a quarter turn: the photo is wide, and shows something high
     Image.new("RGB", (300, 200)).save(paths[expected[0]], "JPEG", exif=turned)
     page = written(result, tmp_path)
-    images = page.all("img")
+    images = page.all("img")[: len(expected)]
     assert [attributes["alt"][:6] for attributes in images] == [paths[index].name for index in expected]
     sizes = []
     for attributes in images:
@@ -153,7 +145,7 @@ def test_write_report_without_mistakes(tmp_path: Path) -> None:
         best_epoch=1,
     )
     page = written(result, tmp_path)
-    assert "every validation photo was predicted rightly" in page.text
+    assert "Most confident mistakes None." in page.text
     assert "no choice between epochs" in page.text
 
 
@@ -177,7 +169,7 @@ def test_write_report_of_a_regression(tmp_path: Path) -> None:
         assert figure in page.text
     errors = (result.outputs.flatten() - result.targets).abs()
     worst = sorted(range(50), key=lambda index: -errors[index].item())[:12]
-    assert [attributes["alt"][:6] for attributes in page.all("img")] == [paths[index].name for index in worst]
+    assert [attributes["alt"][:6] for attributes in page.all("img")[:12]] == [paths[index].name for index in worst]
     assert "onfusion" not in page.text
     assert "alibration" not in page.text
 
@@ -188,6 +180,42 @@ def test_write_report_of_a_regression_with_equal_targets(tmp_path: Path) -> None
     result = regressed(3, outputs=outputs, targets=targets, validation=found)
     result = replace(result, history=(EpochRecord(1, 0.0, found, 0.1, 0.1),))
     assert "all targets are equal" in written(result, tmp_path).text
+
+
+def test_write_report_shows_the_least_and_the_most_confident_right_predictions(tmp_path: Path) -> None:
+    paths = photos(tmp_path / "photos", [f"{index:02}.png" for index in range(60)])
+    result = classified(("ant", "bee", "wasp"), paths=paths)
+    confidence, predicted = result.outputs.softmax(1).max(1)
+    right = sorted((i for i in range(60) if predicted[i] == result.targets[i]), key=lambda i: confidence[i].item())
+    page = written(result, tmp_path)
+    shown = [attributes["alt"].partition(":")[0] for attributes in page.all("img")]
+    assert shown[-12:-6] == [paths[index].name for index in right[:6]]
+    surest = [index for index in reversed(right) if index in right[-20:]]
+    of_each = [[index for index in surest if predicted[index] == k][:2] for k in range(3)]
+    assert set(shown[-6:]) == {paths[index].name for indices in of_each for index in indices}
+
+
+def test_write_report_of_an_evaluation(tmp_path: Path) -> None:
+    result = classified(("ant", "bee"))
+    paths = photos(tmp_path / "photos", [f"{index:02}.png" for index in range(60)])
+    scores = Scores(result.outputs, result.targets, paths, model="tiny", seconds={"reading": 70.0})
+    metrics = replace(result.validation, scores=scores)
+    page = Page(write_report(metrics, tmp_path / "e.html").read_text())
+    assert_complete_in_itself(page)
+    assert "Learning" not in page.text
+    assert f"Accuracy {100 * (metrics.accuracy or 0):.1f} %" in page.text
+    assert "reading 1 min 10 s" in page.text
+    assert len(page.all("img")) > 12
+    with pytest.raises(ArgumentError, match=r"Metrics without scores.* Pass what `fit` or `evaluate` returned"):
+        write_report(result.validation, tmp_path / "e.html")
+
+
+def test_write_report_says_that_a_run_was_stopped_and_how_to_go_on(tmp_path: Path, plain: Page) -> None:
+    stopped = classified(("a", "b"), stopped_by="Ctrl-C", to_continue="regraft train --resume 'my run'")
+    text = written(stopped, tmp_path).text
+    assert "This run was stopped after 3 of 3 epochs, by Ctrl-C." in text
+    assert "To continue: regraft train --resume 'my run'" in text
+    assert "stopped" not in plain.text
 
 
 @pytest.fixture(scope="module")

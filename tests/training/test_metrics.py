@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import sklearn.metrics
 import torch
+from scipy.stats import binomtest
 
-from regraft.training.metrics import Metrics, measure, reliability
+from regraft.training.metrics import Metrics, measure, reliability, wilson_interval
 
 NAMES = ("a", "b", "c", "d")
 
@@ -109,3 +110,10 @@ def test_metrics_are_better_when_more_accurate_then_by_lower_loss(better: Metric
     if worse is not None:
         assert not worse.is_better_than(better)
         assert not better.is_better_than(better)
+
+
+@pytest.mark.parametrize(("correct", "count"), [(0, 7), (7, 7), (132, 153), (1, 1)])
+def test_wilson_interval_agrees_with_scipy(correct: int, count: int) -> None:
+    assert wilson_interval(correct, count) == pytest.approx(
+        tuple(binomtest(correct, count).proportion_ci(method="wilson")), abs=1e-6
+    )

@@ -13,7 +13,7 @@ from regraft.cli.evaluate import evaluate
 from regraft.cli.inspect import inspect
 from regraft.cli.merge import merge
 from regraft.cli.models import models
-from regraft.cli.output import say
+from regraft.cli.output import mark_process_start, say
 from regraft.cli.predict import predict
 from regraft.cli.surgery import surgery
 from regraft.cli.train import train
@@ -48,6 +48,7 @@ def options(
 
 def main() -> None:
     """Run the command line."""
+    mark_process_start()
     for stream in (sys.stdout, sys.stderr):  # file names may have characters that the terminal's encoding lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -1,11 +1,14 @@
 """`regraft evaluate`: metrics of a saved model on labelled photos."""
 
+import importlib
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
 from regraft.cli.merge import BaseOption
-from regraft.cli.output import guarded, say, say_json, say_table
+from regraft.cli.output import guarded, require, require_order, say, say_classes, say_json, seconds_since_start
 from regraft.console import ConsoleProgress
 
 
@@ -13,6 +16,8 @@ from regraft.console import ConsoleProgress
 def evaluate(
     checkpoint: Annotated[str, Argument(help="A checkpoint of `regraft train` or regraft.save.")],
     data: Annotated[str, Argument(help="Folder with a folder per class, or with val/; or a .csv table.")],
+    report: Annotated[Path | None, Option(help="Write a report with pictures and plots, as in test.html.")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing report.")] = False,
     batch_size: Annotated[int, Option(help="Photos per batch.", min=1)] = 32,
     device: Annotated[str, Option(help="auto, cpu, cuda, …")] = "auto",
     base: BaseOption = None,
@@ -21,25 +26,39 @@ def evaluate(
 ) -> None:
     """Evaluate a saved model on labelled photos.
 
-    Example: regraft evaluate runs/photos-1/model.safetensors photos/
+    Example: regraft evaluate runs/photos-1/model.safetensors photos/ --report test.html
     """
-    from regraft.checkpoint import load
-    from regraft.training.inference import evaluate as evaluate_model
+    require_order("evaluate", checkpoint, [data])
+    if report is not None:
+        require(report.suffix.lower() in (".html", ".htm"), f"--report '{report}' does not end in .html.")
+        require(report.parent.is_dir(), f"no folder '{report.parent}' to write '{report.name}' into. Create it first.")
+        require(overwrite or not report.exists(), f"'{report}' exists. Choose another --report, or pass --overwrite.")
+    progress = ConsoleProgress()
+    with progress.status("loading the model"):
+        from regraft.checkpoint import load
+        from regraft.training.inference import evaluate as evaluate_model
 
-    model = load(checkpoint, base=base, trust_code=trust_code)
-    metrics = evaluate_model(model, data, batch_size=batch_size, device=device, progress=ConsoleProgress())
+        if report is not None:
+            importlib.import_module("regraft.report")  # matplotlib takes seconds, which count as a part of the start
+        start_s = seconds_since_start()
+        model = load(checkpoint, base=base, trust_code=trust_code)
+        model_s = seconds_since_start() - start_s
+    metrics = evaluate_model(model, data, batch_size=batch_size, device=device, progress=progress)
+    if report is not None:
+        from regraft.report import write_report
+
+        assert metrics.scores is not None
+        seconds = {"start": start_s, "model": model_s, **metrics.scores.seconds}
+        scores = replace(metrics.scores, checkpoint=checkpoint, seconds=seconds)
+        write_report(replace(metrics, scores=scores), report)
     if as_json:
-        say_json(metrics.to_dict())
+        say_json({**metrics.to_dict(), **({"report": str(report)} if report is not None else {})})
         return
     say(metrics.headline())
-    if metrics.per_class:
-        names = [entry.name for entry in metrics.per_class]
+    if metrics.accuracy_interval is not None:
+        low, high = metrics.accuracy_interval
+        say(f"95 % interval {low:.4f} to {high:.4f} (Wilson)")
         say()
-        rows = [
-            (entry.name, f"{entry.precision:.3f}", f"{entry.recall:.3f}", f"{entry.f1:.3f}", str(entry.count))
-            for entry in metrics.per_class
-        ]
-        say_table(("class", "precision", "recall", "F1", "photos"), rows, (False, True, True, True, True))
-        say()
-        confusion = [(name, *map(str, row)) for name, row in zip(names, metrics.confusion, strict=True)]
-        say_table(("true \\ predicted", *names), confusion, (False, *(True for _ in names)))
+        say_classes(metrics)
+    if report is not None:
+        say(f"report     {report}")

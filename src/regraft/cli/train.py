@@ -1,14 +1,25 @@
 """`regraft train`: train a classifier on photos, and write a report."""
 
+import contextlib
 import inspect
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
 from typer import Argument, Option
 
-from regraft.cli.output import VerboseOption, guarded, require, say, say_json, say_lines, say_table
+from regraft.cli.output import (
+    VerboseOption,
+    guarded,
+    require,
+    say,
+    say_classes,
+    say_json,
+    say_lines,
+    seconds_since_start,
+)
 from regraft.console import ConsoleProgress
 from regraft.train_options import TrainOption, list_options
 
@@ -77,25 +88,34 @@ def train(
         from regraft.training.fitting import fit
 
     if dry_run:
-        _preview(settings, trust_code=trust_code, as_json=as_json)
+        _preview(settings, progress, trust_code=trust_code, as_json=as_json)
         return
-    result = fit(
-        settings.model,
-        settings.data,
-        config=settings,
-        overwrite=overwrite,
-        resume=resume is not None,
-        trust_code=trust_code,
-        progress=progress,
-    )
-    assert result.out is not None
+    start_s = seconds_since_start()
+    try:
+        result = fit(
+            settings.model,
+            settings.data,
+            config=settings,
+            overwrite=overwrite,
+            resume=resume is not None,
+            trust_code=trust_code,
+            progress=progress,
+        )
+    except (Exception, KeyboardInterrupt) as error:
+        _report_so_far(error, start_s, progress)
+        raise
+    folder = result.out
+    assert folder is not None
+    result = replace(result, seconds={"start": start_s, **result.seconds})
+    trained_s = seconds_since_start()
     try:
         with progress.status("writing the report"):
             from regraft.report import write_report  # here, as it imports matplotlib
 
-            report = write_report(result, result.out / "report.html")
+            report = write_report(result, folder / "report.html")
     except KeyboardInterrupt as interruption:
         raise Interrupted(f"stopped by Ctrl-C. The model is kept in '{result.checkpoint}'.") from interruption
+    result = replace(result, seconds={**result.seconds, "report": seconds_since_start() - trained_s})
     if as_json:
         say_json({**result.to_dict(), "report": str(report)})
         return
@@ -123,13 +143,15 @@ def _settings(
     return find_run_to_continue(resume)
 
 
-def _preview(settings: "TrainConfig", *, trust_code: bool, as_json: bool) -> None:
+def _preview(settings: "TrainConfig", progress: ConsoleProgress, *, trust_code: bool, as_json: bool) -> None:
     """Print how a weights file fits the network, and what would be trained."""
     from regraft.checkpoint import create_model
     from regraft.checkpoint.create import weights_path
     from regraft.checkpoint.matching.naming import parse_rules
+    from regraft.errors import CheckpointError
+    from regraft.training.fitting import preview
 
-    answer: dict[str, Any] = {}
+    answer: dict[str, Any] = {"weights": None}
     if weights_path(settings.weights) is not None:
         options: Any = {"match": settings.match, "entry": settings.entry, "accept": settings.accept}
         options |= {"rename": parse_rules(settings.rename), "weights": settings.weights, "trust_code": trust_code}
@@ -140,6 +162,25 @@ def _preview(settings: "TrainConfig", *, trust_code: bool, as_json: bool) -> Non
             say()
     if as_json:
         say_json(answer)
+    try:
+        preview(settings, progress, trust_code=trust_code)
+    except CheckpointError as error:  # the answer to a dry run, not a failure of it
+        progress.say(f"would fail {error}")
+
+
+def _report_so_far(error: BaseException, start_s: float, progress: ConsoleProgress) -> None:
+    """Write the report of a run that was stopped, of its best epoch so far, if there is one."""
+    from regraft.errors import RegraftError
+    from regraft.report import write_report
+    from regraft.training.result import FitResult
+
+    result = getattr(error, "result", None)
+    if not isinstance(result, FitResult) or (folder := result.out) is None:
+        return
+    result = replace(result, seconds={"start": start_s, **result.seconds})
+    progress.say("stopping   writing the report of the best epoch so far; Ctrl-C skips it")
+    with contextlib.suppress(RegraftError, OSError, KeyboardInterrupt):  # it says less than the error that follows
+        progress.say(f"report     {write_report(result, folder / 'report.html')}")
 
 
 def _free_folder(data: str) -> str:
@@ -160,14 +201,11 @@ def _print_result(result: "FitResult", report: Path, *, verbose: bool) -> None:
     say(f"result     {metrics.headline()}, after epoch {result.best_epoch}")
     say(f"           on {metrics.count:,} photos held back{_uncertainty(metrics)}")
     if verbose:
-        say("seconds    " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items()))
+        phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items())
+        say(f"seconds    {sum(result.seconds.values()):.1f}: {phases}")
         if metrics.per_class:
             say()
-            rows = [
-                (entry.name, f"{entry.precision:.3f}", f"{entry.recall:.3f}", f"{entry.f1:.3f}", str(entry.count))
-                for entry in metrics.per_class
-            ]
-            say_table(("class", "precision", "recall", "F1", "photos"), rows, (False, True, True, True, True))
+            say_classes(metrics)
             say()
     say(f"model      {result.checkpoint}")
     say(f"report     {report}")

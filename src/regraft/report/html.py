@@ -2,6 +2,7 @@
 
 import functools
 import os
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,27 +11,42 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from regraft.arguments import check_arguments, check_target
 from regraft.checkpoint.file.atomic import atomic_write
-from regraft.errors import RunError
+from regraft.errors import ArgumentError, RunError
+from regraft.report.evaluation_page import describe_evaluation
 from regraft.report.run_page import describe_run
 from regraft.report.text import duration, number, percent, visible
+from regraft.training.metrics import Metrics
 from regraft.training.result import FitResult
 
 
-def write_report(result: FitResult, path: str | os.PathLike[str]) -> Path:
-    """Write the report of a training run as one HTML file, and return its path.
+def write_report(result: FitResult | Metrics, path: str | os.PathLike[str]) -> Path:
+    """Write the report of a training run or of an evaluation as one HTML file, and return its path.
 
     The page loads nothing from elsewhere. Photos that no longer exist, and names that look like HTML, are safe.
 
     Args:
-        result: The result of `fit`.
+        result: What `fit` or `evaluate` returned, or what a run had reached when it was stopped (`error.result`).
         path: Path of the file; its folder must exist.
 
     Raises:
+        ArgumentError: The metrics are not those of `evaluate`, so their scores and photos are unknown.
         RunError: The file cannot be written; a previous one is unchanged.
     """
     check_arguments(write_report, locals())
     check_target(write_report, "path", path)
-    return write_page(path, render("run.html", **describe_run(result)))
+    began = time.perf_counter()
+    if isinstance(result, FitResult):
+        template, page, seconds = "run.html", describe_run(result), result.seconds
+    elif result.scores is not None:
+        template, page = "evaluation.html", describe_evaluation(result, result.scores)
+        seconds = result.scores.seconds
+    else:
+        raise ArgumentError(
+            "write_report: result is Metrics without scores, as a run has them for each epoch. Pass what `fit` or "
+            "`evaluate` returned."
+        )
+    seconds = {**seconds, "report": time.perf_counter() - began}  # all but the writing of the text, which is short
+    return write_page(path, render(template, seconds=seconds, **page))
 
 
 def render(template: str, **context: Any) -> str:

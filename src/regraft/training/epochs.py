@@ -134,6 +134,7 @@ def _result(
         checkpoint=run.folder.checkpoint if run.folder else None,
         computed_once=first_data.frontier.summary(config.epochs) if first_data.frontier is not None else None,
         cache_disabled_reason=first_data.cache_disabled_reason,
+        is_named=run.fingerprint.is_named,
         stopped_by=stopped_by,
         to_continue=to_continue,
     )

@@ -147,11 +147,29 @@ def _prepare(
     trust_code: bool,
 ) -> TrainSetup:
     """Build the network, read the data, and prepare everything that the training loop needs."""
+    with run_state.phase("model"):
+        facts, compute = _build(model, listing, config, progress, trust_code=trust_code)
+    with run_state.phase("reading"):
+        train_data = _read(facts, data, listing, config, compute, progress)
+    if train_data.frontier is not None:  # computed while the photos are read, batch by batch
+        run_state.move_seconds("reading", "features", train_data.frontier.seconds)
+    own_loss: Any = loss if callable(loss) else None
     name = model if isinstance(model, str) else None
-    # A download draws a bar of its own, which a spinner would hide.
-    is_download = name is not None and needs_download(name, config.weights)
-    step = nullcontext() if is_download else progress.status(f"preparing {name or 'the network'}")
-    with run_state.phase("model"), step:
+    with run_state.phase("setup"), progress.status("preparing the training"):
+        import_compiler()  # an optimizer would do it at its first use, in the middle of the run
+        return prepare_setup(facts, name, train_data, config, compute, own_loss, progress, trust_code=trust_code)
+
+
+def _build(
+    model: nn.Module | str, listing: Listing | None, config: TrainConfig, progress: Progress, *, trust_code: bool
+) -> tuple[ModelFacts, ComputeContext]:
+    """Build the network, freeze what the options say, move it to its device, and say what will be trained."""
+    name = model if isinstance(model, str) else None
+    step = progress.status(f"preparing {name or 'the network'}")
+    if name is not None and _needs_download(name, config, progress):
+        progress.say(f"weights    downloading those of {name}")
+        step = nullcontext()  # the download draws a bar of its own, which a spinner would hide
+    with step:
         facts = prepare_model(model, listing, config, trust_code=trust_code)
         built = facts.model
         require_trainable_types(built, thaws_all=config.unfreeze is not None)
@@ -160,15 +178,27 @@ def _prepare(
             progress.detail(f"images     {facts.preprocessing.summary()}; from {source}")
         compute = replace(compute_for(built, config.device, config.precision), has_channels_last=config.fast)
         built.to(compute.device)
-        say_model(facts, name, config, compute, progress)
-    with run_state.phase("reading"):
-        train_data = _read(facts, data, listing, config, compute, progress)
-    if train_data.frontier is not None:  # computed while the photos are read, batch by batch
-        run_state.move_seconds("reading", "features", train_data.frontier.seconds)
-    own_loss: Any = loss if callable(loss) else None
-    with run_state.phase("setup"), progress.status("preparing the training"):
-        import_compiler()  # an optimizer would do it at its first use, in the middle of the run
-        return prepare_setup(facts, name, train_data, config, compute, own_loss, progress, trust_code=trust_code)
+    say_model(facts, name, config, compute, progress)
+    return facts, compute
+
+
+def preview(config: TrainConfig, progress: Progress, *, trust_code: bool = False) -> None:
+    """Say what a run with these options would train. Nothing is trained or written, and no photo is read.
+
+    Raises:
+        InputError: As from `fit`.
+    """
+    with preserved_randomness(config.seed):
+        listing = list_if_folder(config.data, config)
+        check_options(config, listing.task if listing else None, trust_code=trust_code)
+        if listing is not None:
+            say_data(listing, progress)
+        _build(config.model, listing, config, progress, trust_code=trust_code)
+
+
+def _needs_download(name: str, config: TrainConfig, progress: Progress) -> bool:
+    with progress.status(f"preparing {name}"):  # imports a library of networks
+        return needs_download(name, config.weights)
 
 
 def _read(

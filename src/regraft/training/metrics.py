@@ -44,6 +44,7 @@ class Scores:
         unreadable: Files that were skipped.
         model: Name of the network, or of its class.
         data: Path of the data; None for datasets and loaders.
+        checkpoint: Path of the model's file; None if unknown.
         seconds: Time of each phase.
     """
 
@@ -53,6 +54,7 @@ class Scores:
     unreadable: tuple[Unreadable, ...] = ()
     model: str = ""
     data: str | None = None
+    checkpoint: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 

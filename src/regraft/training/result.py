@@ -150,6 +150,7 @@ class FitResult:
         checkpoint: Path of the saved model; None if nothing was written.
         computed_once: The part that was computed once; None if every epoch ran the whole network.
         cache_disabled_reason: Why every epoch ran it; None if a part was computed once, or if nothing is frozen.
+        is_named: Whether `config` describes the run completely: network and loss by name, data as a path.
         stopped_by: What stopped the run before its last epoch (a signal, an error); None if it ended. The result of a
             stopped run is an attribute of the exception: `error.result`.
         to_continue: The command or call that resumes it; None if it ended, or if there is no state to resume from.
@@ -169,6 +170,7 @@ class FitResult:
     checkpoint: Path | None = None
     computed_once: ComputedOnce | None = None
     cache_disabled_reason: str | None = None
+    is_named: bool = False
     stopped_by: str | None = None
     to_continue: str | None = None
 
@@ -188,11 +190,12 @@ class FitResult:
         where = "nowhere (out=FOLDER writes it)" if self.checkpoint is None else str(self.checkpoint)
         share = "" if self.computed_once is None else f"{self.computed_once.share:.1%} of the network"
         return [
+            ("saved", where),
             *self.plan.rows(),
             ("losses", f"{' -> '.join(dict.fromkeys((losses[0], losses[-1])))} in training" if losses else ""),
             ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())),
             ("once", share),
-            ("saved", where),
+            ("stopped", f"by {self.stopped_by}" if self.stopped_by else ""),
         ]
 
     @property

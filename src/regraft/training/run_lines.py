@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from regraft.anatomy.model_facts import ModelFacts
 from regraft.card import card_of
+from regraft.checkpoint.create import is_checkpoint
 from regraft.data.decode import Unreadable
 from regraft.data.folders import Listing
 from regraft.progress import Progress
@@ -16,6 +17,7 @@ from regraft.training.setup import TrainSetup, trained_layers
 MAX_CLASSES = 10  # that are named
 MAX_SKIPPED = 3
 MAX_LAYERS = 4
+MAX_KIND = 60  # characters of an architecture that is written as layers
 SHOWN_EPOCHS = 5  # of many
 SLOW_EPOCH_S = 10.0  # an epoch that takes longer is always shown
 
@@ -41,6 +43,10 @@ def say_model(
     model, recipe = facts.model, card_of(facts.model).recipe
     kind = name or (recipe.source.name if recipe else type(model).__name__)
     weights = recipe.source.weights if recipe else None
+    if name is not None and is_checkpoint(name) and recipe is not None:
+        kind += f": {recipe.source.layers or recipe.source.name}"[:MAX_KIND]
+        weights = None if config.weights == "default" else config.weights
+        kind += f", {len(recipe.steps)} edit{'s' * (len(recipe.steps) > 1)}" if recipe.steps else ""
     start = "" if weights is None else ", untrained" if weights == "none" else f", pretrained ({weights})"
     progress.say(f"model      {kind}{start}")
     parameters = dict(model.named_parameters())

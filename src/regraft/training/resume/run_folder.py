@@ -132,7 +132,10 @@ class RunFolder:
     def _delete_partial_files(self) -> None:
         """Delete temporary files of a process that was killed while writing."""
         with contextlib.suppress(OSError):
-            for pattern in (*(f".{name}.*.tmp" for name in (RUN_CHECKPOINT, METRICS, CONFIG)), SAFETENSORS_TEMPORARY):
+            for pattern in (
+                *(f".{name}.*.tmp" for name in (RUN_CHECKPOINT, METRICS, CONFIG, REPORT)),
+                SAFETENSORS_TEMPORARY,
+            ):
                 for file in self.path.glob(pattern):
                     file.unlink()
 

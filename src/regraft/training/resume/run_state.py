@@ -17,6 +17,8 @@ from regraft.training.loop import Tally
 from regraft.training.metrics import ClassMetrics, Metrics
 from regraft.training.result import EpochRecord
 
+PHASES = ("model", "reading", "features", "setup", "training", "validation", "saving", "other")  # as they are shown
+
 
 @dataclass(frozen=True)
 class Best:
@@ -108,7 +110,8 @@ class RunState:
     def all_seconds(self) -> dict[str, float]:
         """Return the time of each phase, and as `other` what remains to the clock's time."""
         rest = time.perf_counter() - self.began + self._earlier_s - sum(self.seconds.values())
-        return {**self.seconds, "other": self.seconds.get("other", 0.0) + max(0.0, rest)}
+        seconds = {**self.seconds, "other": self.seconds.get("other", 0.0) + max(0.0, rest)}
+        return {phase: seconds[phase] for phase in PHASES if phase in seconds}
 
     def begin_next_epoch(self) -> None:
         """Move on to the next epoch; the micro-batch size is kept, as memory is no larger there."""
