@@ -134,7 +134,8 @@ def own_preprocessing(model: nn.Module) -> Preprocessing | None:
     processor of transformers is no longer found.
     """
     known, source = _preprocessing_and_source(model)
-    return known if source is not None or isinstance(getattr(model, "pretrained_cfg", None), dict) else None
+    is_own = isinstance(getattr(model, "pretrained_cfg", None), dict) or hasattr(model, "preprocessing")
+    return known if source is not None or is_own else None
 
 
 def preprocessing_source(model: nn.Module) -> str | None:

@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 from checkpoint.altered import assert_equal, shake
 from oracles import identical
-from regraft import fit, load, load_weights, save
+from regraft import Preprocessing, fit, load, load_weights, save
 from regraft.card import card_of
 from regraft.checkpoint import read_header
 from regraft.checkpoint.plan import build_plan, plan_of
@@ -373,6 +373,19 @@ def test_save_keeps_the_preprocessing_of_timms_own_weights(tmp_path: Path) -> No
     preprocessing = card_of(load(save(model, tmp_path / "model.safetensors"))).preprocessing
     assert preprocessing is not None
     assert preprocessing.mean == (0.1, 0.2, 0.3)
+
+
+def test_differing_layers_ignores_notes_on_a_network_of_a_library(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model.names, model.preprocessing = ["a", "b"], {"size": 8, "resize": 9}
+    loaded = load(save(model, tmp_path / "model.safetensors"))
+    assert card_of(loaded).preprocessing == Preprocessing(size=8, resize=9)
+    assert differing_layers(model, loaded) == {}
+    model[0].forward = lambda x: x
+    assert list(differing_layers(model, loaded)) == ["0"]
+    del model[0].forward
+    model[1].eps, model[1].momentum = 0.1, None
+    assert differing_layers(model, loaded) == {"1": "its 'eps' is 0.1, and 1e-05 in a new one"}
 
 
 def test_plan_of_a_network_that_was_built_with_arguments(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 import regraft
 from hostile.crafted import document, write_with
 from regraft.card import Recipe, Source
-from regraft.checkpoint.create import rebuild
+from regraft.checkpoint.rebuilding import rebuild
 from regraft.checkpoint.recipes.transformers_config import config_data
 from regraft.errors import CheckpointError, InputError, ModelError
 

@@ -169,12 +169,11 @@ def _completed(model: nn.Module, start: _Start) -> Recipe:
     for path, difference in start.differences.items():
         layer = dict(model.named_modules(remove_duplicate=False)).get(path)
         if not path or layer is None:
-            where = f"'{path}'" if path else type(model).__name__
-            raise EditError(f"{where} is not as {name} builds it: {difference}")
+            raise EditError(f"{_shown(model, path)} is not as {name} builds it: {difference}")
         try:
             text = describe(layer, tied=True)
         except EditError as error:
-            raise EditError(f"'{path}' is not as {name} builds it ({difference}), and {error}") from error
+            raise EditError(f"{_shown(model, path)} is not as {name} builds it ({difference}), and {error}") from error
         recipe = recipe.then(Step(operation="replace", arguments={"path": path, "new": text}))
     return recipe
 
@@ -196,7 +195,11 @@ def _require_same(model: nn.Module, recipe: Recipe) -> None:
     except TrustError:
         rebuilt = build(trust_code=True)
     for path, difference in differing_layers(model, rebuilt).items():
-        raise EditError(f"'{path}' is not as {recipe.source.name} builds it: {difference}")
+        raise EditError(f"{_shown(model, path)} is not as {recipe.source.name} builds it: {difference}")
+
+
+def _shown(model: nn.Module, path: str) -> str:
+    return f"'{path}'" if path else f"the {type(model).__name__} itself"
 
 
 def _difference(model: nn.Module, recipe: Recipe) -> str | None:

@@ -3,7 +3,8 @@
 Two networks are the same if their layers have the same classes, tensors of the same shapes, and the same settings. The
 settings of a layer are all of its attributes: numbers, texts, functions with what they enclose, containers and objects
 of these, and tensors that no state dict holds, with their values. Private attributes of a library's layer are left out,
-as libraries keep caches in them, while the arguments of their constructors are public.
+as libraries keep caches in them, while the arguments of their constructors are public; and so are attributes that the
+user has added to it.
 """
 
 import functools
@@ -107,6 +108,8 @@ def _setting_difference(layer: nn.Module, other: nn.Module, seen: set[tuple[int,
         for part in (layer, other)
     )
     for name in [*settings, *expected]:
+        if name not in expected and library in LIBRARIES and not hasattr(type(layer), name):
+            continue  # a note of the user's, such as the names of classes, which the code of a library does not read
         if name not in settings or name not in expected:
             return f"its attribute '{name}' is there in only one of it and a new one"
         if not _is_same(settings[name], expected[name], seen):
