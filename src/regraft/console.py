@@ -113,6 +113,7 @@ class NotebookProgress(Progress):
 
         self._console = Console(force_jupyter=False, highlight=False)
         self._bar: Any = None  # the handle of the output in which bars are drawn
+        self._steps: list[str] = []  # the running steps, the innermost last
 
     def say(self, line: str) -> None:
         """Print one line."""
@@ -131,7 +132,22 @@ class NotebookProgress(Progress):
                 yield item
         finally:
             if has_bar:
-                self._show("", "")
+                self._show_step()
+
+    @contextlib.contextmanager
+    def status(self, description: str) -> Iterator[None]:
+        """Show the description while the block runs."""
+        self._steps.append(description)
+        self._show_step()
+        try:
+            yield
+        finally:
+            self._steps.pop()
+            self._show_step()
+
+    def _show_step(self) -> None:
+        text = f"{printable(self._steps[-1])} …" if self._steps else ""
+        self._show(escape(text), text)
 
     def _draw(self, description: str, count: int, total: int | None) -> None:
         limits = f' value="{count}" max="{total}"' if total else ""

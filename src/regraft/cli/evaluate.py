@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from regraft.cli.merge import BaseOption
-from regraft.cli.output import guarded, require, say, say_classes, say_json, seconds_since_start
+from regraft.cli.output import guarded, require, require_order, say, say_classes, say_json, seconds_since_start
 from regraft.console import ConsoleProgress
 
 
@@ -28,6 +28,7 @@ def evaluate(
 
     Example: regraft evaluate runs/photos-1/model.safetensors photos/ --report test.html
     """
+    require_order("evaluate", checkpoint, [data])
     if report is not None:
         require(report.suffix.lower() in (".html", ".htm"), f"--report '{report}' does not end in .html.")
         require(report.parent.is_dir(), f"no folder '{report.parent}' to write '{report.name}' into. Create it first.")

@@ -105,8 +105,10 @@ def _describe(header: Any) -> list[str]:
     lines = [f"format     {header.format}"]
     if card.recipe:
         source = card.recipe.source
-        given = [f"{name}={value}" for name, value in source.arguments.items() if isinstance(value, (int, float, str))]
-        lines.append(", ".join((f"source     {source.name}, weights: {source.weights}", *given)))
+        arguments = [
+            f"{name}={value}" for name, value in source.arguments.items() if isinstance(value, (int, float, str))
+        ]
+        lines.append(", ".join((f"source     {source.name}, weights: {source.weights}", *arguments)))
         lines += [f"edit       {step}" for step in card.recipe.steps]
     if card.task:
         lines.append(f"task       {card.task}")

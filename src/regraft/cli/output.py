@@ -9,6 +9,7 @@ import functools
 import io
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,7 @@ from typing import Annotated, Any, ParamSpec, TextIO, TypeVar
 import typer
 
 from regraft.console import LABEL, screen_width, wrapped
-from regraft.display import printable
+from regraft.display import cut_middle, printable
 from regraft.errors import InputError, RegraftError
 from regraft.wording import flags_in_messages
 
@@ -34,7 +35,7 @@ _RESULTS: ContextVar[TextIO] = ContextVar("results")
 _BEGAN: ContextVar[float] = ContextVar("began")
 MAX_START_S = 60  # of Python and this package; a process that seems older has a clock that was changed
 MAX_CLASS_NAME = 36  # characters, so that the table of the classes fits into 80 columns
-MAX_PAIRS = 5
+MAX_PAIRS, MAX_PAIR_NAME = 5, 30
 
 
 def results() -> TextIO:
@@ -51,7 +52,7 @@ def say_classes(metrics: Any) -> None:
     """Print the table of the classes, and the most frequent confusions."""
     rows = [
         (
-            shortened(entry.name, MAX_CLASS_NAME),
+            cut_middle(printable(entry.name), MAX_CLASS_NAME),
             str(entry.count),
             str(metrics.confusion[index][index]),
             f"{entry.precision:.3f}",
@@ -69,22 +70,12 @@ def say_classes(metrics: Any) -> None:
     mistakes, shown = sum(count for _, _, count in pairs), pairs[:MAX_PAIRS]
     counts = {entry.name: entry.count for entry in metrics.per_class}
     lines = [
-        (shortened(true, 30), shortened(predicted, 30), f"{count} of {counts[true]}")
+        (*(cut_middle(printable(name), MAX_PAIR_NAME) for name in (true, predicted)), f"{count} of {counts[true]}")
         for true, predicted, count in shown
     ]
     say_table(("most confused", "taken for", "photos"), lines, (False, False, True))
     if rest := mistakes - sum(count for _, _, count in shown):
         say(f"{rest} of the {mistakes} mistakes are in other pairs")
-
-
-def shortened(text: str, limit: int) -> str:
-    """Replace the middle of a text that is longer than `limit` characters.
-
-    >>> shortened("Staffordshire bullterrier", 12)
-    'Staffo…rrier'
-    """
-    text = printable(text)
-    return text if len(text) <= limit else f"{text[: limit // 2]}…{text[len(text) - (limit - 1) // 2 :]}"
 
 
 def mark_process_start() -> None:
@@ -203,6 +194,18 @@ def require(condition: bool, message: str) -> None:
     """Raise an error about the options unless a condition holds."""
     if not condition:
         raise InputError(message)
+
+
+def require_order(command: str, checkpoint: str, data: Sequence[str]) -> None:
+    """Refuse swapped arguments: a folder or a photo as the checkpoint, and a checkpoint among the data."""
+    from regraft.checkpoint.file.format import INDEX_SUFFIX, SUFFIX, locate
+
+    def is_checkpoint(path: str) -> bool:
+        return locate(Path(path)).name.endswith((SUFFIX, INDEX_SUFFIX))
+
+    found = next(filter(is_checkpoint, data), None) if not is_checkpoint(checkpoint) else None
+    rest = [checkpoint, *(path for path in data if path != found)]
+    require(found is None, f"the checkpoint comes first: regraft {command} {shlex.join([found or '', *rest])}.")
 
 
 def _print_error(line: str) -> None:

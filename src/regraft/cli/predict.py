@@ -7,7 +7,17 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from regraft.cli.merge import BaseOption
-from regraft.cli.output import csv_text, guarded, json_text, require, say, say_table, say_text, write_text
+from regraft.cli.output import (
+    csv_text,
+    guarded,
+    json_text,
+    require,
+    require_order,
+    say,
+    say_table,
+    say_text,
+    write_text,
+)
 from regraft.console import ConsoleProgress
 
 DEFAULT_TOP = 3
@@ -37,6 +47,7 @@ def predict(
 
     Example: regraft predict runs/photos-1/model.safetensors new_photos/ --out new.csv
     """
+    require_order("predict", checkpoint, images)
     require(not (as_json and as_csv), "--json and --csv exclude each other. Pass one of them.")
     if out is not None:
         _check_file(out, overwrite=overwrite)

@@ -2,6 +2,8 @@
 
 import unicodedata
 
+from regraft.display import cut_middle
+
 BIDI_CONTROLS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder the surrounding text
 NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 
@@ -23,10 +25,7 @@ def shorten(text: str, limit: int) -> str:
     >>> shorten("Staffordshire bullterrier", 12)
     'Staffo…rrier'
     """
-    text = visible(text)
-    if len(text) <= limit:
-        return text
-    return f"{text[: limit // 2]}…{text[len(text) - (limit - 1) // 2 :]}"
+    return cut_middle(visible(text), limit)
 
 
 def percent(share: float) -> str:
