@@ -16,6 +16,7 @@ from regraft.progress import SILENT, Item, Progress
 LABEL = 11  # columns of the label that begins a line, as in "model      resnet18"
 MIN_BAR, BESIDE_BAR = 8, 48  # columns of a bar, and of what stands beside it
 WORDS = re.compile(r" *(?:(?<![^ (])'[^']*'\S*|\S+)")  # with the spaces before them; what is in quotes is one word
+CONTINUED = " \\"  # what tells a shell that a command goes on in the next line
 NOTEBOOK_BAR_S = 0.2  # seconds until a step gets a bar, and between two updates of it
 
 
@@ -187,7 +188,8 @@ def screen_width(stream: IO[str]) -> int | None:
 def wrapped(text: str, width: int | None, indent: int = 0) -> str:
     """Break a line between words, where a terminal would break it anywhere.
 
-    A word longer than a line, such as a path, stays whole; so does what is in quotes.
+    A word longer than a line, such as a path, stays whole; so does what is in quotes. A command at the end of the line
+    can be copied: a backslash joins its parts.
 
     Args:
         text: One line.
@@ -202,12 +204,13 @@ def wrapped(text: str, width: int | None, indent: int = 0) -> str:
 
     if width is None or cell_len(text) <= width:
         return text
-    lines, line = [], ""
+    lines, line, is_command = [], "", False
     for word in WORDS.findall(text):
-        has_room = cell_len(line + word) <= width
+        is_command |= word.lstrip() == "regraft" and (word.startswith("  ") or line.endswith(":"))
+        has_room = cell_len(line + word) <= width - len(CONTINUED) * is_command
         if has_room or not line.strip() or (len(line) < indent and not lines):  # a label is never alone
             line += word
         else:
-            lines.append(line)
+            lines.append(line + CONTINUED * (is_command and word.lstrip() != "regraft"))
             line = " " * indent + word.lstrip()
     return "\n".join([*lines, line])

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import math
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -217,4 +218,4 @@ def _uncertainty(metrics: "Metrics") -> str:
     if metrics.accuracy_interval is None:
         return ""
     low, high = metrics.accuracy_interval
-    return f"; expect {low:.0%} to {high:.0%} on others like them"
+    return f"; expect {math.floor(100 * low)}% to {math.ceil(100 * high)}% on others like them"
