@@ -122,4 +122,5 @@ def test_schedule_and_train_config_show_what_makes_them_again() -> None:
 def test_block_wraps_to_two_lines_a_row_and_leaves_out_empty_ones() -> None:
     text = block("T", [("a", "word " * 100), ("b", ""), ("c", "x\ny")])
     assert [line[:6] for line in text.splitlines()] == ["T", "  a  w", "     w", "  c  x"]
+    assert block("T", [("a", "word " * 100)] * 9).splitlines()[11:] == ["  …"]
     assert some(["a", "b"], 2) == "a, b"

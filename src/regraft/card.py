@@ -118,6 +118,20 @@ class Preprocessing(_FrozenFields):
         return (1, self.channels, self.size, self.size)
 
 
+class Split(_FrozenFields):
+    """Which photos of one folder or table were held out for validation.
+
+    Attributes:
+        samples: Digest of all of them, with their targets.
+        share: Share that was held out.
+        seed: Random seed of the draw.
+    """
+
+    samples: str
+    share: float
+    seed: int
+
+
 class Card(_FrozenFields):
     """The metadata of a model; each field may be unknown (None).
 
@@ -127,6 +141,7 @@ class Card(_FrozenFields):
         task: The task that it was trained for.
         classes: Names of its outputs, in their order.
         metrics: Measured results, as JSON data.
+        split: How the photos that it was trained on were split, where they lay in one folder or table.
         carried: Fields in the header of its file that this version does not know; they are saved again.
     """
 
@@ -135,6 +150,7 @@ class Card(_FrozenFields):
     task: Literal["classification", "regression"] | None = None
     classes: tuple[str, ...] | None = None
     metrics: dict[str, Any] = Field(default_factory=dict)
+    split: Split | None = None
     carried: dict[str, Any] = Field(default_factory=dict, exclude=True)
 
 

@@ -32,7 +32,7 @@ class ConsoleProgress(Progress):
         self._console = Console(stderr=True, highlight=False)
         self._verbose = verbose
         self._steps: list[str] = []  # the running steps, the innermost last
-        self._spinner: Any = None
+        self._live: Any = None
 
     def say(self, line: str) -> None:
         """Print one line, broken between words where the terminal ends."""
@@ -83,18 +83,22 @@ class ConsoleProgress(Progress):
         """Show the innermost running step, if there is one."""
         if not self._steps or screen_width(self._console.file) is None:
             self._stop_spinner()
-        elif self._spinner is None:
-            from rich.text import Text
+            return
+        from rich.live import Live
+        from rich.spinner import Spinner
+        from rich.text import Text
 
-            self._spinner = self._console.status(Text(self._steps[-1]))
-            self._spinner.start()
+        spinner = Spinner("dots", Text(self._steps[-1]))
+        if self._live is not None:
+            self._live.update(spinner)
         else:
-            self._spinner.update(self._steps[-1])
+            self._live = Live(spinner, console=self._console, refresh_per_second=10, transient=True)
+            self._live.start(refresh=True)  # the first time here: its thread could draw it while a line is printed
 
     def _stop_spinner(self) -> None:
-        if self._spinner is not None:
-            self._spinner.stop()
-            self._spinner = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
 
 class NotebookProgress(Progress):
@@ -108,6 +112,7 @@ class NotebookProgress(Progress):
 
         self._console = Console(force_jupyter=False, highlight=False)
         self._bar: Any = None  # the handle of the output in which bars are drawn
+        self._steps: list[str] = []  # the running steps, the innermost last
 
     def say(self, line: str) -> None:
         """Print one line."""
@@ -126,7 +131,22 @@ class NotebookProgress(Progress):
                 yield item
         finally:
             if has_bar:
-                self._show("", "")
+                self._show_step()
+
+    @contextlib.contextmanager
+    def status(self, description: str) -> Iterator[None]:
+        """Show the description while the block runs."""
+        self._steps.append(description)
+        self._show_step()
+        try:
+            yield
+        finally:
+            self._steps.pop()
+            self._show_step()
+
+    def _show_step(self) -> None:
+        text = f"{printable(self._steps[-1])} …" if self._steps else ""
+        self._show(escape(text), text)
 
     def _draw(self, description: str, count: int, total: int | None) -> None:
         limits = f' value="{count}" max="{total}"' if total else ""

@@ -5,11 +5,12 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 WIDTH = 80  # columns of a terminal
+MAX_LINES = 12
 MAX_ROW_LINES = 2
 
 
 def block(title: str, rows: Iterable[tuple[str, str]]) -> str:
-    """Return a title with labelled rows below it, wrapped to 80 columns; rows without a text are left out.
+    """Return a title with labelled rows below it, in at most 12 lines of 80 columns; rows without a text are left out.
 
     >>> print(block("Report: good", [("count", "3"), ("names", "")]))
     Report: good
@@ -27,7 +28,7 @@ def block(title: str, rows: Iterable[tuple[str, str]]) -> str:
             max_lines=MAX_ROW_LINES,
             placeholder=" …",
         )
-    return "\n".join(lines)
+    return "\n".join(lines if len(lines) <= MAX_LINES else [*lines[: MAX_LINES - 1], "  …"])
 
 
 def table_html(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], notes: Iterable[str] = ()) -> str:

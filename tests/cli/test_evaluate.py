@@ -57,13 +57,14 @@ def flip_last_byte(saved: Path, target: Path) -> None:
 NO_FILE = ("no file '", "bad.safetensors' (looked from ", "Give the path of a checkpoint")
 CUT_OFF = ("bad.safetensors' is no safetensors file, or it is cut off (", "Expected a file written by `regraft train`")
 NO_RECIPE = ("bad.safetensors' has tensors but no recipe, so its architecture is unknown",)
+TORCH_FILE = ("bad.safetensors' is a file of torch.save: weights without an architecture", "--weights FILE")
 DAMAGED = ("bad.safetensors' is damaged: ", "Get or make it again")
 BAD_HEADER = ("bad.safetensors' has a header that does not fit the format 1.0: ", "Get or make the file again")
 NEWER = ("bad.safetensors' has the format 2.0; this version reads 1.0", "Install a newer regraft")
 
 BAD: dict[str, tuple[Callable[[Path, Path], object], tuple[str, ...]]] = {
     "missing": (lambda saved, bad: None, NO_FILE),
-    "a folder": (lambda saved, bad: bad.mkdir(), NO_FILE),
+    "a folder": (lambda saved, bad: bad.mkdir(), ("bad.safetensors' is a folder, and it holds no file of weights",)),
     "empty": (
         lambda saved, bad: bad.write_bytes(b""),
         ("bad.safetensors' cannot be read as weights: it is empty (0 bytes)", "get it again"),
@@ -72,12 +73,12 @@ BAD: dict[str, tuple[Callable[[Path, Path], object], tuple[str, ...]]] = {
         lambda saved, bad: bad.write_text("this is no checkpoint, but a letter to a friend"),
         ("bad.safetensors' cannot be read as weights: it is text, which begins 'this is no", "Expected safetensors"),
     ),
-    "pickled": (lambda saved, bad: torch.save({"fc.weight": torch.ones(2)}, bad), CUT_OFF),
+    "pickled": (lambda saved, bad: torch.save({"fc.weight": torch.ones(2)}, bad), TORCH_FILE),
     "cut off in the header": (lambda saved, bad: bad.write_bytes(saved.read_bytes()[:200]), CUT_OFF),
     "cut off in the tensors": (lambda saved, bad: bad.write_bytes(saved.read_bytes()[:-9]), DAMAGED),
     "a flipped bit": (flip_last_byte, ("bad.safetensors' is damaged: '", "' is not what was saved", "Get or make it")),
     "no document": (lambda saved, bad: write_with(saved, bad, lambda _: {}), NO_RECIPE),
-    "a list for metadata": (lambda saved, bad: write_with(saved, bad, lambda _: ["regraft"]), NO_RECIPE),
+    "a list for metadata": (lambda saved, bad: write_with(saved, bad, lambda _: ["regraft"]), ("bad.safetensors' ",)),
     "a number for a document": (lambda saved, bad: write_with(saved, bad, lambda _: {"regraft": 5}), BAD_HEADER),
     "half a document": (lambda saved, bad: write_with(saved, bad, lambda _: {"regraft": "{"}), BAD_HEADER),
     "a wrong field": (lambda saved, bad: write_with(saved, bad, document(card=[1])), BAD_HEADER),

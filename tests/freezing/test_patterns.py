@@ -69,6 +69,7 @@ def test_select_takes_a_layer_with_two_names_under_both() -> None:
         ("children[-11]", "'children[-11]' selects nothing"),
         ("children[]", "'children[]' selects nothing"),
         ("children[4].9", "'children[4].9' selects nothing: no layer '9' in Sequential. Its top-level layers: 0, 1."),
+        ("children[4:6].head", "'children[4:6].head' selects nothing: no layer 'head' in Sequential."),
         ("layer1[5:]", "'layer1[5:]' selects nothing: 'layer1' has 2 children: 0, 1."),
         ("backbone", "For all but the head, write freeze(model), then unfreeze(model, 'head')."),
     ],
@@ -130,6 +131,8 @@ def test_freeze_takes_the_head_by_its_role_only_where_no_layer_has_that_path() -
     with freeze_state(model := tiny.build("residual")):
         freeze(model, "head")
         assert {n for n, p in model.named_parameters() if not p.requires_grad} == {"head.weight", "head.bias"}
+    with pytest.raises(SelectionError, match="'head' selects nothing: ReLU has no layer with parameters"):
+        select(nn.ReLU(), "head")
     model = tiny.build("plain")
     freeze(model)
     unfreeze(model, "head")

@@ -34,7 +34,7 @@ def hostile_recipe(random: Random, known: dict[str, Any]) -> Any:
     """Return a recipe as JSON data; `known` is one that makes sense."""
     recipe = copy.deepcopy(known)
     change = random.choice(
-        ["layers", "layers", "layers", "name", "given", "steps", "steps", "many", "parts", "nonsense"]
+        ["layers", "layers", "layers", "name", "arguments", "steps", "steps", "many", "parts", "nonsense"]
     )
     if change == "layers":
         recipe["source"] = {"name": "torch.nn", "layers": _layers(random)}
@@ -43,7 +43,7 @@ def hostile_recipe(random: Random, known: dict[str, Any]) -> Any:
             "name": random.choice(NAMES),
             "weights": random.choice(["none", "../x", "default", "http://x"]),
         }
-    elif change == "given":
+    elif change == "arguments":
         recipe["source"] = _with_arguments(random)
     elif change == "steps":
         recipe["steps"] = [*recipe["steps"], *(_step(random) for _ in range(random.choice([1, 1, 3])))]

@@ -205,7 +205,5 @@ def test_predict_names_an_open_image_that_is_cut_off_by_its_place(saved: Path, p
 def test_predict_and_evaluate_refuse_a_model_that_was_never_trained(tiny_net: str, photos: Path) -> None:
     model = regraft.create_model(tiny_net, weights="none", trust_code=True)
     for ask in (regraft.predict, regraft.evaluate):
-        with pytest.raises(
-            ModelError, match=r"this TinyNet does not know its classes\. Use a model that `fit` trained"
-        ):
+        with pytest.raises(ModelError, match=r"this TinyNet does not know its classes\. Name them when you save it"):
             ask(model, photos)

@@ -3,14 +3,15 @@
 import copy
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from regraft.anatomy.wrappers import unwrapped
-from regraft.arguments import check_arguments, check_minimum, check_target, check_weights
-from regraft.card import ATTRIBUTE, Card, Recipe, attach, card_of
+from regraft.arguments import check_arguments, check_minimum, check_target, check_weights, shown
+from regraft.card import ATTRIBUTE, Card, Preprocessing, Recipe, attach, card_of
 from regraft.checkpoint.delta import SHARD_BYTES, choose_base, differing, pin_base, untied_state_dict
 from regraft.checkpoint.file.digest import digests_of
 from regraft.checkpoint.file.format import Header, current_versions, digest_of, index_of
@@ -18,7 +19,7 @@ from regraft.checkpoint.file.shards import write_checkpoint
 from regraft.checkpoint.recipes.derivation import derive_recipe
 from regraft.checkpoint.recipes.own_files import portable_recipe
 from regraft.checkpoint.storable import require_storable, stored_state
-from regraft.errors import CheckpointError
+from regraft.errors import ArgumentError, CheckpointError
 from regraft.zoo import own_preprocessing
 
 
@@ -27,6 +28,8 @@ def save(
     path: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str] | None = None,
+    classes: Sequence[str] | None = None,
+    preprocessing: Preprocessing | None = None,
     metadata: dict[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
@@ -49,11 +52,15 @@ def save(
         base: Registered weights as in `"resnet18@IMAGENET1K_V1"` or `"timm/NAME@TAG"`, or a file: only tensors that
             are not bit-identical to it are written. The file pins its base by digest; a base that is a file is
             searched for beside it.
+        classes: Names of its K outputs, in their order, for a network that a training loop of your own made: `predict`
+            and `evaluate` need them. None keeps what the network knows, as `fit` sets it.
+        preprocessing: What turns a photo into its input; None keeps what it knows, see `Preprocessing`.
         metadata: JSON data of your own, kept in the header.
         shard_bytes: Above this total size, several files and an index are written,
             `NAME-00001-of-00003.safetensors` and `NAME.safetensors.index.json`; the index is returned.
 
     Raises:
+        ArgumentError: A name of a class is empty, or there twice; nothing was written.
         CheckpointError: The base cannot be read, the header would be too long, or a tensor has no bytes of its own
             (quantized by torchao, sparse, on the meta device); nothing was written.
         RunError: The file cannot be written; nothing of it is left, and a previous file is unchanged.
@@ -62,7 +69,11 @@ def save(
     check_target(save, "path", path)
     check_minimum(save, 1, shard_bytes=shard_bytes)
     check_weights(save, "model", model)
-    model = without_wrapper(model)
+    if classes is not None and (len(set(classes)) != len(classes) or not all(classes)):
+        raise ArgumentError(
+            f"save: classes is {shown(list(classes))}, expected a name of its own for each output. Nothing was written."
+        )
+    model = _with_card(without_wrapper(model), classes, preprocessing)
     require_storable(stored_state(model))
     derivation = derive_recipe(model)
     written = write_model(model, path, derivation.recipe, base=base, metadata=metadata, shard_bytes=shard_bytes)
@@ -122,6 +133,14 @@ def without_wrapper(model: nn.Module) -> nn.Module:
     own = card_of(inner)
     known = {name: value for name in type(outer).model_fields if (value := getattr(outer, name))}
     return attach(copy.copy(inner), **{**known, "recipe": own.recipe or outer.recipe})
+
+
+def _with_card(model: nn.Module, classes: Sequence[str] | None, preprocessing: Preprocessing | None) -> nn.Module:
+    """Return `model`, or a shallow copy that knows these classes and this preprocessing."""
+    fields: dict[str, Any] = {"preprocessing": preprocessing} if preprocessing is not None else {}
+    if classes is not None:
+        fields |= {"classes": tuple(classes), "task": "classification"}
+    return attach(copy.copy(model), **fields) if fields else model
 
 
 def _card(model: nn.Module, recipe: Recipe | None, folder: Path) -> Card:

@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from regraft.cli.merge import BaseOption
-from regraft.cli.output import guarded, require, say, say_classes, say_json, seconds_since_start
+from regraft.cli.output import guarded, require, require_order, say, say_classes, say_json, seconds_since_start
 from regraft.console import ConsoleProgress
 
 
@@ -28,19 +28,22 @@ def evaluate(
 
     Example: regraft evaluate runs/photos-1/model.safetensors photos/ --report test.html
     """
+    require_order("evaluate", checkpoint, [data])
     if report is not None:
         require(report.suffix.lower() in (".html", ".htm"), f"--report '{report}' does not end in .html.")
         require(report.parent.is_dir(), f"no folder '{report.parent}' to write '{report.name}' into. Create it first.")
         require(overwrite or not report.exists(), f"'{report}' exists. Choose another --report, or pass --overwrite.")
-    from regraft.checkpoint import load
-    from regraft.training.inference import evaluate as evaluate_model
+    progress = ConsoleProgress()
+    with progress.status("loading the model"):
+        from regraft.checkpoint import load
+        from regraft.training.inference import evaluate as evaluate_model
 
-    if report is not None:
-        importlib.import_module("regraft.report")  # matplotlib takes seconds; here they count as a part of the start
-    start_s = seconds_since_start()
-    model = load(checkpoint, base=base, trust_code=trust_code)
-    model_s = seconds_since_start() - start_s
-    metrics = evaluate_model(model, data, batch_size=batch_size, device=device, progress=ConsoleProgress())
+        if report is not None:
+            importlib.import_module("regraft.report")  # matplotlib takes seconds, which count as a part of the start
+        start_s = seconds_since_start()
+        model = load(checkpoint, base=base, trust_code=trust_code)
+        model_s = seconds_since_start() - start_s
+    metrics = evaluate_model(model, data, batch_size=batch_size, device=device, progress=progress)
     if report is not None:
         from regraft.report import write_report
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from regraft.cli.output import guarded, require, say, say_json, say_lines, say_summary
+from regraft.cli.output import guarded, require, say, say_code, say_json, say_summary
+from regraft.console import ConsoleProgress
 
 if TYPE_CHECKING:
     from regraft.anatomy.inputs import InputSize
@@ -32,19 +33,20 @@ def inspect(
     Example: regraft inspect resnet18 --depth 1
     """
     size = _parse_size(input_size)
-    from regraft.anatomy import summary
-    from regraft.checkpoint.create import is_checkpoint
-    from regraft.zoo import build
+    with ConsoleProgress().status("starting"):  # imports PyTorch, which takes seconds
+        from regraft.anatomy import summary
+        from regraft.checkpoint.create import is_checkpoint
+        from regraft.zoo import build
 
     if plan:
-        say_lines(_plan(model, trust_code=trust_code))
+        say_code(_plan(model, trust_code=trust_code))
         return
     if source:
         from regraft.checkpoint import load
         from regraft.surgery import to_source
 
         create = load if is_checkpoint(model) else build  # with weights, as its constants become part of the source
-        say_lines(to_source(create(model, trust_code=trust_code)))
+        say_code(to_source(create(model, trust_code=trust_code)))
         return
     if is_checkpoint(model):
         _inspect_checkpoint(Path(model), size, depth, verify=verify, trust_code=trust_code, as_json=as_json)
@@ -103,8 +105,10 @@ def _describe(header: Any) -> list[str]:
     lines = [f"format     {header.format}"]
     if card.recipe:
         source = card.recipe.source
-        given = [f"{name}={value}" for name, value in source.arguments.items() if isinstance(value, (int, float, str))]
-        lines.append(", ".join((f"source     {source.name}, weights: {source.weights}", *given)))
+        arguments = [
+            f"{name}={value}" for name, value in source.arguments.items() if isinstance(value, (int, float, str))
+        ]
+        lines.append(", ".join((f"source     {source.name}, weights: {source.weights}", *arguments)))
         lines += [f"edit       {step}" for step in card.recipe.steps]
     if card.task:
         lines.append(f"task       {card.task}")

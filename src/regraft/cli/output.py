@@ -9,6 +9,7 @@ import functools
 import io
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -94,6 +95,12 @@ def say_lines(text: str) -> None:
     """Print the lines of a text on standard output."""
     for line in text.splitlines():
         say(line)
+
+
+def say_code(text: str) -> None:
+    """Print code on standard output, with its lines as they are."""
+    for line in text.splitlines():
+        print(printable(line), file=results())
 
 
 def say_summary(summary: Any) -> None:
@@ -187,6 +194,18 @@ def require(condition: bool, message: str) -> None:
     """Raise an error about the options unless a condition holds."""
     if not condition:
         raise InputError(message)
+
+
+def require_order(command: str, checkpoint: str, data: Sequence[str]) -> None:
+    """Refuse swapped arguments: a folder or a photo as the checkpoint, and a checkpoint among the data."""
+    from regraft.checkpoint.file.format import INDEX_SUFFIX, SUFFIX, locate
+
+    def is_checkpoint(path: str) -> bool:
+        return locate(Path(path)).name.endswith((SUFFIX, INDEX_SUFFIX))
+
+    found = next(filter(is_checkpoint, data), None) if not is_checkpoint(checkpoint) else None
+    rest = [checkpoint, *(path for path in data if path != found)]
+    require(found is None, f"the checkpoint comes first: regraft {command} {shlex.join([found or '', *rest])}.")
 
 
 def _print_error(line: str) -> None:

@@ -7,7 +7,17 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from regraft.cli.merge import BaseOption
-from regraft.cli.output import csv_text, guarded, json_text, require, say, say_table, say_text, write_text
+from regraft.cli.output import (
+    csv_text,
+    guarded,
+    json_text,
+    require,
+    require_order,
+    say,
+    say_table,
+    say_text,
+    write_text,
+)
 from regraft.console import ConsoleProgress
 
 DEFAULT_TOP = 3
@@ -37,14 +47,17 @@ def predict(
 
     Example: regraft predict runs/photos-1/model.safetensors new_photos/ --out new.csv
     """
+    require_order("predict", checkpoint, images)
     require(not (as_json and as_csv), "--json and --csv exclude each other. Pass one of them.")
     if out is not None:
         _check_file(out, overwrite=overwrite)
-    from regraft.card import card_of
-    from regraft.checkpoint import load
-    from regraft.training.inference import predict as predict_images
+    progress = ConsoleProgress()
+    with progress.status("loading the model"):
+        from regraft.card import card_of
+        from regraft.checkpoint import load
+        from regraft.training.inference import predict as predict_images
 
-    model = load(checkpoint, base=base, trust_code=trust_code)
+        model = load(checkpoint, base=base, trust_code=trust_code)
     classes = card_of(model).classes or ()
     is_csv = as_csv or (out is not None and out.suffix.lower() == ".csv")
     predictions = predict_images(
@@ -53,7 +66,7 @@ def predict(
         top=len(classes) if is_csv and classes else top or DEFAULT_TOP,
         batch_size=batch_size,
         device=device,
-        progress=ConsoleProgress(),
+        progress=progress,
     )
 
     def text(*, is_csv: bool) -> str:

@@ -1,6 +1,7 @@
 """List the photos of a folder or table with their targets and split, before any photo is opened."""
 
 import csv
+import hashlib
 import math
 import os
 import random
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from regraft.card import Split
 from regraft.errors import DataError
 
 TRAIN_NAMES = ("train", "training")
@@ -45,6 +47,7 @@ class Listing:
         train: Training photos.
         validation: Validation photos.
         split: How the data was split, as text.
+        draw: The draw of the validation photos; None if the data says itself which they are.
     """
 
     root: Path
@@ -53,6 +56,7 @@ class Listing:
     train: tuple[Sample, ...]
     validation: tuple[Sample, ...]
     split: str
+    draw: Split | None = None
 
     def counts(self) -> list[tuple[str, int, int]]:
         """Count the photos of each class: (class, training photos, validation photos)."""
@@ -186,6 +190,20 @@ def stratified_split(
     return tuple(s for s in samples if s not in kept), tuple(s for s in samples if s in kept)
 
 
+def held_out(samples: Sequence[Sample], draw: Split | None) -> tuple[Sample, ...] | None:
+    """Return those of the samples that an earlier draw held out; None if it was a draw from other samples."""
+    if draw is None or _draw_of(samples, draw.share, draw.seed) != draw:
+        return None
+    return stratified_split(samples, draw.share, draw.seed)[1]
+
+
+def _draw_of(samples: Sequence[Sample], share: float, seed: int) -> Split:
+    # Without the folders above, so that it is the same draw wherever the data lies.
+    names = sorted(f"{sample.target} {sample.path.parent.name}/{sample.path.name}" for sample in samples)
+    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+    return Split(samples=digest, share=share, seed=seed)
+
+
 def _require_folder(root: Path) -> None:
     if not root.exists():
         raise DataError(f"no folder '{root}' (looked from {Path.cwd()}). Give the folder that holds your photos.")
@@ -237,23 +255,27 @@ def _samples(folder: Path, classes: Sequence[str], *, at_least: int = 1) -> tupl
 
 def _split_folder(root: Path, folder: Path, share: float, seed: int) -> Listing:
     classes = _class_names(folder)
-    train, validation = stratified_split(_samples(folder, classes, at_least=2), share, seed)
+    samples = _samples(folder, classes, at_least=2)
+    train, validation = stratified_split(samples, share, seed)
     split = f"{share:.0%} of each class kept for validation, drawn with seed {seed}"
-    return Listing(root, "classification", classes, train, validation, split)
+    return Listing(root, "classification", classes, train, validation, split, _draw_of(samples, share, seed))
 
 
 def _list_table(path: Path, share: float, seed: int) -> Listing:
     rows = _read_table(path)
+    draw = None
     if any(split for _, split in rows):
         train = tuple(sample for sample, split in rows if split == "train")
         validation = tuple(sample for sample, split in rows if split == "val")
         split = "as the column 'split' says"
     else:
-        train, validation = stratified_split([sample for sample, _ in rows], share, seed)
+        samples = [sample for sample, _ in rows]
+        train, validation = stratified_split(samples, share, seed)
+        draw = _draw_of(samples, share, seed)
         split = f"{share:.0%} of the rows kept for validation, drawn with seed {seed}"
     if not train or not validation:
         raise DataError(f"'{path}' has {len(train)} rows for training and {len(validation)} for validation.")
-    return Listing(path, "regression", None, train, validation, split)
+    return Listing(path, "regression", None, train, validation, split, draw)
 
 
 def _read_table(path: Path) -> list[tuple[Sample, str]]:

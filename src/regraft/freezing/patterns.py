@@ -12,7 +12,7 @@ from regraft.anatomy.inputs import Inputs
 from regraft.anatomy.model_facts import ModelFacts
 from regraft.anatomy.paths import is_within, no_such_layer, paths_of
 from regraft.arguments import check_arguments, shown
-from regraft.errors import ArgumentError, SelectionError, nearest
+from regraft.errors import ArgumentError, EditError, SelectionError, nearest
 
 Pattern = str | nn.Module | Iterable[str | nn.Module]
 INDEX = re.compile(r"(.*?)\[((?:-?\d{1,9})?)(:?)((?:-?\d{1,9})?)\](?:\.(.+))?")  # owner, start, colon, stop, rest
@@ -69,7 +69,7 @@ def select_parameters(model: nn.Module, *patterns: str, inputs: Inputs | None = 
         if pattern.startswith(PARAMETERS):
             names |= _matching_parameters(all_names, pattern)
         elif _is_role(model, pattern):
-            names |= ModelFacts(model, inputs).head_parameters
+            names |= _with_heads(model, inputs).head_parameters
         else:
             layers = select(model, pattern)
             names |= {name for name in all_names if any(is_within(name, layer) for layer in layers)}
@@ -114,7 +114,7 @@ def _as_patterns(where: str, model: nn.Module, value: Any) -> list[str]:
         paths = paths_of(model, value)
         if not paths and isinstance(value, (nn.Sequential, nn.ModuleList)):  # a slice of one is a list of its own
             inside = [paths_of(model, child) for child in value.children()]
-            paths = [path for found in inside for path in found] if all(inside) else []
+            paths = [path for paths in inside for path in paths] if all(inside) else []
         if not paths:
             raise ArgumentError(
                 f"{where} is {shown(value)} that is no layer of this {type(model).__name__}. Pass one of its own, as "
@@ -161,16 +161,27 @@ def _is_role(model: nn.Module, pattern: str) -> bool:
     return pattern == HEAD and HEAD not in dict(model.named_modules(remove_duplicate=False))
 
 
+def _with_heads(model: nn.Module, inputs: Inputs | None = None) -> ModelFacts:
+    facts = ModelFacts(model, inputs)
+    try:
+        heads = facts.heads
+    except EditError as error:
+        raise SelectionError(f"'{HEAD}' selects nothing: {error}") from error
+    if not heads:
+        raise SelectionError(no_such_layer(model, HEAD))
+    return facts
+
+
 def _matching_parameters(all_names: list[str], pattern: str) -> set[str]:
-    glob = pattern.removeprefix(PARAMETERS)
-    names = {name for name in all_names if fnmatch.fnmatchcase(name, glob)}
+    wanted = pattern.removeprefix(PARAMETERS)
+    names = {name for name in all_names if fnmatch.fnmatchcase(name, wanted)}
     if not names:
-        raise SelectionError(f"no parameter matches '{pattern}'. {nearest(glob, all_names)}".rstrip())
+        raise SelectionError(f"no parameter matches '{pattern}'. {nearest(wanted, all_names)}".rstrip())
     return names
 
 
-def _matches(model: nn.Module, pattern: str) -> list[str]:
-    """Return the paths of the layers that one pattern selects.
+def _matches(model: nn.Module, pattern: str, *, has_roles: bool = True) -> list[str]:
+    """Return the paths of the layers that one pattern selects; inside of a layer, nothing has a role.
 
     Raises:
         SelectionError: There are none.
@@ -184,7 +195,8 @@ def _matches(model: nn.Module, pattern: str) -> list[str]:
         ]
     if pattern.startswith("type:"):
         return _of_type(layers, pattern.removeprefix("type:"))
-    if pattern == HEAD and (heads := [head.path for head in ModelFacts(model).heads]):
+    if pattern == HEAD and has_roles:  # a head that is a bare parameter stands for the layer that has it
+        heads = [head.path for head in _with_heads(model).heads]
         return [path if path in layers else path.rpartition(".")[0] for path in heads]
     indexed = INDEX.fullmatch(pattern)
     if indexed is not None and _is_index(layers, indexed):
@@ -243,7 +255,9 @@ def _children(model: nn.Module, pattern: str, indexed: re.Match[str]) -> list[st
     paths, problem = [], None
     for path in children:
         try:
-            paths += [f"{path}.{inner}".rstrip(".") for inner in _matches(model.get_submodule(path), rest)]
+            paths += [
+                f"{path}.{inner}".rstrip(".") for inner in _matches(model.get_submodule(path), rest, has_roles=False)
+            ]
         except SelectionError as error:
             problem = SelectionError(f"'{pattern}' selects nothing: {error}")
     if not paths and problem is not None:

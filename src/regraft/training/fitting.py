@@ -165,9 +165,11 @@ def _build(
 ) -> tuple[ModelFacts, ComputeContext]:
     """Build the network, freeze what the options say, move it to its device, and say what will be trained."""
     name = model if isinstance(model, str) else None
-    # A download draws a bar of its own, which a spinner would hide.
-    is_download = name is not None and needs_download(name, config.weights)
-    with nullcontext() if is_download else progress.status(f"preparing {name or 'the network'}"):
+    step = progress.status(f"preparing {name or 'the network'}")
+    if name is not None and _needs_download(name, config, progress):
+        progress.say(f"weights    downloading those of {name}")
+        step = nullcontext()  # the download draws a bar of its own, which a spinner would hide
+    with step:
         facts = prepare_model(model, listing, config, trust_code=trust_code)
         built = facts.model
         require_trainable_types(built, thaws_all=config.unfreeze is not None)
@@ -192,6 +194,11 @@ def preview(config: TrainConfig, progress: Progress, *, trust_code: bool = False
         if listing is not None:
             say_data(listing, progress)
         _build(config.model, listing, config, progress, trust_code=trust_code)
+
+
+def _needs_download(name: str, config: TrainConfig, progress: Progress) -> bool:
+    with progress.status(f"preparing {name}"):  # imports a library of networks
+        return needs_download(name, config.weights)
 
 
 def _read(

@@ -16,7 +16,7 @@ from regraft.arguments import check_arguments, check_minimum, check_path, check_
 from regraft.card import Card, card_of
 from regraft.console import progress_of
 from regraft.data.decode import Unreadable, decode, quiet_decoders
-from regraft.data.folders import Sample, Task, list_labelled, list_regression, photos_in
+from regraft.data.folders import Sample, Task, held_out, list_labelled, list_regression, photos_in
 from regraft.data.photos import loader, read_photos
 from regraft.data.transforms import center_crop, normalize
 from regraft.errors import DataError, ModelError, RegraftError
@@ -26,6 +26,7 @@ from regraft.training.checks.weight_types import compute_for, type_names
 from regraft.training.loop import ComputeContext, score
 from regraft.training.metrics import Metrics, Scores, measure
 from regraft.training.train_data import pairs_of
+from regraft.wording import for_caller
 from regraft.zoo import preprocessing_of
 
 BATCH_SIZE = 32
@@ -77,7 +78,8 @@ def evaluate(
     Args:
         model: A model that knows its classes and preprocessing, as `load` and `fit` return it.
         data: A folder with a folder per class, or one that holds `val/`; a `.csv` table for regression; or a Dataset
-            or DataLoader that yields (inputs, targets), targets of every kind that `fit` takes.
+            or DataLoader that yields (inputs, targets), targets of every kind that `fit` takes. Of the very folder or
+            table that `fit` drew its validation photos from, only these are measured.
         batch_size: Photos per batch.
         device: `auto`, `cpu`, `cuda`, …
         progress: Whether a bar and the files that are skipped are shown, or where; see `fit`.
@@ -107,6 +109,9 @@ def evaluate(
     check_path(evaluate, "data", data)
     card = _require_task(model)
     samples = list_regression(data) if card.classes is None else list_labelled(data, card.classes)
+    if (rest := held_out(samples, card.split)) is not None:
+        listener.say(f"photos     {len(samples) - len(rest)} of {len(samples)} were trained on, and are left out")
+        samples = rest
     photos, unreadable = read_photos(samples, preprocessing_of(model), classes=card.classes, progress=listener)
     _report_skipped(unreadable, listener)
     read = time.perf_counter()
@@ -223,7 +228,12 @@ def _require_task(model: nn.Module) -> Card:
     card = card_of(model)
     if card.task is None or (card.task == "classification" and card.classes is None):
         raise ModelError(
-            f"this {type(model).__name__} does not know its classes. Use a model that `fit` trained or `load` read."
+            f"this {type(model).__name__} does not know its classes. "
+            + for_caller(
+                python="Name them when you save it, and load that file: save(model, path, classes=['cat', 'dog']).",
+                command="Give a checkpoint of `regraft train`; in Python, name them when you save it: "
+                "save(model, path, classes=['cat', 'dog']).",
+            )
         )
     return card
 

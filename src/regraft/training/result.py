@@ -190,12 +190,12 @@ class FitResult:
         where = "nowhere (out=FOLDER writes it)" if self.checkpoint is None else str(self.checkpoint)
         share = "" if self.computed_once is None else f"{self.computed_once.share:.1%} of the network"
         return [
+            ("saved", where),
             *self.plan.rows(),
             ("losses", f"{' -> '.join(dict.fromkeys((losses[0], losses[-1])))} in training" if losses else ""),
             ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())),
             ("once", share),
             ("stopped", f"by {self.stopped_by}" if self.stopped_by else ""),
-            ("saved", where),
         ]
 
     @property

@@ -188,7 +188,8 @@ def prepare_setup(
         with torch.no_grad():
             for parameter_name, value in start.items():
                 live.get_parameter(parameter_name).copy_(value)
-    attach(model, classes=train_data.classes, task=train_data.task, preprocessing=facts.preprocessing)
+    draw = train_data.listing.draw if train_data.listing is not None else None
+    attach(model, classes=train_data.classes, task=train_data.task, preprocessing=facts.preprocessing, split=draw)
     return TrainSetup(
         facts=facts,
         live=live,

@@ -123,8 +123,10 @@ def read_start(path: Path, file: FileIO | None = None) -> tuple[dict[str, Any], 
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > min(size - 8, HEADER_LIMIT_BYTES):
-            require_weights(path)
-            if (what := describe_weights(path)) is not None:
+            is_cut_off = file.read(1) == b"{"  # where the JSON text of the header begins
+            if not is_cut_off:
+                require_weights(path)
+            if not is_cut_off and (what := describe_weights(path)) is not None:
                 use = for_caller(
                     python=f"Load it into a model of your own with load_weights(model, {str(path)!r})",
                     command="Train with it (regraft train DATA --model NAME --weights FILE)",

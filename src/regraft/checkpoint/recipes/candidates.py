@@ -2,7 +2,7 @@
 
 A network of timm keeps the name of its architecture, one of transformers its configuration. One of torchvision keeps
 neither, so all builders of its file are candidates, those with the nearest number of parameters first. Arguments of the
-constructor are read off the network and off one that was built without them; what differs between the two was given.
+constructor are read off the network and off one that was built without them; those that differ are tried.
 """
 
 from typing import Any
@@ -44,8 +44,8 @@ def own_source(model: nn.Module) -> Source:
     return Source(name=f"{PYTHON}{reference_of(model)}")
 
 
-def given_arguments(model: nn.Module, reference: nn.Module, source: Source) -> dict[str, Any]:
-    """Return the arguments of a library's constructor whose traces in `model` and in `reference` differ."""
+def read_arguments(model: nn.Module, reference: nn.Module, source: Source) -> dict[str, Any]:
+    """Return the arguments of a library's constructor whose values, read off `model` and `reference`, differ."""
     known = library_arguments(source.name)
     traces, usual = _traces(model), _traces(reference)
     return {name: value for name, value in traces.items() if name in known and value != usual.get(name, value)}

@@ -18,7 +18,7 @@ from torch import nn
 from regraft.card import Recipe, Source, Step, card_of
 from regraft.checkpoint.memory import rebuild_for
 from regraft.checkpoint.rebuilding import rebuild
-from regraft.checkpoint.recipes.candidates import given_arguments, library_sources, own_source
+from regraft.checkpoint.recipes.candidates import library_sources, own_source, read_arguments
 from regraft.checkpoint.recipes.differences import LIBRARIES, differing_layers
 from regraft.errors import EditError, RegraftError, TrustError
 from regraft.surgery.layer_text.build import describe
@@ -105,7 +105,7 @@ def _from_library(model: nn.Module) -> Recipe | None:
     nearest = None
     for source in library_sources(model):
         for start in _starts(model, source):
-            if nearest is None or start.distance(model) <= nearest.distance(model):
+            if nearest is None or start.distance(model) < nearest.distance(model):
                 nearest = start
         if nearest is not None and nearest.distance(model) <= NEAR:
             break
@@ -125,7 +125,7 @@ def _starts(model: nn.Module, source: Source) -> Iterator[_Start]:
         return
     differences = differing_layers(model, reference)
     yield _Start(recipe, differences)
-    arguments = given_arguments(model, reference, source) if differences else {}
+    arguments = read_arguments(model, reference, source) if differences else {}
     if arguments:
         del reference
         recipe = Recipe(source=source.model_copy(update={"arguments": arguments}))
