@@ -79,7 +79,9 @@ def test_cli_train_keeps_everything_at_a_real_signal_and_the_printed_command_goe
     assert last.startswith("stopped by Ctrl-C. The best so far (epoch ")
     assert "is kept in 'my run/model.safetensors'. To continue: " in last
     assert "Traceback" not in stderr
-    assert regraft.evaluate(regraft.load("my run/model.safetensors", trust_code=True), "photos").count == 12
+    assert (
+        regraft.evaluate(regraft.load("my run/model.safetensors", trust_code=True), "photos").count == 2
+    )  # those held out
     command = shlex.split(last.partition("To continue: ")[2])
     assert command == ["regraft", "train", "--resume", "my run", "--trust-code"]
     found = cli(*command[1:], "--json")
