@@ -14,7 +14,7 @@ import typer.testing
 import regraft
 from regraft.errors import Interrupted
 from report.results import Page
-from scene import Cli, Fit, assert_refused, interrupting, listing, nothing_written, only_json, results
+from scene import TINY_NET, Cli, Fit, assert_refused, interrupting, listing, nothing_written, only_json, results
 
 
 @pytest.mark.parametrize("phase", ["regraft.data.photos.decode_all", "regraft.training.model_for_data.create_model"])
@@ -79,6 +79,7 @@ def test_cli_train_keeps_everything_at_a_real_signal_and_the_printed_command_goe
     assert last.startswith("stopped by Ctrl-C. The best so far (epoch ")
     assert "is kept in 'my run/model.safetensors'. To continue: " in last
     assert "Traceback" not in stderr
+    Path("tiny_net.py").write_text(TINY_NET)  # a checkpoint names the file, and it is looked for here
     assert (
         regraft.evaluate(regraft.load("my run/model.safetensors", trust_code=True), "photos").count == 2
     )  # those held out
