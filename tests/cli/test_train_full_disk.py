@@ -24,8 +24,8 @@ def half_a_file(tensors: object, path: Path, metadata: object) -> None:
     [
         ("safetensors.torch.save_file", set()),
         ("os.fsync", set()),
-        ("regraft.training.resume.run_folder.write_config", {"model.safetensors"}),
-        ("csv.DictWriter.writerows", {"model.safetensors", "config.toml"}),
+        ("regraft.training.resume.run_folder.write_config", {"model.safetensors", "report.html"}),
+        ("csv.DictWriter.writerows", {"model.safetensors", "config.toml", "report.html"}),
     ],
 )
 def test_cli_train_leaves_what_was_written_before_the_disk_was_full_whole(

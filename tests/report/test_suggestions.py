@@ -83,11 +83,6 @@ def test_suggest_after_run_fine_tunes_a_frozen_network_that_makes_mistakes(tmp_p
     assert not any("--unfreeze" in command for command in commands(chosen))
 
 
-def test_suggest_after_run_trusts_code_again_that_the_run_has_trusted(tmp_path: Path) -> None:
-    result = result_of([(0.1, 0.4)], tmp_path, model="py:net.py:Net")
-    assert " --trust-code --out " in commands(result)[0]
-
-
 def test_suggest_after_run_resumes_a_stopped_one_and_nothing_else(tmp_path: Path) -> None:
     result = replace(
         result_of([(0.1, 0.4)], tmp_path, epochs=9), stopped_by="Ctrl-C", to_continue="regraft train --resume x"

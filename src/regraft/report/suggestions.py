@@ -154,13 +154,9 @@ def _again(result: FitResult, name: str, **options: str | float) -> str:
     if result.out is None or not result.is_named:
         return f"regraft.fit(model, data, {', '.join(f'{option}={value!r}' for option, value in options.items())})"
     flags = [text for option, value in options.items() for text in (f"--{option}", str(value))]
-    trust = (
-        ["--trust-code"]
-        if any(str(text).startswith("py:") for text in (result.config.model, result.config.loss))
-        else []
-    )
+    # Without leave to import code (`--trust-code`), which no file keeps: where it is needed, the error says so.
     config, out = str(result.out / "config.toml"), f"{result.out}-{name}"
-    return shlex.join(["regraft", "train", "--config", config, *flags, *trust, "--out", out])
+    return shlex.join(["regraft", "train", "--config", config, *flags, "--out", out])
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -320,7 +320,9 @@ def _can_continue(state_writer: StateWriter) -> bool:
 
 
 def _resume_hint(run: Run) -> str:
-    return f"To continue: {for_caller(python='the same call of fit with resume=True', command=_resume_command(run))}"
+    trust = " --trust-code" if run.trust_code else ""  # on the screen alone: no file keeps the leave to import code
+    command = f"{_resume_command(run)}{trust}"
+    return f"To continue: {for_caller(python='the same call of fit with resume=True', command=command)}"
 
 
 def _resume_command(run: Run) -> str:
@@ -328,7 +330,7 @@ def _resume_command(run: Run) -> str:
     folder = str(run.folder.path)
     return for_caller(
         python=f"regraft.fit(…, out={folder!r}, resume=True)",
-        command=f"regraft train --resume {shlex.quote(folder)}" + (" --trust-code" if run.trust_code else ""),
+        command=f"regraft train --resume {shlex.quote(folder)}",
     )
 
 
