@@ -5,6 +5,7 @@ part of the state dict) and in the header of a checkpoint. It holds the recipe t
 preprocessing of images, the class names and the last metrics.
 """
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -132,6 +133,31 @@ class Split(_FrozenFields):
     seed: int
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What an edited network was made from, where that had no recipe: `save` derives one, which takes a while.
+
+    Attributes:
+        networks: Copies of these networks, which share their weights.
+        joined: Name and arguments of a `Source` that joins them; None for one network.
+        steps: The edits since.
+    """
+
+    networks: tuple[nn.Module, ...]
+    joined: tuple[str, dict[str, Any]] | None = None
+    steps: tuple[Step, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":
+        return self  # a copy would copy weights that were cut off
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _forget, ()  # pickling would keep them
+
+
+def _forget() -> None:
+    """Return None, which a pickled `Origin` becomes."""
+
+
 class Card(_FrozenFields):
     """The metadata of a model; each field may be unknown (None).
 
@@ -143,6 +169,7 @@ class Card(_FrozenFields):
         metrics: Measured results, as JSON data.
         split: How the photos that it was trained on were split, where they lay in one folder or table.
         carried: Fields in the header of its file that this version does not know; they are saved again.
+        origin: What it was edited from; only without a recipe, and in no file.
     """
 
     recipe: Recipe | None = None
@@ -152,6 +179,7 @@ class Card(_FrozenFields):
     metrics: dict[str, Any] = Field(default_factory=dict)
     split: Split | None = None
     carried: dict[str, Any] = Field(default_factory=dict, exclude=True)
+    origin: Any = Field(default=None, exclude=True)  # an `Origin`
 
 
 def card_of(model: nn.Module) -> Card:

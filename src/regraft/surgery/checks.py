@@ -1,7 +1,8 @@
 """Checks before and after every edit: the model is editable, the result runs, its recipe and pins are updated."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import nn
 
 from regraft.anatomy.heads import CONVOLUTIONS
 from regraft.anatomy.inputs import Inputs, Shape
+from regraft.anatomy.shape_copies import shared_copy
 from regraft.anatomy.tracing import Trace, trace
-from regraft.card import Recipe, Source, Step, attach, card_of
+from regraft.card import Origin, Recipe, Source, Step, attach, card_of
 from regraft.errors import EditError, ForwardError
 from regraft.freezing.pins import is_pinned, sync_pins
 from regraft.surgery.layer_text.build import describe
@@ -111,39 +113,49 @@ def _way_out(layer: nn.Module, given: Shape) -> str:
     return "Give the layers the widths that stand on either side, or put a layer between them that converts."
 
 
-def finish(edited: nn.Module, operation: Any, *, new_outputs: bool, **arguments: Any) -> nn.Module:
+def finish(edited: nn.Module, original: nn.Module, operation: Any, *, new_outputs: bool, **arguments: Any) -> nn.Module:
     """Add a step to the recipe of `edited`, in place, drop what is no longer valid on its card, and update its pins.
 
     Args:
         edited: A model that was just edited; it still carries the card of the original.
+        original: The model that was edited.
         operation: The name of the edit.
         new_outputs: Whether the outputs mean something else now, so that the classes of the old ones are forgotten.
         **arguments: What the edit was given; layers are described as text, and what is None is left out.
     """
     card = card_of(edited)
     recipe = card.recipe
-    if recipe is not None:
-        try:
-            known = {name: value for name, value in arguments.items() if value is not None}
-            recipe = recipe.then(Step(operation=operation, arguments=_as_data(known, tied=True)))
-        except EditError:
-            recipe = None  # the model works, but its architecture can no longer be written down
+    origin: Origin | None = card.origin if recipe is None else None
+    if recipe is None and origin is None:
+        origin = Origin((shared_copy(original),))
+    try:
+        known = {name: value for name, value in arguments.items() if value is not None}
+        step = Step(operation=operation, arguments=_as_data(known, tied=True))
+    except EditError:
+        recipe = origin = None  # the model works, but its architecture can no longer be written down
+    else:
+        recipe = recipe.then(step) if recipe is not None else None
+        origin = replace(origin, steps=(*origin.steps, step)) if origin is not None else None
     if any(is_pinned(layer) for layer in edited.modules()):
         sync_pins(edited)  # what is new is trainable, and so is the mode of what lies around it
     forgotten = {"task": None, "classes": None} if new_outputs else {}
-    return attach(edited, recipe=recipe, metrics={}, **forgotten)
+    return attach(edited, recipe=recipe, origin=origin, metrics={}, **forgotten)
 
 
-def joined_recipe(name: str, parts: Iterable[nn.Module], arguments: Mapping[str, Any]) -> Recipe | None:
-    """Return the recipe of a network that joins others; None where one of these or a new layer has none."""
+def attach_joined(joined: nn.Module, name: str, parts: Sequence[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
+    """Attach the recipe of a network that joins others, or its origin where one of these has none.
+
+    Neither is attached where a new layer cannot be written as text.
+    """
+    try:
+        data = _as_data(arguments, tied=False)
+    except EditError:
+        return attach(joined, recipe=None)
     recipes = [card_of(part).recipe for part in parts]
     known = tuple(recipe for recipe in recipes if recipe is not None)
-    if len(known) < len(recipes):
-        return None
-    try:
-        return Recipe(source=Source(name=name, parts=known, arguments=_as_data(arguments, tied=False)))
-    except EditError:
-        return None
+    if len(known) == len(parts):
+        return attach(joined, recipe=Recipe(source=Source(name=name, parts=known, arguments=data)))
+    return attach(joined, recipe=None, origin=Origin(tuple(map(shared_copy, parts)), (name, data)))
 
 
 def _as_data(value: Any, *, tied: bool) -> Any:

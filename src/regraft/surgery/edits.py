@@ -70,7 +70,7 @@ def truncate(
     what = f"truncate after '{after}'" if after is not None else f"drop the last {drop} layers"
     _require_parameters(edited, model, what)
     prove(edited, model, what, inputs)
-    return finish(edited, "truncate", new_outputs=True, after=after, drop=drop, drop_skips=drop_skips or None)
+    return finish(edited, model, "truncate", new_outputs=True, after=after, drop=drop, drop_skips=drop_skips or None)
 
 
 @unmoved_on_failure()
@@ -115,7 +115,7 @@ def append(model: nn.Module, *layers: nn.Module | int, inputs: Inputs | None = N
         edited = detour(model, added)
     what = f"append {_listed(new)}"
     materialize_lazy(edited, added, prove(edited, model, what, inputs), what)
-    return finish(edited, "append", new_outputs=True, layers=list(new))
+    return finish(edited, model, "append", new_outputs=True, layers=list(new))
 
 
 def insert(
@@ -180,7 +180,7 @@ def insert(
         ) from error
     what = f"insert {type(new).__name__} {place}"
     materialize_lazy(edited, {name: new}, prove(edited, model, what, inputs), what)
-    return finish(edited, "insert", new_outputs=False, new=new, after=after, before=before)
+    return finish(edited, model, "insert", new_outputs=False, new=new, after=after, before=before)
 
 
 def without_rest(

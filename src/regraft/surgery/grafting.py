@@ -11,7 +11,7 @@ from regraft.anatomy.modes import in_mode, unmoved_on_failure
 from regraft.arguments import check_arguments
 from regraft.card import attach
 from regraft.errors import EditError
-from regraft.surgery.checks import joined_recipe, require_editable
+from regraft.surgery.checks import attach_joined, require_editable
 from regraft.surgery.fitting import classifier, fitted, output_shape
 from regraft.surgery.layer_text.build import construct
 from regraft.zoo import preprocessing_of
@@ -74,8 +74,8 @@ def graft(
         _require_fit(head, name, width)
     grafted = Grafted(named, modules if isinstance(heads, Mapping) else modules[""])
     arguments = {"parts": list(named), "heads": modules, "has_names": grafted.has_names}
-    recipe = joined_recipe("graft", named.values(), arguments)
-    return in_mode(attach(grafted, recipe=recipe, preprocessing=preprocessing_of(first)), first.training)
+    attach_joined(grafted, "graft", tuple(named.values()), arguments)
+    return in_mode(attach(grafted, preprocessing=preprocessing_of(first)), first.training)
 
 
 def rebuild_grafted(parts: tuple[nn.Module, ...], arguments: dict[str, Any], *, trust_code: bool) -> nn.Module:

@@ -82,7 +82,7 @@ def replace_head(
     if path is None and isinstance(new, int) and not keep and getattr(model, "num_classes", None) == 0:
         edited = _with_timm_classifier(model, new, inputs)
         if edited is not None:
-            return finish(edited, "replace_head", new_outputs=True, new=new)
+            return finish(edited, model, "replace_head", new_outputs=True, new=new)
     facts = ModelFacts(model, inputs)
     targets = _targets(facts, new, path)
     pairs = _kept_classes(model, keep or {})
@@ -108,7 +108,7 @@ def replace_head(
         _set_class_count(edited, list(layers), before, classes, is_sure=is_automatic)
     if is_automatic:
         path = targets[0].path if len(targets) == 1 else None  # a recipe without a path finds several heads again
-    return finish(edited, "replace_head", new_outputs=True, path=path, new=new)
+    return finish(edited, model, "replace_head", new_outputs=True, path=path, new=new)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def replace_stem(model: nn.Module, channels: int, *, inputs: Inputs | None = Non
         path = _unchanged_convolution(edited, model, channels, count, changed, inputs)
     if isinstance(edited.get_submodule(first), nn.Conv2d):
         attach(edited, preprocessing=_preprocessing(preprocessing_of(model), count, channels))
-    return finish(edited, "replace_stem", new_outputs=False, channels=channels)
+    return finish(edited, model, "replace_stem", new_outputs=False, channels=channels)
 
 
 def filters_for(weight: torch.Tensor, channels: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from regraft.arguments import check_arguments, check_weights
 from regraft.card import attach
 from regraft.errors import EditError, ModelError
 from regraft.surgery.adapters import ClassToken, adapter_for
-from regraft.surgery.checks import joined_recipe, prove, require_editable
+from regraft.surgery.checks import attach_joined, prove, require_editable
 from regraft.surgery.edits import without_rest
 from regraft.surgery.fitting import output_shape, place
 from regraft.surgery.layer_text.build import construct
@@ -96,8 +96,8 @@ def stitch(
         check_weights(stitch, "back", back)
         fit_adapter(stitched, seen, batches)
     arguments = {"cut": cut, "adapter": adapter, "given": given, "wanted": wanted, "is_fitted": is_fitted}
-    recipe = joined_recipe("stitch", (front, back), arguments)
-    return attach(stitched, recipe=recipe, preprocessing=preprocessing_of(front))
+    attach_joined(stitched, "stitch", (front, back), arguments)
+    return attach(stitched, preprocessing=preprocessing_of(front))
 
 
 @torch.no_grad()

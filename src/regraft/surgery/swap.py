@@ -77,7 +77,7 @@ def replace(
     # One by one where a regular expression selected them: a recipe in a file of others may hold none.
     steps = {path: new} if isinstance(new, nn.Module) and not path.startswith("re:") else put
     for where, layer in steps.items():
-        finish(edited, "replace", new_outputs=False, path=where, new=layer)
+        finish(edited, model, "replace", new_outputs=False, path=where, new=layer)
     return edited
 
 
@@ -119,7 +119,7 @@ def remove(model: nn.Module, path: str, *, inputs: Inputs | None = None) -> nn.M
     is_plain = all(len(call.input_shapes) == 1 for call in calls)
     edited = with_layers(model, {path: nn.Identity() if is_plain else Bypass()})
     prove(edited, model, f"remove '{path}'", inputs)
-    return finish(edited, "remove", new_outputs=False, path=path)
+    return finish(edited, model, "remove", new_outputs=False, path=path)
 
 
 def with_layers(model: nn.Module, put: dict[str, nn.Module]) -> nn.Module:

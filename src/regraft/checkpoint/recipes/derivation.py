@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from regraft.card import Recipe, Source, Step, card_of
+from regraft.card import Origin, Recipe, Source, Step, card_of
 from regraft.checkpoint.memory import rebuild_for
 from regraft.checkpoint.rebuilding import rebuild
 from regraft.checkpoint.recipes.candidates import library_sources, own_source, read_arguments
@@ -80,7 +80,7 @@ def derive_recipe(model: nn.Module) -> Derivation:
     if known is not None and stale is None:
         return Derivation(kind, known)
     reasons = [f"it no longer matches its recipe ({stale})"] if stale is not None else []
-    for attempt in (_from_recipe, _from_library, _from_text, _from_own_class):
+    for attempt in (_from_recipe, _from_origin, _from_library, _from_text, _from_own_class):
         try:
             recipe = attempt(model)
             if recipe is not None:
@@ -98,6 +98,28 @@ def _from_recipe(model: nn.Module) -> Recipe | None:
         return None
     reference = rebuild(known, trust_code=True, unset=True)  # its code has run already
     return _completed(model, _Start(known, differing_layers(model, reference)))
+
+
+def _from_origin(model: nn.Module) -> Recipe | None:
+    """Return the recipe of a network that was edited before it had one: that of what it was made from, and the edits.
+
+    Raises:
+        EditError: There is none for what it was made from.
+    """
+    origin: Origin | None = card_of(model).origin
+    if origin is None:
+        return None
+    recipes = []
+    for network in origin.networks:
+        derivation = derive_recipe(network)
+        if derivation.recipe is None:
+            raise EditError(f"the {derivation.kind} that it was made from has none, as {derivation.reason}")
+        recipes.append(derivation.recipe)
+    recipe = recipes[0]
+    if origin.joined is not None:
+        name, arguments = origin.joined
+        recipe = Recipe(source=Source(name=name, parts=tuple(recipes), arguments=arguments))
+    return recipe.model_copy(update={"steps": (*recipe.steps, *origin.steps)})
 
 
 def _from_library(model: nn.Module) -> Recipe | None:
@@ -148,10 +170,7 @@ def _from_own_class(model: nn.Module) -> Recipe | None:
     if type(model).__module__.partition(".")[0] in LIBRARIES:
         return None
     if type(model).__module__.startswith("regraft."):
-        raise EditError(
-            "regraft edited it before it had a recipe. Make the network with create_model, or save and load it, and "
-            "edit it then"
-        )
+        raise EditError("one of the layers that it was given cannot be written as text")
     recipe = Recipe(source=own_source(model))
     return _completed(model, _Start(recipe, differing_layers(model, rebuild(recipe, trust_code=True))))
 

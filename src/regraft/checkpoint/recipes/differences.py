@@ -22,6 +22,7 @@ from torch import nn
 from regraft.card import ATTRIBUTE
 from regraft.checkpoint.recipes.transformers_config import config_data, is_config
 from regraft.freezing.hold import RESET, SCRIPTABLE, TRAIN
+from regraft.surgery.rewired import EditedModule
 from regraft.torch_internals import buffers_of, children_of, non_persistent_buffers, parameters_of
 
 LIBRARIES = ("torch", "torchvision", "timm", "transformers")
@@ -64,7 +65,7 @@ def _differences(path: str, layer: Any, other: Any, seen: set[tuple[int, int]]) 
 
 def _own_difference(layer: nn.Module | None, other: nn.Module | None, seen: set[tuple[int, int]]) -> str | None:
     """Return what differs between two layers themselves, without the layers in them."""
-    if layer is None or other is None or type(layer) is not type(other):
+    if layer is None or other is None or not _are_of_one_class(layer, other):
         if layer is other:
             return None
         return f"it is of the class {_class_name(layer)}, and of {_class_name(other)} in a new one"
@@ -73,6 +74,12 @@ def _own_difference(layer: nn.Module | None, other: nn.Module | None, seen: set[
             f"it holds the layers {_shown(list(children_of(layer)))}, and a new one {_shown(list(children_of(other)))}"
         )
     return _tensor_difference(layer, other) or _setting_difference(layer, other, seen)
+
+
+def _are_of_one_class(layer: nn.Module, other: nn.Module) -> bool:
+    if isinstance(layer, EditedModule) and isinstance(other, EditedModule):  # each has a class of its own
+        return (layer.origin, layer.programs, layer.mode_switch) == (other.origin, other.programs, other.mode_switch)
+    return type(layer) is type(other)
 
 
 def _tensor_difference(layer: nn.Module, other: nn.Module) -> str | None:
