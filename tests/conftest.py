@@ -49,6 +49,12 @@ def seeded() -> None:
     np.random.seed(0)
 
 
+@pytest.fixture
+def server_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no server be asked before a download, which the test replaces."""
+    monkeypatch.setattr("regraft.downloads._failure", lambda ask: None)
+
+
 @pytest.fixture(autouse=True)
 def heard() -> Iterator[None]:
     """Let Ctrl-C be heard also where the tests run in the background of a shell, which ignores it."""

@@ -1,6 +1,7 @@
 """Each entry of `torch_internals` against torch itself: what a new release of torch changes fails here, by its name."""
 
 import copy
+import importlib
 import pickle
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from regraft.torch_internals import (
     TorchDispatchMode,
     TreeSpec,
     WeightNormParametrization,
+    attention_of,
     buffers_of,
     children_of,
     drop_workers,
@@ -50,6 +52,7 @@ from regraft.torch_internals import (
     keystr,
     mark_as_parameter,
     mark_as_stepped,
+    module_of_transformers,
     non_persistent_buffers,
     operation_schema,
     parameters_of,
@@ -349,6 +352,22 @@ def test_drop_workers() -> None:
 def test_torch_internals_attention_holds_what_an_encoder_layer_reads() -> None:
     attention = nn.MultiheadAttention(4, 2)
     assert all(hasattr(attention, name) for name in READ_OF_ATTENTION)
+
+
+def test_module_of_transformers_names_the_module_that_exports_a_class() -> None:
+    module = importlib.import_module(f"transformers.{module_of_transformers('ViTForImageClassification')}")
+    assert module.ViTForImageClassification.__name__ == "ViTForImageClassification"
+    assert module_of_transformers("NoSuchClass") is None
+
+
+def test_attention_of_a_configuration_is_what_its_network_computes() -> None:
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    for name in ("eager", "sdpa"):
+        model = ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4, attn_implementation=name))
+        assert attention_of(model.config) == name
+    assert attention_of(object()) is None
 
 
 def test_uses_fast_norm() -> None:

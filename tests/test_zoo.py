@@ -226,6 +226,7 @@ def test_create_model_takes_none_for_no_weights(name: str) -> None:
         "default",
     ],
 )
+@pytest.mark.usefixtures("server_answers")
 def test_create_model_takes_torchvisions_own_names_of_weights(weights: object, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -244,7 +245,7 @@ def test_create_model_takes_torchvisions_own_names_of_weights(weights: object, m
         ("resnet18", models.ResNet50_Weights.DEFAULT, "ResNet50_Weights.IMAGENET1K_V2 are weights of another network"),
         ("resnet18", "ResNet50_Weights.DEFAULT", "'resnet18' takes ResNet18_Weights"),
         ("timm/test_vit", models.ResNet18_Weights.DEFAULT, "'timm/test_vit' is no network of torchvision"),
-        ("resnet18", True, "weights is True, expected a string or a Path"),
+        ("resnet18", True, "weights is True, expected a name"),
         ("resnet18", {"fc.bias": torch.ones(2)}, "weights is a dict, expected a string or a Path"),
     ],
 )

@@ -30,7 +30,9 @@ def pretrained() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def registered(pretrained: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+def registered(
+    pretrained: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch, server_answers: None
+) -> dict[str, torch.Tensor]:
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: pretrained)
     return pretrained
 
@@ -94,6 +96,7 @@ def test_save_over_registered_weights_takes_a_file_that_holds_the_same(
         assert_equal(load(delta, base=tmp_path / name), model)
 
 
+@pytest.mark.usefixtures("server_answers")
 def test_save_over_weights_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import timm
 

@@ -60,4 +60,3 @@ def test_truncate_does_not_keep_what_was_cut_off_in_a_pickle() -> None:
         torch.save(model, buffer := io.BytesIO())
         sizes.append(len(buffer.getvalue()))
     assert sizes[1] < sizes[0] / 10
-

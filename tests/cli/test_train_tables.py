@@ -63,7 +63,7 @@ def test_cli_train_evaluate_and_predict_take_a_good_table(
     assert result["unreadable"] == [{"path": "gone.png", "reason": "no such file"}]
     assert result["validation"]["task"] == "regression"
     measured = only_json(cli("evaluate", "run/model.safetensors", "good.csv", "--trust-code", "--json").stdout)
-    assert measured["count"] == 18
+    assert measured["count"] == 9
     predicted = only_json(cli("predict", "run/model.safetensors", "photos", "--trust-code", "--json").stdout)
     assert {*predicted[0]} == {"path", "value"}
 

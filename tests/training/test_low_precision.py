@@ -230,7 +230,7 @@ def test_choose_compute_takes_on_a_gpu_what_a_cpu_takes_when_asked(monkeypatch: 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_fit_refuses_a_precision_that_weights_cannot_be_cast_to(precision: str, few: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"--precision {precision} casts weights in float32, and those of .* float64"):
+    with pytest.raises(ConfigError, match=f"precision='{precision}' casts weights in float32, and those of .* float64"):
         regraft.fit(cnn().double(), few, precision=precision, out=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -238,7 +238,7 @@ def test_fit_refuses_a_precision_that_weights_cannot_be_cast_to(precision: str, 
 def test_fit_refuses_to_mix_words(tmp_path: Path) -> None:
     pair = TensorDataset(torch.randint(9, (20, 5)), torch.arange(20) % 2)
     model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(20, 2))
-    with pytest.raises(ConfigError, match=r"--mixup 0.4 mixes images or features .* the inputs are int64"):
+    with pytest.raises(ConfigError, match=r"mixup=0.4 mixes images or features .* the inputs are int64"):
         regraft.fit(model, (pair, pair), mixup=0.4, out=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -291,7 +291,7 @@ def test_fit_does_not_keep_features_that_float16_has_no_room_for(
     model, lines = Scaled(factor), Lines()
     regraft.freeze(model, "front")
     is_too_large = "precision" in options  # for the network itself
-    fails = pytest.raises(LossError, match="--precision fp32") if is_too_large else nullcontext()
+    fails = pytest.raises(LossError, match="precision='fp32'") if is_too_large else nullcontext()
     with fails:
         regraft.fit(model, few, device="cpu", progress=lines, **{**STEPS, "lr": 1e-14, **options})
     assert f"every epoch runs the full network: {reason}" in lines or is_too_large

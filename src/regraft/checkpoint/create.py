@@ -65,7 +65,7 @@ def create_model(name: str | Path, *, dry_run: Literal[True], **options: Any) ->
 
 @unmoved_on_failure()
 def create_model(
-    name: str | Path,
+    name: Any,
     *,
     weights: str | Path | Enum | None = "default",
     num_classes: int | None = None,
@@ -115,8 +115,10 @@ def create_model(
         raise ArgumentError(
             f'create_model: weights is {weights}, expected a name. Write weights="{"default" if weights else "none"}".'
         )
+    name = str(name) if isinstance(name, Path) else name
+    if not isinstance(name, str):
+        raise ArgumentError(f"create_model: name is {shown(name)}, expected a string. See help(regraft.create_model).")
     check_arguments(create_model, locals())
-    name = str(name)
     rules = Rules(rename or {}, match, entry, confidence_of(accept), adapt=(), may_adapt=False)
     weights = weights_name(name, weights)
     path = weights_path(weights)
@@ -207,10 +209,14 @@ def _load_backbone(model: nn.Module, path: Path, name: str, rules: Rules) -> Non
         problem = (
             f"it lacks {first_names(absent)}" if absent else f"it has {first_names(surplus)}, which the model lacks"
         )
-        ways = f"Or {report.cause}: {report.suggestion}. Otherwise give" if report.proposed else "Give"
+        if absent and {*absent} <= {match.name for match in report.proposed}:
+            raise CheckpointError(
+                f"'{path}' fits {name} only under other names: {report.cause}. To go on, {report.suggestion}. If "
+                "that is not the network that the file was trained with, give its name."
+            )
         raise CheckpointError(
-            f"'{path}' holds weights of another architecture than {name}: {problem}. {ways} the "
-            "name of the network that the file was trained with."
+            f"'{path}' holds weights of another architecture than {name}: {problem}. Give the name of the network that "
+            "the file was trained with."
         )
     note_weights(model, path)
 

@@ -210,7 +210,10 @@ def _print_result(result: "FitResult", report: Path, *, verbose: bool) -> None:
             say()
     say(f"model      {result.checkpoint}")
     say(f"report     {report}")
-    trust = " --trust-code" if result.config.model.startswith("py:") else ""
+    from regraft.card import card_of
+
+    recipe = card_of(result.model).recipe
+    trust = " --trust-code" if recipe is not None and "py:" in recipe.model_dump_json() else ""
     say(f"next       regraft predict {shlex.quote(str(result.checkpoint))} PHOTO.jpg{trust}")
 
 

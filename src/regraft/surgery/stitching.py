@@ -11,7 +11,7 @@ from regraft.anatomy.inputs import Inputs, Shape, guess_input_size
 from regraft.anatomy.modes import evaluation_mode, in_mode, unmoved_on_failure
 from regraft.anatomy.paths import layer_at
 from regraft.arguments import check_arguments, check_weights
-from regraft.card import attach
+from regraft.card import attach, card_of
 from regraft.errors import EditError, ModelError
 from regraft.surgery.adapters import ClassToken, adapter_for
 from regraft.surgery.checks import attach_joined, prove, require_editable
@@ -97,7 +97,8 @@ def stitch(
         fit_adapter(stitched, seen, batches)
     arguments = {"cut": cut, "adapter": adapter, "given": given, "wanted": wanted, "is_fitted": is_fitted}
     attach_joined(stitched, "stitch", (front, back), arguments)
-    return attach(stitched, preprocessing=preprocessing_of(front))
+    known = card_of(back)  # whose outputs these are
+    return attach(stitched, preprocessing=preprocessing_of(front), classes=known.classes, task=known.task)
 
 
 @torch.no_grad()

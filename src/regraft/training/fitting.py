@@ -43,7 +43,7 @@ from regraft.zoo import needs_download, preprocessing_source
 
 
 def fit(
-    model: nn.Module | str | Path,
+    model: nn.Module | str,
     data: Any,
     *,
     config: TrainConfig | None = None,
@@ -88,8 +88,8 @@ def fit(
 
     Whatever stops a run after its first epoch carries the result so far: `write_report(error.result, path)`.
     """
-    check_arguments(fit, locals())
     model = str(model) if isinstance(model, Path) else model
+    check_arguments(fit, locals())
     listener, run_state = progress_of(progress), RunState()
     if isinstance(data, (str, Path)):
         check_path(fit, "data", data)

@@ -57,12 +57,13 @@ def say_model(
     if len(trainable) == len(parameters):
         what = f"all layers ({_rounded(total)} numbers)"
     elif trainable.keys() <= facts.head_parameters:
-        what = f"only the {'new ' if name is not None else ''}last layer: {share}; the rest is frozen"
+        is_new = name is not None and not is_checkpoint(name)
+        what = f"only the {'new ' if is_new else ''}last layer: {share}; the rest is frozen"
     else:
         named = ", ".join(layers[:MAX_LAYERS]) + (" …" if len(layers) > MAX_LAYERS else "")
         what = f"{named} ({share}); the rest is frozen"
     progress.say(f"training   {what}")
-    progress.say(f"           {config.epochs} epochs, on {compute.device}")
+    progress.say(f"           {config.epochs} epoch{'s' * (config.epochs > 1)}, on {compute.device}")
     if config.unfreeze is not None:
         progress.say(f"unfreezing {config.unfreeze} (layers:epochs)")
     progress.detail(f"trained    {sum(trainable.values()):,} of {total:,} parameters: {', '.join(layers)}")

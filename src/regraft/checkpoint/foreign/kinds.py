@@ -91,8 +91,11 @@ def describe_weights(path: Path) -> str | None:
         return "a file of torch.save"
     if not zipfile.is_zipfile(path):
         return None
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return None
     return "an npz file" if names and all(name.endswith(".npy") for name in names) else "a file of torch.save"
 
 

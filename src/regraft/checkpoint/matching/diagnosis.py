@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from regraft.checkpoint.foreign.state_dicts import StateDict, listed
 from regraft.checkpoint.matching.adapting import Fitter
-from regraft.checkpoint.matching.load_report import LoadReport
+from regraft.checkpoint.matching.load_report import LoadReport, look_first
 from regraft.checkpoint.matching.mapping import Proposal, weakest
 from regraft.checkpoint.matching.naming import Shape
 from regraft.display import some
@@ -53,8 +53,7 @@ def _explain(report: LoadReport, proposal: Proposal, fitter: Fitter, *, may_adap
         level = weakest(proposed)
         yield (
             f"the names of {len(proposed)} tensors differ, as '{proposed[0].source}' for '{proposed[0].name}'",
-            f"look at the mapping with {option('dry_run', True)}; take it with {option('accept', level)}, or give "
-            f"{rename_option()}",
+            f"{look_first()}take it with {option('accept', level)}, or give {rename_option()}",
         )
     yield from _explain_shapes(report, fitter, may_adapt=may_adapt)
     missing = [name for name in report.missing if name not in {match.name for match in proposed}]

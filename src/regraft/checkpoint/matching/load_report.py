@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
 
 from regraft.display import block, some
+from regraft.wording import option
 
 Confidence = Literal["certain", "likely", "ambiguous"]
 CONFIDENCE_LEVELS: tuple[Confidence, ...] = ("certain", "likely", "ambiguous")  # highest first
@@ -172,12 +173,18 @@ class LoadReport:
             yield from aligned([head, *rows], [False] * 5)
             if len(shown) > ROWS and not self.dry_run:
                 yield f"… and {len(shown) - ROWS} more"
-        for word, text in (("cause", self.cause), ("suggestion", self.suggestion)):
+        suggestion = self.suggestion.replace(look_first(), "") if self.dry_run else self.suggestion
+        for word, text in (("cause", self.cause), ("suggestion", suggestion)):
             if text:
                 yield f"{word}: {text}"
 
     def _taken(self, match: Match) -> str:
         return match.confidence if match.loaded else f"{match.confidence}, not taken"
+
+
+def look_first() -> str:
+    """Return the advice to look at a mapping before it is taken, which a dry run does not need."""
+    return f"look at the mapping with {option('dry_run', True)}; "
 
 
 def confidence_of(level: str) -> Confidence:

@@ -2,9 +2,10 @@
 
 A recipe in memory names a class as `FILE.py:Class` or `package.module:Class`, as Python imported it. A checkpoint is
 copied to other folders and machines, and may be published. So a file is written relative to the folder of the
-checkpoint where it lies in that folder or both lie in the working directory, and by its bare name otherwise; never by a
-path that shows where it lay on the machine. A module that is a file of its own, as beside a script, is written as that
-file. Packages and installed modules keep their names.
+checkpoint where it lies in that folder or both lie in the working directory. Otherwise its whole path is written, as
+without it the file would not be found in the next process; with `~` for the user's folder, so that it shows no name of
+a user. A module that is a file of its own, as beside a script, is written as that file. Packages and installed modules
+keep their names.
 """
 
 import os
@@ -47,9 +48,14 @@ def _portable(where: str, folder: Path) -> str:
     file, folder, here = file.resolve(), folder.resolve(), Path.cwd().resolve()
     is_shared = file.is_relative_to(folder) or (file.is_relative_to(here) and folder.is_relative_to(here))
     try:
-        return Path(os.path.relpath(file, folder)).as_posix() if is_shared else file.name
+        return Path(os.path.relpath(file, folder)).as_posix() if is_shared else _without_home(file)
     except ValueError:  # another drive of Windows
-        return file.name
+        return _without_home(file)
+
+
+def _without_home(file: Path) -> str:
+    home = Path.home().resolve()
+    return f"~/{file.relative_to(home).as_posix()}" if file.is_relative_to(home) else file.as_posix()
 
 
 def _file_of_module(name: str) -> Path | None:
@@ -71,7 +77,10 @@ def _located(where: str, folder: Path) -> str:
     if not where.endswith(SUFFIX):
         return where
     name = PurePosixPath(where.replace("\\", "/")).name
-    places = [base / part for base in (folder, Path()) for part in dict.fromkeys((where, name))]
+    stated = Path(where).expanduser()
+    # A copy beside the checkpoint has moved with it, so it comes before the file at its old place.
+    places = [folder / name, stated] if stated.is_absolute() else [folder / where, folder / name, Path(where)]
+    places.append(Path(name))
     # Where this process has imported a file of this name, or would, as beside the running script; but no library.
     imported = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
     elsewhere = [Path(file) for file in imported if isinstance(file, str) and Path(file).name == name]
