@@ -134,7 +134,7 @@ class Split(_FrozenFields):
 
 
 @dataclass(frozen=True)
-class Origin:
+class EditOrigin:
     """What an edited network was made from, where that had no recipe: `save` derives one, which takes a while.
 
     Attributes:
@@ -147,7 +147,7 @@ class Origin:
     joined: tuple[str, dict[str, Any]] | None = None
     steps: tuple[Step, ...] = ()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "EditOrigin":
         return self  # a copy would copy weights that were cut off
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -155,7 +155,7 @@ class Origin:
 
 
 def _forget() -> None:
-    """Return None, which a pickled `Origin` becomes."""
+    """Return None, which a pickled `EditOrigin` becomes."""
 
 
 class Card(_FrozenFields):
@@ -179,7 +179,7 @@ class Card(_FrozenFields):
     metrics: dict[str, Any] = Field(default_factory=dict)
     split: Split | None = None
     carried: dict[str, Any] = Field(default_factory=dict, exclude=True)
-    origin: Any = Field(default=None, exclude=True)  # an `Origin`
+    origin: Any = Field(default=None, exclude=True)  # an `EditOrigin`
 
 
 def card_of(model: nn.Module) -> Card:

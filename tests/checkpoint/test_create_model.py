@@ -37,6 +37,7 @@ def test_create_model_of_a_checkpoint_has_its_edits_weights_and_flags(half_new: 
 
 def test_create_model_of_a_checkpoint_without_weights_starts_anew(half_new: Path) -> None:
     saved = regraft.load(half_new)
+    torch.manual_seed(7)
     model = regraft.create_model(half_new, weights="none")
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert model.state_dict().keys() == saved.state_dict().keys()
@@ -74,7 +75,7 @@ def test_create_model_refuses_what_is_no_checkpoint_with_advice(shared: Path, tm
             CheckpointError, match=r"a file of torch\.save: weights without an arch.*load_weights.*convert"
         ):
             load(str(tmp_path / "net.pth"))
-        with pytest.raises(CheckpointError, match="is a folder, and it holds no file of weights"):
+        with pytest.raises(CheckpointError, match=r"no checkpoint in the folder .*: it holds no file of weights"):
             load(str(shared / "data" / "hymenoptera"))
     (tmp_path / "run" / "last").mkdir(parents=True)
     with pytest.raises(
@@ -96,5 +97,5 @@ def test_create_model_takes_what_is_likely_only_if_told_to(shared: Path) -> None
     model = regraft.create_model(name, weights=file, accept="likely")
     known = torch.load(file, weights_only=True, map_location="cpu")
     assert torch.equal(model.get_parameter("conv_stem.weight"), known["_conv_stem.weight"])
-    with pytest.raises(CheckpointError, match="holds weights of another architecture"):
+    with pytest.raises(CheckpointError, match="fits timm/tf_efficientnet_lite0 only under other names"):
         regraft.create_model(name, weights=file, rename={"_conv_stem": "stem"})

@@ -104,7 +104,7 @@ def test_header_fields_and_dtypes_are_all_named_on_the_page() -> None:
     assert set(table("The document", "field")) == set(Header.model_fields)
     card = PAGE[PAGE.index("`card` has these fields") :]
     fields = re.findall(r"^\| `(\w+)` \|", card.partition("\n\n`recipe.source`")[0], re.MULTILINE)
-    assert set(fields) == set(Card.model_fields) - {"carried"}
+    assert set(fields) == set(Card.model_fields) - {"carried", "origin"}
     assert set(re.findall(r"`(\w+)`", table("The document", "field")["card"][1])) <= set(Card.model_fields)
     dtypes = {name: (row[0], int(row[1])) for name, row in table("A file", "dtype").items()}
     assert dtypes == {name: (str(dtype), dtype.itemsize) for name, dtype in DTYPES.items()}

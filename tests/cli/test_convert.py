@@ -92,7 +92,7 @@ def test_cli_convert_dry_run_shows_and_writes_nothing(cli: Cli) -> None:
     result = cli("w.pth", "w.safetensors", "--model", NET, "--trust-code", "--dry-run")
     assert result.exit_code == 0, result.output
     assert "not taken" in result.stdout
-    assert "suggestion: look at the mapping" in result.stdout
+    assert "suggestion: take it with --accept" in result.stdout
     assert [file.name for file in Path().iterdir()] == ["w.pth"]
     failed = cli("w.pth", "w.safetensors", "--model", NET, "--trust-code")
     assert failed.exit_code == 2

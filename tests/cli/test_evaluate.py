@@ -64,7 +64,10 @@ NEWER = ("bad.safetensors' has the format 2.0; this version reads 1.0", "Install
 
 BAD: dict[str, tuple[Callable[[Path, Path], object], tuple[str, ...]]] = {
     "missing": (lambda saved, bad: None, NO_FILE),
-    "a folder": (lambda saved, bad: bad.mkdir(), ("bad.safetensors' is a folder, and it holds no file of weights",)),
+    "a folder": (
+        lambda saved, bad: bad.mkdir(),
+        ("no checkpoint in the folder", "bad.safetensors': it holds no file of weights"),
+    ),
     "empty": (
         lambda saved, bad: bad.write_bytes(b""),
         ("bad.safetensors' cannot be read as weights: it is empty (0 bytes)", "get it again"),

@@ -17,7 +17,9 @@ from report.results import Page
 from scene import TINY_NET, Cli, Fit, assert_refused, interrupting, listing, nothing_written, only_json, results
 
 
-@pytest.mark.parametrize("phase", ["regraft.data.photos.decode_all", "regraft.training.model_for_data.create_model"])
+@pytest.mark.parametrize(
+    "phase", ["regraft.data.photos.decode_all", "regraft.training.heads.model_for_data.create_model"]
+)
 def test_cli_train_interrupted_before_training_begins_writes_nothing(
     phase: str, cli: Cli, train_words: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,7 +171,7 @@ def test_cli_train_leaves_nothing_at_sigterm_before_training(
     def stop(*_: object, **__: object) -> None:
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("regraft.training.model_for_data.create_model", stop)
+    monkeypatch.setattr("regraft.training.heads.model_for_data.create_model", stop)
     with nothing_written():
         result = cli(*train_words, "--out", "run")
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (143, "stopped by SIGTERM. Nothing was written.")

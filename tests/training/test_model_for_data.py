@@ -11,7 +11,7 @@ import regraft
 from regraft.card import attach
 from regraft.data.folders import list_data
 from regraft.training.config import TrainConfig
-from regraft.training.model_for_data import create_for_data
+from regraft.training.heads.model_for_data import create_for_data
 
 
 @pytest.fixture

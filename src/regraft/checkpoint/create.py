@@ -64,8 +64,8 @@ def create_model(name: str | Path, *, dry_run: Literal[True], **options: Any) ->
 
 
 @unmoved_on_failure()
-def create_model(
-    name: Any,
+def create_model(  # pyright: ignore[reportInconsistentOverload]  # a path becomes a string first
+    name: str,
     *,
     weights: str | Path | Enum | None = "default",
     num_classes: int | None = None,
@@ -116,8 +116,6 @@ def create_model(
             f'create_model: weights is {weights}, expected a name. Write weights="{"default" if weights else "none"}".'
         )
     name = str(name) if isinstance(name, Path) else name
-    if not isinstance(name, str):
-        raise ArgumentError(f"create_model: name is {shown(name)}, expected a string. See help(regraft.create_model).")
     check_arguments(create_model, locals())
     rules = Rules(rename or {}, match, entry, confidence_of(accept), adapt=(), may_adapt=False)
     weights = weights_name(name, weights)

@@ -87,7 +87,7 @@ def follow(
     new = {n: p for n, p in trainable.items() if id(p) not in owners and id(p) not in names}
     if not new and not any(id(parameter) in owners for parameter in trainable.values()):
         raise SelectionError(
-            "nothing of the edited network is trainable that this optimizer holds or may gain. Thaw a layer first, as "
+            "after: nothing of the edited network is trainable that this optimizer holds or may gain. Thaw a layer, as "
             "with regraft.unfreeze. Nothing was changed."
         )
     undecayed = undecayed_names(after, NO_DECAY)

@@ -12,7 +12,7 @@ from regraft.anatomy.heads import CONVOLUTIONS
 from regraft.anatomy.inputs import Inputs, Shape
 from regraft.anatomy.shape_copies import shared_copy
 from regraft.anatomy.tracing import Trace, trace
-from regraft.card import Origin, Recipe, Source, Step, attach, card_of
+from regraft.card import EditOrigin, Recipe, Source, Step, attach, card_of
 from regraft.errors import EditError, ForwardError
 from regraft.freezing.pins import is_pinned, sync_pins
 from regraft.surgery.layer_text.build import describe
@@ -125,9 +125,9 @@ def finish(edited: nn.Module, original: nn.Module, operation: Any, *, new_output
     """
     card = card_of(edited)
     recipe = card.recipe
-    origin: Origin | None = card.origin if recipe is None else None
+    origin: EditOrigin | None = card.origin if recipe is None else None
     if recipe is None and origin is None:
-        origin = Origin((shared_copy(original),))
+        origin = EditOrigin((shared_copy(original),))
     try:
         known = {name: value for name, value in arguments.items() if value is not None}
         step = Step(operation=operation, arguments=_as_data(known, tied=True))
@@ -155,7 +155,7 @@ def attach_joined(joined: nn.Module, name: str, parts: Sequence[nn.Module], argu
     known = tuple(recipe for recipe in recipes if recipe is not None)
     if len(known) == len(parts):
         return attach(joined, recipe=Recipe(source=Source(name=name, parts=known, arguments=data)))
-    return attach(joined, recipe=None, origin=Origin(tuple(map(shared_copy, parts)), (name, data)))
+    return attach(joined, recipe=None, origin=EditOrigin(tuple(map(shared_copy, parts)), (name, data)))
 
 
 def _as_data(value: Any, *, tied: bool) -> Any:

@@ -102,7 +102,9 @@ def remove(model: nn.Module, path: str, *, inputs: Inputs | None = None) -> nn.M
     require_editable(model)
     layer = layer_at(model, path)
     if not path:
-        raise EditError("the model itself cannot be removed. Name one of its layers. Nothing was changed.")
+        raise EditError(
+            f"path is {path!r}, the model itself, which cannot be removed. Name one of its layers. Nothing was changed."
+        )
     try:
         calls = [call for call in trace(model, inputs=inputs).calls if call.path == path]
     except ForwardError as error:

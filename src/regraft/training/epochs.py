@@ -320,7 +320,8 @@ def _can_continue(state_writer: StateWriter) -> bool:
 
 
 def _resume_hint(run: Run) -> str:
-    trust = " --trust-code" if run.trust_code else ""  # on the screen alone: no file keeps the leave to import code
+    # On the screen alone: no file keeps the leave to import code.
+    trust = for_caller(python="", command=" --trust-code") if run.trust_code else ""
     command = f"{_resume_command(run)}{trust}"
     return f"To continue: {for_caller(python='the same call of fit with resume=True', command=command)}"
 

@@ -126,6 +126,7 @@ def evaluate(
         model=_name(model),
         data=str(data),
         seconds={"reading": read - began, "evaluating": time.perf_counter() - read},
+        is_held_out=rest is not None,
     )
     return replace(metrics, scores=scores)
 

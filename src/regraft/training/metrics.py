@@ -46,6 +46,7 @@ class Scores:
         data: Path of the data; None for datasets and loaders.
         checkpoint: Path of the model's file; None if unknown.
         seconds: Time of each phase.
+        is_held_out: Whether these are the photos that the training held out, and chose its epoch on.
     """
 
     outputs: torch.Tensor
@@ -56,6 +57,7 @@ class Scores:
     data: str | None = None
     checkpoint: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    is_held_out: bool = False
 
 
 @dataclass(frozen=True, repr=False)

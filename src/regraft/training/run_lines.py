@@ -11,8 +11,9 @@ from regraft.data.folders import Listing
 from regraft.progress import Progress
 from regraft.training.config import TrainConfig
 from regraft.training.loop import ComputeContext
+from regraft.training.plan import trained_layers
 from regraft.training.result import EpochRecord
-from regraft.training.setup import TrainSetup, trained_layers
+from regraft.training.setup import TrainSetup
 
 MAX_CLASSES = 10  # that are named
 MAX_SKIPPED = 3

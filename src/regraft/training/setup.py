@@ -1,11 +1,10 @@
 """Prepare everything that the training loop needs, and check whatever can be checked before it starts."""
 
 import contextlib
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,14 +25,14 @@ from regraft.frontier.cache.store import Store
 from regraft.progress import Progress
 from regraft.train_options import HeadStart
 from regraft.training.checks.trial import try_one_batch
-from regraft.training.checks.weight_types import type_names
 from regraft.training.config import FINE_TUNE_LR, HEAD_LR, SCRATCH_LR, TrainConfig
 from regraft.training.features.batches import FeatureBatches
 from regraft.training.features.extract import Extractor
+from regraft.training.heads.model_for_data import create_for_data
 from regraft.training.heads.sweep import DECAYS, Sweep, ridge_obstacle, ridge_start, sweep_heads
 from regraft.training.loop import ComputeContext, choose_compute
 from regraft.training.losses import Loss, build_loss
-from regraft.training.model_for_data import create_for_data
+from regraft.training.plan import describe_plan
 from regraft.training.result import TrainPlan
 from regraft.training.train_data import TrainData, with_task
 from regraft.wording import option
@@ -199,7 +198,7 @@ def prepare_setup(
         schedule=_schedule(optimizer, config, train_data),
         scaler=compute.scaler(),
         compute=compute,
-        plan=_plan(model, name, train_data, rates["lr"], compute),
+        plan=describe_plan(model, name, train_data, config, rates["lr"], compute),
         rates=rates,
         unfreezing=Schedule.parse(config.unfreeze) if config.unfreeze is not None else None,
         sweep=sweep,
@@ -351,45 +350,3 @@ def _schedule(
 
     constant = config.schedule == "constant" or not isinstance(train_data.train, Sized)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, (lambda step: 1.0) if constant else cosine)
-
-
-def _plan(model: nn.Module, name: str | None, train_data: TrainData, lr: float, compute: ComputeContext) -> TrainPlan:
-    recipe = card_of(model).recipe
-    listing = train_data.listing
-    parameters = list(model.parameters())
-    precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[compute.autocast_dtype]
-    if compute.input_dtype not in (None, torch.float32):
-        precision = f"in {type_names(parameters)}, as its weights are"
-    return TrainPlan(
-        model=name or (recipe.source.name if recipe else type(model).__name__),
-        weights=recipe.source.weights if recipe else "as given",
-        task=train_data.task,
-        classes=train_data.classes,
-        counts=tuple(listing.counts()) if listing else (),
-        split=listing.split if listing else "as given",
-        train_count=_count(train_data.train),
-        validation_count=_count(train_data.validation),
-        unreadable=train_data.unreadable,
-        parameters=sum(parameter.numel() for parameter in parameters),
-        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        trained_layers=tuple(trained_layers(model)),
-        lr=lr,
-        device=f"{compute.device} {precision}",
-    )
-
-
-def _count(batches: Iterable[Any]) -> int | None:
-    dataset = getattr(batches, "dataset", None)
-    return len(cast(Sized, dataset)) if isinstance(dataset, Sized) else None
-
-
-def trained_layers(model: nn.Module, prefix: str = "") -> list[str]:
-    """List the paths of the largest layers all of whose parameters are trainable."""
-    paths = []
-    for name, layer in model.named_children():
-        flags = [parameter.requires_grad for parameter in layer.parameters()]
-        if flags and all(flags):
-            paths.append(prefix + name)
-        elif any(flags):
-            paths += trained_layers(layer, f"{prefix}{name}.")
-    return list(itertools.islice(paths, 50))

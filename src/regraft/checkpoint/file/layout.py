@@ -99,7 +99,7 @@ def open_file(path: Path) -> FileIO:
         CheckpointError: It does not exist.
     """
     if path.is_dir():
-        raise CheckpointError(f"'{path}' is a folder, and {describe_folder(path)}")
+        raise CheckpointError(f"no checkpoint in the folder '{path}': {describe_folder(path)}")
     if not path.is_file():
         raise CheckpointError(f"no file '{path}' (looked from {Path.cwd()}). Give the path of a checkpoint.")
     return path.open("rb", buffering=0)

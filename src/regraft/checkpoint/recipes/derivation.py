@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from regraft.card import Origin, Recipe, Source, Step, card_of
+from regraft.card import EditOrigin, Recipe, Source, Step, card_of
 from regraft.checkpoint.memory import rebuild_for
 from regraft.checkpoint.rebuilding import rebuild
 from regraft.checkpoint.recipes.candidates import library_sources, own_source, read_arguments
@@ -106,7 +106,7 @@ def _from_origin(model: nn.Module) -> Recipe | None:
     Raises:
         EditError: There is none for what it was made from.
     """
-    origin: Origin | None = card_of(model).origin
+    origin: EditOrigin | None = card_of(model).origin
     if origin is None:
         return None
     recipes = []
