@@ -27,7 +27,7 @@ from wrong_values import all_values
 
 import oracles
 import regraft
-from regraft.errors import ArgumentError, ConfigError, RegraftError
+from regraft.errors import ArgumentError, ConfigError, LossError, RegraftError
 from scene import listing
 
 TRIES, SLOW_TRIES = 300, 5_000
@@ -121,6 +121,8 @@ def _problem(
     before = [snapshot(network) for network in networks], listing(Path.cwd()), random_state()
     try:
         call.function(**arguments)
+    except LossError:  # training had begun, in place
+        return None
     except RegraftError as error:
         message = str(error)
         after = [snapshot(network) for network in networks], listing(Path.cwd()), random_state()

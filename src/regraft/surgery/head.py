@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from regraft.anatomy.class_heads import COUNTS
 from regraft.anatomy.dataflow.graph import ancestors
@@ -87,6 +88,9 @@ def replace_head(
     targets = _targets(facts, new, path)
     pairs = _kept_classes(model, keep or {})
     layers = {target.path: _new_head(facts, target) for target in targets}
+    kept = list(layers.items()) if pairs else []
+    for head, layer in kept:
+        _require_kept_rows(model.get_submodule(head), layer, head, pairs)
     edited = with_layers(model, layers)
     is_automatic = path is None and not isinstance(new, Mapping)
     for target in targets:
@@ -99,13 +103,15 @@ def replace_head(
     materialize_lazy(edited, layers, run, what)
     if is_automatic and run is not None:
         _require_called(edited, targets, run, what)
-    rows = [row for head, layer in layers.items() for row in _kept_rows(model.get_submodule(head), layer, head, pairs)]
+    rows = [row for head, layer in kept for row in _kept_rows(model.get_submodule(head), layer, head)]
     with torch.no_grad():
         for old_rows, new_rows in rows:
             new_rows[list(pairs.values())] = old_rows[list(pairs)].to(new_rows.dtype)
     if isinstance(new, nn.Module) and run is not None and (classes := run.class_count) is not None:
         before = width_of(model.get_submodule(targets[0].path))
         _set_class_count(edited, list(layers), before, classes, is_sure=is_automatic)
+    for head, layer in layers.items():
+        in_mode(layer, model.get_submodule(head).training)
     if is_automatic:
         path = targets[0].path if len(targets) == 1 else None  # a recipe without a path finds several heads again
     return finish(edited, model, "replace_head", new_outputs=True, path=path, new=new)
@@ -268,23 +274,16 @@ def _kept_classes(model: nn.Module, keep: Mapping[int | str, int]) -> dict[int, 
     return pairs
 
 
-def _kept_rows(
-    old: nn.Module, new: nn.Module, path: str, pairs: Mapping[int, int]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return pairs of tensors of the old and the new head whose rows are classes; none where no class is kept.
+def _require_kept_rows(old: nn.Module, new: nn.Module, path: str, pairs: Mapping[int, int]) -> None:
+    """Refuse to keep classes where that is impossible, before a lazy layer gets its shape.
 
     Raises:
         EditError: No rows can be copied between the two heads, or a class is out of range.
     """
-    if not pairs:
-        return []
-    tensors = kept_tensors(old, new)
     have, want = width_of(old), width_of(new)
-    if have is None or want is None or tensors is None:
-        raise EditError(
-            f"no classes of '{path}' can be kept: it is a {type(old).__name__}, and another {type(new).__name__} takes "
-            "its place. Give a number of classes. Nothing was changed."
-        )
+    has_rows = isinstance(new, LazyModuleMixin) or kept_tensors(old, new) is not None
+    if have is None or want is None or not has_rows:
+        raise _no_rows_error(old, new, path)
     for side, indices, limit in (("old", pairs.keys(), have), ("new", pairs.values(), want)):
         for index in indices:
             if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < limit:
@@ -292,7 +291,25 @@ def _kept_rows(
                     f"keep names the {side} class {index!r}, expected a number from 0 to {limit - 1} "
                     f"('{path}' has {have} classes, its successor {want}). Nothing was changed."
                 )
+
+
+def _kept_rows(old: nn.Module, new: nn.Module, path: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return pairs of tensors of the old and the new head whose rows are classes.
+
+    Raises:
+        EditError: There are none, as a lazy layer became one of another kind.
+    """
+    tensors = kept_tensors(old, new)
+    if tensors is None:
+        raise _no_rows_error(old, new, path)
     return tensors
+
+
+def _no_rows_error(old: nn.Module, new: nn.Module, path: str) -> EditError:
+    return EditError(
+        f"no classes of '{path}' can be kept: it is a {type(old).__name__}, and another {type(new).__name__} takes "
+        "its place. Give a number of classes. Nothing was changed."
+    )
 
 
 def _own(new: int | nn.Module, position: int) -> int | nn.Module:
@@ -315,7 +332,8 @@ def _new_head(facts: ModelFacts, target: _Target) -> nn.Module:
         layer = nn.Linear(_width_into(facts, path), new)
     else:
         layer = layer_like(old, new * target.scores_per_class, path)
-    return in_mode(place(layer, old, model), old.training)
+    layer = place(layer, old, model)
+    return layer if layer is new else in_mode(layer, old.training)  # the caller's own changes only where all is well
 
 
 def _width_into(facts: ModelFacts, path: str) -> int:
