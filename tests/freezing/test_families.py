@@ -60,7 +60,10 @@ def test_freeze_keeps_every_family_bit_identical(name: str, rows: dict[str, Row]
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of constructors
-        rows[name] = row = freeze_half_and_train(name)
+        # A part of the networks is held against the table, from the layer that it names on.
+        cells = known.get(name, "").split("`")
+        until = cells[3] if len(cells) > 3 and not IS_COMPLETE else None
+        rows[name] = row = freeze_half_and_train(name, until)
     if not IS_COMPLETE:
         assert name in known, f"docs/families.md lacks {name}: run `make families`"
         assert row.problem == "" or row.problem.partition(":")[0] in known[name]
@@ -73,11 +76,11 @@ def test_freeze_families_are_all_of_both_libraries() -> None:
     assert {family(name) for name in NAMES} == theirs
 
 
-def freeze_half_and_train(name: str) -> Row:
+def freeze_half_and_train(name: str, until: str | None) -> Row:
     try:
         model = build_any(name)
         inputs = images(model)
-        until = middle(model)
+        until = until or middle(model)
         report = freeze(model, until=until)
         split = split_in_two(model, inputs)
     except (RegraftError, RuntimeError, AssertionError, ValueError, AttributeError, TypeError) as error:
