@@ -86,6 +86,8 @@ def test_cli_train_says_what_to_do_without_a_network(
     )
 
 
+# The question goes on in its thread, whose socket is then collected where a test runs.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("model", ["resnet18", "timm/resnet18"])
 def test_create_model_waits_no_longer_for_a_proxy_that_never_answers(
     model: str, silent_port: int, monkeypatch: pytest.MonkeyPatch
