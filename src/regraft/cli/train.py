@@ -148,15 +148,13 @@ def _preview(settings: "TrainConfig", progress: ConsoleProgress, *, trust_code: 
     """Print how a weights file fits the network, and what would be trained."""
     from regraft.checkpoint import create_model
     from regraft.checkpoint.create import weights_path
-    from regraft.checkpoint.matching.naming import parse_rules
     from regraft.errors import CheckpointError
     from regraft.training.fitting import preview
+    from regraft.training.heads.model_for_data import creation_options
 
     answer: dict[str, Any] = {"weights": None}
     if weights_path(settings.weights) is not None:
-        options: Any = {"match": settings.match, "entry": settings.entry, "accept": settings.accept}
-        options |= {"rename": parse_rules(settings.rename), "weights": settings.weights, "trust_code": trust_code}
-        report = create_model(settings.model, dry_run=True, **options)
+        report = create_model(settings.model, dry_run=True, **creation_options(settings, trust_code=trust_code))
         answer["weights"] = report.to_dict()
         if not as_json:
             say_lines(str(report))

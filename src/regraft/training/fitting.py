@@ -183,7 +183,7 @@ def _build(
 
 
 def preview(config: TrainConfig, progress: Progress, *, trust_code: bool = False) -> None:
-    """Say what a run with these options would train. Nothing is trained or written, and no photo is read.
+    """Report what a run with these options would train. Nothing is trained or written, and no photo is read.
 
     Raises:
         InputError: As from `fit`.

@@ -40,7 +40,7 @@ def say_data(listing: Listing, progress: Progress) -> None:
 def say_model(
     facts: ModelFacts, name: str | None, config: TrainConfig, compute: ComputeContext, progress: Progress
 ) -> None:
-    """Say which network is trained, and what of it."""
+    """Report the network that is trained, and the part of it that is."""
     model, recipe = facts.model, card_of(facts.model).recipe
     kind = name or (recipe.source.name if recipe else type(model).__name__)
     weights = recipe.source.weights if recipe else None
@@ -71,7 +71,7 @@ def say_model(
 
 
 def say_setup(setup: TrainSetup, config: TrainConfig, progress: Progress) -> None:
-    """Say which files are skipped, and in detail what was chosen and computed."""
+    """Report the files that are skipped, and in detail what was chosen and computed."""
     plan, train_data = setup.plan, setup.train_data
     if train_data.listing is None and plan.train_count is not None:
         progress.say(f"samples    {plan.train_count} + {plan.validation_count} for validation ({plan.split})")

@@ -89,14 +89,26 @@ def describe_weights(path: Path) -> str | None:
         head = file.read(HEAD_BYTES)
     if head[:1] == b"\x80":
         return "a file of torch.save"
-    if not zipfile.is_zipfile(path):
+    names = zip_names(path)
+    if names is None:
         return None
+    return "an npz file" if is_npz(names) else "a file of torch.save"
+
+
+def zip_names(path: Path) -> list[str] | None:
+    """Return the names in a zip archive; None for any other file, and for one that is damaged."""
     try:
+        if not zipfile.is_zipfile(path):
+            return None
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+            return archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return None
-    return "an npz file" if names and all(name.endswith(".npy") for name in names) else "a file of torch.save"
+
+
+def is_npz(names: list[str]) -> bool:
+    """Return whether a zip archive with these names is one of NumPy."""
+    return bool(names) and all(name.endswith(".npy") for name in names)
 
 
 def unreadable_error(path: Path, reason: str, advice: str) -> CheckpointError:

@@ -3,7 +3,6 @@
 import pickle
 import re
 import warnings
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,14 @@ import torch
 from regraft.checkpoint.file.format import is_safetensors, read_index
 from regraft.checkpoint.file.layout import damaged_error
 from regraft.checkpoint.file.shards import weight_map_in
-from regraft.checkpoint.foreign.kinds import describe_folder, first_line, require_weights, unreadable_error
+from regraft.checkpoint.foreign.kinds import (
+    describe_folder,
+    first_line,
+    is_npz,
+    require_weights,
+    unreadable_error,
+    zip_names,
+)
 from regraft.checkpoint.foreign.limits import check_container
 from regraft.checkpoint.foreign.objects import read_beside_objects
 from regraft.checkpoint.foreign.pickle_check import EXPECTED_TORCH, no_pickle_error, to_plain_data
@@ -100,14 +106,10 @@ def kind_of(path: Path) -> Kind:
         return "index"
     if is_safetensors(path):
         return "safetensors"
-    try:
-        if not zipfile.is_zipfile(path):
-            return "torch"
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return "torch"  # its reader raises the error with the reason
-    if names and all(name.endswith(".npy") for name in names):
+    names = zip_names(path)
+    if names is None:
+        return "torch"  # where it is damaged, its reader raises the error with the reason
+    if is_npz(names):
         return "npz"
     is_script = any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names)
     return "torchscript" if is_script else "torch"

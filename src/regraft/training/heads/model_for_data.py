@@ -18,10 +18,7 @@ def create_for_data(name: str, listing: Listing, config: TrainConfig, *, trust_c
 
     The head of a checkpoint fits if it gives as many scores as there are classes, and was not trained for others.
     """
-    options: dict[str, Any] = {"weights": config.weights, "trust_code": trust_code}
-    if config.rename or config.match != "names" or config.entry is not None or config.accept != "certain":
-        rename = parse_rules(config.rename)
-        options |= {"rename": rename, "match": config.match, "entry": config.entry, "accept": config.accept}
+    options = creation_options(config, trust_code=trust_code)
     outputs = len(listing.classes) if listing.classes is not None else 1
     if not is_checkpoint(name):
         return create_model(name, num_classes=outputs, **options)
@@ -29,3 +26,15 @@ def create_for_data(name: str, listing: Listing, config: TrainConfig, *, trust_c
     known = card_of(built).classes
     has_fitting_head = known in (None, listing.classes) and ModelFacts(built).trace.class_count == outputs
     return built if has_fitting_head else replace_head(built, outputs)
+
+
+def creation_options(config: TrainConfig, *, trust_code: bool) -> dict[str, Any]:
+    """Return the arguments of `create_model` for the weights that the options of a run name."""
+    return {
+        "weights": config.weights,
+        "rename": parse_rules(config.rename),
+        "match": config.match,
+        "entry": config.entry,
+        "accept": config.accept,
+        "trust_code": trust_code,
+    }
