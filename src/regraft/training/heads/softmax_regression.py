@@ -58,11 +58,10 @@ class SolvedHead:
         return {f"{path}.weight".lstrip("."): self.weight.to(dtype), f"{path}.bias".lstrip("."): self.bias.to(dtype)}
 
     def __str__(self) -> str:
-        tried = ", ".join(
-            f"{penalty:.2g}: {loss:.3f}" for penalty, loss in zip(PENALTIES, self.fold_losses, strict=False)
-        )
+        pairs = zip(PENALTIES, self.fold_losses, strict=False)  # the weakest may not have been tried
+        tried = ", ".join(f"{penalty:.2g}: {loss:.3f}" for penalty, loss in pairs)
         return (
-            f"softmax regression with penalty {self.penalty:.2g} (loss on photos not learned from, by penalty: {tried})"
+            f"penalty {self.penalty:.2g} of softmax regression (loss on photos not learned from, by penalty: {tried})"
         )
 
 
