@@ -7,12 +7,18 @@ for the same reason.
 
 Checked with torch 2.10.0 and 2.15.0, with Python 3.11 and 3.13, and with timm 1.0.21 and 1.0.31.
 
-Nothing here imports the compiler (`torch._dynamo`), which takes a second, except `import_compiler`.
+Nothing here imports the compiler (`torch._dynamo`), which takes seconds; `defer_compiler` keeps torch from it.
 """
 
 import _compat_pickle
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
+import importlib
+import operator
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial, reduce
 from typing import Any, cast
 
 import torch
@@ -158,11 +164,6 @@ def is_compiled(layer: nn.Module) -> bool:
     return COMPILED_CHILD in children_of(layer) or getattr(layer, "_compiled_call_impl", None) is not None
 
 
-def import_compiler() -> None:
-    """Import what optimizers import at their first use, which takes a second."""
-    import torch._dynamo  # noqa: F401
-
-
 # Tensors and operations
 
 
@@ -183,6 +184,114 @@ def mark_as_parameter(fake: FakeTensor) -> None:
 def operation_schema(operation: Any) -> torch.FunctionSchema:
     """Return an operation's name, its arguments, and which of them it writes to."""
     return operation._schema
+
+
+# The compiler: `torch._dynamo`, and sympy for its symbolic sizes. Together they take longer to import than a small
+# training does. Functions of torch import them when they are called, only to say what must not be compiled, or to test
+# whether a size is symbolic: optimizers, dispatch modes, operations of the meta device that are written in Python. As
+# long as nothing compiles and no size is symbolic, the answers are known without them. They are too many functions to
+# change one by one, and others in each release: stand-ins for the modules answer these questions, and import the module
+# when anything else of it is read.
+
+COMPILER = "torch._dynamo"
+SYMBOLIC_SIZES = "torch.fx.experimental.symbolic_shapes"
+
+# Functions of `SYMBOLIC_SIZES` on numbers, bools and tuples of them.
+ON_PLAIN_SIZES: dict[str, Callable[..., Any]] = {
+    "expect_true": lambda claim, skip=0: claim,
+    "guard_or_false": lambda claim: claim,
+    "guard_or_true": lambda claim: claim,
+    "guard_size_oblivious": lambda claim: claim,
+    "guarding_hint_or_throw": lambda size: size,
+    "has_guarding_hint": lambda size: True,
+    "is_nested_int": lambda size: False,
+    "size_hint": lambda size, *, allow_none=False: size,
+    "statically_known_true": lambda claim: claim,
+    "sym_and": lambda *claims: reduce(operator.and_, claims),
+    "sym_eq": lambda a, b: tuple(a) == tuple(b) if isinstance(a, (tuple, list)) else a == b,
+    "sym_or": lambda *claims: reduce(operator.or_, claims),
+}
+
+
+@contextlib.contextmanager
+def defer_compiler() -> Iterator[None]:
+    """Run the block without importing torch's compiler and sympy, unless the block itself needs them.
+
+    Results are the same. After the block, or the import of the compiler in it, nothing is left of the change: a later
+    `torch.compile` finds torch as it was. Does nothing inside another such block, and for what is imported already.
+    """
+    unmarked: list[Any] = []
+
+    def disable(function: Any, recursive: bool, *, wrapping: bool) -> Any:
+        unmarked.append(function)  # to which the caller attaches the result, for its next call
+        return function
+
+    def detach() -> None:
+        for function in unmarked:
+            vars(function).pop("__dynamo_disable", None)
+
+    modules = (
+        _DeferredModule(COMPILER, {"disable": disable, "graph_break": lambda: None}, detach),
+        _DeferredModule(SYMBOLIC_SIZES, {name: partial(_on_plain_sizes, name) for name in ON_PLAIN_SIZES}),
+        _DeferredModule("sympy", {"Basic": type("Basic", (), {})}),  # without sympy, nothing is an instance of it
+    )
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if module.__name__ not in sys.modules:
+                stack.callback(module.take_out)
+                module.put_in()
+        yield
+
+
+class _DeferredModule(types.ModuleType):
+    """A stand-in in `sys.modules` for a module that is imported when anything but its stand-ins is read.
+
+    Args:
+        name: Name of the module.
+        stand_ins: What functions of torch get by name.
+        when_out: Called when it is taken out.
+    """
+
+    def __init__(self, name: str, stand_ins: dict[str, Any], when_out: Callable[[], None] = lambda: None) -> None:
+        super().__init__(name)
+        self._stand_ins, self._when_out = stand_ins, when_out
+        self._parent, _, self._child = name.rpartition(".")
+
+    def put_in(self) -> None:
+        """Put it where imports look for the module."""
+        sys.modules[self.__name__] = self
+        if self._parent:
+            setattr(importlib.import_module(self._parent), self._child, self)
+
+    def take_out(self) -> None:
+        """Let the next import be that of the module."""
+        if sys.modules.get(self.__name__) is not self:
+            return
+        del sys.modules[self.__name__]
+        if self._parent:
+            delattr(sys.modules[self._parent], self._child)
+        self._when_out()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and (name != "__path__" or self.__name__ == SYMBOLIC_SIZES):  # it is no package
+            raise AttributeError(f"module '{self.__name__}' has no attribute '{name}'")
+        if name in self._stand_ins and sys.modules.get(self.__name__) is self:
+            reader = sys._getframe(1)  # what a module reads at its top may stay with it
+            if reader.f_code.co_name != "<module>" and reader.f_globals["__name__"].partition(".")[0] == "torch":
+                return self._stand_ins[name]
+        self.take_out()
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def _on_plain_sizes(name: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a function of `SYMBOLIC_SIZES`, which is not imported if all arguments are plain."""
+    is_plain = all(_is_plain(value) for value in args)
+    function = ON_PLAIN_SIZES[name] if is_plain else getattr(importlib.import_module(SYMBOLIC_SIZES), name)
+    return function(*args, **kwargs)
+
+
+def _is_plain(value: Any) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, (tuple, list)) else isinstance(value, (bool, int, float))
 
 
 # Training

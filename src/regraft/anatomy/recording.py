@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from regraft.anatomy.inputs import Arguments, Shape, shapes_of
 from regraft.anatomy.origins import OriginRecorder, Output
@@ -70,6 +69,8 @@ class Recorder:
     def __init__(self, duplicate: nn.Module) -> None:
         self.duplicate = duplicate
         self.calls: list[Call] = []
+        from torch.utils.flop_counter import FlopCounterMode  # imports Triton, where there is one
+
         self.counter = FlopCounterMode(display=False)
         self.origins = OriginRecorder()
         self.watch = ParameterWatch(lambda: self.now, self._note_origin)

@@ -8,7 +8,6 @@ import torch
 from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
-from torch.utils.flop_counter import FlopCounterMode
 
 from regraft.anatomy.dataflow.graph import Flow, is_size
 from regraft.anatomy.inputs import Arguments
@@ -79,6 +78,8 @@ class Interpreter(fx.Interpreter):
 
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
         super().__init__(module, garbage_collect_values=False, graph=graph)
+        from torch.utils.flop_counter import FlopCounterMode  # imports Triton, where there is one
+
         self.counter = FlopCounterMode(display=False)
         self.operations: dict[fx.Node, int] = {}
 
