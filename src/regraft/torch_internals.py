@@ -193,10 +193,11 @@ def operation_schema(operation: Any) -> torch.FunctionSchema:
 # change one by one, and others in each release: stand-ins for the modules answer these questions, and import the module
 # when anything else of it is read.
 
-COMPILER = "torch._dynamo"
-SYMBOLIC_SIZES = "torch.fx.experimental.symbolic_shapes"
+_COMPILER = "torch._dynamo"
+_SYMBOLIC_SIZES = "torch.fx.experimental.symbolic_shapes"
+_PLAIN = (bool, int, float)
 
-# Functions of `SYMBOLIC_SIZES` on numbers, bools and tuples of them.
+# Functions of `_SYMBOLIC_SIZES` on numbers, bools and tuples of them.
 ON_PLAIN_SIZES: dict[str, Callable[..., Any]] = {
     "expect_true": lambda claim, skip=0: claim,
     "guard_or_false": lambda claim: claim,
@@ -231,8 +232,8 @@ def defer_compiler() -> Iterator[None]:
             vars(function).pop("__dynamo_disable", None)
 
     modules = (
-        _DeferredModule(COMPILER, {"disable": disable, "graph_break": lambda: None}, detach),
-        _DeferredModule(SYMBOLIC_SIZES, {name: partial(_on_plain_sizes, name) for name in ON_PLAIN_SIZES}),
+        _DeferredModule(_COMPILER, {"disable": disable, "graph_break": lambda: None}, detach),
+        _DeferredModule(_SYMBOLIC_SIZES, {name: partial(_on_plain_sizes, name) for name in ON_PLAIN_SIZES}),
         _DeferredModule("sympy", {"Basic": type("Basic", (), {})}),  # without sympy, nothing is an instance of it
     )
     with contextlib.ExitStack() as stack:
@@ -273,7 +274,7 @@ class _DeferredModule(types.ModuleType):
         self._when_out()
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and (name != "__path__" or self.__name__ == SYMBOLIC_SIZES):  # it is no package
+        if name.startswith("__") and (name != "__path__" or self.__name__ == _SYMBOLIC_SIZES):  # it is no package
             raise AttributeError(f"module '{self.__name__}' has no attribute '{name}'")
         if name in self._stand_ins and sys.modules.get(self.__name__) is self:
             reader = sys._getframe(1)  # what a module reads at its top may stay with it
@@ -284,14 +285,14 @@ class _DeferredModule(types.ModuleType):
 
 
 def _on_plain_sizes(name: str, *args: Any, **kwargs: Any) -> Any:
-    """Call a function of `SYMBOLIC_SIZES`, which is not imported if all arguments are plain."""
-    is_plain = all(_is_plain(value) for value in args)
-    function = ON_PLAIN_SIZES[name] if is_plain else getattr(importlib.import_module(SYMBOLIC_SIZES), name)
+    """Call a function of `_SYMBOLIC_SIZES`, which is not imported if all arguments are plain."""
+    is_plain = all(type(value) in _PLAIN or _is_plain(value) for value in args)
+    function = ON_PLAIN_SIZES[name] if is_plain else getattr(importlib.import_module(_SYMBOLIC_SIZES), name)
     return function(*args, **kwargs)
 
 
 def _is_plain(value: Any) -> bool:
-    return all(map(_is_plain, value)) if isinstance(value, (tuple, list)) else isinstance(value, (bool, int, float))
+    return type(value) in _PLAIN or (isinstance(value, (tuple, list)) and all(map(_is_plain, value)))
 
 
 # Training
