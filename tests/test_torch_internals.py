@@ -82,7 +82,7 @@ LAYERS = {kind for kind in vars(nn).values() if isinstance(kind, type) and issub
 def test_torch_internals_every_entry_is_checked_here() -> None:
     entries = {name for name, value in vars(torch_internals).items() if not name.startswith("_")}
     borrowed = {"torch", "nn", "fake_tensor", "parametrizations", "Any", "cast", "Callable", "Iterator", "Mapping"}
-    borrowed |= {"contextlib", "copy", "importlib", "operator", "partial", "reduce", "sys", "types"}
+    borrowed |= {"contextlib", "copy", "importlib", "operator", "reduce", "sys", "types"}
     assert entries - borrowed - set(globals()) == set()
 
 

@@ -18,7 +18,7 @@ import operator
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial, reduce
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -195,7 +195,7 @@ def operation_schema(operation: Any) -> torch.FunctionSchema:
 
 _COMPILER = "torch._dynamo"
 _SYMBOLIC_SIZES = "torch.fx.experimental.symbolic_shapes"
-_PLAIN = (bool, int, float)
+_PLAIN = frozenset({bool, int, float})
 
 # Functions of `_SYMBOLIC_SIZES` on numbers, bools and tuples of them.
 ON_PLAIN_SIZES: dict[str, Callable[..., Any]] = {
@@ -231,13 +231,12 @@ def defer_compiler() -> Iterator[None]:
         for function in unmarked:
             vars(function).pop("__dynamo_disable", None)
 
-    modules = (
-        _DeferredModule(_COMPILER, {"disable": disable, "graph_break": lambda: None}, detach),
-        _DeferredModule(_SYMBOLIC_SIZES, {name: partial(_on_plain_sizes, name) for name in ON_PLAIN_SIZES}),
-        _DeferredModule("sympy", {"Basic": type("Basic", (), {})}),  # without sympy, nothing is an instance of it
-    )
+    compiler = _DeferredModule(_COMPILER, {"disable": disable, "graph_break": lambda: None}, detach)
+    sizes = _DeferredModule(_SYMBOLIC_SIZES)
+    vars(sizes).update({name: _for_plain_sizes(name, sizes) for name in ON_PLAIN_SIZES})
+    sympy = _DeferredModule("sympy", {"Basic": type("Basic", (), {})})  # without sympy, nothing is an instance of it
     with contextlib.ExitStack() as stack:
-        for module in modules:
+        for module in (compiler, sizes, sympy):
             if module.__name__ not in sys.modules:
                 stack.callback(module.take_out)
                 module.put_in()
@@ -245,17 +244,19 @@ def defer_compiler() -> Iterator[None]:
 
 
 class _DeferredModule(types.ModuleType):
-    """A stand-in in `sys.modules` for a module that is imported when anything but its stand-ins is read.
+    """A stand-in in `sys.modules` for a module, which is imported when a name is read that is not known.
 
     Args:
         name: Name of the module.
-        stand_ins: What functions of torch get by name.
+        for_torch: What functions of torch get by name. Others may keep or derive from it, and get the module's own.
         when_out: Called when it is taken out.
     """
 
-    def __init__(self, name: str, stand_ins: dict[str, Any], when_out: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, name: str, for_torch: Mapping[str, Any] | None = None, when_out: Callable[[], None] = lambda: None
+    ) -> None:
         super().__init__(name)
-        self._stand_ins, self._when_out = stand_ins, when_out
+        self._for_torch, self._when_out = for_torch or {}, when_out
         self._parent, _, self._child = name.rpartition(".")
 
     def put_in(self) -> None:
@@ -273,26 +274,34 @@ class _DeferredModule(types.ModuleType):
             delattr(sys.modules[self._parent], self._child)
         self._when_out()
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and (name != "__path__" or self.__name__ == _SYMBOLIC_SIZES):  # it is no package
-            raise AttributeError(f"module '{self.__name__}' has no attribute '{name}'")
-        if name in self._stand_ins and sys.modules.get(self.__name__) is self:
-            reader = sys._getframe(1)  # what a module reads at its top may stay with it
-            if reader.f_code.co_name != "<module>" and reader.f_globals["__name__"].partition(".")[0] == "torch":
-                return self._stand_ins[name]
+    def imported(self) -> types.ModuleType:
+        """Import the module."""
         self.take_out()
-        return getattr(importlib.import_module(self.__name__), name)
+        return importlib.import_module(self.__name__)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and (name != "__path__" or self.__name__ == _SYMBOLIC_SIZES):  # which is no package
+            raise AttributeError(name)
+        if name in self._for_torch and sys.modules.get(self.__name__) is self:
+            reader = sys._getframe(1)
+            if reader.f_globals.get("__name__", "").startswith("torch.") and reader.f_code.co_name != "<module>":
+                return self._for_torch[name]
+        return getattr(self.imported(), name)
 
 
-def _on_plain_sizes(name: str, *args: Any, **kwargs: Any) -> Any:
-    """Call a function of `_SYMBOLIC_SIZES`, which is not imported if all arguments are plain."""
-    is_plain = all(type(value) in _PLAIN or _is_plain(value) for value in args)
-    function = ON_PLAIN_SIZES[name] if is_plain else getattr(importlib.import_module(_SYMBOLIC_SIZES), name)
-    return function(*args, **kwargs)
+def _for_plain_sizes(name: str, sizes: _DeferredModule) -> Callable[..., Any]:
+    """Return a function of `_SYMBOLIC_SIZES` that imports the module when it gets another value than a plain one."""
+    on_plain_sizes = ON_PLAIN_SIZES[name]
 
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for value in args:
+            if not (
+                type(value) in _PLAIN or (isinstance(value, (tuple, list)) and _PLAIN.issuperset(map(type, value)))
+            ):
+                return getattr(sizes.imported(), name)(*args, **kwargs)
+        return on_plain_sizes(*args, **kwargs)
 
-def _is_plain(value: Any) -> bool:
-    return type(value) in _PLAIN or (isinstance(value, (tuple, list)) and all(map(_is_plain, value)))
+    return call
 
 
 # Training
