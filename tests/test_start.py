@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 DEFERRED = """
-import gc, sys, types, torch
+import gc, importlib.util, sys, types, torch
 from regraft.torch_internals import defer_compiler
 HEAVY = ("torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy")
 weight = torch.nn.Parameter(torch.ones(3))
@@ -28,6 +28,7 @@ with defer_compiler(), defer_compiler():
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.LeakyReLU())
     assert network.to("meta")(torch.empty(2, 3, 8, 8, device="meta")).shape == (2, 4, 6, 6)
     from torch.fx.experimental import symbolic_shapes as sizes
+    assert all(map(importlib.util.find_spec, HEAVY))
     assert sizes.sym_eq((2, 3), [2, 3]) and not sizes.guard_or_true(False)
     assert all(map(unused, HEAVY))
     print("deferred")
@@ -42,6 +43,7 @@ except Exception:  # the module's own, which wants a bool
 print("restored")
 with defer_compiler():
     step(optimizer)
+    assert torch.compiler.disable(len, reason="it is short")([1]) == 1
     from torch._dynamo import config
     assert torch._dynamo.config is config and not any(map(unused, HEAVY))
     print("imported")

@@ -13,7 +13,7 @@ Nothing here imports the compiler (`torch._dynamo`), which takes seconds; `defer
 import _compat_pickle
 import contextlib
 import copy
-import importlib
+import importlib.util
 import operator
 import sys
 import types
@@ -231,38 +231,39 @@ def defer_compiler() -> Iterator[None]:
         for function in unmarked:
             vars(function).pop("__dynamo_disable", None)
 
-    compiler = _DeferredModule(_COMPILER, {"disable": disable, "graph_break": lambda: None}, detach)
-    sizes = _DeferredModule(_SYMBOLIC_SIZES)
+    answers = {("torch._compile", "disable"): disable, ("torch.optim.optimizer", "graph_break"): lambda: None}
+    compiler = _DeferredModule(_COMPILER, answers, detach)
+    sizes = _DeferredModule(_SYMBOLIC_SIZES, {})
     vars(sizes).update({name: _for_plain_sizes(name, sizes) for name in ON_PLAIN_SIZES})
-    sympy = _DeferredModule("sympy", {"Basic": type("Basic", (), {})})  # without sympy, nothing is an instance of it
+    nothing = type("Basic", (), {})  # nothing is an instance of sympy's class where sympy is not imported
+    sympy = _DeferredModule("sympy", {("torch._prims_common", "Basic"): nothing})
     with contextlib.ExitStack() as stack:
         for module in (compiler, sizes, sympy):
-            if module.__name__ not in sys.modules:
-                stack.callback(module.take_out)
-                module.put_in()
+            stack.callback(module.take_out)
+            module.put_in()
         yield
 
 
 class _DeferredModule(types.ModuleType):
-    """A stand-in in `sys.modules` for a module, which is imported when a name is read that is not known.
+    """A stand-in in `sys.modules` for a module, which is imported when a name of it is read without an answer.
 
     Args:
         name: Name of the module.
-        for_torch: What functions of torch get by name. Others may keep or derive from it, and get the module's own.
+        answers: What a module (by name) gets that reads a name.
         when_out: Called when it is taken out.
     """
 
     def __init__(
-        self, name: str, for_torch: Mapping[str, Any] | None = None, when_out: Callable[[], None] = lambda: None
+        self, name: str, answers: Mapping[tuple[str, str], Any], when_out: Callable[[], None] = lambda: None
     ) -> None:
         super().__init__(name)
-        self._for_torch, self._when_out = for_torch or {}, when_out
+        self.__spec__ = importlib.util.find_spec(name)  # for those who only ask whether it is installed
+        self._answers, self._when_out = answers, when_out
         self._parent, _, self._child = name.rpartition(".")
 
     def put_in(self) -> None:
-        """Put it where imports look for the module."""
-        sys.modules[self.__name__] = self
-        if self._parent:
+        """Put it where imports look for the module, unless that is imported."""
+        if sys.modules.setdefault(self.__name__, self) is self and self._parent:
             setattr(importlib.import_module(self._parent), self._child, self)
 
     def take_out(self) -> None:
@@ -282,10 +283,9 @@ class _DeferredModule(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and (name != "__path__" or self.__name__ == _SYMBOLIC_SIZES):  # which is no package
             raise AttributeError(name)
-        if name in self._for_torch and sys.modules.get(self.__name__) is self:
-            reader = sys._getframe(1)
-            if reader.f_globals.get("__name__", "").startswith("torch.") and reader.f_code.co_name != "<module>":
-                return self._for_torch[name]
+        question = (sys._getframe(1).f_globals.get("__name__", ""), name)
+        if question in self._answers and sys.modules.get(self.__name__) is self:
+            return self._answers[question]
         return getattr(self.imported(), name)
 
 
