@@ -197,6 +197,21 @@ _COMPILER = "torch._dynamo"
 _SYMBOLIC_SIZES = "torch.fx.experimental.symbolic_shapes"
 _PLAIN = frozenset({bool, int, float})
 
+# Modules of torch whose functions get the answers. All are imported with torch, so that none keeps one at its top.
+_READERS = frozenset(
+    {
+        "torch",
+        "torch._compile",
+        "torch._decomp.decompositions",
+        "torch._meta_registrations",
+        "torch._prims",
+        "torch._prims_common",
+        "torch._refs",
+        "torch._refs.nn.functional",
+        "torch.optim.optimizer",
+    }
+)
+
 # Functions of `_SYMBOLIC_SIZES` on numbers, bools and tuples of them.
 ON_PLAIN_SIZES: dict[str, Callable[..., Any]] = {
     "expect_true": lambda claim, skip=0: claim,
@@ -231,12 +246,10 @@ def defer_compiler() -> Iterator[None]:
         for function in unmarked:
             vars(function).pop("__dynamo_disable", None)
 
-    answers = {("torch._compile", "disable"): disable, ("torch.optim.optimizer", "graph_break"): lambda: None}
-    compiler = _DeferredModule(_COMPILER, answers, detach)
+    compiler = _DeferredModule(_COMPILER, {"disable": disable, "graph_break": lambda: None}, detach)
     sizes = _DeferredModule(_SYMBOLIC_SIZES, {})
-    vars(sizes).update({name: _for_plain_sizes(name, sizes) for name in ON_PLAIN_SIZES})
-    nothing = type("Basic", (), {})  # nothing is an instance of sympy's class where sympy is not imported
-    sympy = _DeferredModule("sympy", {("torch._prims_common", "Basic"): nothing})
+    sizes.answers = {name: _for_plain_sizes(name, sizes) for name in ON_PLAIN_SIZES}
+    sympy = _DeferredModule("sympy", {"Basic": type("Basic", (), {})})  # without sympy, nothing is an instance of it
     with contextlib.ExitStack() as stack:
         for module in (compiler, sizes, sympy):
             stack.callback(module.take_out)
@@ -249,16 +262,14 @@ class _DeferredModule(types.ModuleType):
 
     Args:
         name: Name of the module.
-        answers: What a module (by name) gets that reads a name.
+        answers: What `_READERS` get by name.
         when_out: Called when it is taken out.
     """
 
-    def __init__(
-        self, name: str, answers: Mapping[tuple[str, str], Any], when_out: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, name: str, answers: dict[str, Any], when_out: Callable[[], None] = lambda: None) -> None:
         super().__init__(name)
         self.__spec__ = importlib.util.find_spec(name)  # for those who only ask whether it is installed
-        self._answers, self._when_out = answers, when_out
+        self.answers, self._when_out = answers, when_out
         self._parent, _, self._child = name.rpartition(".")
 
     def put_in(self) -> None:
@@ -283,9 +294,9 @@ class _DeferredModule(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and (name != "__path__" or self.__name__ == _SYMBOLIC_SIZES):  # which is no package
             raise AttributeError(name)
-        question = (sys._getframe(1).f_globals.get("__name__", ""), name)
-        if question in self._answers and sys.modules.get(self.__name__) is self:
-            return self._answers[question]
+        is_reader = sys._getframe(1).f_globals.get("__name__") in _READERS
+        if is_reader and name in self.answers and sys.modules.get(self.__name__) is self:
+            return self.answers[name]
         return getattr(self.imported(), name)
 
 
