@@ -257,7 +257,7 @@ def defer_compiler() -> Iterator[None]:
         yield
 
 
-class _DeferredModule(types.ModuleType):
+class _DeferredModule:
     """A stand-in in `sys.modules` for a module, which is imported when a name of it is read without an answer.
 
     Args:
@@ -267,19 +267,21 @@ class _DeferredModule(types.ModuleType):
     """
 
     def __init__(self, name: str, answers: dict[str, Any], when_out: Callable[[], None] = lambda: None) -> None:
-        super().__init__(name)
+        self.__name__ = name
         self.__spec__ = importlib.util.find_spec(name)  # for those who only ask whether it is installed
         self.answers, self._when_out = answers, when_out
         self._parent, _, self._child = name.rpartition(".")
 
     def put_in(self) -> None:
         """Put it where imports look for the module, unless that is imported."""
-        if sys.modules.setdefault(self.__name__, self) is self and self._parent:
+        modules: dict[str, Any] = sys.modules
+        if modules.setdefault(self.__name__, self) is self and self._parent:
             setattr(importlib.import_module(self._parent), self._child, self)
 
     def take_out(self) -> None:
         """Let the next import be that of the module."""
-        if sys.modules.get(self.__name__) is not self:
+        modules: dict[str, Any] = sys.modules
+        if modules.get(self.__name__) is not self:
             return
         del sys.modules[self.__name__]
         if self._parent:
@@ -292,11 +294,10 @@ class _DeferredModule(types.ModuleType):
         return importlib.import_module(self.__name__)
 
     def __getattr__(self, name: str) -> Any:
+        if name in self.answers and sys._getframe(1).f_globals.get("__name__") in _READERS:
+            return self.answers[name]
         if name.startswith("__") and (name != "__path__" or self.__name__ == _SYMBOLIC_SIZES):  # which is no package
             raise AttributeError(name)
-        is_reader = sys._getframe(1).f_globals.get("__name__") in _READERS
-        if is_reader and name in self.answers and sys.modules.get(self.__name__) is self:
-            return self.answers[name]
         return getattr(self.imported(), name)
 
 
