@@ -3,7 +3,6 @@
 import copy
 import importlib
 import pickle
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import pytest
 import torch
 from timm import layers
 from torch import fx, nn
+from torch.fx.experimental import symbolic_shapes
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.data import DataLoader
 
@@ -20,6 +20,7 @@ from regraft import torch_internals
 from regraft.torch_internals import (
     ASSERT,
     COMPILED_CHILD,
+    ON_PLAIN_SIZES,
     PYTHON2_MODULES,
     PYTHON2_NAMES,
     READ_OF_ATTENTION,
@@ -41,11 +42,11 @@ from regraft.torch_internals import (
     attention_of,
     buffers_of,
     children_of,
+    defer_compiler,
     drop_workers,
     forward_hooks,
     forward_pre_hooks,
     has_loading_code,
-    import_compiler,
     infer_lazy_shapes,
     is_compiled,
     is_jit_tracing,
@@ -80,7 +81,8 @@ LAYERS = {kind for kind in vars(nn).values() if isinstance(kind, type) and issub
 
 def test_torch_internals_every_entry_is_checked_here() -> None:
     entries = {name for name, value in vars(torch_internals).items() if not name.startswith("_")}
-    borrowed = {"copy", "torch", "nn", "fake_tensor", "parametrizations", "Any", "cast", "Callable", "Mapping"}
+    borrowed = {"torch", "nn", "fake_tensor", "parametrizations", "Any", "cast", "Callable", "Iterator", "Mapping"}
+    borrowed |= {"contextlib", "copy", "importlib", "operator", "reduce", "sys", "types"}
     assert entries - borrowed - set(globals()) == set()
 
 
@@ -310,14 +312,27 @@ def test_is_compiled() -> None:
     assert not is_compiled(copy.deepcopy(model))
 
 
-def test_torch_internals_the_compiler_is_imported_on_demand() -> None:
-    code = (
-        "import sys, regraft.torch_internals as t; print('torch._dynamo' in sys.modules)\n"
-        "t.import_compiler(); print('torch._dynamo' in sys.modules)"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
-    assert run.stdout.split() == ["False", "True"]
-    assert import_compiler() is None
+def test_torch_internals_plain_sizes_need_no_symbolic_ones() -> None:
+    values = [True, False, 0, 3]
+    one = ("expect_true", "guard_or_false", "guard_or_true", "guard_size_oblivious", "statically_known_true")
+    calls: list[tuple[str, list[Any]]] = [(name, [value]) for name in one for value in (True, False)]
+    calls += [(name, [value]) for name in ("guarding_hint_or_throw", "size_hint") for value in (0, 3)]
+    calls += [(name, [value]) for name in ("has_guarding_hint", "is_nested_int") for value in values]
+    calls += [(name, [a, b]) for name in ("sym_and", "sym_or") for a in (True, False) for b in (True, False)]
+    calls += [
+        ("sym_eq", pair) for pair in ([2, 2], [2, 3], [(1, 2), [1, 2]], [[1, 2], [1, 3]], [(1,), (1, 2)], [(), ()])
+    ]
+    assert {name for name, _ in calls} == set(ON_PLAIN_SIZES)
+    with warnings.catch_warnings(action="ignore"):
+        for name, args in calls:
+            if hasattr(symbolic_shapes, name):  # not each release has each of them
+                assert ON_PLAIN_SIZES[name](*args) == getattr(symbolic_shapes, name)(*args), (name, args)
+
+
+def test_defer_compiler_changes_nothing_where_the_compiler_is_imported() -> None:
+    compiler = importlib.import_module("torch._dynamo")
+    with defer_compiler():
+        assert compiler is sys.modules["torch._dynamo"]
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -80,7 +80,7 @@ def build(
 
 def is_network_name(name: str) -> bool:
     """Return whether a name is that of a network or a class, rather than a path: a known one, or one with a prefix."""
-    return name.startswith((TIMM, PYTHON)) or name in _torchvision_names()
+    return name.startswith((TIMM, PYTHON)) or (name.isidentifier() and name in _torchvision_names())
 
 
 def weights_name(name: str, weights: object) -> str | Path:

@@ -33,7 +33,7 @@ class ModelFacts:
 
     @property
     def trace(self) -> Trace:
-        """One forward: which layer runs when, on which shapes, at what cost."""
+        """One forward: which layer runs when, and on which shapes. Its costs are not counted."""
         return self._run.read()
 
     @cached_property

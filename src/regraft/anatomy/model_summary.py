@@ -47,7 +47,7 @@ def summary(
     check_arguments(summary, locals())
     traced, problem = None, None
     try:
-        traced = trace(model, input_size, inputs=inputs)
+        traced = trace(model, input_size, inputs=inputs, counts=True)
     except ModelError as error:
         if input_size is not None or inputs is not None:
             raise

@@ -1,16 +1,19 @@
 """Record the calls of a network's layers: order, shapes and costs."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from regraft.anatomy.inputs import Arguments, Shape, shapes_of
 from regraft.anatomy.origins import OriginRecorder, Output
 from regraft.torch_internals import TorchDispatchMode, operation_schema, storage_id, tree_leaves
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Call:
         ended: Moment at which it ended.
         input_shapes: Shapes of the tensors that went in, batch included.
         output_shapes: Shapes of the tensors that came out, batch included.
-        multiply_adds: Multiply-add operations of the call, those of inner layers included.
+        multiply_adds: Multiply-add operations of the call, those of inner layers included; 0 where not counted.
         output_bytes: Bytes of the tensors that came out.
     """
 
@@ -65,12 +68,17 @@ class Trace:
 
 
 class Recorder:
-    """Records the calls of every layer of a copied network by hooks."""
+    """Records the calls of every layer of a copied network by hooks.
 
-    def __init__(self, duplicate: nn.Module) -> None:
+    Args:
+        duplicate: The network, to which the hooks are added.
+        counts: Whether multiply-adds are counted; they are 0 otherwise.
+    """
+
+    def __init__(self, duplicate: nn.Module, *, counts: bool = False) -> None:
         self.duplicate = duplicate
         self.calls: list[Call] = []
-        self.counter = FlopCounterMode(display=False)
+        self._counter = flop_counter() if counts else None
         self.origins = OriginRecorder()
         self.watch = ParameterWatch(lambda: self.now, self._note_origin)
         self.output: Any = None
@@ -83,7 +91,7 @@ class Recorder:
     def run(self, arguments: Arguments) -> None:
         """Call the copy once, without gradients."""
         self.origins.begin(self.duplicate, (arguments.args, arguments.kwargs))
-        with torch.no_grad(), self.counter, self.watch:
+        with torch.no_grad(), self._counter or nullcontext(), self.watch:
             self.output = self.duplicate(*arguments.args, **arguments.kwargs)
 
     def result(self, note: str | None = None) -> Trace:
@@ -111,11 +119,14 @@ class Recorder:
         path, kind, _, _, shapes = self._running[-1]
         return path, kind, shapes
 
+    def _flops(self) -> int:
+        return self._counter.get_total_flops() if self._counter is not None else 0
+
     def _begin(self, path: str) -> Any:
         def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
             shapes = shapes_of((args, kwargs))
             self.now += 1
-            self._running.append((path, type(module).__name__, self.now, self.counter.get_total_flops(), shapes))
+            self._running.append((path, type(module).__name__, self.now, self._flops(), shapes))
 
         return begin
 
@@ -130,7 +141,7 @@ class Recorder:
     def _close(self, output: Any) -> None:
         self.now += 1
         path, _, began, operations_before, shapes = self._running.pop()
-        operations = self.counter.get_total_flops() - operations_before
+        operations = self._flops() - operations_before
         tensors = [leaf for leaf in _leaves(output) if isinstance(leaf, torch.Tensor)]
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         self.calls.append(Call(path, began, self.now, shapes, shapes_of(tensors), operations // 2, size))
@@ -177,6 +188,13 @@ class ParameterWatch(TorchDispatchMode):
             written = (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
             if any(storage_id(tensor) in self._protected for tensor in written):
                 raise RuntimeError("its forward writes to its own parameters, which a look must not do")
+
+
+def flop_counter() -> "FlopCounterMode":
+    """Return a dispatch mode that counts floating-point operations."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, where it is installed
+
+    return FlopCounterMode(display=False)
 
 
 def _leaves(value: Any) -> list[Any]:

@@ -15,6 +15,7 @@ from regraft.torch_internals import (
     FakeTensor,
     FakeTensorMode,
     buffers_of,
+    defer_compiler,
     infer_lazy_shapes,
     mark_as_parameter,
     parameters_of,
@@ -34,7 +35,7 @@ def meta_copy(model: nn.Module) -> Iterator[nn.Module]:
     Inside the block, tensors created without a device are on the meta device as well. The copy has no hooks and is in
     evaluation mode; lazy parameters get their shapes while it runs. A forward that needs a tensor on a CPU fails on it.
     """
-    with torch.device("meta"):
+    with defer_compiler(), torch.device("meta"):
         duplicate = _copied(model, _shape_only)
         for layer in _lazy_layers(duplicate):
             layer.register_forward_pre_hook(_make_lazy_tensors, with_kwargs=True)

@@ -29,6 +29,7 @@ def trace(
     *,
     inputs: Inputs | None = None,
     training: bool = False,
+    counts: bool = False,
 ) -> Trace:
     """Record every call of every layer and every parameter's first use during one forward, in evaluation mode.
 
@@ -41,19 +42,20 @@ def trace(
         inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs, nested as forward takes them. Of
             tensors only shape and dtype count; everything else is passed on. Neither this nor `input_size`: guessed.
         training: Whether it runs in training mode instead.
+        counts: Whether multiply-adds are counted, for which torch imports Triton, where it is installed.
 
     Raises:
         ForwardError: The forward fails; the message names the layer and the shapes that went in. Nothing was changed.
     """
     arguments = arguments_for(model, input_size, inputs)
     try:
-        return _on_shapes(model, arguments, training)
+        return _on_shapes(model, arguments, training, counts)
     except _StoppedError as stopped:
         if not _has_values(model):
             raise _failure(model, arguments, stopped) from stopped.__cause__
         reason = _reason(stopped)
     try:
-        return _for_real(model, arguments, reason, training)
+        return _for_real(model, arguments, reason, training, counts)
     except _StoppedError as stopped:
         raise _failure(model, arguments, stopped) from stopped.__cause__
 
@@ -94,7 +96,7 @@ class _StoppedError(Exception):
         self.recorder = recorder
 
 
-def _on_shapes(model: nn.Module, arguments: Arguments, training: bool) -> Trace:
+def _on_shapes(model: nn.Module, arguments: Arguments, training: bool, counts: bool) -> Trace:
     recorder, problem = None, None
     for shape_only_copy in SHAPE_ONLY_COPIES:
         recorder = None
@@ -106,7 +108,7 @@ def _on_shapes(model: nn.Module, arguments: Arguments, training: bool) -> Trace:
                 silenced(FAKES),
                 shape_only_copy(model) as duplicate,
             ):
-                recorder = Recorder(in_mode(duplicate, training))
+                recorder = Recorder(in_mode(duplicate, training), counts=counts)
                 recorder.run(arguments.without_values())
                 return recorder.result()
         except Exception as error:
@@ -114,11 +116,11 @@ def _on_shapes(model: nn.Module, arguments: Arguments, training: bool) -> Trace:
     raise _StoppedError(recorder) from problem
 
 
-def _for_real(model: nn.Module, arguments: Arguments, reason: str, training: bool) -> Trace:
+def _for_real(model: nn.Module, arguments: Arguments, reason: str, training: bool, counts: bool) -> Trace:
     recorder = None
     try:
         with preserved_randomness(0), uncompiled(model), unfused_attention():
-            recorder = Recorder(in_mode(aliased_copy(model), training))
+            recorder = Recorder(in_mode(aliased_copy(model), training), counts=counts)
             recorder.watch.protect(model.parameters())
             recorder.run(arguments.with_values(_device(model)))
     except Exception as error:

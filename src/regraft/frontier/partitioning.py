@@ -215,7 +215,7 @@ def _partition_by_replay(model: nn.Module, arguments: Arguments, error: ModelErr
         for position, (shape, dtype) in enumerate(zip(boundary.shapes, boundary.dtypes, strict=True))
     )
     # Costs come from one more run: what is recorded for a replay has no graph to count them on.
-    calls = trace(model, inputs=arguments.args or arguments.kwargs).calls
+    calls = trace(model, inputs=arguments.args or arguments.kwargs, counts=True).calls
     rows = arguments.shapes[0][0]
     total = next(call.multiply_adds for call in calls if call.path == "") // rows
     constant = sum(call.multiply_adds for call in calls if call.path in boundary.stubs) // rows

@@ -16,7 +16,7 @@ def visible(text: str) -> str:
     >>> print(visible("one\ntwo \udcff"))
     one\ntwo \xff
     """
-    return "".join(map(_visible_character, text))
+    return text if text.isprintable() else "".join(map(_visible_character, text))
 
 
 def shorten(text: str, limit: int) -> str:

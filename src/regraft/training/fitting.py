@@ -18,7 +18,7 @@ from regraft.data.folders import Listing
 from regraft.errors import ConfigError, ModelError
 from regraft.freezing.schedule import Schedule
 from regraft.progress import Progress
-from regraft.torch_internals import import_compiler
+from regraft.torch_internals import defer_compiler
 from regraft.training.checks.weight_types import compute_for, require_trainable_types
 from regraft.training.config import TrainConfig
 from regraft.training.epochs import Run, train
@@ -113,7 +113,7 @@ def fit(
     if config.out is not None:
         folder = RunFolder(Path(config.out), overwrite=overwrite, continues=saved_run is not None)
     is_named = isinstance(model, str) and isinstance(data, (str, Path)) and not callable(loss)
-    with preserved_randomness(config.seed), Signals() as signals:
+    with defer_compiler(), preserved_randomness(config.seed), Signals() as signals:
         with run_state.phase("reading"), listener.status("looking for photos"):
             listing = list_if_folder(data, config)
         if listing is not None:
@@ -157,7 +157,6 @@ def _prepare(
     own_loss: Any = loss if callable(loss) else None
     name = model if isinstance(model, str) else None
     with run_state.phase("setup"), progress.status("preparing the training"):
-        import_compiler()  # an optimizer would do it at its first use, in the middle of the run
         return prepare_setup(facts, name, train_data, config, compute, own_loss, progress, trust_code=trust_code)
 
 
@@ -186,7 +185,7 @@ def preview(config: TrainConfig, progress: Progress, *, trust_code: bool = False
     Raises:
         InputError: As from `fit`.
     """
-    with preserved_randomness(config.seed):
+    with defer_compiler(), preserved_randomness(config.seed):
         listing = list_if_folder(config.data, config)
         check_options(config, listing.task if listing else None, trust_code=trust_code)
         if listing is not None:

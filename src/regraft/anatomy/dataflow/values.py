@@ -8,11 +8,11 @@ import torch
 from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
-from torch.utils.flop_counter import FlopCounterMode
 
 from regraft.anatomy.dataflow.graph import Flow, is_size
 from regraft.anatomy.inputs import Arguments
 from regraft.anatomy.modes import preserved_randomness, silenced
+from regraft.anatomy.recording import flop_counter
 from regraft.anatomy.shape_copies import SHAPE_ONLY_COPIES
 from regraft.anatomy.tracing import FAKES, unfused_attention
 
@@ -79,7 +79,7 @@ class Interpreter(fx.Interpreter):
 
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
         super().__init__(module, garbage_collect_values=False, graph=graph)
-        self.counter = FlopCounterMode(display=False)
+        self.counter = flop_counter()
         self.operations: dict[fx.Node, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:  # noqa: D102
