@@ -12,7 +12,6 @@ import pytest
 import torch
 from timm import layers
 from torch import fx, nn
-from torch.fx.experimental import symbolic_shapes
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.data import DataLoader
 
@@ -20,7 +19,6 @@ from regraft import torch_internals
 from regraft.torch_internals import (
     ASSERT,
     COMPILED_CHILD,
-    ON_PLAIN_SIZES,
     PYTHON2_MODULES,
     PYTHON2_NAMES,
     READ_OF_ATTENTION,
@@ -82,7 +80,7 @@ LAYERS = {kind for kind in vars(nn).values() if isinstance(kind, type) and issub
 def test_torch_internals_every_entry_is_checked_here() -> None:
     entries = {name for name, value in vars(torch_internals).items() if not name.startswith("_")}
     borrowed = {"torch", "nn", "fake_tensor", "parametrizations", "Any", "cast", "Callable", "Iterator", "Mapping"}
-    borrowed |= {"contextlib", "copy", "importlib", "operator", "reduce", "sys", "types"}
+    borrowed |= {"contextlib", "copy", "importlib", "sys"}
     assert entries - borrowed - set(globals()) == set()
 
 
@@ -310,23 +308,6 @@ def test_is_compiled() -> None:
     model.compile(backend="eager")
     assert is_compiled(model)
     assert not is_compiled(copy.deepcopy(model))
-
-
-def test_torch_internals_plain_sizes_need_no_symbolic_ones() -> None:
-    values = [True, False, 0, 3]
-    one = ("expect_true", "guard_or_false", "guard_or_true", "guard_size_oblivious", "statically_known_true")
-    calls: list[tuple[str, list[Any]]] = [(name, [value]) for name in one for value in (True, False)]
-    calls += [(name, [value]) for name in ("guarding_hint_or_throw", "size_hint") for value in (0, 3)]
-    calls += [(name, [value]) for name in ("has_guarding_hint", "is_nested_int") for value in values]
-    calls += [(name, [a, b]) for name in ("sym_and", "sym_or") for a in (True, False) for b in (True, False)]
-    calls += [
-        ("sym_eq", pair) for pair in ([2, 2], [2, 3], [(1, 2), [1, 2]], [[1, 2], [1, 3]], [(1,), (1, 2)], [(), ()])
-    ]
-    assert {name for name, _ in calls} == set(ON_PLAIN_SIZES)
-    with warnings.catch_warnings(action="ignore"):
-        for name, args in calls:
-            if hasattr(symbolic_shapes, name):  # not each release has each of them
-                assert ON_PLAIN_SIZES[name](*args) == getattr(symbolic_shapes, name)(*args), (name, args)
 
 
 def test_defer_compiler_changes_nothing_where_the_compiler_is_imported() -> None:

@@ -14,11 +14,8 @@ import _compat_pickle
 import contextlib
 import copy
 import importlib.util
-import operator
 import sys
-import types
 from collections.abc import Callable, Iterator, Mapping
-from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -186,134 +183,66 @@ def operation_schema(operation: Any) -> torch.FunctionSchema:
     return operation._schema
 
 
-# The compiler: `torch._dynamo`, and sympy for its symbolic sizes. Together they take longer to import than a small
-# training does. Functions of torch import them when they are called, only to say what must not be compiled, or to test
-# whether a size is symbolic: optimizers, dispatch modes, operations of the meta device that are written in Python. As
-# long as nothing compiles and no size is symbolic, the answers are known without them. They are too many functions to
-# change one by one, and others in each release: stand-ins for the modules answer these questions, and import the module
-# when anything else of it is read.
+# The compiler, which takes longer to import than a small training does. Functions of torch import it when they are
+# called, only to say what must not be compiled: optimizers, dispatch modes, operations of the meta device. They are too
+# many to change one by one, and others in each release. So a stand-in for the module takes what they say, and imports
+# the module when anything else of it is read.
 
 _COMPILER = "torch._dynamo"
-_SYMBOLIC_SIZES = "torch.fx.experimental.symbolic_shapes"
-_PLAIN = frozenset({bool, int, float})
-
-# Modules of torch whose functions get the answers. All are imported with torch, so that none keeps one at its top.
-_READERS = frozenset(
-    {
-        "torch",
-        "torch._compile",
-        "torch._decomp.decompositions",
-        "torch._meta_registrations",
-        "torch._prims",
-        "torch._prims_common",
-        "torch._refs",
-        "torch._refs.nn.functional",
-        "torch.optim.optimizer",
-    }
-)
-
-# Functions of `_SYMBOLIC_SIZES` on numbers, bools and tuples of them.
-ON_PLAIN_SIZES: dict[str, Callable[..., Any]] = {
-    "expect_true": lambda claim, skip=0: claim,
-    "guard_or_false": lambda claim: claim,
-    "guard_or_true": lambda claim: claim,
-    "guard_size_oblivious": lambda claim: claim,
-    "guarding_hint_or_throw": lambda size: size,
-    "has_guarding_hint": lambda size: True,
-    "is_nested_int": lambda size: False,
-    "size_hint": lambda size, *, allow_none=False: size,
-    "statically_known_true": lambda claim: claim,
-    "sym_and": lambda *claims: reduce(operator.and_, claims),
-    "sym_eq": lambda a, b: tuple(a) == tuple(b) if isinstance(a, (tuple, list)) else a == b,
-    "sym_or": lambda *claims: reduce(operator.or_, claims),
-}
+_READERS = frozenset({"torch", "torch._compile", "torch.optim.optimizer"})  # the modules of torch that say it
 
 
 @contextlib.contextmanager
 def defer_compiler() -> Iterator[None]:
-    """Run the block without importing torch's compiler and sympy, unless the block itself needs them.
+    """Run the block without importing torch's compiler, unless the block itself needs it.
 
     Results are the same. After the block, or the import of the compiler in it, nothing is left of the change: a later
-    `torch.compile` finds torch as it was. Does nothing inside another such block, and for what is imported already.
+    `torch.compile` finds torch as it was. Does nothing inside another such block, and where it is imported already.
     """
-    unmarked: list[Any] = []
-
-    def disable(function: Any, recursive: bool, *, wrapping: bool) -> Any:
-        unmarked.append(function)  # to which the caller attaches the result, for its next call
-        return function
-
-    def detach() -> None:
-        for function in unmarked:
-            vars(function).pop("__dynamo_disable", None)
-
-    compiler = _DeferredModule(_COMPILER, {"disable": disable, "graph_break": lambda: None}, detach)
-    sizes = _DeferredModule(_SYMBOLIC_SIZES, {})
-    sizes.answers = {name: _for_plain_sizes(name, sizes) for name in ON_PLAIN_SIZES}
-    sympy = _DeferredModule("sympy", {"Basic": type("Basic", (), {})})  # without sympy, nothing is an instance of it
-    with contextlib.ExitStack() as stack:
-        for module in (compiler, sizes, sympy):
-            stack.callback(module.take_out)
-            module.put_in()
+    compiler = _DeferredCompiler()
+    try:
+        compiler.put_in()
         yield
+    finally:
+        compiler.take_out()
 
 
-class _DeferredModule:
-    """A stand-in in `sys.modules` for a module, which is imported when a name of it is read without an answer.
+class _DeferredCompiler:
+    """A stand-in in `sys.modules` for the compiler."""
 
-    Args:
-        name: Name of the module.
-        answers: What `_READERS` get by name.
-        when_out: Called when it is taken out.
-    """
+    def __init__(self) -> None:
+        self.__name__ = _COMPILER
+        self.__spec__ = importlib.util.find_spec(_COMPILER)  # for those who only ask whether it is installed
+        self._unmarked: list[Any] = []
+        self._answers = {"disable": self._disable, "graph_break": lambda: None}
 
-    def __init__(self, name: str, answers: dict[str, Any], when_out: Callable[[], None] = lambda: None) -> None:
-        self.__name__ = name
-        self.__spec__ = importlib.util.find_spec(name)  # for those who only ask whether it is installed
-        self.answers, self._when_out = answers, when_out
-        self._parent, _, self._child = name.rpartition(".")
+    def _disable(self, function: Any, recursive: bool, *, wrapping: bool) -> Any:
+        self._unmarked.append(function)  # to which the caller attaches the result, for its next call
+        return function
 
     def put_in(self) -> None:
         """Put it where imports look for the module, unless that is imported."""
         modules: dict[str, Any] = sys.modules
-        if modules.setdefault(self.__name__, self) is self and self._parent:
-            setattr(importlib.import_module(self._parent), self._child, self)
+        if modules.setdefault(_COMPILER, self) is self:
+            setattr(torch, "_dynamo", self)  # noqa: B010
 
     def take_out(self) -> None:
-        """Let the next import be that of the module."""
+        """Let the next import be that of the module, and take off the marks that functions got instead of its own."""
         modules: dict[str, Any] = sys.modules
-        if modules.get(self.__name__) is not self:
+        if modules.get(_COMPILER) is not self:
             return
-        del sys.modules[self.__name__]
-        if self._parent:
-            delattr(sys.modules[self._parent], self._child)
-        self._when_out()
-
-    def imported(self) -> types.ModuleType:
-        """Import the module."""
-        self.take_out()
-        return importlib.import_module(self.__name__)
+        del sys.modules[_COMPILER]
+        delattr(torch, "_dynamo")
+        for function in self._unmarked:
+            vars(function).pop("__dynamo_disable", None)
 
     def __getattr__(self, name: str) -> Any:
-        if name in self.answers and sys._getframe(1).f_globals.get("__name__") in _READERS:
-            return self.answers[name]
-        if name.startswith("__") and (name != "__path__" or self.__name__ == _SYMBOLIC_SIZES):  # which is no package
+        if name in self._answers and sys._getframe(1).f_globals.get("__name__") in _READERS:
+            return self._answers[name]
+        if name.startswith("__") and name != "__path__":
             raise AttributeError(name)
-        return getattr(self.imported(), name)
-
-
-def _for_plain_sizes(name: str, sizes: _DeferredModule) -> Callable[..., Any]:
-    """Return a function of `_SYMBOLIC_SIZES` that imports the module when it gets another value than a plain one."""
-    on_plain_sizes = ON_PLAIN_SIZES[name]
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        for value in args:
-            if not (
-                type(value) in _PLAIN or (isinstance(value, (tuple, list)) and _PLAIN.issuperset(map(type, value)))
-            ):
-                return getattr(sizes.imported(), name)(*args, **kwargs)
-        return on_plain_sizes(*args, **kwargs)
-
-    return call
+        self.take_out()
+        return getattr(importlib.import_module(_COMPILER), name)
 
 
 # Training
