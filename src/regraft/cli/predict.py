@@ -136,7 +136,7 @@ def _rows(predictions: Sequence[Any], classes: Sequence[str], top: int | None) -
     return table
 
 
-def _path_cell(path: Path) -> str:
+def _path_cell(path: object) -> str:
     """Return a path as a cell of a table: the same file, in words that no spreadsheet takes for a formula."""
     text = str(path)
     return f"./{text}" if text.startswith(FORMULA_SIGNS) else text

@@ -1,6 +1,7 @@
 """Decode image files: orient, convert and resize them, and report unreadable files."""
 
 import contextlib
+import io
 import os
 import struct
 import warnings
@@ -16,6 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from regraft.card import Preprocessing
+from regraft.data.sources import ShardMember, Source, read_bytes
 from regraft.errors import DataError
 
 MAX_RATIO = 4  # of the sides; longer images lose their ends, which the center crop removes anyway
@@ -32,13 +34,13 @@ FILTERS = {
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A file that is not a readable image, with the reason."""
+    """A photo that cannot be read, with the reason."""
 
-    path: Path
+    path: Source
     reason: str
 
 
-def decode(source: Path | Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
+def decode(source: Source | Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
     """Read an image and resize it for `preprocessing`; the ends of a long image that is center-cropped may be missing.
 
     A JPEG of more than twice the target size is decoded at a reduced size, which is several times faster and as sharp.
@@ -55,9 +57,7 @@ def decode(source: Path | Image.Image, preprocessing: Preprocessing) -> torch.Te
         if isinstance(source, Image.Image):
             image, size = _to_gray_or_rgb(source, preprocessing.channels), None
         else:
-            if source.exists() and not source.is_file():
-                raise DataError("not a file")  # opening a named pipe would block forever
-            with Image.open(source) as opened:
+            with Image.open(_file_of(source)) as opened:
                 side = round(REDUCTION * preprocessing.resize)
                 size = opened.size
                 opened.draft(opened.mode, (side, side))  # only JPEG has this: other formats ignore it
@@ -73,13 +73,21 @@ def decode(source: Path | Image.Image, preprocessing: Preprocessing) -> torch.Te
     return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
-def decode_all(paths: Sequence[Path], preprocessing: Preprocessing) -> Iterator[torch.Tensor | Unreadable]:
+def _file_of(source: Source) -> Path | io.BytesIO:
+    if isinstance(source, ShardMember):
+        return io.BytesIO(read_bytes(source))
+    if source.exists() and not source.is_file():
+        raise DataError("not a file")  # opening a named pipe would block forever
+    return source
+
+
+def decode_all(paths: Sequence[Source], preprocessing: Preprocessing) -> Iterator[torch.Tensor | Unreadable]:
     """Decode many files with one thread per core, in order; an unreadable file becomes `Unreadable`.
 
     At most `MAX_PENDING` photos are decoded ahead.
     """
 
-    def attempt(path: Path) -> torch.Tensor | Unreadable:
+    def attempt(path: Source) -> torch.Tensor | Unreadable:
         try:
             return decode(path, preprocessing)
         except DataError as error:
@@ -172,7 +180,7 @@ def _resize(image: Image.Image, size: tuple[int, int], preprocessing: Preprocess
     return image.resize((width, height), FILTERS[preprocessing.interpolation], box=box)
 
 
-def _reason(source: Path | Image.Image, error: Exception) -> str:
+def _reason(source: Source | Image.Image, error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, Image.UnidentifiedImageError):

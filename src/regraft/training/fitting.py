@@ -15,7 +15,7 @@ from regraft.anatomy.modes import preserved_randomness
 from regraft.arguments import check_arguments, check_path, check_weights
 from regraft.card import attach
 from regraft.console import progress_of
-from regraft.data.folders import Listing
+from regraft.data.samples import Listing
 from regraft.errors import ConfigError, ModelError
 from regraft.freezing.schedule import Schedule
 from regraft.progress import Progress

@@ -12,8 +12,8 @@ from torch import nn
 from regraft.anatomy.model_facts import ModelFacts
 from regraft.card import ATTRIBUTE, attach, card_of
 from regraft.checkpoint.create import is_checkpoint
-from regraft.data.folders import Listing, Task
 from regraft.data.photos import Photos
+from regraft.data.samples import Listing, Task
 from regraft.data.transforms import is_random
 from regraft.errors import ConfigError, EditError, ModelError
 from regraft.freezing.auditing import findings_of

@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from regraft.card import Preprocessing
 from regraft.data.decode import Unreadable
-from regraft.data.folders import Listing, Task, list_data
+from regraft.data.folders import list_data
 from regraft.data.photos import Photos, SeededShuffle
+from regraft.data.samples import Listing, Task
+from regraft.data.sources import Source
 from regraft.data.transforms import augmentation
 from regraft.errors import DataError, ModelError
 from regraft.frontier.cache.store import Store
@@ -57,7 +59,7 @@ class TrainData:
     task: Task
     classes: tuple[str, ...] | None
     listing: Listing | None = None
-    paths: tuple[Path, ...] = ()
+    paths: tuple[Source, ...] = ()
     unreadable: tuple[Unreadable, ...] = ()
     photos: tuple[Photos, Photos] | None = None
     frontier: Frontier | None = None

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset, default_collate
 
-from regraft.data.folders import Task
+from regraft.data.samples import Task
 from regraft.errors import DataError
 from regraft.training.losses import FocalLoss, Loss, OnColumns, check_loss
 from regraft.wording import for_caller, option
