@@ -38,7 +38,7 @@ from regraft.training.setup import (
     prepare_setup,
     unchanged_on_failure,
 )
-from regraft.training.train_data import TrainData, list_if_folder, load_train_data
+from regraft.training.train_data import TrainData, list_if_known, load_train_data
 from regraft.zoo import needs_download, preprocessing_source
 
 
@@ -116,7 +116,7 @@ def fit(
     is_named = isinstance(model, str) and isinstance(data, (str, Path)) and not callable(loss)
     with preserved_randomness(config.seed), Signals() as signals:
         with run_state.phase("reading"), listener.status("looking for photos"):
-            listing = list_if_folder(data, config)
+            listing = list_if_known(data, config)
         if listing is not None:
             say_data(listing, listener)
         check_options(config, listing.task if listing and loss is None else None, trust_code=trust_code)
@@ -189,7 +189,7 @@ def preview(config: TrainConfig, progress: Progress, *, trust_code: bool = False
         InputError: As from `fit`.
     """
     with preserved_randomness(config.seed):
-        listing = list_if_folder(config.data, config)
+        listing = list_if_known(config.data, config)
         check_options(config, listing.task if listing else None, trust_code=trust_code)
         if listing is not None:
             say_data(listing, progress)
@@ -211,7 +211,7 @@ def _read(
 ) -> TrainData:
     """Read the data, and compute the constant part once where that is possible."""
     with progress.status("looking for what can be computed once"):
-        extractor, reason = make_extractor(facts, data, config, compute, progress)
+        extractor, reason = make_extractor(facts, data if listing is None else None, config, compute, progress)
     try:
         train_data = load_train_data(data, listing, facts.preprocessing, config, progress, extractor)
     except ModelError as error:  # only the extractor runs the model here, so training without it is still possible

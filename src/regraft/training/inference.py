@@ -17,12 +17,14 @@ from regraft.card import Card, card_of
 from regraft.console import progress_of
 from regraft.data.decode import Unreadable, decode, quiet_decoders
 from regraft.data.folders import list_labelled, list_regression, photos_in
+from regraft.data.hugging_face import list_dataset_labelled
+from regraft.data.items import ItemCollate, is_torch_dataset, item_loader, length_of
 from regraft.data.photos import loader, read_photos
 from regraft.data.samples import Sample, Task, held_out
 from regraft.data.shards.layout import find_shards
 from regraft.data.shards.listing import find_member, members_of
 from regraft.data.sources import ShardMember, Source
-from regraft.data.transforms import center_crop, normalize
+from regraft.data.transforms import augmentation, center_crop, normalize
 from regraft.errors import DataError, ModelError, RegraftError
 from regraft.progress import Progress
 from regraft.training.checks.targets import class_labels, has_one_hot_rows
@@ -100,19 +102,23 @@ def evaluate(
     began = time.perf_counter()
     compute = compute_for(model, device)
     model.to(compute.device)
-    if not isinstance(data, (str, os.PathLike)):
-        batches = torch.utils.data.DataLoader(data, batch_size) if isinstance(data, torch.utils.data.Dataset) else data
-        total = len(batches) if hasattr(batches, "__len__") else None
-        outputs, targets = _score(model, listener.track(pairs_of(batches), "evaluating", total), compute)
+    known = card_of(model).classes
+    rows = list_dataset_labelled(data, known) if known is not None else None
+    if not isinstance(data, (str, os.PathLike)) and rows is None:
+        preprocessing = preprocessing_of(model)
+        collate = ItemCollate(preprocessing, augmentation("none", preprocessing))
+        batches = item_loader(data, batch_size, collate) if is_torch_dataset(data) else data
+        outputs, targets = _score(model, listener.track(pairs_of(batches), "evaluating", length_of(batches)), compute)
         task = card_of(model).task or _infer_task(targets)
         names = card_of(model).classes or tuple(map(str, range(outputs.shape[-1])))
         metrics = measure(outputs, targets, None if task == "regression" else names)
         labels = targets if task == "regression" else class_labels(outputs, targets)
         seconds = {"evaluating": time.perf_counter() - began}
         return replace(metrics, scores=Scores(outputs, labels, model=_name(model), seconds=seconds))
-    check_path(evaluate, "data", data)
+    if rows is None:
+        check_path(evaluate, "data", data)
     card = _require_task(model)
-    samples = list_regression(data) if card.classes is None else list_labelled(data, card.classes)
+    samples = rows or (list_regression(data) if card.classes is None else list_labelled(data, card.classes))
     if (rest := held_out(samples, card.split)) is not None:
         listener.say(f"photos     {len(samples) - len(rest)} of {len(samples)} were trained on, and are left out")
         samples = rest
@@ -128,7 +134,7 @@ def evaluate(
         paths=tuple(sample.path for sample in photos.samples),
         unreadable=unreadable,
         model=_name(model),
-        data=str(data),
+        data=str(data) if rows is None else None,
         seconds={"reading": read - began, "evaluating": time.perf_counter() - read},
         is_held_out=rest is not None,
     )

@@ -79,7 +79,7 @@ def list_rows(shard: Path) -> tuple[TableHead, Iterator[int | str | None]]:
     """
     with _as_data_errors(shard):
         table = _open_table(shard)
-        head = _head_of(shard, table.schema)
+        head = head_of(shard, table.schema)
     return head, _labels(shard, table, head)
 
 
@@ -98,7 +98,7 @@ def _labels(shard: Path, table: Any, head: TableHead) -> Iterator[int | str | No
             yield label
 
 
-def _head_of(shard: Path, schema: Any) -> TableHead:
+def head_of(shard: Path | str, schema: Any) -> TableHead:
     """Work out which columns hold the photos and the labels.
 
     Raises:
@@ -201,7 +201,7 @@ class _Tables:
     def __init__(self) -> None:
         self._lock = threading.Lock()  # so that of several threads that need a group, one reads it
         self._open = functools.lru_cache(maxsize=MAX_OPEN)(self._open_table)
-        self._groups: OrderedDict[tuple[Path, int], Any] = OrderedDict()
+        self._groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
 
     def read(self, shard: Path, row: int) -> bytes:
         """Return the photo in a row.
@@ -211,13 +211,14 @@ class _Tables:
         """
         with self._lock:
             try:
-                table, image = self._open(shard)
+                version = version_of(shard)
+                table, image = self._open(shard, version)
                 group = bisect.bisect_right(table.starts, row) - 1
-                if (column := self._groups.get((shard, group))) is None:
-                    column = self._groups[shard, group] = table.column(group, image)
+                if (column := self._groups.get((version, group))) is None:
+                    column = self._groups[version, group] = table.column(group, image)
                     while len(self._groups) > MIN_KEPT and self._kept_bytes() > KEPT_BYTES:
                         self._groups.popitem(last=False)
-                self._groups.move_to_end((shard, group))
+                self._groups.move_to_end((version, group))
             except (DataError, FileNotFoundError):
                 raise
             except Exception as error:  # pyarrow's errors derive from ValueError, OSError, KeyError, …
@@ -229,9 +230,10 @@ class _Tables:
         elsewhere = f", only the path {value['path']!r}" if isinstance(value, dict) and value.get("path") else ""
         raise DataError(f"the row has no bytes of a photo{elsewhere}")
 
-    def _open_table(self, shard: Path) -> tuple[_Parquet | _Arrow, str]:
+    def _open_table(self, shard: Path, version: str) -> tuple[_Parquet | _Arrow, str]:
+        del version  # a file that was replaced is opened again
         table = _open_table(shard)
-        return table, _head_of(shard, table.schema).image
+        return table, head_of(shard, table.schema).image
 
     def _kept_bytes(self) -> int:
         return sum(column.nbytes for column in self._groups.values())

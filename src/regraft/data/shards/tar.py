@@ -10,9 +10,9 @@ Source: POSIX.1-2017, pax, "ustar Interchange Format"; GNU tar manual, "Basic Ta
 
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -176,15 +176,23 @@ def _unknown(shard: Path, place: int, what: str) -> DataError:
     return DataError(f"the shard '{shard}' has {what} at byte {place:,}. Write it again with `tar --format=ustar`.")
 
 
-class _Opened(threading.local):
-    """The archive that a thread has read from last, which stays open: photos are mostly read in order."""
+class _OpenShard:
+    """An archive that stays open until its thread ends, or reads from another one: photos are mostly read in order."""
 
-    process = 0
-    shard: Path | None = None
-    file: FileIO | None = None
+    def __init__(self, shard: Path) -> None:
+        self.file = shard.open("rb", buffering=0)
+        self.process, self.status = os.getpid(), os.fstat(self.file.fileno())
+        weakref.finalize(self, self.file.close)
+
+    def is_for(self, shard: Path) -> bool:
+        """Return whether this is still what lies at a path, and no process was forked since it was opened.
+
+        A forked process shares the position in the file with its parent.
+        """
+        return os.path.samestat(self.status, shard.stat()) and self.process == os.getpid()
 
 
-_OPENED = _Opened()
+_OF_THREAD = threading.local()
 
 
 def read_at(shard: Path, offset: int, size: int) -> bytes:
@@ -193,15 +201,11 @@ def read_at(shard: Path, offset: int, size: int) -> bytes:
     Raises:
         OSError: It cannot be read.
     """
-    # A process that was forked from this one shares the position in what is open, so it opens its own.
-    if _OPENED.shard != shard or _OPENED.process != os.getpid() or _OPENED.file is None:
-        if _OPENED.file is not None:
-            _OPENED.file.close()
-            _OPENED.file = None
-        _OPENED.file = shard.open("rb", buffering=0)
-        _OPENED.shard, _OPENED.process = shard, os.getpid()
-    _OPENED.file.seek(offset)
-    content = _OPENED.file.read(size)
-    while len(content) < size and (more := _OPENED.file.read(size - len(content))):
+    opened: _OpenShard | None = getattr(_OF_THREAD, "opened", None)
+    if opened is None or not opened.is_for(shard):
+        opened = _OF_THREAD.opened = _OpenShard(shard)
+    opened.file.seek(offset)
+    content = opened.file.read(size)
+    while len(content) < size and (more := opened.file.read(size - len(content))):
         content += more
     return content

@@ -7,7 +7,6 @@ options and of the data tells whether the state belongs to the resumed run.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 from regraft.checkpoint.file.format import RUN_CHECKPOINT, RUN_STATES
 from regraft.checkpoint.file.tree import Tree, snapshot
+from regraft.data.items import length_of
 from regraft.data.sources import relative_name, size_of
 from regraft.errors import CheckpointError, ConfigError, DataError
 from regraft.frontier.cache.key import sum_of_bits
@@ -252,5 +252,5 @@ def _data_digest(train_data: TrainData) -> str:
     for part in (train_data.train, train_data.validation):
         dataset: Any = getattr(part, "dataset", None)
         for sized in (part, dataset):
-            digest.update(f"{len(sized) if isinstance(sized, Sized) else None};".encode())
+            digest.update(f"{length_of(sized)};".encode())
     return digest.hexdigest()
