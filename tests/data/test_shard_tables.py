@@ -140,7 +140,7 @@ def test_list_data_refuses_tables_that_are_not_what_they_should_be(tmp_path: Pat
     ):
         list_data(tmp_path)
     shard.write_bytes(b"")
-    with pytest.raises(DataError, match="it is damaged, or ends early. Copy or write it again, or remove it."):
+    with pytest.raises(DataError, match=r"it is damaged, or ends early\. Copy or write it again, or remove it\."):
         list_data(tmp_path)
     write(shard, image=[b"x"] * 2, label=[0, None])
     with pytest.raises(DataError, match=r"1 of 2 photos in '.*' have no label, as '.*a\.parquet/1'"):

@@ -245,7 +245,7 @@ CASES = {
     "no photo": r"a\.tar' has a label for '0003' and no photo\. Add KEY\.jpg",
     "twice": r"a\.tar' holds the photos '0003\.jpg' and '\./0003\.jpg' of one sample\. Give each a sample of its own",
     "two photos": r"a\.tar' holds the photos '0003\.jpg' and '0003\.png' of one sample",
-    "unknown label": r"the label 7 of '.*a\.tar/0003\.jpg' is none of the 2 classes \('cat', 'dog'\), which count from 0",
+    "unknown label": r"the label 7 of '.*a\.tar/0003\.jpg' is none of the 2 classes \('cat', 'dog'\), which count",
     "negative label": r"the label -1 of '.*a\.tar/0003\.jpg' is none of the 2 classes",
     "unknown name": r"the label 'bird' of '.*a\.tar/0001\.jpg' is none of the 2 classes \('cat', 'dog'\)",
     "numbers and names": r"some labels in '.*' are numbers and some are names \(.*1.*\)\. Use one kind\.",
@@ -257,7 +257,7 @@ CASES = {
     "one class": r"the photos for training in '.*' show one class only \('1'\)\. Classification needs two or more\.",
     "one photo": r"only one photo for '0' in '.*': training and validation need one each",
     "no training": r"has shards for validation, and none for training\. Add train-\*\.tar, or a folder train/\.",
-    "some named": r"has shards that are named train \('train-0\.tar'\) and others that are not \('a\.tar'\)\. Put train",
+    "some named": r"has shards that are named train \('train-0\.tar'\) and others that are not \('a\.tar'\)\. Put",
     "other classes": r"the classes differ: no photo for training in '.*' shows '2', and some for validation do\.",
     "sparse": r"a\.tar' has a sparse file at byte 512\. Write it again with `tar --format=ustar`\.",
 }

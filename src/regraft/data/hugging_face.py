@@ -75,9 +75,8 @@ def _parts_of(data: Any) -> tuple[Any, Any] | None:
     if isinstance(data, Mapping) and data and all(map(is_dataset, data.values())):
         named = {part_of(str(name)): part for name, part in data.items()}
         if "train" not in named:
-            raise DataError(
-                f"the dataset has the parts {', '.join(map(repr, data))}, expected 'train' and 'validation'."
-            )
+            names = ", ".join(map(repr, data))
+            raise DataError(f"the dataset has the parts {names}, expected 'train' and 'validation'. Rename them.")
         return named["train"], named.get("validation", named.get("test"))
     return None
 

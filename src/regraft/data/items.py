@@ -53,9 +53,7 @@ class ItemCollate:
             DataError: An item has no photo or no class, or its photo cannot be read.
         """
         pairs = [_pair_of(item) for item in items]
-        if not all(
-            isinstance(pair, tuple) and _is_photo(pair[0], item) for pair, item in zip(pairs, items, strict=True)
-        ):
+        if not all(map(_is_photo, pairs, items)):
             return default_collate(pairs)
         pixels = torch.stack([self._view(pair[0]) for pair in pairs])
         return normalize(pixels, self.preprocessing), default_collate([_target(pair[1]) for pair in pairs])
@@ -123,24 +121,32 @@ def class_names_of(data: Any) -> tuple[str, ...] | None:
 
 
 def _pair_of(item: Any) -> Any:
-    """Return an item as a pair; a dict that holds none, as `_require_pair` refuses it, is returned as it is."""
+    """Return the photo and the class of an item that is a dict; others are returned as they are.
+
+    Raises:
+        DataError: The dict has no photo or no class, or several.
+    """
     if not isinstance(item, Mapping):
-        return tuple(item) if isinstance(item, (tuple, list)) else item
+        return item
     photos = [key for key in item if str(key).lower() in INPUT_NAMES]
     labels = [key for key in item if str(key).lower() in LABEL_NAMES]
     if len(photos) == len(labels) == 1:
         return item[photos[0]], _number(item[labels[0]])
     raise DataError(
-        f"the items of the data are dicts with {', '.join(map(repr, item))}, expected one photo ('image') and one class "
-        "('label'). Rename or remove the others, or let the dataset return pairs (photo, class)."
+        f"the items of the data are dicts with {', '.join(map(repr, item))}, expected one photo ('image') and one "
+        "class ('label'). Rename or remove the others, or let the dataset return pairs (photo, class)."
     )
 
 
-def _is_photo(value: Any, item: Any) -> bool:
-    """Return whether the input of an item is a photo; pixels of uint8 are one in a dict, which names it so."""
+def _is_photo(pair: Any, item: Any) -> bool:
+    """Return whether the input of a pair is a photo; pixels of uint8 are one in a dict, which names it so."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        return False
+    value: Any = pair[0]
     if isinstance(value, (Image.Image, bytes)) or (isinstance(value, Mapping) and "bytes" in value):
         return True
-    return isinstance(item, Mapping) and value.ndim == 3 and str(value.dtype).endswith("uint8")
+    is_pixels = getattr(value, "ndim", 0) == 3 and str(getattr(value, "dtype", "")).endswith("uint8")
+    return isinstance(item, Mapping) and is_pixels
 
 
 def _decodable(photo: Any) -> Image.Image | EncodedPhoto:
