@@ -68,8 +68,10 @@ def fit(
         model: A name (see `create_model`), which gets a head for the data's classes, and whose other layers are frozen
             if it is pretrained; a checkpoint, which keeps its frozen layers, and its head if that fits the classes; or
             a module, which is trained in place with its own flags.
-        data: A folder or a `.csv` table (see `list_data`), or a pair (train, validation) of Datasets or DataLoaders
-            that yield (inputs, targets): inputs (N, …), targets (N,) of int64 classes, or of floats for regression.
+        data: A folder, shards or a `.csv` table (see `list_data`); datasets of Hugging Face with photos and classes; or
+            a pair (train, validation) of Datasets or DataLoaders that yield (inputs, targets): inputs (N, …), targets
+            (N,) of int64 classes, or of floats for regression. Datasets, streams of webdataset and litdata among
+            them, may also yield photos with classes (see `ItemCollate`).
         config: All options as one value.
         loss: A function or module of (outputs (N, K), targets (N,)) that returns one number, or a name (see
             `TrainConfig.loss`).
