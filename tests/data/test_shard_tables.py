@@ -126,6 +126,12 @@ def test_read_bytes_says_when_a_row_has_no_photo(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=reason):
             read_bytes(TableRow(tmp_path / "a.parquet", row))
+    shard = write_table(tmp_path / "b.parquet", 4)
+    whole = shard.read_bytes()
+    assert read_bytes(TableRow(shard, 0)) == photo(0)
+    shard.write_bytes(whole[:100] + bytes(200) + whole[300:])
+    with pytest.raises(DataError, match=r"[A-Za-z]+: "):
+        read_bytes(TableRow(shard, 0))
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(DataError, match="no such file"):
         read_bytes(TableRow(tmp_path / "a.parquet", 0))
@@ -142,6 +148,15 @@ def test_list_data_refuses_tables_that_are_not_what_they_should_be(tmp_path: Pat
     shard.write_bytes(b"")
     with pytest.raises(DataError, match=r"it is damaged, or ends early\. Copy or write it again, or remove it\."):
         list_data(tmp_path)
+    shard.unlink()
+    with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as file:
+        rows = pyarrow.table({"image": [photo(0)] * 2, "label": [0, 1]})
+        with pyarrow.ipc.new_stream(file, rows.schema) as writer:
+            writer.write_table(rows)
+    (tmp_path / "a.arrow").write_bytes((tmp_path / "a.arrow").read_bytes()[:-600])
+    with pytest.raises(DataError, match=r"a\.arrow' cannot be read \(.*\): it is damaged, or ends early\. Copy"):
+        list_data(tmp_path)
+    (tmp_path / "a.arrow").unlink()
     write(shard, image=[b"x"] * 2, label=[0, None])
     with pytest.raises(DataError, match=r"1 of 2 photos in '.*' have no label, as '.*a\.parquet/1'"):
         list_data(tmp_path)

@@ -162,6 +162,14 @@ def cut(shard: Path, size: int) -> None:
         file.truncate(size)
 
 
+def change_header(shard: Path, place: int, value: bytes) -> None:
+    """Write into the first header of an archive, and mend its sum."""
+    content = bytearray(shard.read_bytes())
+    content[place : place + len(value)] = value
+    content[148:156] = b"%06o\0 " % (sum(content[:148]) + 8 * 32 + sum(content[156:512]))
+    shard.write_bytes(content)
+
+
 def case(name: str, root: Path) -> None:
     """Write a folder of shards in which something is wrong."""
     shard = root / "a.tar"
@@ -228,10 +236,13 @@ def case(name: str, root: Path) -> None:
             write_tar(root / "val-0.tar", numbered(4, (1, 2)))
         case "sparse":
             write_tar(shard, files)
-            content = bytearray(shard.read_bytes())
-            content[156:157] = b"S"
-            content[148:156] = b"%06o\0 " % (sum(content[:148]) + 8 * 32 + sum(content[156:512]))
-            shard.write_bytes(content)
+            change_header(shard, 156, b"S")
+        case "negative size":
+            change_header(write_tar(shard, files), 124, b"-1000\0")
+        case "huge folder":
+            write_tar(shard, files)
+            change_header(shard, 156, b"5")
+            change_header(shard, 124, b"\x80" + b"\xff" * 11)
 
 
 CASES = {
@@ -259,6 +270,8 @@ CASES = {
     "no training": r"has shards for validation, and none for training\. Add train-\*\.tar, or a folder train/\.",
     "some named": r"has shards that are named train \('train-0\.tar'\) and others that are not \('a\.tar'\)\. Put",
     "other classes": r"the classes differ: no photo for training in '.*' shows '2', and some for validation do\.",
+    "negative size": r"a\.tar' is no tar archive\. Copy or write it again, or remove it\.",
+    "huge folder": r"a\.tar' ends early, after 0 whole files",
     "sparse": r"a\.tar' has a sparse file at byte 512\. Write it again with `tar --format=ustar`\.",
 }
 

@@ -87,7 +87,9 @@ def _scan(dataset: Any) -> LabelledPhotos:
     head = head_of("the dataset", dataset.features.arrow_schema)
     photos = LabelledPhotos(names=head.classes)
     encoded = dataset.select_columns([head.image]).cast_column(head.image, datasets.Image(decode=False))
-    labels = [None] * len(dataset) if head.label is None else dataset.with_format("arrow")[:][head.label].to_pylist()
+    labels: list[Any] = [None] * len(dataset)
+    if head.label is not None:
+        labels = dataset.select_columns([head.label]).with_format("arrow")[:][head.label].to_pylist()
     for row, label in enumerate(labels):
         if label is not None and not isinstance(label, (int, str)):
             raise DataError(f"the column '{head.label}' holds {label!r}, expected a class: an integer or a name.")

@@ -84,7 +84,8 @@ def evaluate(
     Args:
         model: A model that knows its classes and preprocessing, as `load` and `fit` return it.
         data: A folder with a folder per class, or one that holds `val/`; a folder of shards; a `.csv` table for
-            regression; or a Dataset or DataLoader, of every kind that `fit` takes. Of the very folder or table that `fit` drew its validation photos from, only these are measured.
+            regression; or a Dataset or DataLoader, of every kind that `fit` takes. Of the very data that `fit` drew its
+            validation photos from, only these are measured.
         batch_size: Photos per batch.
         device: `auto`, `cpu`, `cuda`, …
         progress: Whether a bar and the files that are skipped are shown, or where; see `fit`.

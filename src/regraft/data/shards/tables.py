@@ -195,6 +195,17 @@ def _as_data_errors(shard: Path) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def _as_reasons() -> Iterator[None]:
+    """Turn errors of pyarrow inside the block into those of a photo."""
+    try:
+        yield
+    except (RegraftError, FileNotFoundError):
+        raise
+    except Exception as error:  # pyarrow's errors derive from ValueError, OSError, KeyError, …
+        raise DataError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+
+
 class _Tables:
     """Open tables of one process, and the row groups that were read last."""
 
@@ -209,26 +220,27 @@ class _Tables:
         Raises:
             DataError: It cannot be read; the message is the reason only.
         """
-        with self._lock:
-            try:
-                version = version_of(shard)
-                table, image = self._open(shard, version)
-                group = bisect.bisect_right(table.starts, row) - 1
-                if (column := self._groups.get((version, group))) is None:
-                    column = self._groups[version, group] = table.column(group, image)
-                    while len(self._groups) > MIN_KEPT and self._kept_bytes() > KEPT_BYTES:
-                        self._groups.popitem(last=False)
-                self._groups.move_to_end((version, group))
-            except (DataError, FileNotFoundError):
-                raise
-            except Exception as error:  # pyarrow's errors derive from ValueError, OSError, KeyError, …
-                raise DataError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
-        value = column[row - table.starts[group]].as_py()
+        with _as_reasons():
+            with self._lock:
+                column, start = self._group_of(shard, row)
+            value = column[row - start].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
         if isinstance(content, bytes):
             return content
         elsewhere = f", only the path {value['path']!r}" if isinstance(value, dict) and value.get("path") else ""
         raise DataError(f"the row has no bytes of a photo{elsewhere}")
+
+    def _group_of(self, shard: Path, row: int) -> tuple[Any, int]:
+        """Return the photos of the row group that a row is in, and its first row."""
+        version = version_of(shard)
+        table, image = self._open(shard, version)
+        group = bisect.bisect_right(table.starts, row) - 1
+        if (column := self._groups.get((version, group))) is None:
+            column = self._groups[version, group] = table.column(group, image)
+            while len(self._groups) > MIN_KEPT and self._kept_bytes() > KEPT_BYTES:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end((version, group))
+        return column, table.starts[group]
 
     def _open_table(self, shard: Path, version: str) -> tuple[_Parquet | _Arrow, str]:
         del version  # a file that was replaced is opened again

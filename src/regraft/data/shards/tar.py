@@ -77,15 +77,15 @@ def list_members(shard: Path, file: BinaryIO) -> Iterator[Entry]:
     name: str | None = None
     size: int | None = None
     while True:
-        file.seek(place)
-        header = file.read(BLOCK)
-        if header == END:
-            return
-        if len(header) < BLOCK:
+        if place + BLOCK > end:
             raise DataError(
                 f"the shard '{shard}' ends early, after {count} whole files and without the mark of its end. Copy or "
                 "write it again, or remove it."
             )
+        file.seek(place)
+        header = file.read(BLOCK)
+        if header == END:
+            return
         kind, own_size = header[156:157], _number(shard, place, header)
         start = place + BLOCK
         place = start + -(-own_size // BLOCK) * BLOCK
@@ -128,7 +128,8 @@ def _number(shard: Path, place: int, header: bytes) -> int:
             field = header[124:136]
             if field[0] == 0x80:  # in base 256
                 return int.from_bytes(field[1:], "big")
-            return int(field.strip(b"\0 ") or b"0", 8)
+            if (size := int(field.strip(b"\0 ") or b"0", 8)) >= 0:
+                return size
     except ValueError:
         pass
     what = "is no tar archive" if place == 0 else f"is damaged: there is no header at byte {place:,}"
