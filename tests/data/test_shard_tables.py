@@ -160,6 +160,11 @@ def test_list_data_refuses_tables_that_are_not_what_they_should_be(tmp_path: Pat
     write(shard, image=[b"x"] * 2, label=[0, None])
     with pytest.raises(DataError, match=r"1 of 2 photos in '.*' have no label, as '.*a\.parquet/1'"):
         list_data(tmp_path)
+    write_table(shard, names=("cat", "dog", "emu"))
+    table = pq.read_table(shard)
+    pq.write_table(table.set_column(1, "label", [[-1, *range(11)]]), shard)
+    with pytest.raises(DataError, match=r"1 of 12 photos in '.*' have no label, as '.*a\.parquet/0'"):
+        list_data(tmp_path)
     write(shard, image=[b"x"] * 2, label=[0.5, 1.5])
     with pytest.raises(
         DataError, match=r"the column 'label' of '.*' holds 0\.5, expected a class: an integer or a name"

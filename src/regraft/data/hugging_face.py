@@ -9,7 +9,7 @@ from typing import Any
 from regraft.data.samples import Listing, Sample
 from regraft.data.shards.layout import part_of
 from regraft.data.shards.listing import LabelledPhotos, labelled, listing_of
-from regraft.data.shards.tables import head_of
+from regraft.data.shards.tables import checked_label, head_of
 from regraft.data.sources import ShardMember
 from regraft.errors import DataError
 
@@ -84,14 +84,12 @@ def _parts_of(data: Any) -> tuple[Any, Any] | None:
 def _scan(dataset: Any) -> LabelledPhotos:
     import datasets
 
-    head = head_of("the dataset", dataset.features.arrow_schema)
+    head = head_of(str(ROOT), dataset.features.arrow_schema)
     photos = LabelledPhotos(names=head.classes)
     encoded = dataset.select_columns([head.image]).cast_column(head.image, datasets.Image(decode=False))
     labels: list[Any] = [None] * len(dataset)
     if head.label is not None:
         labels = dataset.select_columns([head.label]).with_format("arrow")[:][head.label].to_pylist()
     for row, label in enumerate(labels):
-        if label is not None and not isinstance(label, (int, str)):
-            raise DataError(f"the column '{head.label}' holds {label!r}, expected a class: an integer or a name.")
-        photos.add(DatasetRow(encoded, head.image, row), None if label == -1 and head.classes else label)
+        photos.add(DatasetRow(encoded, head.image, row), checked_label(ROOT, head, label))
     return photos

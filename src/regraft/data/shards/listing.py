@@ -217,8 +217,7 @@ def _scan_table(shard: Path, part: LabelledPhotos) -> None:
         raise DataError(f"'{shard}' names other classes than the shards before it. Write them with the same names.")
     part.names = head.classes
     for row, label in enumerate(labels):
-        # Hugging Face marks what has no label by -1, as the test part of ImageNet.
-        part.add(TableRow(shard, row), None if label == -1 and head.classes else label)
+        part.add(TableRow(shard, row), label)
 
 
 def _scan_tar(shard: Path, part: LabelledPhotos) -> None:

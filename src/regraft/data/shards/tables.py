@@ -90,12 +90,20 @@ def _labels(shard: Path, table: Any, head: TableHead) -> Iterator[int | str | No
     for group in range(len(table.starts)):
         with _as_data_errors(shard):
             labels = table.column(group, head.label).to_pylist()
-        for label in labels:
-            if label is not None and (isinstance(label, bool) or not isinstance(label, (int, str))):
-                raise DataError(
-                    f"the column '{head.label}' of '{shard}' holds {label!r}, expected a class: an integer or a name."
-                )
-            yield label
+        yield from (checked_label(shard, head, label) for label in labels)
+
+
+def checked_label(shard: Path | str, head: TableHead, label: Any) -> int | str | None:
+    """Return a label; None for none, which Hugging Face marks by -1, as in the test part of ImageNet.
+
+    Raises:
+        DataError: It is no class.
+    """
+    if label is None or (label == -1 and head.classes):
+        return None
+    if isinstance(label, (int, str)) and not isinstance(label, bool):
+        return label
+    raise DataError(f"the column '{head.label}' of '{shard}' holds {label!r}, expected a class: an integer or a name.")
 
 
 def head_of(shard: Path | str, schema: Any) -> TableHead:
