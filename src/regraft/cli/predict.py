@@ -28,7 +28,9 @@ FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet takes a cell t
 @guarded
 def predict(
     checkpoint: Annotated[str, Argument(help="A checkpoint of `regraft train` or regraft.save.")],
-    images: Annotated[list[str], Argument(help="Photos, folders of photos, or patterns such as 'new/*.jpg'.")],
+    images: Annotated[
+        list[str], Argument(help="Photos, folders of photos or shards, or patterns such as 'new/*.jpg'.")
+    ],
     top: Annotated[
         int | None, Option(help="Number of classes to list for each photo.  [default: 3; all in a CSV]", min=1)
     ] = None,

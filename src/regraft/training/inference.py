@@ -105,9 +105,10 @@ def evaluate(
     known = card_of(model).classes
     rows = list_dataset_labelled(data, known) if known is not None else None
     if not isinstance(data, (str, os.PathLike)) and rows is None:
-        preprocessing = preprocessing_of(model)
-        collate = ItemCollate(preprocessing, augmentation("none", preprocessing))
-        batches = item_loader(data, batch_size, collate) if is_torch_dataset(data) else data
+        batches = data
+        if is_torch_dataset(data):
+            preprocessing = preprocessing_of(model)
+            batches = item_loader(data, batch_size, ItemCollate(preprocessing, augmentation("none", preprocessing)))
         outputs, targets = _score(model, listener.track(pairs_of(batches), "evaluating", length_of(batches)), compute)
         task = card_of(model).task or _infer_task(targets)
         names = card_of(model).classes or tuple(map(str, range(outputs.shape[-1])))
