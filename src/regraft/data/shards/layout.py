@@ -57,7 +57,7 @@ def find_shards(root: Path) -> dict[str, list[Path]]:
 
 def _look_into(folder: Path, part: str, shards: dict[str, list[Path]], others: list[Path]) -> None:
     """Add the shards in a folder, and everything else that is not hidden, in the order of their names."""
-    for entry in sorted(folder.iterdir()):
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):  # paths ignore case on Windows
         name = entry.name.lower()
         if is_ignored(name):
             continue
