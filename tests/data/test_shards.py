@@ -96,6 +96,7 @@ def test_list_data_tells_the_parts_by_names(names: tuple[str, ...], counts: tupl
         write_tar(tmp_path / name, numbered(count))
     listing = list_data(tmp_path, validation_share=0.25)
     assert (len(listing.train), len(listing.validation)) == counts
+    assert listing.split.endswith("without those named test") == (len(names) == 3)
 
 
 def test_list_data_takes_labels_from_json_and_names_of_classes_from_cls(tmp_path: Path) -> None:

@@ -208,6 +208,8 @@ def test_fit_takes_datasets_of_hugging_face_like_folders(tmp_path: Path) -> None
     assert regraft.evaluate(drawn.model, train, progress=False).count == 6
     with pytest.raises(DataError, match=r"the dataset has the parts 'all', expected 'train' and 'validation'"):
         regraft.fit(net(), datasets.DatasetDict(all=train), **SMALL)
+    with pytest.raises(DataError, match=r"a Dataset of Hugging Face has no rows\. Give one with photos in it\."):
+        regraft.fit(net(), (train, validation.select([])), **SMALL)
     with pytest.raises(DataError, match=r"'dataset' has labels that are not classes of the model: 'dog2'"):
         regraft.evaluate(result.model, validation.cast_column("label", datasets.ClassLabel(names=["dog", "dog2"])))
 

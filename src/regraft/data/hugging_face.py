@@ -27,6 +27,10 @@ class DatasetRow(ShardMember):
     def __str__(self) -> str:
         return f"{self.dataset.split or 'dataset'}/{self.row}"
 
+    def count_bytes(self) -> int:
+        """Return the number of rows, as the size of the photo is not known without reading it."""
+        return len(self.dataset)
+
     def read(self) -> bytes:
         """Return the photo in this row, or in the file that the row names, as `imagefolder` does."""
         value = self.dataset[self.row][self.column]
@@ -84,6 +88,8 @@ def _parts_of(data: Any) -> tuple[Any, Any] | None:
 def _scan(dataset: Any) -> LabelledPhotos:
     import datasets
 
+    if len(dataset) == 0:
+        raise DataError(f"a {type(dataset).__name__} of Hugging Face has no rows. Give one with photos in it.")
     head = head_of(str(ROOT), dataset.features.arrow_schema)
     photos = LabelledPhotos(names=head.classes)
     encoded = dataset.select_columns([head.image]).cast_column(head.image, datasets.Image(decode=False))

@@ -18,7 +18,7 @@ class ShardMember:
         return str(self)
 
     def count_bytes(self) -> int:
-        """Return the size of the photo in bytes, or of all of its shard where that is not known without reading."""
+        """Return the size of the photo in bytes, or that of all of its shard where it is not known without reading."""
         return len(self.read())
 
     def read(self) -> bytes:

@@ -115,8 +115,12 @@ def list_shards(root: Path, shards: Mapping[str, Sequence[Path]], share: float, 
             "folder train/."
         )
     train = _scan(training)
+    train.names = train.names or _names_in(root)
     validation = _scan(shards[held]) if held in shards else None
-    return listing_of(root, train, validation, share, seed, split=f"as found in the shards named train and {held}")
+    split = f"as found in the shards named train and {held}"
+    if held != "test" and "test" in shards:
+        split += ", without those named test"
+    return listing_of(root, train, validation, share, seed, split=split)
 
 
 def list_shards_labelled(
@@ -130,6 +134,7 @@ def list_shards_labelled(
     part = _scan(
         shards.get("validation") or shards.get("test") or [file for files in shards.values() for file in files]
     )
+    part.names = part.names or _names_in(root)
     return labelled(root, part, classes)
 
 
@@ -156,7 +161,7 @@ def listing_of(
     Raises:
         DataError: As of `list_shards`.
     """
-    names = train.names or _names_in(root)
+    names = train.names
     classes = train.class_names(root, names)
     used = set(classes.values())
     order = [name for name in names if name in used] if names else [classes[label] for label in _sorted(train.labels)]
@@ -189,7 +194,7 @@ def labelled(root: Path, part: LabelledPhotos, classes: Sequence[str]) -> tuple[
     Raises:
         DataError: A photo has no label, or one that is not a class of the model.
     """
-    names = part.class_names(root, part.names or _names_in(root))
+    names = part.class_names(root, part.names)
     if unknown := sorted({*names.values()} - set(classes)):
         raise DataError(
             f"'{root}' has labels that are not classes of the model: {_some([*map(repr, unknown)])}. The model has "
