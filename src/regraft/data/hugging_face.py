@@ -58,7 +58,9 @@ def list_datasets(data: Any, share: float, seed: int) -> Listing | None:
         return None
     train, validation = parts
     split = "as given"
-    return listing_of(ROOT, _scan(train), _scan(validation) if validation else None, share, seed, split=split)
+    return listing_of(
+        ROOT, _scan(train), _scan(validation) if validation is not None else None, share, seed, split=split
+    )
 
 
 def list_dataset_labelled(data: Any, classes: Sequence[str]) -> tuple[Sample, ...] | None:
@@ -68,7 +70,7 @@ def list_dataset_labelled(data: Any, classes: Sequence[str]) -> tuple[Sample, ..
         DataError: A class is not one of the model.
     """
     parts = _parts_of(data)
-    return None if parts is None else labelled(ROOT, _scan(parts[1] or parts[0]), classes)
+    return None if parts is None else labelled(ROOT, _scan(parts[0] if parts[1] is None else parts[1]), classes)
 
 
 def _parts_of(data: Any) -> tuple[Any, Any] | None:
