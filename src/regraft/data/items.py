@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from regraft.card import Preprocessing
-from regraft.data.decode import decode, quiet_decoders
+from regraft.data.decoding.files import decode, quiet_decoders
 from regraft.data.shards.tables import IMAGE_NAMES, LABEL_NAMES
 from regraft.data.sources import ShardMember
 from regraft.data.transforms import Views, normalize
@@ -61,7 +61,7 @@ class ItemCollate:
     def _view(self, photo: Any) -> torch.Tensor:
         try:
             with quiet_decoders():
-                pixels = decode(_decodable(photo), self.preprocessing)
+                pixels = decode(_decodable(photo), self.preprocessing).cpu()
         except DataError as error:
             raise DataError(
                 f"a photo of the data ({type(photo).__name__}) cannot be read: {error}. Leave it out of the dataset."

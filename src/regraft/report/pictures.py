@@ -6,7 +6,7 @@ import io
 from PIL import Image
 
 from regraft.card import Preprocessing
-from regraft.data.decode import decode, quiet_decoders
+from regraft.data.decoding.files import decode, quiet_decoders
 from regraft.data.sources import Source
 from regraft.errors import DataError
 

@@ -13,7 +13,6 @@ from torch import nn
 from regraft.anatomy.model_facts import ModelFacts
 from regraft.anatomy.modes import preserved_randomness
 from regraft.arguments import check_arguments, check_path, check_weights
-from regraft.card import attach
 from regraft.console import progress_of
 from regraft.data.samples import Listing
 from regraft.errors import ConfigError, ModelError
@@ -23,7 +22,6 @@ from regraft.torch_internals import import_compiler
 from regraft.training.checks.weight_types import compute_for, require_trainable_types
 from regraft.training.config import TrainConfig
 from regraft.training.epochs import Run, train
-from regraft.training.loop import ComputeContext, channels_last
 from regraft.training.result import FitResult
 from regraft.training.resume.run_folder import RunFolder
 from regraft.training.resume.run_state import RunState
@@ -38,8 +36,9 @@ from regraft.training.setup import (
     prepare_setup,
     unchanged_on_failure,
 )
+from regraft.training.steps.compute import ComputeContext, channels_last
 from regraft.training.train_data import TrainData, list_if_known, load_train_data
-from regraft.zoo import needs_download, preprocessing_source
+from regraft.zoo import needs_download
 
 
 def fit(
@@ -132,6 +131,8 @@ def fit(
             if folder is not None and (warning := folder.prepare_recipe(setup.model)) is not None:
                 warnings.warn(warning, stacklevel=2)
             say_setup(setup, config, listener)
+            if setup.solved is not None:
+                config = config.updated(epochs=1)
             run = Run(setup, config, fingerprint, folder, run_state, signals, listener, trust_code)
             with channels_last(setup.model) if setup.compute.has_channels_last else nullcontext():
                 return train(run, saved_run)
@@ -172,12 +173,9 @@ def _build(
         progress.say(f"weights    downloading those of {name}")
         step = nullcontext()  # the download draws a bar of its own, which a spinner would hide
     with step:
-        facts = prepare_model(model, listing, config, trust_code=trust_code)
+        facts = prepare_model(model, listing, config, progress, trust_code=trust_code)
         built = facts.model
         require_trainable_types(built, thaws_all=config.unfreeze is not None)
-        if listing is not None and (source := preprocessing_source(built)) is not None:
-            attach(built, preprocessing=facts.preprocessing)
-            progress.detail(f"images     {facts.preprocessing.summary()}; from {source}")
         compute = replace(compute_for(built, config.device, config.precision), has_channels_last=config.fast)
         built.to(compute.device)
     say_model(facts, name, config, compute, progress)
@@ -215,10 +213,10 @@ def _read(
     with progress.status("looking for what can be computed once"):
         extractor, reason = make_extractor(facts, data if listing is None else None, config, compute, progress)
     try:
-        train_data = load_train_data(data, listing, facts.preprocessing, config, progress, extractor)
+        train_data = load_train_data(data, listing, facts.preprocessing, config, compute.device, progress, extractor)
     except ModelError as error:  # only the extractor runs the model here, so training without it is still possible
         extractor, reason = None, str(error)
-        train_data = load_train_data(data, listing, facts.preprocessing, config, progress)
+        train_data = load_train_data(data, listing, facts.preprocessing, config, compute.device, progress)
     if extractor is not None or reason is None:
         return train_data
     progress.detail(f"caching    disabled, every epoch runs the full network: {reason}")

@@ -9,7 +9,7 @@ import torch
 
 from regraft.anatomy.summary_table import aligned
 from regraft.arguments import check_arguments
-from regraft.data.decode import Unreadable
+from regraft.data.decoding.files import Unreadable
 from regraft.data.samples import Task
 from regraft.data.sources import Source
 from regraft.display import block, printable, table_html

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from regraft.anatomy.summary_table import percent
-from regraft.data.decode import Unreadable
+from regraft.data.decoding.files import Unreadable
 from regraft.data.samples import Task
 from regraft.data.sources import Source
 from regraft.display import block, shortened, some, table_html

@@ -8,6 +8,7 @@ weights of the live part expect these, inside of autocast, which casts by itself
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -68,34 +69,55 @@ class Features:
         return unpacked(kept, self.dtypes, self.precision)
 
 
-class FeatureBatches:
-    """Batches ((tensors of the frontier), targets) for the live part.
+class PickedBatches:
+    """Batches (inputs, targets) whose photos are picked by index, all of a batch at once.
 
     Args:
-        features: Features of all photos and views.
-        photos: The photos of these features.
+        photos: The photos.
         batch_size: N.
+        device: Where the targets are kept.
         sampler: Draws order and views in each epoch; None: the photos in order, in their first view.
     """
 
     def __init__(
-        self, features: Features, photos: Photos, batch_size: int, sampler: SeededShuffle | None = None
+        self, photos: Photos, batch_size: int, device: torch.device, sampler: SeededShuffle | None = None
     ) -> None:
-        self.features, self.dataset, self.batch_size, self.sampler = features, photos, batch_size, sampler
-        self.targets = torch.tensor([sample.target for sample in photos.samples]).to(features.device)
+        self.dataset, self.batch_size, self.sampler = photos, batch_size, sampler
+        self.targets = torch.tensor([sample.target for sample in photos.samples]).to(device)
         self._drops_last = sampler is not None and leaves_one(len(photos), batch_size)
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.dataset), self.batch_size)
         return full + (rest > 0 and not self._drops_last)
 
-    def __iter__(self) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Any, torch.Tensor]]:
         count = len(self.dataset)
         order, draws = self.sampler.draw() if self.sampler else (torch.arange(count), torch.zeros(count).long())
         begun = self.sampler.first // self.batch_size if self.sampler else 0
         for step in range(begun, len(self)):
             part = slice(step * self.batch_size, (step + 1) * self.batch_size)
             yield self.pick(order[part], draws[part])
+
+    def pick(self, indices: torch.Tensor, draws: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """Return inputs and targets of photos by index, in the views that `draws` stand for."""
+        raise NotImplementedError
+
+
+class FeatureBatches(PickedBatches):
+    """Batches ((tensors of the frontier), targets) for the live part.
+
+    Args:
+        features: Features of all photos and views.
+        photos: The photos of these features.
+        batch_size: N.
+        sampler: See `PickedBatches`.
+    """
+
+    def __init__(
+        self, features: Features, photos: Photos, batch_size: int, sampler: SeededShuffle | None = None
+    ) -> None:
+        super().__init__(photos, batch_size, features.device, sampler)
+        self.features = features
 
     def pick(self, indices: torch.Tensor, draws: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """Return features and targets of photos by index, in the views that `draws` stand for, modulo V."""

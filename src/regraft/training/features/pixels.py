@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from regraft.data.decode import Unreadable
+from regraft.data.decoding.files import Unreadable
 from regraft.data.photos import Photos, estimate_bytes, fit_memory, positions
 from regraft.frontier.cache.key import features_key
 from regraft.frontier.cache.store import Rows, Store
@@ -50,7 +50,7 @@ def read_or_load(
     if store is None or fit_memory(len(photos), photos.preprocessing):
         return photos.read(description=description, progress=progress)
     paths = [sample.path for sample in photos.samples]
-    key = features_key("pixels", paths, preprocessing=photos.preprocessing.model_dump())
+    key = features_key("pixels", paths, preprocessing=photos.preprocessing.cache_key())
     entry = store.find(key)
     if entry is not None:
         readable, unreadable = photos.without(entry.note["unreadable"])
