@@ -27,8 +27,9 @@ from regraft.card import Preprocessing, card_of
 from regraft.checkpoint.file.positioned import read_at
 from regraft.checkpoint.plan import plan_of, read_plan
 from regraft.cli.predict import predict
-from regraft.data.folders import Sample, list_data
+from regraft.data.folders import list_data
 from regraft.data.photos import Photos, free_memory_bytes, loader, read_photos
+from regraft.data.samples import Sample
 from regraft.data.transforms import augmentation
 from regraft.errors import CheckpointError, Interrupted, RunError
 from regraft.frontier.cache.store import ENTRY, DiskTensor, Store, default_folder

@@ -50,7 +50,7 @@ class TrainOptions:
 
     # fmt: off
     data: Annotated[str | None, OptionText(
-        "Folder with train/ and val/, folder with a folder per class, or .csv path,target.")] = None
+        "Folder with train/ and val/, with a folder per class, or of shards; or .csv path,target.")] = None
     model: Annotated[str, OptionText(
         "resnet18, timm/NAME, py:FILE:Class, or a checkpoint.",
         "`regraft models` lists the names. A checkpoint comes with its edits, its weights and its frozen layers.")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from regraft.data.folders import Listing, Sample, list_data, list_labelled, list_regression, photos_in, stratified_split
+from regraft.data.folders import list_data, list_labelled, list_regression, photos_in
+from regraft.data.samples import Listing, Sample, stratified_split
 from regraft.errors import DataError
 
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from regraft.card import Preprocessing
-from regraft.data.folders import Sample
 from regraft.data.photos import Photos, SeededShuffle, loader, read_photos
+from regraft.data.samples import Sample
 from regraft.data.transforms import Views, augmentation, center_crop, normalize
 from regraft.errors import DataError
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from oracles import identical
-from regraft.errors import RunError
+from regraft.errors import ConfigError, RunError
 from regraft.frontier.cache.key import features_key, network_digest
 from regraft.frontier.cache.store import ENTRY, Store
 
@@ -98,6 +98,16 @@ def test_store_clears_a_write_away_that_nobody_finished_after_a_day(tmp_path: Pa
     os.utime(unfinished, (time.time() - 1e6,) * 2)
     store.make_room(0)
     assert not unfinished.exists()
+
+
+def test_store_takes_its_limit_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Store(tmp_path).limit_bytes == 20 * 2**30
+    monkeypatch.setenv("REGRAFT_CACHE_GIB", "0.5")
+    assert Store(tmp_path).limit_bytes == 2**29
+    for text in ("much", "-1", "inf", "nan"):
+        monkeypatch.setenv("REGRAFT_CACHE_GIB", text)
+        with pytest.raises(ConfigError, match=rf"REGRAFT_CACHE_GIB is '{text}', expected the GiB that the cache may"):
+            Store(tmp_path)
 
 
 def test_store_lets_two_processes_write_the_same(tmp_path: Path) -> None:

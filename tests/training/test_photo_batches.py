@@ -8,8 +8,8 @@ import torch
 
 import regraft
 from regraft.card import Preprocessing
-from regraft.data.folders import Sample
 from regraft.data.photos import SeededShuffle, loader, read_photos
+from regraft.data.samples import Sample
 from regraft.data.transforms import augmentation
 from regraft.training import train_data
 from regraft.training.features.photo_batches import PhotoBatches, fit_device

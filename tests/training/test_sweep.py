@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 import regraft
 from regraft.card import Preprocessing
-from regraft.data.folders import Sample
 from regraft.data.photos import Photos
+from regraft.data.samples import Sample
 from regraft.data.transforms import augmentation
 from regraft.errors import ConfigError
 from regraft.training.features.batches import FeatureBatches, Features

@@ -16,7 +16,7 @@ from regraft.train_options import Decoder
 @guarded
 def evaluate(
     checkpoint: Annotated[str, Argument(help="A checkpoint of `regraft train` or regraft.save.")],
-    data: Annotated[str, Argument(help="Folder with a folder per class, or with val/; or a .csv table.")],
+    data: Annotated[str, Argument(help="Folder with a folder per class, with val/, or of shards; or a .csv table.")],
     report: Annotated[Path | None, Option(help="Write a report with pictures and plots, as in test.html.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing report.")] = False,
     batch_size: Annotated[int, Option(help="Photos per batch.", min=1)] = 32,

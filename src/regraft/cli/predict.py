@@ -29,7 +29,9 @@ FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet takes a cell t
 @guarded
 def predict(
     checkpoint: Annotated[str, Argument(help="A checkpoint of `regraft train` or regraft.save.")],
-    images: Annotated[list[str], Argument(help="Photos, folders of photos, or patterns such as 'new/*.jpg'.")],
+    images: Annotated[
+        list[str], Argument(help="Photos, folders of photos or shards, or patterns such as 'new/*.jpg'.")
+    ],
     top: Annotated[
         int | None, Option(help="Number of classes to list for each photo.  [default: 3; all in a CSV]", min=1)
     ] = None,
@@ -141,7 +143,7 @@ def _rows(predictions: Sequence[Any], classes: Sequence[str], top: int | None) -
     return table
 
 
-def _path_cell(path: Path) -> str:
+def _path_cell(path: object) -> str:
     """Return a path as a cell of a table: the same file, in words that no spreadsheet takes for a formula."""
     text = str(path)
     return f"./{text}" if text.startswith(FORMULA_SIGNS) else text

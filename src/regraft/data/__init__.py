@@ -1,7 +1,8 @@
 """Data: listing of folders, decoding of files, transforms of pixels."""
 
 from regraft.data.decoding.files import Unreadable
-from regraft.data.folders import Listing, Sample, list_data
+from regraft.data.folders import list_data
 from regraft.data.photos import Photos, loader, read_photos
+from regraft.data.samples import Listing, Sample
 
 __all__ = ["Listing", "Photos", "Sample", "Unreadable", "list_data", "loader", "read_photos"]

@@ -1,67 +1,24 @@
 """List the photos of a folder or table with their targets and split, before any photo is opened."""
 
 import csv
-import hashlib
 import math
 import os
-import random
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from regraft.card import Split
+from regraft.data.samples import (
+    TRAIN_NAMES,
+    VALIDATION_NAMES,
+    Listing,
+    Sample,
+    draw_of,
+    drawn_listing,
+    stratified_split,
+)
+from regraft.data.shards.layout import find_shards
+from regraft.data.shards.listing import list_shards, list_shards_labelled
+from regraft.data.system_files import is_ignored
 from regraft.errors import DataError
-
-TRAIN_NAMES = ("train", "training")
-VALIDATION_NAMES = ("val", "valid", "validation")
-# Files of Windows, macOS, Synology and ext4; names in lower case.
-# fmt: off
-SYSTEM_FILES = frozenset((
-    "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "icon\r", "@eadir", "$recycle.bin",
-    "system volume information", "lost+found",
-))
-# fmt: on
-
-Target = int | float
-Task = Literal["classification", "regression"]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A photo and its target: a class index, or a number for regression."""
-
-    path: Path
-    target: Target
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The contents of a folder or a table.
-
-    Attributes:
-        root: The folder or the table.
-        task: Classification (a folder per class) or regression (a table with a number per photo).
-        classes: Class names in the order of their indices; None for regression.
-        train: Training photos.
-        validation: Validation photos.
-        split: How the data was split, as text.
-        draw: The draw of the validation photos; None if the data says itself which they are.
-    """
-
-    root: Path
-    task: Task
-    classes: tuple[str, ...] | None
-    train: tuple[Sample, ...]
-    validation: tuple[Sample, ...]
-    split: str
-    draw: Split | None = None
-
-    def counts(self) -> list[tuple[str, int, int]]:
-        """Count the photos of each class: (class, training photos, validation photos)."""
-        train, validation = (Counter(sample.target for sample in part) for part in (self.train, self.validation))
-        return [(name, train[index], validation[index]) for index, name in enumerate(self.classes or ())]
 
 
 def list_data(path: str | os.PathLike[str], *, validation_share: float = 0.2, seed: int = 0) -> Listing:
@@ -69,8 +26,9 @@ def list_data(path: str | os.PathLike[str], *, validation_share: float = 0.2, se
 
     Args:
         path: A folder with `train/` and `val/`, each with a folder per class; a folder with a folder per class, from
-            which a stratified share is held out for validation; or a `.csv` table with the columns `path` (relative to
-            the table) and `target` (a number), and optionally `split` (`train` or `val`).
+            which a stratified share is held out for validation; a folder of shards (see `list_shards`); or a `.csv`
+            table with the columns `path` (relative to the table) and `target` (a number), and optionally `split`
+            (`train` or `val`).
         validation_share: Share of each class that is held out for validation if the data has no split.
         seed: Random seed of that split.
 
@@ -81,6 +39,8 @@ def list_data(path: str | os.PathLike[str], *, validation_share: float = 0.2, se
     root = Path(path)
     if root.suffix.lower() == ".csv":
         return _list_table(root, validation_share, seed)
+    if root.exists() and (shards := find_shards(root)):
+        return list_shards(root, shards, validation_share, seed)
     _require_folder(root)
     train_folder, validation_folder = _find(root, TRAIN_NAMES), _find(root, VALIDATION_NAMES)
     if train_folder is None:
@@ -105,13 +65,15 @@ def list_labelled(path: str | os.PathLike[str], classes: Sequence[str]) -> tuple
     """List photos in folders that are named after the classes of a model.
 
     Args:
-        path: A folder with a folder per class, or one that holds such a folder named `val/`.
+        path: A folder with a folder per class, or one that holds such a folder named `val/`; or a folder of shards.
         classes: The model's class names; not every class needs a folder.
 
     Raises:
         DataError: The folder is missing or empty, or a folder is not a class of the model.
     """
     root = Path(path)
+    if root.exists() and (shards := find_shards(root)):
+        return list_shards_labelled(root, shards, classes)
     _require_folder(root)
     folder = _find(root, VALIDATION_NAMES) or root
     names = [entry.name for entry in _subfolders(folder)]
@@ -160,48 +122,14 @@ def _photos_below(folder: Path, parents: tuple[Path, ...], seen: set[str]) -> li
             folders.clear()
             continue
         seen.add(resolved)
-        folders[:] = sorted(name for name in folders if not _is_ignored(name))
-        photos += [Path(parent, name) for name in sorted(files) if not _is_ignored(name)]
+        folders[:] = sorted(name for name in folders if not is_ignored(name))
+        photos += [Path(parent, name) for name in sorted(files) if not is_ignored(name)]
         links += [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
     for link in links:
         target = link.resolve()
         if not any(path.is_relative_to(target) for path in parents):
             photos += _photos_below(link, parents, seen)
     return photos
-
-
-def _is_ignored(name: str) -> bool:
-    """Return whether a file or folder is hidden or a system file."""
-    return name.startswith(".") or name.lower() in SYSTEM_FILES
-
-
-def stratified_split(
-    samples: Sequence[Sample], share: float, seed: int
-) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """Split off a random share of each class (of everything for regression): at least one sample, and never all."""
-    groups: dict[Target, list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault(sample.target if isinstance(sample.target, int) else 0, []).append(sample)
-    kept: set[Sample] = set()
-    for target in sorted(groups):
-        group = groups[target]
-        count = min(max(1, round(len(group) * share)), len(group) - 1)
-        kept.update(random.Random(f"{seed}/{target}").sample(group, count))
-    return tuple(s for s in samples if s not in kept), tuple(s for s in samples if s in kept)
-
-
-def held_out(samples: Sequence[Sample], draw: Split | None) -> tuple[Sample, ...] | None:
-    """Return those of the samples that an earlier draw held out; None if it was a draw from other samples."""
-    if draw is None or _draw_of(samples, draw.share, draw.seed) != draw:
-        return None
-    return stratified_split(samples, draw.share, draw.seed)[1]
-
-
-def _draw_of(samples: Sequence[Sample], share: float, seed: int) -> Split:
-    # Without the folders above, so that it is the same draw wherever the data lies.
-    names = sorted(f"{sample.target} {sample.path.parent.name}/{sample.path.name}" for sample in samples)
-    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
-    return Split(samples=digest, share=share, seed=seed)
 
 
 def _require_folder(root: Path) -> None:
@@ -216,7 +144,7 @@ def _find(root: Path, names: Sequence[str]) -> Path | None:
 
 
 def _subfolders(root: Path) -> list[Path]:
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not _is_ignored(entry.name))
+    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not is_ignored(entry.name))
     return [root / name for name in names]  # the order of paths ignores case on Windows
 
 
@@ -256,9 +184,7 @@ def _samples(folder: Path, classes: Sequence[str], *, at_least: int = 1) -> tupl
 def _split_folder(root: Path, folder: Path, share: float, seed: int) -> Listing:
     classes = _class_names(folder)
     samples = _samples(folder, classes, at_least=2)
-    train, validation = stratified_split(samples, share, seed)
-    split = f"{share:.0%} of each class kept for validation, drawn with seed {seed}"
-    return Listing(root, "classification", classes, train, validation, split, _draw_of(samples, share, seed))
+    return drawn_listing(root, classes, samples, share, seed)
 
 
 def _list_table(path: Path, share: float, seed: int) -> Listing:
@@ -271,7 +197,7 @@ def _list_table(path: Path, share: float, seed: int) -> Listing:
     else:
         samples = [sample for sample, _ in rows]
         train, validation = stratified_split(samples, share, seed)
-        draw = _draw_of(samples, share, seed)
+        draw = draw_of(samples, share, seed)
         split = f"{share:.0%} of the rows kept for validation, drawn with seed {seed}"
     if not train or not validation:
         raise DataError(f"'{path}' has {len(train)} rows for training and {len(validation)} for validation.")

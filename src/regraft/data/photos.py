@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from regraft.card import Preprocessing
 from regraft.data.decoding.files import Unreadable, decode, decode_all, quiet_decoders
-from regraft.data.folders import Sample
+from regraft.data.samples import Sample
 from regraft.data.transforms import Views, augmentation, normalize
 from regraft.errors import DataError
 from regraft.progress import SILENT, Progress
@@ -146,8 +146,8 @@ def read_photos(
 
 def positions(samples: Sequence[Sample], unreadable: Sequence[Unreadable]) -> dict[int, str]:
     """Return the indices of the unreadable samples with the reasons, in the form that `Photos.without` takes."""
-    places = {sample.path: index for index, sample in enumerate(samples)}
-    return {places[file.path]: file.reason for file in unreadable}
+    reasons = {file.path: file.reason for file in unreadable}
+    return {index: reasons[sample.path] for index, sample in enumerate(samples) if sample.path in reasons}
 
 
 def loader(photos: Photos, batch_size: int, *, shuffle_seed: int | None = None, workers: int | None = None) -> Any:

@@ -2,19 +2,19 @@
 
 import base64
 import io
-from pathlib import Path
 
 from PIL import Image
 
 from regraft.card import Preprocessing
 from regraft.data.decoding.files import decode, quiet_decoders
+from regraft.data.sources import Source
 from regraft.errors import DataError
 
 MAX_SIDE = 160
 JPEG_QUALITY = 80
 
 
-def thumbnail(path: Path) -> str | None:
+def thumbnail(path: Source) -> str | None:
     """Return a photo as a data URI: upright, at most 160 × 160 pixels, and without the metadata of the file.
 
     Returns:

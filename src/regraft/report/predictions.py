@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from regraft.data.sources import ShardMember, Source, short_name
 from regraft.report import plots
 from regraft.report.pictures import thumbnail
 from regraft.training.metrics import Metrics, Scores, reliability
@@ -134,5 +134,6 @@ def _of_many_classes(order: Sequence[int], classes: Sequence[int], count: int) -
     return chosen
 
 
-def _example(path: Path, true: str, predicted: str, degree: str, *, is_right: bool = False) -> Example:
-    return Example(path.name, thumbnail(path), true, predicted, degree, is_right)
+def _example(path: Source, true: str, predicted: str, degree: str, *, is_right: bool = False) -> Example:
+    name = short_name(path) if isinstance(path, ShardMember) else path.name
+    return Example(name, thumbnail(path), true, predicted, degree, is_right)

@@ -8,8 +8,8 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from regraft.data.sources import Source
 from regraft.training.metrics import Metrics, Scores
 from regraft.training.result import FitResult
 
@@ -145,7 +145,7 @@ def _confused(metrics: Metrics, scores: Scores, checkpoint: str) -> Iterator[Sug
         yield Suggestion(finding, f"{action}. How close it was:", _predict_command(checkpoint, files[:MAX_SHOWN_FILES]))
 
 
-def _predict_command(checkpoint: str, files: Sequence[Path]) -> str:
+def _predict_command(checkpoint: str, files: Sequence[Source]) -> str:
     return shlex.join(["regraft", "predict", checkpoint, *map(str, files), "--top", "2"])
 
 

@@ -12,6 +12,7 @@ import torch
 
 from regraft.anatomy.modes import in_mode, preserved_randomness
 from regraft.card import attach
+from regraft.data.items import length_of
 from regraft.errors import DataError, Interrupted, LossError, RunError
 from regraft.progress import Progress
 from regraft.training.checks.targets import class_labels, ignored_label, kind_of
@@ -197,7 +198,8 @@ def _train_batches(run: Run, reader: FaultTolerantReader, state_writer: StateWri
     if run_state.states is None:
         run_state.states = random_states(batches, run.setup.train_data.validation)
     read = reader.read(batches, run_state.states, done=run_state.step, min_photos=2)  # batch norm needs two
-    total = len(batches) - run_state.step if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
+    count = length_of(batches)
+    total = count - run_state.step if count is not None else None
     for batch in run.progress.track(read, _step_name(run), total):
         if batch is not None:
             yield batch
@@ -211,8 +213,7 @@ def _validation_batches(run: Run, reader: FaultTolerantReader) -> Iterator[Any]:
     """Yield the validation batches; a run that is stopped here repeats the validation when it is resumed."""
     batches = run.setup.train_data.validation
     states = random_states(batches)
-    total = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
-    for batch in run.progress.track(reader.read(batches, states), f"checking {_step_name(run)}", total):
+    for batch in run.progress.track(reader.read(batches, states), f"checking {_step_name(run)}", length_of(batches)):
         if run.signals.received is not None:
             set_random_states(states)
             run.signals.stop_if_requested()

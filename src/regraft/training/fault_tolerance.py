@@ -4,7 +4,6 @@ import copy
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader
 from regraft.anatomy.modes import preserved_randomness
 from regraft.checkpoint.file.tree import Tree
 from regraft.data.photos import SeededShuffle
+from regraft.data.sources import Source
 from regraft.errors import DataError
 from regraft.progress import Progress
 from regraft.torch_internals import drop_workers
@@ -35,8 +35,8 @@ class FaultTolerantReader:
     def __init__(self, photos: int | None, max_unreadable: float, unreadable: int, progress: Progress) -> None:
         self._photos, self._max_unreadable, self._unreadable = photos, max_unreadable, unreadable
         self._progress = progress
-        self._lost: set[Path] = set()
-        self._lost_now: set[Path] = set()
+        self._lost: set[Source] = set()
+        self._lost_now: set[Source] = set()
         self._has_lost_worker = False
 
     @classmethod
@@ -79,7 +79,7 @@ class FaultTolerantReader:
                 done += 1
                 yield self._readable_part(batch, min_photos) if isinstance(batch, PartialBatch) else batch
 
-    def readable(self, paths: Iterable[Path]) -> tuple[Path, ...]:
+    def readable(self, paths: Iterable[Source]) -> tuple[Source, ...]:
         """Return the paths without photos that were unreadable in the last pass."""
         return tuple(path for path in paths if path not in self._lost_now)
 

@@ -14,7 +14,7 @@ from regraft.anatomy.model_facts import ModelFacts
 from regraft.anatomy.modes import preserved_randomness
 from regraft.arguments import check_arguments, check_path, check_weights
 from regraft.console import progress_of
-from regraft.data.folders import Listing
+from regraft.data.samples import Listing
 from regraft.errors import ConfigError, ModelError
 from regraft.freezing.schedule import Schedule
 from regraft.progress import Progress
@@ -37,7 +37,7 @@ from regraft.training.setup import (
     unchanged_on_failure,
 )
 from regraft.training.steps.compute import ComputeContext, channels_last
-from regraft.training.train_data import TrainData, list_if_folder, load_train_data
+from regraft.training.train_data import TrainData, list_if_known, load_train_data
 from regraft.zoo import needs_download
 
 
@@ -67,8 +67,10 @@ def fit(
         model: A name (see `create_model`), which gets a head for the data's classes, and whose other layers are frozen
             if it is pretrained; a checkpoint, which keeps its frozen layers, and its head if that fits the classes; or
             a module, which is trained in place with its own flags.
-        data: A folder or a `.csv` table (see `list_data`), or a pair (train, validation) of Datasets or DataLoaders
-            that yield (inputs, targets): inputs (N, …), targets (N,) of int64 classes, or of floats for regression.
+        data: A folder, shards or a `.csv` table (see `list_data`); datasets of Hugging Face with photos and classes; or
+            a pair (train, validation) of Datasets or DataLoaders that yield (inputs, targets): inputs (N, …), targets
+            (N,) of int64 classes, or of floats for regression. Datasets, streams of webdataset and litdata among
+            them, may also yield photos with classes (see `ItemCollate`).
         config: All options as one value.
         loss: A function or module of (outputs (N, K), targets (N,)) that returns one number, or a name (see
             `TrainConfig.loss`).
@@ -115,7 +117,7 @@ def fit(
     is_named = isinstance(model, str) and isinstance(data, (str, Path)) and not callable(loss)
     with defer_compiler(), preserved_randomness(config.seed), Signals() as signals:
         with run_state.phase("reading"), listener.status("looking for photos"):
-            listing = list_if_folder(data, config)
+            listing = list_if_known(data, config)
         if listing is not None:
             say_data(listing, listener)
         check_options(config, listing.task if listing and loss is None else None, trust_code=trust_code)
@@ -186,7 +188,7 @@ def preview(config: TrainConfig, progress: Progress, *, trust_code: bool = False
         InputError: As from `fit`.
     """
     with defer_compiler(), preserved_randomness(config.seed):
-        listing = list_if_folder(config.data, config)
+        listing = list_if_known(config.data, config)
         check_options(config, listing.task if listing else None, trust_code=trust_code)
         if listing is not None:
             say_data(listing, progress)
@@ -208,7 +210,7 @@ def _read(
 ) -> TrainData:
     """Read the data, and compute the constant part once where that is possible."""
     with progress.status("looking for what can be computed once"):
-        extractor, reason = make_extractor(facts, data, config, compute, progress)
+        extractor, reason = make_extractor(facts, data if listing is None else None, config, compute, progress)
     try:
         train_data = load_train_data(data, listing, facts.preprocessing, config, compute.device, progress, extractor)
     except ModelError as error:  # only the extractor runs the model here, so training without it is still possible

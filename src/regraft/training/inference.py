@@ -17,9 +17,15 @@ from regraft.card import Card, Preprocessing, card_of
 from regraft.console import progress_of
 from regraft.data.decoding.engines import describe_engine, require_engine, usable_engine
 from regraft.data.decoding.files import Unreadable, decode, quiet_decoders
-from regraft.data.folders import Sample, Task, held_out, list_labelled, list_regression, photos_in
+from regraft.data.folders import list_labelled, list_regression, photos_in
+from regraft.data.hugging_face import list_dataset_labelled
+from regraft.data.items import ItemCollate, is_torch_dataset, item_loader, length_of
 from regraft.data.photos import loader, read_photos
-from regraft.data.transforms import center_crop, normalize
+from regraft.data.samples import Sample, Task, held_out
+from regraft.data.shards.layout import find_shards
+from regraft.data.shards.listing import find_member, members_of
+from regraft.data.sources import ShardMember, Source
+from regraft.data.transforms import augmentation, center_crop, normalize
 from regraft.errors import DataError, ModelError, RegraftError
 from regraft.progress import Progress
 from regraft.train_options import Decoder
@@ -40,14 +46,14 @@ class Prediction:
     """The prediction for one photo.
 
     Attributes:
-        path: The file; None for images that are not files.
+        path: The file, or the place in a shard; None for opened images.
         label: The most probable class; None for regression.
         probability: Its probability; None for regression.
         top: The most probable classes with their probabilities, in order.
         value: The predicted number; None for classification.
     """
 
-    path: Path | None
+    path: Source | None
     label: str | None = None
     probability: float | None = None
     top: tuple[tuple[str, float], ...] = ()
@@ -81,9 +87,9 @@ def evaluate(
 
     Args:
         model: A model that knows its classes and preprocessing, as `load` and `fit` return it.
-        data: A folder with a folder per class, or one that holds `val/`; a `.csv` table for regression; or a Dataset
-            or DataLoader that yields (inputs, targets), targets of every kind that `fit` takes. Of the very folder or
-            table that `fit` drew its validation photos from, only these are measured.
+        data: A folder with a folder per class, or one that holds `val/`; a folder of shards; a `.csv` table for
+            regression; or a Dataset or DataLoader, of every kind that `fit` takes. Of the very data that `fit` drew its
+            validation photos from, only these are measured.
         batch_size: Photos per batch.
         device: `auto`, `cpu`, `cuda`, …
         decoder: How photos are decoded, see `TrainConfig`; None: as when the model was trained.
@@ -101,19 +107,24 @@ def evaluate(
     began = time.perf_counter()
     compute = compute_for(model, device)
     model.to(compute.device)
-    if not isinstance(data, (str, os.PathLike)):
-        batches = torch.utils.data.DataLoader(data, batch_size) if isinstance(data, torch.utils.data.Dataset) else data
-        total = len(batches) if hasattr(batches, "__len__") else None
-        outputs, targets = _score(model, listener.track(pairs_of(batches), "evaluating", total), compute)
+    known = card_of(model).classes
+    rows = list_dataset_labelled(data, known) if known is not None else None
+    if not isinstance(data, (str, os.PathLike)) and rows is None:
+        batches = data
+        if is_torch_dataset(data):
+            preprocessing = preprocessing_of(model)
+            batches = item_loader(data, batch_size, ItemCollate(preprocessing, augmentation("none", preprocessing)))
+        outputs, targets = _score(model, listener.track(pairs_of(batches), "evaluating", length_of(batches)), compute)
         task = card_of(model).task or _infer_task(targets)
         names = card_of(model).classes or tuple(map(str, range(outputs.shape[-1])))
         metrics = measure(outputs, targets, None if task == "regression" else names)
         labels = targets if task == "regression" else class_labels(outputs, targets)
         seconds = {"evaluating": time.perf_counter() - began}
         return replace(metrics, scores=Scores(outputs, labels, model=_name(model), seconds=seconds))
-    check_path(evaluate, "data", data)
+    if rows is None:
+        check_path(evaluate, "data", data)
     card = _require_task(model)
-    samples = list_regression(data) if card.classes is None else list_labelled(data, card.classes)
+    samples = rows or (list_regression(data) if card.classes is None else list_labelled(data, card.classes))
     if (rest := held_out(samples, card.split)) is not None:
         listener.say(f"photos     {len(samples) - len(rest)} of {len(samples)} were trained on, and are left out")
         samples = rest
@@ -130,7 +141,7 @@ def evaluate(
         paths=tuple(sample.path for sample in photos.samples),
         unreadable=unreadable,
         model=_name(model),
-        data=str(data),
+        data=str(data) if rows is None else None,
         seconds={"reading": read - began, "evaluating": time.perf_counter() - read},
         is_held_out=rest is not None,
     )
@@ -151,8 +162,8 @@ def predict(
 
     Args:
         model: A model that knows its classes and preprocessing, as `load` and `fit` return it.
-        images: A path of a photo or of a folder of photos (folders below it included), a pattern of paths such as
-            `new/*.jpg`, a `PIL.Image`, a batch of preprocessed images (N, C, H, W), or a list of paths and
+        images: A path of a photo or of a folder of photos (folders below it included) or of shards, a pattern of paths
+            such as `new/*.jpg`, a `PIL.Image`, a batch of preprocessed images (N, C, H, W), or a list of paths and
             `PIL.Image`s. Unreadable files are skipped and reported to `progress`.
         top: Number of most probable classes that each prediction lists.
         batch_size: Photos per batch.
@@ -209,13 +220,13 @@ def _predict_opened(
                 with quiet_decoders():
                     pixels.append(crop(decode(source, preprocessing)).cpu())
             except DataError as error:
-                if not isinstance(source, Path):
+                if not isinstance(source, (Path, ShardMember)):
                     raise DataError(
                         f"image {number} cannot be read: {error}. Open it again, or leave it out."
                     ) from error
                 _report_skipped([Unreadable(source, str(error))], progress)
             else:
-                paths.append(source if isinstance(source, Path) else None)
+                paths.append(source if isinstance(source, (Path, ShardMember)) else None)
     predictions = predict(model, normalize(torch.stack(pixels), preprocessing), top=top, device=device)
     return [replace(prediction, path=path) for prediction, path in zip(predictions, paths, strict=True)]
 
@@ -279,11 +290,13 @@ def _infer_task(targets: torch.Tensor) -> Task:
     return "regression" if targets.is_floating_point() and not is_one_hot else "classification"
 
 
-def _files(item: Any) -> list[Path]:
+def _files(item: Any) -> Sequence[Source]:
     if not isinstance(item, (str, os.PathLike)):
         raise DataError(f"a {type(item).__name__} is no image. Give paths, PIL images, or a tensor (N, C, H, W).")
     check_path(predict, "images", item)
     path = Path(item)
+    if path.exists() and (shards := find_shards(path)):
+        return members_of(shards)
     if path.is_dir():
         files = photos_in(path)
         if not files:
@@ -291,6 +304,8 @@ def _files(item: Any) -> list[Path]:
         return files
     if path.exists():
         return [path]
+    if (member := find_member(path)) is not None:
+        return [member]
     # A pattern that the shell has passed on. Path.glob takes no absolute one.
     if matches := sorted(glob.glob(str(path), recursive=True)):  # noqa: PTH207
         return [file for match in matches for file in _files(match)]
@@ -302,7 +317,7 @@ def _report_skipped(unreadable: Sequence[Unreadable], progress: Progress) -> Non
         progress.say(f"skipped    {str(file.path)!r}: {file.reason}")
 
 
-def _predictions(outputs: torch.Tensor, paths: Sequence[Path | None], card: Card, top: int) -> list[Prediction]:
+def _predictions(outputs: torch.Tensor, paths: Sequence[Source | None], card: Card, top: int) -> list[Prediction]:
     if card.classes is None:
         return [Prediction(path, value=value) for path, value in zip(paths, outputs.flatten().tolist(), strict=True)]
     probabilities, indices = outputs.softmax(1).topk(min(top, len(card.classes)))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from regraft.data.folders import Task
+from regraft.data.samples import Task
 from regraft.errors import ConfigError, LossError, nearest
 from regraft.zoo import import_object
 

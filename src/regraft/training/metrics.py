@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,8 @@ import torch
 from regraft.anatomy.summary_table import aligned
 from regraft.arguments import check_arguments
 from regraft.data.decoding.files import Unreadable
-from regraft.data.folders import Task
+from regraft.data.samples import Task
+from regraft.data.sources import Source
 from regraft.display import block, printable, table_html
 from regraft.errors import DataError
 from regraft.training.checks.targets import class_labels
@@ -51,7 +51,7 @@ class Scores:
 
     outputs: torch.Tensor
     targets: torch.Tensor
-    paths: tuple[Path, ...] = ()
+    paths: tuple[Source, ...] = ()
     unreadable: tuple[Unreadable, ...] = ()
     model: str = ""
     data: str | None = None

@@ -1,14 +1,15 @@
 """The summary of a run, from its network, data and options."""
 
 import itertools
-from collections.abc import Iterable, Sized
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from regraft.card import card_of
 from regraft.checkpoint.create import is_checkpoint
+from regraft.data.items import length_of
 from regraft.training.checks.weight_types import type_names
 from regraft.training.config import TrainConfig
 from regraft.training.result import TrainPlan
@@ -53,8 +54,7 @@ def describe_plan(
 
 
 def _count(batches: Iterable[Any]) -> int | None:
-    dataset = getattr(batches, "dataset", None)
-    return len(cast(Sized, dataset)) if isinstance(dataset, Sized) else None
+    return length_of(getattr(batches, "dataset", None))
 
 
 def trained_layers(model: nn.Module, prefix: str = "") -> list[str]:

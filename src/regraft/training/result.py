@@ -10,7 +10,8 @@ from torch import nn
 
 from regraft.anatomy.summary_table import percent
 from regraft.data.decoding.files import Unreadable
-from regraft.data.folders import Task
+from regraft.data.samples import Task
+from regraft.data.sources import Source
 from regraft.display import block, shortened, some, table_html
 from regraft.training.config import TrainConfig
 from regraft.training.metrics import Metrics
@@ -164,7 +165,7 @@ class FitResult:
     validation: Metrics
     outputs: torch.Tensor
     targets: torch.Tensor
-    paths: tuple[Path, ...] = ()
+    paths: tuple[Source, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     out: Path | None = None
     checkpoint: Path | None = None

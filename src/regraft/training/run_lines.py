@@ -7,7 +7,7 @@ from regraft.anatomy.model_facts import ModelFacts
 from regraft.card import card_of
 from regraft.checkpoint.create import is_checkpoint
 from regraft.data.decoding.files import Unreadable
-from regraft.data.folders import Listing
+from regraft.data.samples import Listing
 from regraft.progress import Progress
 from regraft.training.config import TrainConfig
 from regraft.training.plan import trained_layers

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,9 @@ from regraft.anatomy.model_facts import ModelFacts
 from regraft.card import ATTRIBUTE, attach, card_of
 from regraft.checkpoint.create import is_checkpoint
 from regraft.data.decoding.engines import describe_engine, require_engine, usable_engine
-from regraft.data.folders import Listing, Task
+from regraft.data.items import length_of
 from regraft.data.photos import Photos
+from regraft.data.samples import Listing, Task
 from regraft.data.transforms import is_random
 from regraft.errors import ConfigError, EditError, ModelError
 from regraft.freezing.auditing import findings_of
@@ -343,7 +344,8 @@ def _live_compute(compute: ComputeContext, live: nn.Module, train_data: TrainDat
 def _schedule(
     optimizer: torch.optim.Optimizer, config: TrainConfig, train_data: TrainData
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    steps = max(1, config.epochs * (len(train_data.train) if isinstance(train_data.train, Sized) else 1))
+    count = length_of(train_data.train)
+    steps = max(1, config.epochs * (count or 1))
     warm_up = max(1, round(steps * WARM_UP_SHARE))
 
     def cosine(step: int) -> float:
@@ -351,5 +353,5 @@ def _schedule(
             return (step + 1) / warm_up
         return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
-    constant = config.schedule == "constant" or not isinstance(train_data.train, Sized)
+    constant = config.schedule == "constant" or count is None
     return torch.optim.lr_scheduler.LambdaLR(optimizer, (lambda step: 1.0) if constant else cosine)

@@ -1,7 +1,7 @@
 """Training and validation batches, from folders, tables, datasets or loaders."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from regraft.card import Preprocessing
 from regraft.data.decoding.files import Unreadable
-from regraft.data.folders import Listing, Task, list_data
+from regraft.data.folders import list_data
+from regraft.data.hugging_face import list_datasets
+from regraft.data.items import ItemCollate, class_names_of, is_torch_dataset, item_loader, length_of
 from regraft.data.photos import Photos, SeededShuffle
+from regraft.data.samples import Listing, Task
+from regraft.data.sources import Source
 from regraft.data.transforms import augmentation
 from regraft.errors import DataError, ModelError
 from regraft.frontier.cache.store import Store
@@ -58,7 +62,7 @@ class TrainData:
     task: Task
     classes: tuple[str, ...] | None
     listing: Listing | None = None
-    paths: tuple[Path, ...] = ()
+    paths: tuple[Source, ...] = ()
     unreadable: tuple[Unreadable, ...] = ()
     photos: tuple[Photos, Photos] | None = None
     frontier: Frontier | None = None
@@ -66,11 +70,11 @@ class TrainData:
     first_targets: torch.Tensor | None = None
 
 
-def list_if_folder(data: Any, config: TrainConfig) -> Listing | None:
-    """List the photos where `data` names a folder or a table; None for a pair of datasets or loaders."""
+def list_if_known(data: Any, config: TrainConfig) -> Listing | None:
+    """List the photos of a folder, a table, or datasets of Hugging Face; None for other datasets and loaders."""
     if isinstance(data, (str, Path)):
         return list_data(data, validation_share=config.validation_share, seed=config.seed)
-    return None
+    return list_datasets(data, config.validation_share, config.seed)
 
 
 def load_train_data(
@@ -89,7 +93,7 @@ def load_train_data(
     """
     parts = _photos_of(data, listing, preprocessing, config)
     if parts is None:
-        return _from_batches(data, config)
+        return _from_batches(data, preprocessing, config)
     train_data = _from_photos(parts, config, device, progress, extractor)
     if listing is None:
         return train_data
@@ -175,7 +179,7 @@ def _from_photos(
     )
 
 
-def _from_batches(data: Any, config: TrainConfig) -> TrainData:
+def _from_batches(data: Any, preprocessing: Preprocessing, config: TrainConfig) -> TrainData:
     """Take datasets and loaders of the caller's."""
     if not (isinstance(data, (tuple, list)) and len(data) == 2):
         raise DataError(
@@ -183,9 +187,12 @@ def _from_batches(data: Any, config: TrainConfig) -> TrainData:
             "Datasets or DataLoaders."
         )
     train, validation = data
-    batches, validation_batches = _batches(train, config, shuffle=True), _batches(validation, config, shuffle=False)
+    augmented = ItemCollate(preprocessing, augmentation(config.augment, preprocessing, config.views))
+    batches = _batches(train, augmented, config, shuffle=True)
+    plain = ItemCollate(preprocessing, augmentation("none", preprocessing))
+    validation_batches = _batches(validation, plain, config, shuffle=False)
     for part, part_batches in (("training", batches), ("validation", validation_batches)):
-        if isinstance(part_batches, Sized) and len(part_batches) == 0:
+        if length_of(part_batches) == 0:
             raise DataError(f"the {part} data is empty. Give at least one batch.")
     _, targets = first_batch(batches)
     if targets.is_floating_point():
@@ -193,24 +200,14 @@ def _from_batches(data: Any, config: TrainConfig) -> TrainData:
     return TrainData(batches, validation_batches, "classification", _names(train), first_targets=targets)
 
 
-def _batches(data: Any, config: TrainConfig, *, shuffle: bool) -> Iterable[Any]:
-    if not isinstance(data, Dataset):
+def _batches(data: Any, collate: ItemCollate, config: TrainConfig, *, shuffle: bool) -> Iterable[Any]:
+    if not is_torch_dataset(data):
         if not isinstance(data, Iterable):
             raise DataError(
                 f"a {type(data).__name__} is no data. Expected a Dataset, a DataLoader, or a list of batches."
             )
         return data
-    count = len(data) if isinstance(data, Sized) else 0
-    return DataLoader(
-        data,
-        config.batch_size,
-        shuffle=shuffle,
-        num_workers=config.workers or 0,
-        generator=torch.Generator().manual_seed(config.seed),
-        drop_last=shuffle
-        and count > config.batch_size
-        and count % config.batch_size == 1,  # batch norm cannot train on one sample
-    )
+    return item_loader(data, config.batch_size, collate, shuffle=shuffle, workers=config.workers or 0, seed=config.seed)
 
 
 def first_batch(batches: Iterable[Any]) -> tuple[Inputs, torch.Tensor]:
@@ -261,7 +258,7 @@ def _require_pair(batch: Any, part: str) -> tuple[Inputs, torch.Tensor]:
         return batch[0], batch[1]
     if isinstance(batch, Mapping):
         kind = f"a {type(batch).__name__} with {', '.join(map(repr, batch)) or 'nothing'}"
-        advice = "wrap it in a dataset, or give the loader a collate_fn, that returns the two"
+        advice = "pass the dataset itself, which may yield dicts, or give the loader a collate_fn that returns the two"
     elif is_sequence and len(batch) != 2:
         kind = f"a {type(batch).__name__} of {len(batch)}"
         advice = "let the dataset return the two, without a third"
@@ -365,8 +362,7 @@ def _random_states_restored(*batches: Any) -> Iterator[None]:
 
 
 def _names(batches: Any) -> tuple[str, ...] | None:
-    names = getattr(getattr(batches, "dataset", batches), "classes", None)
-    return tuple(map(str, names)) if names else None
+    return class_names_of(getattr(batches, "dataset", batches))
 
 
 def _require_readable(unreadable: list[Unreadable], count: int, limit: float) -> None:

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -17,6 +16,7 @@ from regraft.card import Preprocessing
 from regraft.data.decoding import native, nvjpeg, pillow
 from regraft.data.decoding.headers import PhotoHeader
 from regraft.data.decoding.resizing import resized
+from regraft.data.sources import Source, read_bytes
 from regraft.errors import DataError
 
 MAX_PENDING = 64  # photos that are decoded ahead
@@ -27,13 +27,13 @@ MAX_BATCHES = 3  # that are read and decoded ahead
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A file that is not a readable image, with the reason."""
+    """A photo that cannot be read, with the reason."""
 
-    path: Path
+    path: Source
     reason: str
 
 
-def decode(source: Path | Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
+def decode(source: Source | Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
     """Read an image and resize it for `preprocessing`; the ends of a long image that is center-cropped may be missing.
 
     EXIF orientation is applied, transparent images get a white background, 16-bit gray is scaled to 8 bits, of an
@@ -68,20 +68,19 @@ def _decode_opened(image: Image.Image, preprocessing: Preprocessing) -> torch.Te
     return resized(pillow.as_stored(image, preprocessing).unsqueeze(0), preprocessing).squeeze(0)
 
 
-def _content(source: Path) -> bytes | None:
-    """Return the content of a file; None where Pillow has to say why there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        if source.is_file():  # opening a named pipe would block forever
-            return source.read_bytes()
+def _content(source: Source) -> bytes | None:
+    """Return the content of a file or of a place in a shard; None where Pillow has to say why there is none."""
+    with contextlib.suppress(DataError, ValueError):
+        return read_bytes(source)
     return None
 
 
-def _decode_content(source: Path, content: bytes | None, preprocessing: Preprocessing) -> torch.Tensor:
+def _decode_content(source: Source, content: bytes | None, preprocessing: Preprocessing) -> torch.Tensor:
     pixels = native.decode(content, preprocessing) if content is not None else None
     return pixels if pixels is not None else pillow.decode(source, preprocessing)
 
 
-def decode_all(paths: Sequence[Path], preprocessing: Preprocessing) -> Iterator[torch.Tensor | Unreadable]:
+def decode_all(paths: Sequence[Source], preprocessing: Preprocessing) -> Iterator[torch.Tensor | Unreadable]:
     """Decode many files in order, with one thread per core or in batches on the GPU; see `decode`.
 
     An unreadable file becomes `Unreadable`. Only a few photos are decoded ahead of the caller.
@@ -102,7 +101,7 @@ def decode_all(paths: Sequence[Path], preprocessing: Preprocessing) -> Iterator[
             pool.shutdown(cancel_futures=True)  # a caller that stops early does not wait for the rest
 
 
-def _attempt(path: Path, preprocessing: Preprocessing) -> torch.Tensor | Unreadable:
+def _attempt(path: Source, preprocessing: Preprocessing) -> torch.Tensor | Unreadable:
     try:
         return decode(path, preprocessing)
     except DataError as error:
@@ -110,21 +109,21 @@ def _attempt(path: Path, preprocessing: Preprocessing) -> torch.Tensor | Unreada
 
 
 def _decode_on_gpu(
-    paths: Sequence[Path], preprocessing: Preprocessing, pool: ThreadPoolExecutor
+    paths: Sequence[Source], preprocessing: Preprocessing, pool: ThreadPoolExecutor
 ) -> Iterator[torch.Tensor | Unreadable]:
     """Read files in the threads of the pool, and decode them in batches in a thread of its own, ahead of the caller."""
     gpu = nvjpeg.device()
     stream = torch.cuda.Stream(gpu) if gpu.type == "cuda" else None
     used_on = torch.cuda.current_stream(gpu) if stream is not None else None
 
-    def finish(path: Path, content: bytes | None) -> torch.Tensor | Unreadable:
+    def finish(path: Source, content: bytes | None) -> torch.Tensor | Unreadable:
         try:
             return _decode_content(path, content, preprocessing)
         except DataError as error:
             return Unreadable(path, str(error))
 
     def decode_batch(
-        part: Sequence[Path], reading: list[Future[bytes | None]]
+        part: Sequence[Source], reading: list[Future[bytes | None]]
     ) -> list[torch.Tensor | Future[torch.Tensor | Unreadable]]:
         contents = [read.result() for read in reading]
         with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():

@@ -1,6 +1,7 @@
 """The engine `pillow`, the reference: it orients, converts and resizes every kind of image, or says why it cannot."""
 
 import contextlib
+import io
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from regraft.card import Preprocessing
 from regraft.data.decoding.resizing import MAX_RATIO, has_long_ends, resized_size
+from regraft.data.sources import ShardMember, Source, read_bytes
 from regraft.errors import DataError
 
 REDUCTION = 2.0  # a JPEG is decoded at 1/2, 1/4 or 1/8 size if that is still this many times the target size
@@ -23,7 +25,7 @@ FILTERS = {
 }
 
 
-def decode(source: Path | Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
+def decode(source: Source | Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
     """Read an image of any kind and resize it, as `files.decode` describes.
 
     A JPEG of more than twice the target size is decoded at a reduced size, which is several times faster and as sharp.
@@ -38,9 +40,7 @@ def decode(source: Path | Image.Image, preprocessing: Preprocessing) -> torch.Te
         if isinstance(source, Image.Image):
             image, size = _to_gray_or_rgb(source, preprocessing.channels), None
         else:
-            if source.exists() and not source.is_file():
-                raise DataError("not a file")  # opening a named pipe would block forever
-            with Image.open(source) as opened:
+            with Image.open(_file_of(source)) as opened:
                 side = round(REDUCTION * preprocessing.resize)
                 size = opened.size
                 opened.draft(opened.mode, (side, side))  # only JPEG has this: other formats ignore it
@@ -72,6 +72,14 @@ def as_stored(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
 def _as_tensor(image: Image.Image) -> torch.Tensor:
     pixels = torch.from_numpy(np.array(image))  # (H, W) or (H, W, C)
     return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
+def _file_of(source: Source) -> Path | io.BytesIO:
+    if isinstance(source, ShardMember):
+        return io.BytesIO(read_bytes(source))
+    if source.exists() and not source.is_file():
+        raise DataError("not a file")  # opening a named pipe would block forever
+    return source
 
 
 def _to_gray_or_rgb(image: Image.Image, channels: int) -> Image.Image:
@@ -122,7 +130,7 @@ def _resize(image: Image.Image, size: tuple[int, int], preprocessing: Preprocess
     return image.resize((width, height), FILTERS[preprocessing.interpolation], box=box)
 
 
-def _reason(source: Path | Image.Image, error: Exception) -> str:
+def _reason(source: Source | Image.Image, error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, Image.UnidentifiedImageError):

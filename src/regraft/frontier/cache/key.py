@@ -7,25 +7,27 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from regraft.checkpoint.file.digest import tensor_digest
+from regraft.data.sources import ShardMember, Source
 from regraft.frontier.replay import Recording
 from regraft.surgery.rewired import EditedModule
 
+MAX_WAITING = 4096  # files that are submitted to the threads at once; each costs a kilobyte until it is done
 VERSION = 2  # of the computation and the stored format, notes included
 
 
-def features_key(prefix_digest: str, files: Sequence[Path], **circumstances: Any) -> str:
+def features_key(prefix_digest: str, files: Sequence[Source], **circumstances: Any) -> str:
     """Return the key of the outputs of a constant part for these files.
 
     Args:
         prefix_digest: `network_digest` of the constant part.
-        files: The photos, in order; only their contents enter the key, not their names.
+        files: The photos, in order; only their contents enter the key, not their names. Of photos in shards,
+            what tells a change of the shard (path, size, times) and the place in it: no shard is read for its key.
         **circumstances: Further JSON data that the values depend on, such as the preprocessing.
     """
     content = {
@@ -69,14 +71,19 @@ def _sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(words).sum(dtype=torch.int64)
 
 
-def file_digests(files: Sequence[Path]) -> list[str]:
+def file_digests(files: Sequence[Source]) -> list[str]:
     """Return a digest of the content of each file, in order; empty for a file that cannot be read."""
+    digests: list[str] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(_file_digest, files))
+        for start in range(0, len(files), MAX_WAITING):
+            digests += pool.map(_file_digest, files[start : start + MAX_WAITING])
+    return digests
 
 
-def _file_digest(file: Path) -> str:
+def _file_digest(file: Source) -> str:
     try:
+        if isinstance(file, ShardMember):
+            return hashlib.sha256(file.version().encode()).hexdigest()
         return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
     except OSError:
         return ""

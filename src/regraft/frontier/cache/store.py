@@ -25,10 +25,10 @@ import platformdirs
 import torch
 
 from regraft.checkpoint.file.positioned import read_at
-from regraft.errors import RunError
+from regraft.errors import ConfigError, RunError
 
 ENTRY = "entry.json"
-LIMIT_BYTES = 20 * 2**30  # for all entries together
+LIMIT_GIB = 20  # for all entries together, unless REGRAFT_CACHE_GIB says another number
 CHUNK_BYTES = 16 * 2**20  # small writes are joined into chunks of this size; each has one checksum
 STALE_S = 24 * 3600  # age after which an unfinished write counts as crashed
 RETRY_ADVICE = "Start the run again: what it kept is checked, and computed anew where it is damaged."
@@ -132,9 +132,9 @@ class EntryInfo:
 class Store:
     """A folder of entries; the least recently used are deleted when it grows too large."""
 
-    def __init__(self, folder: Path | None = None, limit_bytes: int = LIMIT_BYTES) -> None:
+    def __init__(self, folder: Path | None = None, limit_bytes: int | None = None) -> None:
         self.folder = folder or default_folder()
-        self.limit_bytes = limit_bytes
+        self.limit_bytes = limit_bytes if limit_bytes is not None else default_limit_bytes()
 
     def find(self, key: str) -> CacheEntry | None:
         """Return the entry of a key after checking all of its checksums; a damaged one is deleted."""
@@ -286,6 +286,22 @@ class EntryWriter:
 def default_folder() -> Path:
     """Return the cache folder: `REGRAFT_CACHE`, or `regraft` in the user's cache directory."""
     return Path(os.environ.get("REGRAFT_CACHE") or platformdirs.user_cache_path("regraft", appauthor=False))
+
+
+def default_limit_bytes() -> int:
+    """Return the bytes that all entries may take together.
+
+    Raises:
+        ConfigError: `REGRAFT_CACHE_GIB` is not a number of GiB.
+    """
+    text = os.environ.get("REGRAFT_CACHE_GIB") or str(LIMIT_GIB)
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = math.nan
+    if not 0 <= gib < math.inf:
+        raise ConfigError(f"REGRAFT_CACHE_GIB is '{text}', expected the GiB that the cache may take, as 200.")
+    return round(gib * 2**30)
 
 
 def _delete(folder: Path) -> None:

@@ -5,7 +5,7 @@ For known losses, they are converted to what the loss expects; unsuitable target
 losses get the targets unchanged.
 """
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from typing import Any, Literal, cast
 
 import torch
@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset, default_collate
 
-from regraft.data.folders import Task
+from regraft.data.items import ItemCollate, length_of
+from regraft.data.samples import Task
 from regraft.errors import DataError
 from regraft.training.losses import FocalLoss, Loss, OnColumns, check_loss
 from regraft.wording import for_caller, option
@@ -210,10 +211,11 @@ def _task_of_rows(targets: torch.Tensor) -> Task:
 def labels_in_memory(data: Any) -> torch.Tensor | None:
     """Return all labels of a dataset or loader whose items are in memory, without calling user code; else None."""
     if isinstance(data, DataLoader):
-        if data.batch_size is None or data.collate_fn is not default_collate:
+        is_plain = data.collate_fn is default_collate or isinstance(data.collate_fn, ItemCollate)
+        if data.batch_size is None or not is_plain:
             return None
         return labels_in_memory(data.dataset)
-    if isinstance(data, Sized) and len(data) > MAX_SCANNED:
+    if (length_of(data) or 0) > MAX_SCANNED:
         return None
     if isinstance(data, TensorDataset):
         return data.tensors[1] if len(data.tensors) == 2 else None

@@ -156,7 +156,7 @@ class Extractor:
             return FeatureWriter(None, key, size, in_memory=True, progress=self.progress)
         raise ModelError(
             f"{size / 2**30:.1f} GiB for what is computed once fit neither into memory nor on the disk "
-            "(REGRAFT_CACHE names another folder)"
+            "(REGRAFT_CACHE names another folder, REGRAFT_CACHE_GIB a limit other than 20 GiB)"
         )
 
     def _features(

@@ -8,7 +8,7 @@ from regraft.anatomy.model_facts import ModelFacts
 from regraft.card import card_of
 from regraft.checkpoint.create import create_model, is_checkpoint
 from regraft.checkpoint.matching.naming import parse_rules
-from regraft.data.folders import Listing
+from regraft.data.samples import Listing
 from regraft.surgery.head import replace_head
 from regraft.training.config import TrainConfig
 

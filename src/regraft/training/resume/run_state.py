@@ -13,6 +13,7 @@ from torch import nn
 
 from regraft.card import attach
 from regraft.checkpoint.file.tree import Tree
+from regraft.data.sources import Source
 from regraft.training.metrics import ClassMetrics, Metrics
 from regraft.training.result import EpochRecord
 from regraft.training.steps.tally import Tally
@@ -37,7 +38,7 @@ class Best:
     metrics: Metrics
     outputs: torch.Tensor
     targets: torch.Tensor
-    paths: tuple[Path, ...]
+    paths: tuple[Source, ...]
     tensors: dict[str, torch.Tensor]
 
     def load_into(self, model: nn.Module) -> None:

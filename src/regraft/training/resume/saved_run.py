@@ -7,7 +7,6 @@ options and of the data tells whether the state belongs to the resumed run.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import torch
 
 from regraft.checkpoint.file.format import RUN_CHECKPOINT, RUN_STATES
 from regraft.checkpoint.file.tree import Tree, snapshot
-from regraft.data.folders import Sample
+from regraft.data.items import length_of
+from regraft.data.sources import relative_name, size_of
 from regraft.errors import CheckpointError, ConfigError, DataError
 from regraft.frontier.cache.key import sum_of_bits
 from regraft.progress import SILENT, Progress
@@ -217,6 +217,10 @@ def restore_state(saved_run: SavedRun, setup: TrainSetup) -> tuple[RunState, boo
         The progress of the run, and whether layers have been unfrozen since it began.
     """
     tree, run_state = saved_run.tree, RunState.from_tree(saved_run.tree["standing"])
+    if run_state.best is not None:  # the state holds the paths as text
+        sources = {str(path): path for path in setup.train_data.paths}
+        paths = tuple(sources.get(str(path), path) for path in run_state.best.paths)
+        run_state.best = dataclasses.replace(run_state.best, paths=paths)
     has_thawed = False
     if setup.unfreezing is not None:  # repeat the unfreezing so far, so that the optimizer has the same param groups
         for epoch in range(1, run_state.epoch + (run_state.step > 0)):
@@ -248,18 +252,11 @@ def _data_digest(train_data: TrainData) -> str:
         folder = root if root.is_dir() else root.parent
         for photos in train_data.photos:
             for sample in photos.samples:
-                path = sample.path.relative_to(folder) if sample.path.is_relative_to(folder) else sample.path
-                digest.update(f"{path}\t{sample.target}\t{_size(sample)}\n".encode(errors="replace"))
+                name = relative_name(sample.path, folder)
+                digest.update(f"{name}\t{sample.target}\t{size_of(sample.path)}\n".encode(errors="replace"))
         return digest.hexdigest()
     for part in (train_data.train, train_data.validation):
         dataset: Any = getattr(part, "dataset", None)
         for sized in (part, dataset):
-            digest.update(f"{len(sized) if isinstance(sized, Sized) else None};".encode())
+            digest.update(f"{length_of(sized)};".encode())
     return digest.hexdigest()
-
-
-def _size(sample: Sample) -> int:
-    try:
-        return sample.path.stat().st_size
-    except OSError:
-        return -1
