@@ -36,6 +36,14 @@ class Sample:
     target: Target
 
 
+def size_of(sample: Sample) -> int:
+    """Return the bytes of a photo's file; -1 where it cannot be read."""
+    try:
+        return sample.path.stat().st_size
+    except OSError:
+        return -1
+
+
 @dataclass(frozen=True)
 class Listing:
     """The contents of a folder or a table.

@@ -17,8 +17,10 @@ from regraft.progress import Progress
 from regraft.training.checks.targets import class_labels, ignored_label, kind_of
 from regraft.training.config import TrainConfig
 from regraft.training.fault_tolerance import FaultTolerantReader
+from regraft.training.features.batches import FeatureBatches
 from regraft.training.loop import score, train_epoch
 from regraft.training.metrics import Metrics, measure
+from regraft.training.ranks.group import NO_ROWS
 from regraft.training.result import EpochRecord, FitResult
 from regraft.training.resume.rng import random_states, set_random_states
 from regraft.training.resume.run_folder import RunFolder
@@ -98,6 +100,7 @@ def train(run: Run, saved_run: SavedRun | None) -> FitResult:
             state_writer.wait()
             hint = f" {_resume_hint(run)}" if _can_continue(state_writer) else ""
             stopped = type(error)(f"{error}{hint}")
+            stopped.is_told = error.is_told
             _attach_result(run, first_data, state_writer, stopped)
             raise stopped from error
         except Exception as error:  # of the caller's loss or dataset, or of torch: raised as it is
@@ -144,6 +147,8 @@ def _run_epoch(run: Run, epoch: int, reader: FaultTolerantReader, state_writer: 
     run_state, began = run.run_state, time.perf_counter()
     with run_state.phase("reading"):
         setup = run.setup = _refresh_setup(run, epoch)
+    ranks = setup.live_compute.ranks
+    run.signals.agreed = ranks.agree_on(lambda: run.signals.noted)
     with run_state.phase("training"):
         train_loss = train_epoch(
             setup.live,
@@ -162,6 +167,7 @@ def _run_epoch(run: Run, epoch: int, reader: FaultTolerantReader, state_writer: 
         outputs, targets = _align_for_metrics(
             setup, *score(setup.live, _validation_batches(run, reader), setup.live_compute)
         )
+        reader.merge(ranks)
         metrics = measure(outputs, targets, _class_names(setup, outputs))
         _require_finite(metrics, setup)
     lr, seconds = setup.optimizer.param_groups[0]["lr"], time.perf_counter() - began
@@ -186,17 +192,22 @@ def _run_epoch(run: Run, epoch: int, reader: FaultTolerantReader, state_writer: 
 
 def _train_batches(run: Run, reader: FaultTolerantReader, state_writer: StateWriter) -> Iterator[Any]:
     """Yield the remaining batches of the epoch; between steps, save states and stop if requested."""
-    run_state, batches = run.run_state, run.setup.train_data.train
+    run_state, batches, ranks = run.run_state, run.setup.train_data.train, run.setup.live_compute.ranks
+    if ranks.size > 1 and isinstance(batches, FeatureBatches) and not run.config.mixup:
+        batches = batches.shared(ranks)
     sampler: Any = getattr(batches, "sampler", None)
     if hasattr(sampler, "set_epoch"):
         sampler.set_epoch(run_state.epoch)
     if run_state.states is None:
         run_state.states = random_states(batches, run.setup.train_data.validation)
+        if ranks.size > 1:  # all ranks draw the same order, and the same mixup
+            run_state.states = ranks.from_first(lambda: run_state.states)
+            set_random_states(run_state.states, batches, run.setup.train_data.validation)
     read = reader.read(batches, run_state.states, done=run_state.step, min_photos=2)  # batch norm needs two
     total = len(batches) - run_state.step if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
     for batch in run.progress.track(read, _step_name(run), total):
-        if batch is not None:
-            yield batch
+        if batch is not None or ranks.size > 1:
+            yield batch if batch is not None else NO_ROWS
         run_state.step += 1  # the step of a batch is complete when the next batch is requested
         run.signals.stop_if_requested()
         if state_writer.is_due_within_epoch():
@@ -205,15 +216,17 @@ def _train_batches(run: Run, reader: FaultTolerantReader, state_writer: StateWri
 
 def _validation_batches(run: Run, reader: FaultTolerantReader) -> Iterator[Any]:
     """Yield the validation batches; a run that is stopped here repeats the validation when it is resumed."""
-    batches = run.setup.train_data.validation
+    batches, ranks = run.setup.train_data.validation, run.setup.live_compute.ranks
+    if ranks.size > 1 and isinstance(batches, FeatureBatches):
+        batches = batches.shared(ranks)
     states = random_states(batches)
     total = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
     for batch in run.progress.track(reader.read(batches, states), f"checking {_step_name(run)}", total):
         if run.signals.received is not None:
             set_random_states(states)
             run.signals.stop_if_requested()
-        if batch is not None:
-            yield batch
+        if batch is not None or ranks.size > 1:
+            yield batch if batch is not None else NO_ROWS
 
 
 def _refresh_setup(run: Run, epoch: int) -> TrainSetup:
@@ -236,7 +249,7 @@ def _repartition(run: Run) -> TrainSetup:
     setup = run.setup
     with preserved_randomness():  # so that a cache hit and a computation leave the same random state
         extractor, _ = make_extractor(setup.facts, setup.train_data.photos, run.config, setup.compute, run.progress)
-        train_data = with_features(setup.train_data, run.config, run.progress, extractor)
+        train_data = with_features(setup.train_data, run.config, run.progress, setup.compute.ranks, extractor)
     live = train_data.frontier.parts.suffix if train_data.frontier is not None else setup.model
     return replace(setup, train_data=train_data, live=live)
 

@@ -28,6 +28,8 @@ from regraft.training.micro_batch import (
     rows,
     single_samples_refused,
 )
+from regraft.training.ranks.group import SINGLE, OwnRows, Ranks
+from regraft.training.ranks.steps import SharedLive, SharedStep
 from regraft.wording import option
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -43,12 +45,14 @@ class ComputeContext:
         has_channels_last: Whether feature maps (N, C, H, W) are in channels-last memory format, in which convolutions
             are faster, and equal up to rounding.
         input_dtype: Type to which floating-point images are cast; None: no cast.
+        ranks: The processes that share the computation.
     """
 
     device: torch.device
     autocast_dtype: torch.dtype | None = None
     has_channels_last: bool = False
     input_dtype: torch.dtype | None = None
+    ranks: Ranks = SINGLE
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which forward passes run."""
@@ -127,27 +131,32 @@ def train_epoch(
     """
     model.train()
     tally = tally if tally is not None else Tally()
-    for inputs, targets in batches:
+    shared = SharedLive(model, optimizer, compute.ranks) if compute.ranks.size > 1 else None
+    for batch in batches:
+        inputs, targets = batch
         tally.steps += 1
-        targets = targets.to(compute.device)
-        batch = apply_mixup(inputs, targets, mixup)
+        whole = apply_mixup(inputs, targets.to(compute.device), mixup)
+        own = whole if isinstance(batch, OwnRows) else whole.part(compute.ranks.share_of_batch(len(whole)))
         optimizer.zero_grad()
         try:
-            loss = _backward(model, batch, criterion, scaler, compute, tally, progress)
+            loss, count = _backward(model, own, criterion, scaler, compute, tally, progress, shared)
         except SingleSampleError:
             _skip_step(optimizer, schedule)
             progress.say("left out   a batch of one photo: batch norm cannot learn from one alone")
+            continue
+        if shared is not None and count == 0:  # no rank could read any of its photos
+            tally.steps -= 1
             continue
         if math.isfinite(loss) and (on_nan == "stop" or _has_finite_gradients(optimizer, scaler)):
             scaler.step(optimizer)
             scaler.update()
             mark_as_stepped(optimizer)  # a scaler may skip a step
-            tally.total, tally.count = tally.total + loss * len(targets), tally.count + len(targets)
+            tally.total, tally.count = tally.total + loss * count, tally.count + count
         elif on_nan == "stop":
             rate = optimizer.param_groups[0]["lr"]
             raise LossError(
                 f"the loss is {loss} at step {tally.steps} of this epoch (learning rate {rate:.3g}). "
-                f"{_first_nonfinite_layer(model, batch.inputs, compute)} Try a tenth of the learning "
+                f"{_first_nonfinite_layer(model, own.inputs, compute)} Try a tenth of the learning "
                 f"rate, {option('precision', 'fp32')}, or look for extreme values in the data and the loss; "
                 f"{option('on_nan', 'skip')} leaves such steps out."
             )
@@ -156,6 +165,8 @@ def train_epoch(
             _skip_step(optimizer, schedule)
             continue
         schedule.step()
+    if shared is not None:
+        shared.finish()
     if tally.steps and not tally.count and not tally.skipped:
         raise DataError(SINGLE_SAMPLE_MESSAGE)
     if tally.skipped and not tally.count:
@@ -178,13 +189,19 @@ def _backward(
     compute: ComputeContext,
     tally: Tally,
     progress: Progress,
-) -> float:
-    """Compute the gradients of a batch, and return its loss; the micro-batch size is halved on out-of-memory.
+    shared: SharedLive | None,
+) -> tuple[float, int]:
+    """Compute the gradients of a batch; the micro-batch size is halved on out-of-memory.
+
+    Returns:
+        The loss and the number of samples of the batch: with several ranks, of which `batch` has the rows of this one,
+        those of the whole batch.
 
     Raises:
         SingleSampleError: The batch is a single sample, on which the network cannot be trained.
     """
     count = len(batch)
+    step = SharedStep(shared, batch) if shared is not None else None
 
     def forward(inputs: Inputs) -> torch.Tensor:
         size = len(inputs if isinstance(inputs, torch.Tensor) else inputs[0])
@@ -200,15 +217,19 @@ def _backward(
 
     while True:
         try:
-            parts = batch.split(tally.at_a_time or count, min_size=tally.min_at_a_time)
+            parts = batch.split(tally.at_a_time or max(count, 1), min_size=tally.min_at_a_time)
+            if step is not None:
+                return step.backward(forward, loss_of, parts, scaler.scale), step.count
             is_mean = len(parts) == 1 or is_mean_over_samples(criterion, batch.targets)
-            return backward_in_parts(forward, loss_of, model, batch, parts, scaler.scale, is_mean=is_mean)
+            return backward_in_parts(forward, loss_of, model, batch, parts, scaler.scale, is_mean=is_mean), count
         except torch.OutOfMemoryError as error:
             at_a_time = min(count, tally.at_a_time or count)
             tally.at_a_time = _halved_size(at_a_time, compute, error, min_size=tally.min_at_a_time)
             message = f"{compute.device} has none for {at_a_time} photos at a time: {tally.at_a_time} from here on"
         except SingleSampleError:
-            if count == 1:
+            if count <= 1 or (step is not None and step.is_refused):
+                if step is not None:
+                    step.refuse()
                 raise
             tally.min_at_a_time, tally.at_a_time = 2, max(2, tally.at_a_time or 2)
             message = "batch norm cannot learn from one photo alone: two or more from here on"
@@ -290,8 +311,11 @@ def score(
     outputs: list[torch.Tensor] = []
     expected: list[torch.Tensor] = []
     with evaluation_mode(model), torch.inference_mode(), compute.autocast():
-        for inputs, targets in batches:
-            outputs += _scores(model, inputs, len(targets), compute)
+        for batch in batches:
+            inputs, targets = compute.ranks.own_rows(batch)
+            scores = _scores(model, inputs, len(targets), compute) if len(targets) else []
+            scores, targets = compute.ranks.rows_of_all(scores, targets)
+            outputs += scores
             expected.append(targets.cpu())
     return torch.cat(outputs), torch.cat(expected)
 

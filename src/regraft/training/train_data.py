@@ -27,7 +27,8 @@ from regraft.training.features.frontier import Frontier
 from regraft.training.features.pixels import read_or_load
 from regraft.training.loop import Inputs
 from regraft.training.losses import Loss
-from regraft.training.partial_batches import PartialBatch, fault_tolerant_loader
+from regraft.training.partial_batches import PartialBatch, SharedPhotos, fault_tolerant_loader
+from regraft.training.ranks.group import MIN_ROWS, SINGLE, Ranks
 from regraft.training.resume.rng import random_states, set_random_states
 from regraft.wording import for_caller, option
 
@@ -78,16 +79,19 @@ def load_train_data(
     preprocessing: Preprocessing,
     config: TrainConfig,
     progress: Progress,
+    ranks: Ranks = SINGLE,
     extractor: Extractor | None = None,
 ) -> TrainData:
     """Decode the photos of a folder, or use datasets and loaders as they are.
+
+    Of several ranks, each decodes its share, and all get all photos.
 
     With an extractor, the batches hold the features of its constant part instead of images (`FeatureBatches`).
     """
     parts = _photos_of(data, listing, preprocessing, config)
     if parts is None:
         return _from_batches(data, config)
-    train_data = _from_photos(parts, config, progress, extractor)
+    train_data = _from_photos(parts, config, progress, ranks, extractor)
     if listing is None:
         return train_data
     assert train_data.photos is not None
@@ -96,11 +100,11 @@ def load_train_data(
 
 
 def with_features(
-    train_data: TrainData, config: TrainConfig, progress: Progress, extractor: Extractor | None
+    train_data: TrainData, config: TrainConfig, progress: Progress, ranks: Ranks, extractor: Extractor | None
 ) -> TrainData:
     """Return the same photos with the features of a new extractor, after the network's flags have changed."""
     assert train_data.photos is not None
-    fresh = _from_photos(train_data.photos, config, progress, extractor)
+    fresh = _from_photos(train_data.photos, config, progress, ranks, extractor)
     unreadable = train_data.unreadable + fresh.unreadable
     return replace(fresh, task=train_data.task, listing=train_data.listing, unreadable=unreadable)
 
@@ -122,7 +126,7 @@ def _photos_of(
 
 
 def _from_photos(
-    parts: tuple[Photos, Photos], config: TrainConfig, progress: Progress, extractor: Extractor | None
+    parts: tuple[Photos, Photos], config: TrainConfig, progress: Progress, ranks: Ranks, extractor: Extractor | None
 ) -> TrainData:
     """Decode photos that are not decoded yet, or compute their features, and make batches of either."""
     store = Store() if config.cache else None
@@ -134,7 +138,7 @@ def _from_photos(
             computed, part, failed = extractor.features_of(photos, description)
             features.append(computed)
         else:
-            part, failed = read_or_load(photos, store, description=description, progress=progress)
+            part, failed = read_or_load(photos, store, ranks, description=description, progress=progress)
         readable.append(part)
         unreadable += failed
     _require_readable(unreadable, sum(map(len, parts)), config.max_unreadable)
@@ -145,8 +149,12 @@ def _from_photos(
         batches: Iterable[Any] = FeatureBatches(frontier.train, train, config.batch_size, sampler)
         validation_batches: Iterable[Any] = FeatureBatches(frontier.validation, validation, VALIDATION_BATCH_SIZE)
     else:
-        batches = fault_tolerant_loader(train, config.batch_size, shuffle_seed=config.seed, workers=config.workers)
-        validation_batches = fault_tolerant_loader(validation, config.batch_size, workers=config.workers)
+        # Mixup blends photos of the whole batch, which every rank reads then.
+        train_ranks, workers = SINGLE if config.mixup else ranks, config.workers
+        batches = fault_tolerant_loader(
+            train, config.batch_size, train_ranks, shuffle_seed=config.seed, workers=workers
+        )
+        validation_batches = fault_tolerant_loader(validation, config.batch_size, ranks, workers=workers)
     return TrainData(
         batches,
         validation_batches,
@@ -204,6 +212,9 @@ def first_batch(batches: Iterable[Any]) -> tuple[Inputs, torch.Tensor]:
     readable = (batch.batch if isinstance(batch, PartialBatch) else batch for batch in batches)
     try:
         first = next((batch for batch in readable if batch is not None), None)
+        if first is None and isinstance(photos := getattr(batches, "dataset", None), SharedPhotos):
+            few = [photos[index] for index in range(min(MIN_ROWS, len(photos)))]  # no batch has rows for this rank
+            first = batches.collate_fn(few)  # pyright: ignore[reportAttributeAccessIssue]
     except TypeError as error:
         if "default_collate" not in str(error):
             raise

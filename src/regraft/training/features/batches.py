@@ -5,6 +5,7 @@ returned in one form: on the network's device, in the dtypes that its constant p
 weights of the live part expect these, inside of autocast, which casts by itself, and outside of it.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from regraft.data.photos import Photos, SeededShuffle, leaves_one
 from regraft.frontier.cache.precision import unpacked
 from regraft.frontier.cache.store import Rows
 from regraft.train_options import CachePrecision
+from regraft.training.ranks.group import NO_ROWS, SINGLE, OwnRows, Ranks
 
 CPU = torch.device("cpu")
 
@@ -84,6 +86,13 @@ class FeatureBatches:
         self.features, self.dataset, self.batch_size, self.sampler = features, photos, batch_size, sampler
         self.targets = torch.tensor([sample.target for sample in photos.samples]).to(features.device)
         self._drops_last = sampler is not None and leaves_one(len(photos), batch_size)
+        self._ranks = SINGLE
+
+    def shared(self, ranks: Ranks) -> "FeatureBatches":
+        """Return the same batches, of which a rank reads its rows (`OwnRows`)."""
+        batches = copy.copy(self)
+        batches._ranks = ranks
+        return batches
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.dataset), self.batch_size)
@@ -95,7 +104,12 @@ class FeatureBatches:
         begun = self.sampler.first // self.batch_size if self.sampler else 0
         for step in range(begun, len(self)):
             part = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            yield self.pick(order[part], draws[part])
+            indices, seeds = order[part], draws[part]
+            if self._ranks.size == 1:
+                yield self.pick(indices, seeds)
+                continue
+            own = self._ranks.share_of_batch(len(indices))
+            yield OwnRows(*self.pick(indices[own], seeds[own])) if own.start < own.stop else NO_ROWS
 
     def pick(self, indices: torch.Tensor, draws: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """Return features and targets of photos by index, in the views that `draws` stand for, modulo V."""

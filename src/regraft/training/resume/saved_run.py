@@ -16,7 +16,7 @@ import torch
 
 from regraft.checkpoint.file.format import RUN_CHECKPOINT, RUN_STATES
 from regraft.checkpoint.file.tree import Tree, snapshot
-from regraft.data.folders import Sample
+from regraft.data.folders import size_of
 from regraft.errors import CheckpointError, ConfigError, DataError
 from regraft.frontier.cache.key import sum_of_bits
 from regraft.progress import SILENT, Progress
@@ -243,17 +243,10 @@ def _data_digest(train_data: TrainData) -> str:
         for photos in train_data.photos:
             for sample in photos.samples:
                 path = sample.path.relative_to(folder) if sample.path.is_relative_to(folder) else sample.path
-                digest.update(f"{path}\t{sample.target}\t{_size(sample)}\n".encode(errors="replace"))
+                digest.update(f"{path}\t{sample.target}\t{size_of(sample)}\n".encode(errors="replace"))
         return digest.hexdigest()
     for part in (train_data.train, train_data.validation):
         dataset: Any = getattr(part, "dataset", None)
         for sized in (part, dataset):
             digest.update(f"{len(sized) if isinstance(sized, Sized) else None};".encode())
     return digest.hexdigest()
-
-
-def _size(sample: Sample) -> int:
-    try:
-        return sample.path.stat().st_size
-    except OSError:
-        return -1

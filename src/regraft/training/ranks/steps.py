@@ -1,0 +1,180 @@
+"""A training step of several ranks: that of the whole batch, of which each rank has a part of the rows.
+
+Each rank runs the network on its rows. The outputs (N, K) of all ranks, which are few numbers, are exchanged, and every
+rank computes the loss of the whole batch on them: so every loss is that of the batch, whether it is a mean over samples
+or not, and however uneven the parts are, and all ranks agree whether it is finite. The gradient of the loss by a rank's
+own outputs goes back through its network, and DDP adds up the gradients by the weights while they come.
+
+DDP wraps a module that holds the trained parameters alone. It has no buffers, so that no running statistic is
+overwritten in every step; and parameters that the outputs do not depend on, such as those of an auxiliary head, are not
+in it, because DDP waits for the gradient of each. It is built anew when other parameters are trained: those that were
+thawed later would drift apart, as they are unknown to it.
+"""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from regraft.anatomy.modes import preserved_randomness
+from regraft.training.micro_batch import Batch, Inputs, SingleSampleError, buffers_restored, rows
+from regraft.training.ranks.group import MIN_ROWS, Ranks
+
+Forward = Callable[[Inputs], torch.Tensor]
+
+
+class _Trained(nn.Module):
+    """What DDP wraps: the trained parameters, and a forward that is passed in."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.trained = nn.ParameterList(parameters)
+
+    def forward(self, forward: Forward | None, inputs: Inputs | None) -> torch.Tensor:
+        if forward is None or inputs is None:  # without rows: zeros, for which DDP waits like for the others
+            return torch.stack([parameter.sum() * 0 for parameter in self.trained]).sum()
+        return forward(inputs)
+
+
+class SharedLive:
+    """The live part of a network that several ranks train together, for an epoch.
+
+    Args:
+        model: The live part; from here on it has the weights and buffers of rank 0.
+        optimizer: Its optimizer; its state becomes that of rank 0.
+        ranks: The ranks.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+        self.model, self.ranks = model, ranks
+        self._wrapped: DistributedDataParallel | None = None
+        states = (optimizer.state[parameter] for group in optimizer.param_groups for parameter in group["params"])
+        tensors = (state[name] for state in states for name in sorted(state) if isinstance(state[name], torch.Tensor))
+        ranks.broadcast([*model.parameters(), *model.buffers(), *tensors])
+
+    def finish(self) -> None:
+        """Take the running statistics of rank 0, which are evaluated and saved."""
+        self.ranks.broadcast(self.model.buffers())
+
+    def wrapped(self, forward: Forward, batch: Batch) -> DistributedDataParallel | None:
+        """Return the parameters in DDP; it is built with the first rows. None as long as no rank has any."""
+        if self._wrapped is None:
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            source = next((rank for rank, count in enumerate(self.ranks.objects(len(batch))) if count), None)
+            if source is None:
+                return None
+            own = self._reached(forward, batch, trained) if source == self.ranks.rank else None
+            reached = self.ranks.objects(own)[source]
+            if reached is None:
+                raise SingleSampleError
+            self._wrapped = DistributedDataParallel(
+                _Trained([parameter for parameter, is_reached in zip(trained, reached, strict=True) if is_reached])
+            )
+        return self._wrapped
+
+    def _reached(self, forward: Forward, batch: Batch, trained: list[nn.Parameter]) -> list[bool] | None:
+        """Return whether the outputs depend on each parameter; None where the network refuses the rows."""
+        few = rows(batch.inputs, slice(0, MIN_ROWS))
+        try:
+            with buffers_restored(self.model), preserved_randomness(), torch.enable_grad():
+                gradients = torch.autograd.grad(forward(few).sum(), trained, allow_unused=True)
+        except SingleSampleError:
+            return None
+        return [gradient is not None for gradient in gradients]
+
+
+class SharedStep:
+    """One step on the rows of this rank, which may be attempted several times if memory is short.
+
+    Args:
+        live: The live part on all ranks.
+        batch: The rows of this rank; possibly none.
+    """
+
+    def __init__(self, live: SharedLive, batch: Batch) -> None:
+        self._live, self._batch = live, batch
+        # Every rank draws the same number here, and other masks of dropout with it; all go on alike afterwards.
+        self._seed = (int(torch.randint(2**31, ())) + live.ranks.rank) % 2**32
+        self._gradient: torch.Tensor | None = None
+        self._loss = 0.0
+        self.count = 0  # rows of the whole batch; 0 before the exchange
+        self.is_refused = False  # by the network of some rank, as all of them know
+
+    def refuse(self) -> None:
+        """Tell the other ranks that this one cannot train on its rows."""
+        if not self.is_refused:
+            self._live.ranks.exchange(None, phase="training", is_refused=True)
+
+    def backward(
+        self,
+        forward: Forward,
+        loss_of: Callable[[torch.Tensor, Batch], torch.Tensor],
+        parts: list[Batch],
+        scale: Callable[[torch.Tensor], torch.Tensor],
+    ) -> float:
+        """Add up the gradients of the whole batch's loss on all ranks, and return that loss.
+
+        Args:
+            forward: Function from inputs to outputs.
+            loss_of: Function from outputs and their batch to the loss.
+            parts: The rows of this rank, in parts that fit into memory.
+            scale: Scales a loss before its backward pass.
+
+        Raises:
+            SingleSampleError: A rank cannot train on its rows.
+        """
+        live, batch = self._live, self._batch
+        try:
+            wrapped = live.wrapped(forward, batch)
+        except SingleSampleError:
+            self.is_refused = True
+            raise
+        outputs = None
+        if len(batch) and (len(parts) > 1 or self._gradient is not None):
+            if self._gradient is None:
+                with buffers_restored(live.model), torch.no_grad(), preserved_randomness(self._seed):
+                    outputs = torch.cat([forward(part.inputs) for part in parts])
+        elif len(batch) and wrapped is not None:
+            with preserved_randomness(self._seed):
+                outputs = wrapped(forward, batch.inputs)
+        if self._gradient is None:
+            self._exchange(outputs, loss_of, scale)
+        if self._gradient is None or wrapped is None:  # the loss is not finite, or no rank has rows
+            return self._loss
+        with live.ranks.naming_failures():
+            if not len(batch):
+                wrapped(None, None).backward()
+            elif len(parts) == 1 and outputs is not None:
+                outputs.backward(self._gradient)
+            else:
+                with preserved_randomness(self._seed):
+                    for part, gradient in zip(parts, self._gradient.split([len(part) for part in parts]), strict=True):
+                        with contextlib.nullcontext() if part is parts[-1] else wrapped.no_sync():
+                            wrapped(forward, part.inputs).backward(gradient)
+        return self._loss
+
+    def _exchange(
+        self,
+        outputs: torch.Tensor | None,
+        loss_of: Callable[[torch.Tensor, Batch], torch.Tensor],
+        scale: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Compute the loss of the whole batch, and its gradient by the outputs of this rank."""
+        ranks, batch = self._live.ranks, self._batch
+        own_rows = None if outputs is None else (outputs.detach(), batch.targets, batch.others)
+        whole, own, self.is_refused = ranks.exchange(own_rows, phase="training")
+        if self.is_refused:
+            raise SingleSampleError
+        if not whole:
+            return
+        scores, targets, others = whole
+        leaf = scores[own].clone().requires_grad_()
+        scores = torch.cat([scores[: own.start], leaf, scores[own.stop :]])
+        loss = loss_of(scores, Batch(scores, targets, others, batch.share))
+        self._loss, self.count = loss.item(), len(targets)
+        if loss.isfinite():
+            # DDP divides by the number of ranks, as if each had a loss of its own.
+            (gradient,) = torch.autograd.grad(scale(loss), leaf, allow_unused=True)
+            self._gradient = (torch.zeros_like(leaf) if gradient is None else gradient) * ranks.size
