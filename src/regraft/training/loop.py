@@ -131,7 +131,7 @@ def train_epoch(
     """
     model.train()
     tally = tally if tally is not None else Tally()
-    shared = SharedLive(model, optimizer, compute.ranks) if compute.ranks.size > 1 else None
+    shared = SharedLive(model, optimizer, compute.ranks, schedule.last_epoch) if compute.ranks.size > 1 else None
     for batch in batches:
         inputs, targets = batch
         tally.steps += 1
@@ -144,8 +144,7 @@ def train_epoch(
             _skip_step(optimizer, schedule)
             progress.say("left out   a batch of one photo: batch norm cannot learn from one alone")
             continue
-        if shared is not None and count == 0:  # no rank could read any of its photos
-            tally.steps -= 1
+        if shared is not None and count == 0:  # no rank can read any of its photos
             continue
         if math.isfinite(loss) and (on_nan == "stop" or _has_finite_gradients(optimizer, scaler)):
             scaler.step(optimizer)

@@ -2,8 +2,8 @@
 
 An entry is a folder with one raw file for each tensor and `entry.json`, which holds shapes, dtypes and a checksum for
 each chunk of rows. Several processes write an entry together, each a shard of the rows in files of its own, and one of
-them writes the index; any number of processes reads it. It is written under a temporary name and renamed when it is complete, so an interrupted write is
-never taken for an entry. A damaged entry is detected by its checksums and deleted.
+them the index; any number of processes reads it. It is written under a temporary name and renamed when it is complete,
+so an interrupted write is never taken for an entry. A damaged entry is detected by its checksums and deleted.
 """
 
 import contextlib

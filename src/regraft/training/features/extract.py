@@ -297,7 +297,8 @@ class _Extraction:
                 f"{option('cache_precision', 'bf16')} has"
             )
         parts = self._extractor.parts
-        holds = f"{self._count - self._first} photos × {self._views_per_photo} at {', '.join(cut.place for cut in parts.frontier)}"
+        places = ", ".join(cut.place for cut in parts.frontier)
+        holds = f"{self._count - self._first} photos × {self._views_per_photo} at {places}"
         note = {
             "unreadable": unreadable,
             "error": error,

@@ -244,11 +244,13 @@ class Ranks:
         if not ended:
             return
         reasons = "; ".join(f"rank {rank} {reason}" for rank, reason in sorted(ended.items()))
-        # A rank that failed tells so itself, and rank 0 that it stops; of a rank that was killed, any of the rest tells.
+        # A rank that failed tells so itself, and rank 0 that it stops; of a killed one, the first of the rest tells.
         was_killed = any(not reason.startswith(FAILED) for reason in ended.values())
         told_by = min(set(range(self.size)) - set(ended), default=self.rank) if was_killed else 0
         message = f"the run on {self.size} ranks has ended, because {reasons}.{advice}"
-        raise RankError(message, is_told=self.rank == told_by) from error
+        named = RankError(message, is_told=self.rank == told_by)
+        named.result = getattr(error, "result", None)
+        raise named from error
 
 
 SINGLE = Ranks()

@@ -63,7 +63,7 @@ def _note(error: BaseException, ranks: Ranks, watch: Watch) -> None:
     is_signal = isinstance(error, KeyboardInterrupt)
     if is_signal or (isinstance(error, RuntimeError) and not isinstance(error, RegraftError)):
         watch.leave(STOPPED)
-        ranks.raise_for_ended(error, f" {error}" if is_signal and str(error) else "")
+        ranks.raise_for_ended(error, str(error).partition(".")[2] if is_signal else "")
     if is_signal:
         setattr(error, "is_told", ranks.is_first)  # noqa: B010
         return

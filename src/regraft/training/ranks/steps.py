@@ -12,6 +12,8 @@ thawed later would drift apart, as they are unknown to it.
 """
 
 import contextlib
+import itertools
+import zlib
 from collections.abc import Callable
 
 import torch
@@ -45,14 +47,23 @@ class SharedLive:
         model: The live part; from here on it has the weights and buffers of rank 0.
         optimizer: Its optimizer; its state becomes that of rank 0.
         ranks: The ranks.
+        first_step: Number of steps of the run so far.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, first_step: int) -> None:
         self.model, self.ranks = model, ranks
         self._wrapped: DistributedDataParallel | None = None
+        self._seeds = itertools.count(zlib.crc32(torch.get_rng_state().numpy().tobytes()) + first_step)
         states = (optimizer.state[parameter] for group in optimizer.param_groups for parameter in group["params"])
         tensors = (state[name] for state in states for name in sorted(state) if isinstance(state[name], torch.Tensor))
         ranks.broadcast([*model.parameters(), *model.buffers(), *tensors])
+
+    def draw_seed(self) -> int:
+        """Return a seed for the masks of dropout in a step: another one on each rank.
+
+        The global random state is left alone. It stays the same on all ranks, which draw their data from it.
+        """
+        return (next(self._seeds) * self.ranks.size + self.ranks.rank) % 2**32
 
     def finish(self) -> None:
         """Take the running statistics of rank 0, which are evaluated and saved."""
@@ -65,18 +76,24 @@ class SharedLive:
             source = next((rank for rank, count in enumerate(self.ranks.objects(len(batch))) if count), None)
             if source is None:
                 return None
-            own = self._reached(forward, batch, trained) if source == self.ranks.rank else None
-            reached = self.ranks.objects(own)[source]
+            has_rows = source == self.ranks.rank
+            few = rows(batch.inputs, slice(0, MIN_ROWS))
+            reached = self.ranks.objects(self._reached(forward, few, trained) if has_rows else None)[source]
             if reached is None:
                 raise SingleSampleError
-            self._wrapped = DistributedDataParallel(
-                _Trained([parameter for parameter, is_reached in zip(trained, reached, strict=True) if is_reached])
-            )
+            used = [parameter for parameter, is_used in zip(trained, reached, strict=True) if is_used]
+            self._wrapped = DistributedDataParallel(_Trained(used))
+            # DDP orders its buckets by the first backward, and the ranks agree on them in the second forward. Here, as
+            # later a rank without rows, or short of memory, calls it at another moment than the rest.
+            with buffers_restored(self.model), preserved_randomness():
+                (self._wrapped(forward, few).sum() if has_rows else self._wrapped(None, None)).backward()
+            self._wrapped(None, None)
+            for parameter in used:
+                parameter.grad = None
         return self._wrapped
 
-    def _reached(self, forward: Forward, batch: Batch, trained: list[nn.Parameter]) -> list[bool] | None:
+    def _reached(self, forward: Forward, few: Inputs, trained: list[nn.Parameter]) -> list[bool] | None:
         """Return whether the outputs depend on each parameter; None where the network refuses the rows."""
-        few = rows(batch.inputs, slice(0, MIN_ROWS))
         try:
             with buffers_restored(self.model), preserved_randomness(), torch.enable_grad():
                 gradients = torch.autograd.grad(forward(few).sum(), trained, allow_unused=True)
@@ -95,8 +112,7 @@ class SharedStep:
 
     def __init__(self, live: SharedLive, batch: Batch) -> None:
         self._live, self._batch = live, batch
-        # Every rank draws the same number here, and other masks of dropout with it; all go on alike afterwards.
-        self._seed = (int(torch.randint(2**31, ())) + live.ranks.rank) % 2**32
+        self._seed = live.draw_seed()
         self._gradient: torch.Tensor | None = None
         self._loss = 0.0
         self.count = 0  # rows of the whole batch; 0 before the exchange

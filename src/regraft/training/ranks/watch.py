@@ -18,7 +18,7 @@ from typing import Any
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 BEAT_S = 0.5
-SILENT_S = 4.0  # without a beat until a rank counts as ended, once something has failed
+SILENT_S = 3.0  # without a beat until a rank counts as ended, once something has failed
 LOST_S = 12.0  # and while nothing has
 GRACE_S = 12.0  # from then on, for this process to end by itself
 STOPPED, FAILED = "stopped", "failed: "  # notes that ranks leave; text follows the second
