@@ -111,6 +111,7 @@ def test_cli_on_two_ranks_prints_and_writes_once(folder: Path) -> None:
     first, second = (json.loads((folder / f"answers {rank}.json").read_text())["printed"] for rank in (0, 1))
     assert json.loads(first[0])["validation"]["count"] == 18
     assert "ranks      2 processes, rank 0 on cpu, connected by gloo" in first[1]
+    assert "ranks      a batch of 32 is divided among them, and a step is that of the whole batch" in first[1]
     assert second == ["", ""]
     assert {child.name for child in (folder / "run").iterdir()} == {
         "model.safetensors",

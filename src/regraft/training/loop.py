@@ -1,6 +1,7 @@
 """The training loop, and the matching evaluation loop."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from regraft.anatomy.modes import evaluation_mode, preserved_randomness
+from regraft.anatomy.modes import evaluation_mode
 from regraft.arguments import usable_device
 from regraft.errors import DataError, LossError, ModelError, RunError
 from regraft.progress import SILENT, Progress
 from regraft.torch_internals import mark_as_stepped
 from regraft.train_options import OnNan
+from regraft.training.checks.finite import first_nonfinite_layer
 from regraft.training.checks.targets import batch_loss
 from regraft.training.losses import Loss, is_mean_over_samples
 from regraft.training.micro_batch import (
@@ -24,7 +26,6 @@ from regraft.training.micro_batch import (
     SingleSampleError,
     apply_mixup,
     backward_in_parts,
-    buffers_restored,
     rows,
     single_samples_refused,
 )
@@ -152,10 +153,10 @@ def train_epoch(
             mark_as_stepped(optimizer)  # a scaler may skip a step
             tally.total, tally.count = tally.total + loss * count, tally.count + count
         elif on_nan == "stop":
-            rate = optimizer.param_groups[0]["lr"]
+            rate, forward = optimizer.param_groups[0]["lr"], functools.partial(_forward_alone, compute=compute)
             raise LossError(
                 f"the loss is {loss} at step {tally.steps} of this epoch (learning rate {rate:.3g}). "
-                f"{_first_nonfinite_layer(model, own.inputs, compute)} Try a tenth of the learning "
+                f"{first_nonfinite_layer(model, own.inputs, forward) if len(own) else ''} Try a tenth of the learning "
                 f"rate, {option('precision', 'fp32')}, or look for extreme values in the data and the loss; "
                 f"{option('on_nan', 'skip')} leaves such steps out."
             )
@@ -262,35 +263,9 @@ def _has_finite_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.Gr
     return bool(torch.isfinite(nn.utils.get_total_norm(gradients, norm_type=math.inf)))
 
 
-def _first_nonfinite_layer(model: nn.Module, inputs: Inputs, compute: ComputeContext) -> str:
-    """Run the network once more, and describe the first layer whose output is not finite."""
-    if not _is_finite(inputs):
-        return "The inputs themselves are not finite."
-    at_fault: list[str] = []
-    names = {layer: path for path, layer in model.named_modules()}
-
-    def look(layer: nn.Module, _: object, output: object) -> None:
-        if not at_fault and not _is_finite(output):
-            at_fault.append(names[layer])
-
-    hooks = [layer.register_forward_hook(look) for layer in model.modules()]
-    try:
-        with torch.no_grad(), buffers_restored(model), preserved_randomness(), compute.autocast():
-            run(model, inputs, compute)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not at_fault:
-        return "Every layer's output is finite, so it is the loss itself."
-    where = (
-        f"'{at_fault[0]}' ({type(model.get_submodule(at_fault[0])).__name__})" if at_fault[0] else type(model).__name__
-    )
-    return f"The first layer whose output is not finite is {where}."
-
-
-def _is_finite(value: object) -> bool:
-    tensors = value if isinstance(value, (tuple, list)) else (value,)
-    return all(bool(x.isfinite().all()) for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point())
+def _forward_alone(model: nn.Module, inputs: Inputs, *, compute: ComputeContext) -> None:
+    with compute.autocast():
+        run(model, inputs, compute)
 
 
 def score(

@@ -11,6 +11,7 @@ device: the rows of all ranks are the sum of tensors in which each rank has fill
 import contextlib
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from regraft.training.micro_batch import Inputs, rows
 from regraft.training.ranks.watch import FAILED, Watch
 
 Value = TypeVar("Value")
+TIMEOUT = timedelta(hours=2)  # of an exchange: ranks may wait long for each other, and one that dies is noticed at once
 MIN_ROWS = 2  # of a rank that has any: batch norm cannot train on one
 
 
@@ -69,7 +71,7 @@ class Ranks:
     ) -> None:
         self.rank, self.size, self.device = rank, size, device
         self._watch = watch
-        self._control: Any = dist.new_group(backend="gloo") if size > 1 else None
+        self._control: Any = dist.new_group(timeout=TIMEOUT, backend="gloo") if size > 1 else None
         self._received: Callable[[], signal.Signals | None] = lambda: None
         self._stop: signal.Signals | None = None
 

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import os
 from collections.abc import Iterator
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,11 +14,10 @@ from regraft.arguments import usable_device
 from regraft.data.folders import Listing, size_of
 from regraft.errors import ConfigError, DataError, ModelError, RankError, RegraftError
 from regraft.progress import Progress
-from regraft.training.ranks.group import SINGLE, Ranks
+from regraft.training.ranks.group import SINGLE, TIMEOUT, Ranks
 from regraft.training.ranks.watch import FAILED, STOPPED, Watch, connect
 from regraft.wording import for_caller, option
 
-TIMEOUT = timedelta(hours=2)  # of one exchange: ranks may wait long for each other; one that dies is noticed at once
 VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SAME_ERROR_S = 2.0  # for which a rank waits whether rank 0 fails for the same reason
 
