@@ -43,6 +43,7 @@ OPTIONS: dict[str, Any] = {"epochs": 2, "batch_size": 6, "lr": 0.01, "image_size
 EVERYWHERE = {
     "os": {
         "PathLike",
+        "abort",
         "close",
         "cpu_count",
         "devnull",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     started = time.monotonic()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, rank_jobs.__file__, str(root)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 1, ended.stderr
     assert (root / "killed.txt").exists(), ended.stderr
     print(f"two ranks took {time.monotonic() - started:.0f} s")
@@ -83,6 +84,17 @@ def test_fit_on_two_ranks_computes_the_same_features_bit_for_bit(folder: Path) -
             for expected, tensor in zip(alone.tensors(in_memory=True), both.tensors(in_memory=in_memory), strict=True):
                 assert identical(expected, tensor[slice(None)])
                 assert identical(expected[rows], tensor[rows])
+
+
+def test_store_deletes_an_entry_of_which_one_shard_is_damaged(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "cache of 2", tmp_path / "cache")
+    store = Store(tmp_path / "cache")
+    key = store.entries()[0].key
+    assert store.find(key) is not None
+    shard = next((tmp_path / "cache" / key).glob("0.1.bin"))
+    shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 1]))
+    assert store.find(key) is None
+    assert not (tmp_path / "cache" / key).exists()
 
 
 def test_fit_in_one_process_finds_what_two_ranks_computed(folder: Path) -> None:
@@ -130,14 +142,14 @@ def test_fit_ends_where_a_rank_is_killed_and_names_it(folder: Path) -> None:
         rank_jobs.cnn(),
         rank_jobs.datasets(23),
         loss=torch.nn.functional.cross_entropy,
-        **{**rank_jobs.COMMON, "epochs": 100},
+        **{**rank_jobs.COMMON, "epochs": 12},
         out=str(folder / "killed"),
         resume=True,
     )
-    assert len(result.history) == 100
+    assert len(result.history) == 12
 
 
-def test_joined_ranks_refuses_an_environment_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_refuses_an_environment_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"WORLD_SIZE is '2' .* RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not"):
         regraft.fit(rank_jobs.cnn(), rank_jobs.datasets(23), progress=False)
@@ -156,7 +168,7 @@ def test_joined_ranks_refuses_an_environment_without_a_launcher(monkeypatch: pyt
         ("mps", 0, r"2 ranks cannot train on 'mps'.*device='cpu'"),
     ],
 )
-def test_joined_ranks_refuses_two_ranks_on_one_gpu(
+def test_launch_refuses_two_ranks_on_one_gpu(
     device: str, local: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {**ENVIRONMENT, "RANK": f"{local}", "LOCAL_RANK": f"{local}", "WORLD_SIZE": "2"}.items():

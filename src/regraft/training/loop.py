@@ -137,7 +137,11 @@ def train_epoch(
         inputs, targets = batch
         tally.steps += 1
         whole = apply_mixup(inputs, targets.to(compute.device), mixup)
-        own = whole if isinstance(batch, OwnRows) else whole.part(compute.ranks.share_of_batch(len(whole)))
+        own = (
+            whole
+            if shared is None or isinstance(batch, OwnRows)
+            else whole.part(compute.ranks.share_of_batch(len(whole)))
+        )
         optimizer.zero_grad()
         try:
             loss, count = _backward(model, own, criterion, scaler, compute, tally, progress, shared)

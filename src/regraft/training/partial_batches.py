@@ -1,6 +1,7 @@
 """Batches without the photos that became unreadable during training; these are reported beside the batch."""
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,10 @@ def fault_tolerant_loader(photos: Photos, batch_size: int, ranks: Ranks = SINGLE
     """
     place = (ranks.rank, ranks.size)
     tolerant = SharedPhotos(**vars(photos), place=place) if ranks.size > 1 else as_tolerant(photos)
+    if (
+        ranks.size > 1 and photos.pixels is None and options.get("workers") is None
+    ):  # ranks share the cores of a machine
+        options["workers"] = max(1, (os.cpu_count() or 1) // ranks.local_size)
     batches = loader(tolerant, batch_size, **options)
     batches.collate_fn = functools.partial(_collate_rest, collate=batches.collate_fn, is_shared=ranks.size > 1)
     return batches

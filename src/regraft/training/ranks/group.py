@@ -9,6 +9,7 @@ device: the rows of all ranks are the sum of tensors in which each rank has fill
 """
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from regraft.errors import RankError
+from regraft.errors import RankError, RegraftError
 from regraft.training.micro_batch import Inputs, rows
 from regraft.training.ranks.watch import FAILED, Watch
 
@@ -63,6 +64,7 @@ class Ranks:
     Attributes:
         rank: Number of this process, from 0. Rank 0 alone prints and writes.
         size: Number of processes.
+        local_size: Number of them on this machine.
         device: Device of this process; None for one process, which chooses later.
     """
 
@@ -70,6 +72,7 @@ class Ranks:
         self, rank: int = 0, size: int = 1, device: torch.device | None = None, watch: Watch | None = None
     ) -> None:
         self.rank, self.size, self.device = rank, size, device
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size)) if size > 1 else 1
         self._watch = watch
         self._control: Any = dist.new_group(timeout=TIMEOUT, backend="gloo") if size > 1 else None
         self._received: Callable[[], signal.Signals | None] = lambda: None
@@ -234,7 +237,7 @@ class Ranks:
         """
         try:
             yield
-        except RankError:
+        except RegraftError:
             raise
         except RuntimeError as error:
             self.raise_for_ended(error)

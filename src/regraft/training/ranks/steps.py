@@ -11,7 +11,6 @@ in it, because DDP waits for the gradient of each. It is built anew when other p
 thawed later would drift apart, as they are unknown to it.
 """
 
-import contextlib
 import itertools
 import zlib
 from collections.abc import Callable
@@ -21,8 +20,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from regraft.anatomy.modes import preserved_randomness
+from regraft.errors import RunError
 from regraft.training.micro_batch import Batch, Inputs, SingleSampleError, buffers_restored, rows
 from regraft.training.ranks.group import MIN_ROWS, Ranks
+from regraft.wording import option
 
 Forward = Callable[[Inputs], torch.Tensor]
 
@@ -65,6 +66,10 @@ class SharedLive:
         """
         return (next(self._seeds) * self.ranks.size + self.ranks.rank) % 2**32
 
+    def reset(self) -> None:
+        """Build DDP anew for the next step: it expects a backward after each forward, and there was none."""
+        self._wrapped = None
+
     def finish(self) -> None:
         """Take the running statistics of rank 0, which are evaluated and saved."""
         self.ranks.broadcast(self.model.buffers())
@@ -87,7 +92,7 @@ class SharedLive:
             # later a rank without rows, or short of memory, calls it at another moment than the rest.
             with buffers_restored(self.model), preserved_randomness():
                 (self._wrapped(forward, few).sum() if has_rows else self._wrapped(None, None)).backward()
-            self._wrapped(None, None)
+            self._wrapped(None, None).backward()
             for parameter in used:
                 parameter.grad = None
         return self._wrapped
@@ -158,18 +163,32 @@ class SharedStep:
         if self._gradient is None:
             self._exchange(outputs, loss_of, scale)
         if self._gradient is None or wrapped is None:  # the loss is not finite, or no rank has rows
+            live.reset()
             return self._loss
-        with live.ranks.naming_failures():
-            if not len(batch):
+        if not len(batch):
+            with live.ranks.naming_failures():
                 wrapped(None, None).backward()
-            elif len(parts) == 1 and outputs is not None:
-                outputs.backward(self._gradient)
-            else:
-                with preserved_randomness(self._seed):
-                    for part, gradient in zip(parts, self._gradient.split([len(part) for part in parts]), strict=True):
-                        with contextlib.nullcontext() if part is parts[-1] else wrapped.no_sync():
-                            wrapped(forward, part.inputs).backward(gradient)
+        elif len(parts) == 1 and outputs is not None:
+            self._backward_on_all(outputs, self._gradient)
+        else:
+            *gradients, last = self._gradient.split([len(part) for part in parts])
+            with preserved_randomness(self._seed):
+                for part, gradient in zip(parts[:-1], gradients, strict=True):
+                    with wrapped.no_sync():
+                        wrapped(forward, part.inputs).backward(gradient)
+                self._backward_on_all(wrapped(forward, parts[-1].inputs), last)
         return self._loss
+
+    def _backward_on_all(self, outputs: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Run the backward pass during which DDP adds up the gradients; it cannot be repeated on one rank alone."""
+        with self._live.ranks.naming_failures():
+            try:
+                outputs.backward(gradient)
+            except torch.OutOfMemoryError as error:
+                raise RunError(
+                    f"{outputs.device} has no memory for the backward pass of {len(outputs)} photos, for which the "
+                    f"other ranks wait. Try a smaller {option('batch_size')}."
+                ) from error
 
     def _exchange(
         self,

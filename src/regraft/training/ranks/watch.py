@@ -15,8 +15,6 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
 BEAT_S = 0.5
 SILENT_S = 3.0  # without a beat until a rank counts as ended, once something has failed
 LOST_S = 12.0  # and while nothing has
@@ -35,7 +33,7 @@ class Watch:
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self._store, self._rank, self._size = store, rank, size
-        self._lock = threading.Lock()
+        self._lock, self._answered_at = threading.Lock(), time.monotonic()
         self._beats: dict[int, tuple[int, float]] = dict.fromkeys(range(size), (0, time.monotonic()))
         self._is_left = False
         threading.Thread(target=self._run, name="ranks", daemon=True).start()
@@ -65,6 +63,8 @@ class Watch:
         """
         began = time.monotonic()
         while True:
+            if time.monotonic() - self._answered_at > SILENT_S:  # nothing can be known of the others
+                return {} if self._rank == 0 else {0: "was killed, or the launcher has ended: its store is gone"}
             notes = self._notes()
             silent = [rank for rank in range(self._size) if rank not in notes and self._silent_s(rank) >= SILENT_S]
             failed = {rank: reason for rank, reason in notes.items() if reason != STOPPED}
@@ -102,12 +102,13 @@ class Watch:
             is_lost = bool(silent - set(self._notes())) if silent and not self._is_left else False
             lost_at = (lost_at or time.monotonic()) if is_lost else None
             if lost_at is not None and time.monotonic() - lost_at > GRACE_S:
-                os._exit(1)
+                os.abort()  # no Python runs in a main thread that waits for a GPU
             time.sleep(BEAT_S)
 
     def _beat(self) -> None:
         with self._lock:
             self._store.add(f"regraft/beat/{self._rank}", 1)
+            self._answered_at = time.monotonic()
             for rank, (known, _) in self._beats.items():
                 if (count := self._store.add(f"regraft/beat/{rank}", 0)) != known:
                     self._beats[rank] = count, time.monotonic()
@@ -115,6 +116,8 @@ class Watch:
 
 def connect() -> Any:
     """Return a connection of its own to the launcher's store; None where there is no such store."""
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  # not in every build of torch
+
     with contextlib.suppress(RuntimeError, KeyError, ValueError):
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
