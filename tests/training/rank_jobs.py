@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -16,7 +17,10 @@ from torch.utils.data import TensorDataset
 
 import regraft
 import tiny
-from regraft.errors import Interrupted, RankError
+from regraft.cli.app import app
+from regraft.errors import Interrupted, RankError, RegraftError
+from regraft.frontier.cache.store import Store
+from regraft.training.features import extract
 from training.factories import StopsAt, dataset
 
 RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -58,6 +62,7 @@ def short_of_memory(model: nn.Module) -> nn.Module:
 JOBS: dict[str, Callable[[Path], tuple[nn.Module, Any, dict[str, Any]]]] = {
     "head": lambda f: (cnn("conv*"), f / "photos", {"optimizer": "adamw", "lr": None}),
     "half": lambda f: (cnn("conv1"), f / "photos", {}),
+    "caches apart": lambda f: (cnn("conv1"), f / "photos", {}),
     "views": lambda f: (cnn("conv1"), f / "photos", {"augment": "standard", "views": 2}),
     "photos": lambda f: (cnn(), f / "photos", {"augment": "standard"}),
     "mixup": lambda f: (cnn(), f / "photos", {"mixup": 0.4}),
@@ -100,11 +105,19 @@ def killing(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def messages(folder: Path) -> None:
     """Note what two ranks say where something is wrong, and what the command prints."""
     answers = {}
-    try:
-        regraft.fit(cnn(), folder / ("photos" if RANK == 0 else "other photos"), **COMMON)
-    except regraft.errors.DataError as error:
-        answers["files"] = str(error), error.rank, error.is_told
-    from regraft.cli.app import app
+
+    def fit(name: str, model: nn.Module, data: Any) -> None:
+        try:
+            regraft.fit(model, data, **COMMON)
+        except RegraftError as error:
+            answers[name] = str(error), error.rank, error.is_told
+
+    fit("files", cnn(), folder / ("photos" if RANK == 0 else "other photos"))
+    batches = [(part.tensors[0][:6], part.tensors[1][:6]) for part in datasets(12)]
+    fit("batches", cnn(), ([batches[0]] * (3 - RANK), [batches[1]]))
+    with mock.patch.object(extract, "MEMORY_BYTES", 0), mock.patch.object(Store, "has_room", lambda *_: False):
+        os.environ["REGRAFT_CACHE"] = str(folder / "empty cache")
+        fit("room", cnn("conv1"), folder / "photos")
 
     model = ("--model", f"py:{tiny.__file__}:PlainCnn", "--weights", "none", "--trust-code", "--epochs", "2")
     out, err = io.StringIO(), io.StringIO()
@@ -116,7 +129,8 @@ def messages(folder: Path) -> None:
 
 def rank(folder: Path) -> None:
     for name in JOBS:
-        cache = folder / "cache of both" if name == "half" else folder / "cache of 2"
+        caches = {"half": "cache of both", "caches apart": f"cache apart {RANK}"}
+        cache = folder / caches.get(name, "cache of 2")
         if name == STOPPED[0]:
             carry_out(name, folder, cache, out=str(folder / name), resume=True)
         elif name == STOPPED[1]:

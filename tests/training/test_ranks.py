@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rank_jobs.carry_out(name, root, cache, **again)
     os.environ["REGRAFT_CACHE"] = before or ""
     return root
+
+
+def answers(folder: Path, name: str) -> list[Any]:
+    """Return what each rank noted."""
+    return [json.loads((folder / f"answers {rank}.json").read_text(encoding="utf-8"))[name] for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("name", [name for name in rank_jobs.JOBS if name not in rank_jobs.STOPPED])
@@ -112,15 +118,24 @@ def test_fit_resumes_with_another_number_of_ranks(folder: Path) -> None:
 
 
 def test_fit_refuses_ranks_that_see_different_files(folder: Path) -> None:
-    first, second = (json.loads((folder / f"answers {rank}.json").read_text())["files"] for rank in (0, 1))
+    first, second = answers(folder, "files")
     assert "rank 1 does not have 'train/class001/003.png', and rank 0 has it." in first[0]
     assert "Give every machine the same copy of the data" in first[0]
     assert first[1:] == [0, True]
-    assert second[1] == 1
+    assert second == [first[0], 1, False]
+
+
+def test_fit_refuses_ranks_with_different_numbers_of_batches_and_features_without_room(folder: Path) -> None:
+    for message, _, _ in answers(folder, "batches"):
+        assert "different numbers of batches: rank 0 is in training, rank 1 is in validation." in message
+    first, second = answers(folder, "room")
+    assert "cannot be computed once: what is computed once fits neither into memory nor on a disk" in first[0]
+    assert "Pass cache=False" in first[0]
+    assert (first[1:], second[1:]) == ([0, True], [1, False])  # both fail for the same reason, and rank 0 tells
 
 
 def test_cli_on_two_ranks_prints_and_writes_once(folder: Path) -> None:
-    first, second = (json.loads((folder / f"answers {rank}.json").read_text())["printed"] for rank in (0, 1))
+    first, second = answers(folder, "printed")
     assert json.loads(first[0])["validation"]["count"] == 18
     assert "ranks      2 processes, rank 0 on cpu, connected by gloo" in first[1]
     assert "ranks      a batch of 32 is divided among them, and a step is that of the whole batch" in first[1]

@@ -41,6 +41,7 @@ from regraft.training.setup import (
     unchanged_on_failure,
 )
 from regraft.training.train_data import TrainData, list_if_folder, load_train_data
+from regraft.wording import for_caller
 from regraft.zoo import needs_download, preprocessing_source
 
 
@@ -250,6 +251,11 @@ def _read(
     try:
         train_data = load_train_data(data, listing, facts.preprocessing, config, progress, compute.ranks, extractor)
     except ModelError as error:  # only the extractor runs the model here, so training without it is still possible
+        if compute.ranks.size > 1:  # the other ranks may have succeeded, and wait for this one
+            raise ModelError(
+                f"the frozen layers cannot be computed once: {error}. Pass "
+                f"{for_caller(python='cache=False', command='--no-cache')}, with which every epoch runs all layers."
+            ) from error
         extractor, reason = None, str(error)
         train_data = load_train_data(data, listing, facts.preprocessing, config, progress, compute.ranks)
     if extractor is not None or reason is None:

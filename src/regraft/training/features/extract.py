@@ -156,9 +156,7 @@ class Extractor:
 
     def _find_cached(self, key: str) -> tuple[tuple[Rows, ...], dict[str, Any]] | None:
         entry = self.store.find(key) if self.store is not None else None
-        if not all(
-            self.compute.ranks.objects(entry is not None)
-        ):  # ranks on other machines may have caches of their own
+        if not all(self.compute.ranks.objects(entry is not None)):  # other machines may have caches of their own
             return None
         return (entry.tensors(in_memory=entry.bytes < MEMORY_BYTES), entry.note) if entry is not None else None
 

@@ -90,7 +90,7 @@ def _launched_size() -> int:
     missing = [name for name in VARIABLES if name not in os.environ]
     if missing or not text.isdecimal() or not dist.is_available():
         problem = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not" if missing else "it is no number"
-        start = for_caller(python="a script", command="-m regraft train DATA")
+        start = for_caller(python="script.py", command="-m regraft train DATA")
         raise ConfigError(
             f"WORLD_SIZE is {text!r} in the environment, which means several processes, but {problem}: no launcher "
             f"started this one. Start it with `torchrun --nproc_per_node 2 {start}`, or unset WORLD_SIZE."

@@ -126,6 +126,7 @@ class SharedStep:
     def refuse(self) -> None:
         """Tell the other ranks that this one cannot train on its rows."""
         if not self.is_refused:
+            self._live.reset()
             self._live.ranks.exchange(None, phase="training", is_refused=True)
 
     def backward(
@@ -201,6 +202,7 @@ class SharedStep:
         own_rows = None if outputs is None else (outputs.detach(), batch.targets, batch.others)
         whole, own, self.is_refused = ranks.exchange(own_rows, phase="training")
         if self.is_refused:
+            self._live.reset()
             raise SingleSampleError
         if not whole:
             return
