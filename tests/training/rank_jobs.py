@@ -115,7 +115,7 @@ def messages(folder: Path) -> None:
     fit("files", cnn(), folder / ("photos" if RANK == 0 else "other photos"))
     batches = [(part.tensors[0][:6], part.tensors[1][:6]) for part in datasets(12)]
     fit("batches", cnn(), ([batches[0]] * (3 - RANK), [batches[1]]))
-    with mock.patch.object(extract, "MEMORY_BYTES", 0), mock.patch.object(Store, "has_room", lambda *_: False):
+    with mock.patch.object(extract, "MEMORY_BYTES", 0), mock.patch.object(Store, "has_room", return_value=False):
         os.environ["REGRAFT_CACHE"] = str(folder / "empty cache")
         fit("room", cnn("conv1"), folder / "photos")
 

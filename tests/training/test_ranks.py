@@ -127,7 +127,7 @@ def test_fit_refuses_ranks_that_see_different_files(folder: Path) -> None:
 
 def test_fit_refuses_ranks_with_different_numbers_of_batches_and_features_without_room(folder: Path) -> None:
     for message, _, _ in answers(folder, "batches"):
-        assert "different numbers of batches: rank 0 is in training, rank 1 is in validation." in message
+        assert "rank 0 is at a training batch, rank 1 is at the end of the training batches." in message
     first, second = answers(folder, "room")
     assert "cannot be computed once: what is computed once fits neither into memory nor on a disk" in first[0]
     assert "Pass cache=False" in first[0]

@@ -86,6 +86,7 @@ class FaultTolerantReader:
 
     def merge(self, ranks: Ranks) -> None:
         """Count what the other ranks could not read in the last pass, each of its own rows."""
+        ranks.pass_end("the end of the validation batches")
         for lost in ranks.objects(self._lost_now):
             for path in sorted(lost - self._lost):
                 self._progress.say(f"skipped    {str(path)!r}: it can no longer be read; it is left out of its batch")

@@ -119,7 +119,7 @@ class Ranks:
         """Return the outputs and targets of a whole batch that is measured, from those of this rank's rows."""
         if self.size == 1:
             return outputs, targets
-        whole, _, _ = self.exchange((torch.cat(outputs), targets) if outputs else None, phase="validation")
+        whole, _, _ = self.exchange((torch.cat(outputs), targets) if outputs else None, phase="a validation batch")
         return ([whole[0].cpu()], whole[1]) if whole else ([], targets)
 
     def spread(self, function: Callable[[Sequence[Any]], list[Value]], items: Sequence[Any]) -> list[Value]:
@@ -185,6 +185,11 @@ class Ranks:
             joined.append(torch.cat(parts))
         return tuple(joined)
 
+    def pass_end(self, phase: str) -> None:
+        """Come to the end of a pass together with the other ranks; see `exchange`."""
+        if self.size > 1:
+            self.exchange(None, phase=phase)
+
     def exchange(
         self, own: Sequence[torch.Tensor] | None, *, phase: str, is_refused: bool = False
     ) -> tuple[list[torch.Tensor], slice, bool]:
@@ -211,7 +216,8 @@ class Ranks:
         if len(set(phases)) > 1:
             raise RankError(
                 f"the data of the ranks have different numbers of batches: {_listed(phases)}. Expected the same "
-                "batches on every rank. Give all of them the same data."
+                "batches on every rank. Give all of them the same data.",
+                is_told=self.is_first,
             )
         total, begins = sum(counts), sum(counts[: self.rank])
         place = slice(begins, begins + count)
@@ -262,4 +268,4 @@ SINGLE = Ranks()
 
 
 def _listed(phases: Sequence[str]) -> str:
-    return ", ".join(f"rank {rank} is in {phase}" for rank, phase in enumerate(phases))
+    return ", ".join(f"rank {rank} is at {phase}" for rank, phase in enumerate(phases))

@@ -72,6 +72,7 @@ class SharedLive:
 
     def finish(self) -> None:
         """Take the running statistics of rank 0, which are evaluated and saved."""
+        self.ranks.pass_end("the end of the training batches")
         self.ranks.broadcast(self.model.buffers())
 
     def wrapped(self, forward: Forward, batch: Batch) -> DistributedDataParallel | None:
@@ -127,7 +128,7 @@ class SharedStep:
         """Tell the other ranks that this one cannot train on its rows."""
         if not self.is_refused:
             self._live.reset()
-            self._live.ranks.exchange(None, phase="training", is_refused=True)
+            self._live.ranks.exchange(None, phase="a training batch", is_refused=True)
 
     def backward(
         self,
@@ -200,7 +201,7 @@ class SharedStep:
         """Compute the loss of the whole batch, and its gradient by the outputs of this rank."""
         ranks, batch = self._live.ranks, self._batch
         own_rows = None if outputs is None else (outputs.detach(), batch.targets, batch.others)
-        whole, own, self.is_refused = ranks.exchange(own_rows, phase="training")
+        whole, own, self.is_refused = ranks.exchange(own_rows, phase="a training batch")
         if self.is_refused:
             self._live.reset()
             raise SingleSampleError
