@@ -114,15 +114,14 @@ class Extractor:
                 )
                 newly_lost = ranks.union(positions(photos.samples, unreadable))
                 lost = {**lost, **newly_lost}
+                if len(lost) == len(photos):
+                    require_readable(photos, photos.without(lost)[1])
                 if ranks.size == 1 or not (newly_lost and photos.views.is_random):
                     rows, note = extraction.finish(lost)
                     break
             # The views of a photo follow from its index among the readable ones, which the share before it has changed.
         readable, all_unreadable = photos.without(lost)
-        if ranks.size == 1:
-            readable = share
-        elif not len(readable):
-            require_readable(photos, all_unreadable)
+        readable = share if ranks.size == 1 else readable
         return self._features(rows, note, readable, began, was_found=False), readable, all_unreadable
 
     def run(self, pixels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
