@@ -13,7 +13,7 @@ from torch import nn
 
 import regraft
 from regraft.card import Preprocessing
-from regraft.data.decode import decode
+from regraft.data.decoding.files import decode
 from regraft.data.transforms import center_crop, normalize
 from regraft.errors import ModelError
 from regraft.zoo import preprocessing_of, preprocessing_source

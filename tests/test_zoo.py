@@ -15,7 +15,7 @@ import regraft
 from oracles import identical
 from regraft import Preprocessing, create_model, list_models, summary
 from regraft.card import attach, card_of
-from regraft.data.decode import decode
+from regraft.data.decoding.files import decode
 from regraft.data.transforms import center_crop, normalize
 from regraft.errors import ConfigError, InputError, ModelError, TrustError
 from regraft.training.config import TrainConfig

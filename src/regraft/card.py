@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, model_validator
 from torch import nn
 
 from regraft.fields import CheckedFields
+from regraft.train_options import Engine
 
 ATTRIBUTE = "regraft_card"
 
@@ -80,6 +81,7 @@ class Preprocessing(_FrozenFields):
         crop_mode: Which side becomes `resize`. `center`: the shorter side, with a black border, as in torchvision;
             `squash`: both sides, without keeping the aspect ratio; `border`: the longer side, with a border of the
             color `mean`. Source: timm's `crop_mode`.
+        decoder: Engine that decodes the file, see `TrainConfig`; they agree but for rounding.
     """
 
     size: int = Field(default=224, ge=1)
@@ -88,6 +90,7 @@ class Preprocessing(_FrozenFields):
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
     crop_mode: Literal["center", "squash", "border"] = "center"
+    decoder: Engine = "pillow"
 
     @model_validator(mode="after")
     def _has_channels(self) -> "Preprocessing":
@@ -104,6 +107,10 @@ class Preprocessing(_FrozenFields):
     def border(self) -> tuple[int, ...]:
         """Color of the border around an image that is smaller than the crop, 0 to 255 per channel."""
         return tuple(round(255 * value) if self.crop_mode == "border" else 0 for value in self.mean)
+
+    def cache_key(self) -> dict[str, Any]:
+        """Return what decoded pixels depend on, as JSON data; for Pillow as before there were other engines."""
+        return self.model_dump(exclude={"decoder"} if self.decoder == "pillow" else None)
 
     def summary(self) -> str:
         """Return a description in one line."""

@@ -19,7 +19,9 @@ Augmentation = Literal["none", "flip", "standard", "trivial"]
 CachePrecision = Literal["full", "bf16", "fp16", "int8"]
 Confidence = Literal["certain", "likely", "ambiguous"]
 ComputePrecision = Literal["auto", "fp32", "bf16", "fp16"]
-HeadStart = Literal["auto", "given", "ridge"]
+Engine = Literal["pillow", "native", "nvjpeg"]
+Decoder = Literal["auto", Engine]
+HeadStart = Literal["auto", "given", "ridge", "solved"]
 OnNan = Literal["stop", "skip"]
 
 
@@ -86,9 +88,11 @@ class TrainOptions:
         "a head, 5e-4 for more of a pretrained network, 2e-3 from scratch.",
         gt=0, default="depends on the trained layers", aliases=("learning_rate", "base_lr", "max_lr", "lr0"))] = None
     head_start: Annotated[HeadStart, OptionText(
-        "Initial weights of a linear head: auto, given or ridge.",
-        "On cached features: `given` (those of the model), `ridge` (ridge regression in closed form), or `auto`: the "
-        "better one if `lr` is cross-validated, else `given`.")] = "auto"
+        "Initial weights of a linear head: auto, given, ridge or solved.",
+        "On cached features: `given` (those of the model), `ridge` (ridge regression in closed form), `solved` "
+        "(softmax regression at its optimum, with a cross-validated penalty: there is a single epoch, without steps), "
+        "or `auto`: on a GPU `solved`, where the loss is the cross-entropy and no option of the steps is set; else the "
+        "better of the other two if `lr` is cross-validated, or `given`.")] = "auto"
     backbone_lr: Annotated[float | None, OptionText(
         "Learning rate of everything but the head.", gt=0, default="as --lr; a twentieth with --unfreeze")] = None
     layer_decay: Annotated[float | None, OptionText(
@@ -130,6 +134,12 @@ class TrainOptions:
         "auto, fp32, bf16 or fp16.",
         "Precision of the forward pass with float32 weights; `auto` is bf16 on a GPU that supports it, else fp32. A "
         "head of one layer on cached features stays in float32.")] = "auto"
+    decoder: Annotated[Decoder, OptionText(
+        "How photos are decoded: auto, pillow, native or nvjpeg.",
+        "`native`: a C++ decoder in threads (torchcodec's, or torchvision's); `nvjpeg`: in batches on the GPU; "
+        "`pillow`: the reference, which also reads what the others leave. They agree but for rounding. `auto` is the "
+        "fastest that is installed and suits the device; the checkpoint names it, and `predict` and `evaluate` use "
+        "the same.")] = "auto"
     device: Annotated[str, OptionText("auto, cpu, gpu, cuda:1, …")] = "auto"
     workers: Annotated[int | None, OptionText(
         "Loading processes.", "By default one per core for photos that are decoded on access, else none.",

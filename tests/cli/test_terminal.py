@@ -19,7 +19,18 @@ COMMANDS = {
         "train",
         "photos",
         *NET,
-        *["--weights", "none", "--freeze", "conv", "--epochs", "6", "--batch-size", "4"],
+        *[
+            "--weights",
+            "none",
+            "--freeze",
+            "conv",
+            "--epochs",
+            "6",
+            "--batch-size",
+            "4",
+            "--decoder",
+            "pillow",
+        ],
         *OUT,
     ],
     "predict": ["predict", CHECKPOINT, "photos/dogs/0.png", LONG, "--trust-code"],
@@ -33,6 +44,7 @@ TRAIN_80 = """\
 photos     20 in 2 classes: cats 10, dogs 10
            16 for training, 4 for validation (20% of each class kept for
            validation, drawn with seed 0)
+decoder    Pillow
 model      py:tiny_net.py:TinyNet, untrained
 training   norm, fc (34 of 250 numbers); the rest is frozen
            6 epochs, on cpu

@@ -13,8 +13,10 @@ from PIL import Image
 
 from data.pixels import AS_IS, GRAY, SIDE, as_array, difference, noise
 from regraft.card import Preprocessing
-from regraft.data.decode import Unreadable, decode, decode_all
+from regraft.data.decoding.files import Unreadable, decode, decode_all
 from regraft.errors import DataError
+
+pytestmark = pytest.mark.usefixtures("engine")
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.ppm"])

@@ -15,8 +15,11 @@ from torchvision.transforms import v2
 
 from data.pixels import AS_IS, SIDE, as_array, difference, noise
 from regraft.card import Preprocessing
-from regraft.data.decode import Unreadable, decode, decode_all, resized_size
+from regraft.data.decoding.files import Unreadable, decode, decode_all
+from regraft.data.decoding.resizing import resized_size
 from regraft.data.transforms import center_crop
+
+pytestmark = pytest.mark.usefixtures("engine")
 
 
 @pytest.mark.parametrize(
@@ -52,14 +55,17 @@ def test_decode_keeps_the_middle_of_a_long_image(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("filter_name", ["nearest", "bilinear", "bicubic", "lanczos"])
 @pytest.mark.parametrize("size", [(50, 73), (73, 50), (500, 375), (20, 30)], ids=str)
-def test_decode_resizes_as_torchvision_does(filter_name: str, size: tuple[int, int], tmp_path: Path) -> None:
+def test_decode_resizes_as_torchvision_does(
+    filter_name: str, size: tuple[int, int], engine: str, tmp_path: Path
+) -> None:
     from torchvision.transforms import v2
 
     image = Image.fromarray(noise(size[1], size[0], 3))
     image.save(tmp_path / "a.png")
     preprocessing = Preprocessing(size=32, resize=SIDE, interpolation=filter_name)  # type: ignore[arg-type]
     expected = v2.Resize(SIDE, interpolation=v2.InterpolationMode(filter_name))(image)
-    assert np.array_equal(as_array(decode(tmp_path / "a.png", preprocessing)), np.asarray(expected))
+    found = as_array(decode(tmp_path / "a.png", preprocessing))
+    assert difference(found, np.asarray(expected)) <= (engine != "pillow")  # torch rounds otherwise
 
 
 def write_flat(path: Path, mode: str, side: int) -> Path:
@@ -90,7 +96,7 @@ def test_decode_all_refuses_more_pixels_than_pillow_opens(tmp_path: Path) -> Non
 )
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_decode_reads_a_jpeg_that_is_much_too_large_at_a_reduced_size(
-    tmp_path: Path, side: int, factor: int, orientation: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, side: int, factor: int, orientation: int, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, columns = np.mgrid[0:side, 0 : round(side * 1.2)] / side
     smooth = np.stack([rows, columns / 1.2, (rows + columns) / 2.2], 2)
@@ -107,7 +113,8 @@ def test_decode_reads_a_jpeg_that_is_much_too_large_at_a_reduced_size(
 
     monkeypatch.setattr(JpegImageFile, "load", noting)
     found = decode(tmp_path / "a.jpg", AS_IS)
-    assert sizes[0][1] == math.ceil(side / factor)
+    assert sizes or engine != "pillow"  # the others leave only the largest to Pillow
+    assert not sizes or sizes[0][1] == math.ceil(side / factor)
     with Image.open(tmp_path / "a.jpg") as opened:
         whole = ImageOps.exif_transpose(opened).resize((found.shape[2], found.shape[1]), Image.Resampling.BILINEAR)
     assert np.abs(as_array(found).astype(float) - np.asarray(whole)).mean() < 3

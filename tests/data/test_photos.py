@@ -48,7 +48,7 @@ def test_photos_share_pixels_with_a_subset_and_an_augmented_copy(photos: Photos)
     part = photos.subset([5, 0])
     assert [sample.path.name for sample in part.samples] == ["5.png", "0.png"]
     assert torch.equal(part[0][0], photos[5][0])
-    flipped = photos.augmented(Views("mirrored", (lambda pixels: center_crop(32)(pixels).flip(2),)))
+    flipped = photos.augmented(Views("mirrored", lambda pixels: center_crop(32)(pixels).flip(2)))
     assert torch.equal(flipped[3][0], photos[3][0].flip(2))
     if photos.pixels is not None:
         assert part.pixels is not None

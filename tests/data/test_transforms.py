@@ -8,7 +8,7 @@ from timm.data.transforms import CenterCropOrPad
 from torchvision.transforms import v2
 
 from regraft.card import Preprocessing
-from regraft.data.decode import decode
+from regraft.data.decoding.files import decode
 from regraft.data.transforms import augmentation, center_crop, normalize
 
 PREPROCESSING = Preprocessing(size=32, resize=36)

@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.stats import binomtest
 from torch import nn
 
-from regraft.data.decode import Unreadable
+from regraft.data.decoding.files import Unreadable
 from regraft.errors import ArgumentError, RunError
 from regraft.report import plots, write_report
 from regraft.training.config import TrainConfig

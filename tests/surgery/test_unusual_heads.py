@@ -15,7 +15,8 @@ from oracles import identical, same, snapshot
 from regraft import replace_head
 from regraft.anatomy.heads import find_heads
 from regraft.anatomy.model_facts import ModelFacts
-from regraft.training.loop import ComputeContext, train_epoch
+from regraft.training.loop import train_epoch
+from regraft.training.steps.compute import ComputeContext
 from surgery.models import NEW, without_init
 
 AUXILIARY: dict[str, tuple[Callable[[], nn.Module], int, list[str]]] = {

@@ -18,7 +18,9 @@ import regraft
 import tiny
 from oracles import identical, same, snapshot
 from regraft.errors import DataError, LossError, RunError
-from regraft.training.loop import ComputeContext, Tally, score, train_epoch
+from regraft.training.loop import score, train_epoch
+from regraft.training.steps.compute import ComputeContext
+from regraft.training.steps.tally import Tally
 from training.factories import Lines, dataset, three_classes, write_photos
 
 CPU = ComputeContext(torch.device("cpu"))

@@ -10,7 +10,8 @@ import tiny
 from oracles import identical, same, snapshot
 from regraft import freeze
 from regraft.errors import LossError, ModelError
-from regraft.training.loop import ComputeContext, choose_compute, main_output, score, train_epoch
+from regraft.training.loop import main_output, score, train_epoch
+from regraft.training.steps.compute import ComputeContext, choose_compute
 
 CPU = ComputeContext(torch.device("cpu"))
 

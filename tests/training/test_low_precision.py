@@ -24,7 +24,7 @@ import tiny
 from frontier.architectures import NETS, PATTERNS, make
 from regraft.errors import ConfigError, LossError
 from regraft.training import loop
-from regraft.training.loop import choose_compute
+from regraft.training.steps.compute import choose_compute
 from training.by_hand import (
     BUILT,
     DEVICES,

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import regraft
 from regraft.errors import DataError, RegraftError, RunError
-from regraft.training.micro_batch import Batch
+from regraft.training.steps.micro_batch import Batch
 from training.factories import Lines
 
 

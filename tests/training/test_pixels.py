@@ -58,7 +58,7 @@ def test_fit_learns_from_photos_in_a_file_as_from_those_in_memory(
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     found: list[Path] = []
-    from regraft.data import decode as module
+    from regraft.data.decoding import files as module
 
     original = module.decode
 

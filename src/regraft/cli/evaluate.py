@@ -10,6 +10,7 @@ from typer import Argument, Option
 from regraft.cli.merge import BaseOption
 from regraft.cli.output import guarded, require, require_order, say, say_classes, say_json, seconds_since_start
 from regraft.console import ConsoleProgress
+from regraft.train_options import Decoder
 
 
 @guarded
@@ -20,6 +21,9 @@ def evaluate(
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing report.")] = False,
     batch_size: Annotated[int, Option(help="Photos per batch.", min=1)] = 32,
     device: Annotated[str, Option(help="auto, cpu, cuda, …")] = "auto",
+    decoder: Annotated[
+        Decoder | None, Option(help="auto, pillow, native or nvjpeg.  [default: as when it was trained]")
+    ] = None,
     base: BaseOption = None,
     trust_code: Annotated[bool, Option("--trust-code", help="Allow the import of custom code (py:…).")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the metrics as JSON.")] = False,
@@ -43,7 +47,7 @@ def evaluate(
         start_s = seconds_since_start()
         model = load(checkpoint, base=base, trust_code=trust_code)
         model_s = seconds_since_start() - start_s
-    metrics = evaluate_model(model, data, batch_size=batch_size, device=device, progress=progress)
+    metrics = evaluate_model(model, data, batch_size=batch_size, device=device, decoder=decoder, progress=progress)
     if report is not None:
         from regraft.report import write_report
 

@@ -19,6 +19,7 @@ from regraft.cli.output import (
     write_text,
 )
 from regraft.console import ConsoleProgress
+from regraft.train_options import Decoder
 
 DEFAULT_TOP = 3
 OWN_COLUMNS = ("path", "label", "probability")
@@ -36,6 +37,9 @@ def predict(
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing file.")] = False,
     batch_size: Annotated[int, Option(help="Photos per batch.", min=1)] = 32,
     device: Annotated[str, Option(help="auto, cpu, cuda, …")] = "auto",
+    decoder: Annotated[
+        Decoder | None, Option(help="auto, pillow, native or nvjpeg.  [default: as when it was trained]")
+    ] = None,
     base: BaseOption = None,
     trust_code: Annotated[bool, Option("--trust-code", help="Allow the import of custom code (py:…).")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the predictions as JSON.")] = False,
@@ -66,6 +70,7 @@ def predict(
         top=len(classes) if is_csv and classes else top or DEFAULT_TOP,
         batch_size=batch_size,
         device=device,
+        decoder=decoder,
         progress=progress,
     )
 

@@ -1,6 +1,6 @@
 """Data: listing of folders, decoding of files, transforms of pixels."""
 
-from regraft.data.decode import Unreadable
+from regraft.data.decoding.files import Unreadable
 from regraft.data.folders import Listing, Sample, list_data
 from regraft.data.photos import Photos, loader, read_photos
 

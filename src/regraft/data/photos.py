@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from regraft.card import Preprocessing
-from regraft.data.decode import Unreadable, decode, decode_all, quiet_decoders
+from regraft.data.decoding.files import Unreadable, decode, decode_all, quiet_decoders
 from regraft.data.folders import Sample
 from regraft.data.transforms import Views, augmentation, normalize
 from regraft.errors import DataError
@@ -91,7 +91,7 @@ class Photos(Dataset[tuple[torch.Tensor, int | float]]):
             if on_photo is not None:
                 on_photo(photo)
             if keep:
-                kept.append(photo)
+                kept.append(photo.cpu())
         if not readable and not may_be_empty:
             require_readable(self, unreadable)
         pixels = tuple(kept) if keep else self.pixels
@@ -113,11 +113,11 @@ class Photos(Dataset[tuple[torch.Tensor, int | float]]):
         return replace(self, samples=tuple(self.samples[index] for index in indices), pixels=pixels)
 
     def decoded(self, index: int) -> torch.Tensor:
-        """Return a photo, decoded and resized, as (C, H, W) of uint8."""
+        """Return a photo, decoded and resized, as (C, H, W) of uint8: where it is kept, else on the CPU."""
         if self.pixels is not None:
             return self.pixels[index]
         with quiet_decoders():
-            return decode(self.samples[index].path, self.preprocessing)
+            return decode(self.samples[index].path, self.preprocessing).cpu()
 
 
 def read_photos(

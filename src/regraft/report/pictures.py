@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from regraft.card import Preprocessing
-from regraft.data.decode import decode, quiet_decoders
+from regraft.data.decoding.files import decode, quiet_decoders
 from regraft.errors import DataError
 
 MAX_SIDE = 160

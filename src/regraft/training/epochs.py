@@ -147,21 +147,24 @@ def _run_epoch(run: Run, epoch: int, reader: FaultTolerantReader, state_writer: 
     run_state, began = run.run_state, time.perf_counter()
     with run_state.phase("reading"):
         setup = run.setup = _refresh_setup(run, epoch)
-    ranks = setup.live_compute.ranks
-    run.signals.agreed = ranks.agree_on(lambda: run.signals.noted)
+    run.signals.agreed = (ranks := setup.live_compute.ranks).agree_on(lambda: run.signals.noted)
     with run_state.phase("training"):
-        train_loss = train_epoch(
-            setup.live,
-            _train_batches(run, reader, state_writer),
-            setup.criterion,
-            setup.optimizer,
-            setup.schedule,
-            setup.scaler,
-            setup.live_compute,
-            mixup=run.config.mixup,
-            on_nan=run.config.on_nan,
-            tally=run_state.tally,
-            progress=run.progress,
+        train_loss = (
+            setup.solved.loss
+            if setup.solved is not None
+            else train_epoch(
+                setup.live,
+                _train_batches(run, reader, state_writer),
+                setup.criterion,
+                setup.optimizer,
+                setup.schedule,
+                setup.scaler,
+                setup.live_compute,
+                mixup=run.config.mixup,
+                on_nan=run.config.on_nan,
+                tally=run_state.tally,
+                progress=run.progress,
+            )
         )
     with run_state.phase("validation"):
         outputs, targets = _align_for_metrics(
@@ -249,7 +252,9 @@ def _repartition(run: Run) -> TrainSetup:
     setup = run.setup
     with preserved_randomness():  # so that a cache hit and a computation leave the same random state
         extractor, _ = make_extractor(setup.facts, setup.train_data.photos, run.config, setup.compute, run.progress)
-        train_data = with_features(setup.train_data, run.config, run.progress, setup.compute.ranks, extractor)
+        train_data = with_features(
+            setup.train_data, run.config, setup.compute.device, run.progress, setup.compute.ranks, extractor
+        )
     live = train_data.frontier.parts.suffix if train_data.frontier is not None else setup.model
     return replace(setup, train_data=train_data, live=live)
 

@@ -13,7 +13,6 @@ from torch import nn
 from regraft.anatomy.model_facts import ModelFacts
 from regraft.anatomy.modes import preserved_randomness
 from regraft.arguments import check_arguments, check_path, check_weights
-from regraft.card import attach
 from regraft.console import progress_of
 from regraft.data.folders import Listing
 from regraft.errors import ConfigError, ModelError
@@ -23,7 +22,6 @@ from regraft.torch_internals import import_compiler
 from regraft.training.checks.weight_types import compute_for, require_trainable_types
 from regraft.training.config import TrainConfig
 from regraft.training.epochs import Run, train
-from regraft.training.loop import ComputeContext, channels_last
 from regraft.training.ranks.group import SINGLE, Ranks
 from regraft.training.ranks.launch import joined_ranks, require_same_listing
 from regraft.training.result import FitResult
@@ -40,9 +38,10 @@ from regraft.training.setup import (
     prepare_setup,
     unchanged_on_failure,
 )
+from regraft.training.steps.compute import ComputeContext, channels_last
 from regraft.training.train_data import TrainData, list_if_folder, load_train_data
 from regraft.wording import for_caller
-from regraft.zoo import needs_download, preprocessing_source
+from regraft.zoo import needs_download
 
 
 def fit(
@@ -156,6 +155,8 @@ def _fit(job: _Job, run_state: RunState, signals: Signals, ranks: Ranks, listene
         if folder is not None and (warning := folder.prepare_recipe(setup.model)) is not None:
             warnings.warn(warning, stacklevel=3)
         say_setup(setup, config, listener)
+        if setup.solved is not None:
+            config = config.updated(epochs=1)
         run = Run(setup, config, fingerprint, folder, run_state, signals, listener, trust_code)
         with channels_last(setup.model) if setup.compute.has_channels_last else nullcontext():
             return train(run, saved_run)
@@ -204,12 +205,9 @@ def _build(
         progress.say(f"weights    downloading those of {name}")
         step = nullcontext()  # the download draws a bar of its own, which a spinner would hide
     with step, ranks.first_alone() if is_downloaded else nullcontext():
-        facts = prepare_model(model, listing, config, trust_code=trust_code)
+        facts = prepare_model(model, listing, config, progress, trust_code=trust_code)
         built = facts.model
         require_trainable_types(built, thaws_all=config.unfreeze is not None)
-        if listing is not None and (source := preprocessing_source(built)) is not None:
-            attach(built, preprocessing=facts.preprocessing)
-            progress.detail(f"images     {facts.preprocessing.summary()}; from {source}")
         compute = compute_for(built, ranks.device or config.device, config.precision)
         compute = replace(compute, has_channels_last=config.fast, ranks=ranks)
         built.to(compute.device)
@@ -249,7 +247,9 @@ def _read(
     with progress.status("looking for what can be computed once"):
         extractor, reason = make_extractor(facts, data, config, compute, progress)
     try:
-        train_data = load_train_data(data, listing, facts.preprocessing, config, progress, compute.ranks, extractor)
+        train_data = load_train_data(
+            data, listing, facts.preprocessing, config, compute.device, progress, compute.ranks, extractor
+        )
     except ModelError as error:  # only the extractor runs the model here, so training without it is still possible
         if compute.ranks.size > 1:  # the other ranks may have succeeded, and wait for this one
             raise ModelError(
@@ -257,7 +257,9 @@ def _read(
                 f"{for_caller(python='cache=False', command='--no-cache')}, with which every epoch runs all layers."
             ) from error
         extractor, reason = None, str(error)
-        train_data = load_train_data(data, listing, facts.preprocessing, config, progress, compute.ranks)
+        train_data = load_train_data(
+            data, listing, facts.preprocessing, config, compute.device, progress, compute.ranks
+        )
     if extractor is not None or reason is None:
         return train_data
     progress.detail(f"caching    disabled, every epoch runs the full network: {reason}")

@@ -13,18 +13,21 @@ from PIL import Image
 from torch import nn
 
 from regraft.arguments import check_arguments, check_minimum, check_path, check_weights
-from regraft.card import Card, card_of
+from regraft.card import Card, Preprocessing, card_of
 from regraft.console import progress_of
-from regraft.data.decode import Unreadable, decode, quiet_decoders
+from regraft.data.decoding.engines import describe_engine, require_engine, usable_engine
+from regraft.data.decoding.files import Unreadable, decode, quiet_decoders
 from regraft.data.folders import Sample, Task, held_out, list_labelled, list_regression, photos_in
 from regraft.data.photos import loader, read_photos
 from regraft.data.transforms import center_crop, normalize
 from regraft.errors import DataError, ModelError, RegraftError
 from regraft.progress import Progress
+from regraft.train_options import Decoder
 from regraft.training.checks.targets import class_labels, has_one_hot_rows
 from regraft.training.checks.weight_types import compute_for, type_names
-from regraft.training.loop import ComputeContext, score
+from regraft.training.loop import score
 from regraft.training.metrics import Metrics, Scores, measure
+from regraft.training.steps.compute import ComputeContext
 from regraft.training.train_data import pairs_of
 from regraft.wording import for_caller
 from regraft.zoo import preprocessing_of
@@ -69,6 +72,7 @@ def evaluate(
     *,
     batch_size: int = BATCH_SIZE,
     device: str | torch.device = "auto",
+    decoder: Decoder | None = None,
     progress: Progress | bool = True,
 ) -> Metrics:
     """Measure `model` on labelled photos.
@@ -82,6 +86,7 @@ def evaluate(
             table that `fit` drew its validation photos from, only these are measured.
         batch_size: Photos per batch.
         device: `auto`, `cpu`, `cuda`, …
+        decoder: How photos are decoded, see `TrainConfig`; None: as when the model was trained.
         progress: Whether a bar and the files that are skipped are shown, or where; see `fit`.
 
     Raises:
@@ -112,7 +117,8 @@ def evaluate(
     if (rest := held_out(samples, card.split)) is not None:
         listener.say(f"photos     {len(samples) - len(rest)} of {len(samples)} were trained on, and are left out")
         samples = rest
-    photos, unreadable = read_photos(samples, preprocessing_of(model), classes=card.classes, progress=listener)
+    preprocessing = _preprocessing(model, decoder, compute, listener)
+    photos, unreadable = read_photos(samples, preprocessing, classes=card.classes, progress=listener)
     _report_skipped(unreadable, listener)
     read = time.perf_counter()
     batches = listener.track(loader(photos, batch_size), "evaluating", -(-len(photos) // batch_size))
@@ -138,6 +144,7 @@ def predict(
     top: int = 5,
     batch_size: int = BATCH_SIZE,
     device: str | torch.device = "auto",
+    decoder: Decoder | None = None,
     progress: Progress | bool = True,
 ) -> list[Prediction]:
     """Classify photos.
@@ -150,6 +157,7 @@ def predict(
         top: Number of most probable classes that each prediction lists.
         batch_size: Photos per batch.
         device: `auto`, `cpu`, `cuda`, …
+        decoder: How photos are decoded, see `TrainConfig`; None: as when the model was trained.
         progress: Whether a bar and the files that are skipped are shown, or where; see `fit`.
 
     Raises:
@@ -172,10 +180,11 @@ def predict(
     items = list(images) if isinstance(images, (list, tuple)) else [images]
     if not items:
         raise DataError("there are no images. Give paths, PIL images, or a tensor (N, C, H, W).")
+    preprocessing = _preprocessing(model, decoder, compute, listener)
     if any(isinstance(item, Image.Image) for item in items):
-        return _predict_opened(model, items, top=top, device=device, progress=listener)
+        return _predict_opened(model, items, preprocessing, top=top, device=device, progress=listener)
     samples = [Sample(path, 0) for item in items for path in _files(item)]
-    photos, unreadable = read_photos(samples, preprocessing_of(model), progress=listener)
+    photos, unreadable = read_photos(samples, preprocessing, progress=listener)
     _report_skipped(unreadable, listener)
     batches = listener.track(loader(photos, batch_size), "predicting", -(-len(photos) // batch_size))
     outputs, _ = _score(model, batches, compute)
@@ -183,17 +192,22 @@ def predict(
 
 
 def _predict_opened(
-    model: nn.Module, items: Sequence[Any], *, top: int, device: str | torch.device, progress: Progress
+    model: nn.Module,
+    items: Sequence[Any],
+    preprocessing: Preprocessing,
+    *,
+    top: int,
+    device: str | torch.device,
+    progress: Progress,
 ) -> list[Prediction]:
     """Predict a list of opened images and paths, in order."""
-    preprocessing = preprocessing_of(model)
     crop = center_crop(preprocessing.size, preprocessing.border)
     pixels, paths = [], []
     for number, item in enumerate(items):
         for source in [item] if isinstance(item, Image.Image) else _files(item):
             try:
                 with quiet_decoders():
-                    pixels.append(crop(decode(source, preprocessing)))
+                    pixels.append(crop(decode(source, preprocessing)).cpu())
             except DataError as error:
                 if not isinstance(source, Path):
                     raise DataError(
@@ -218,6 +232,26 @@ def _score(model: nn.Module, batches: Any, compute: ComputeContext) -> tuple[tor
             f"{type(model).__name__} (weights in {type_names(model.parameters())}) fails on these inputs: {reason}. "
             "Give inputs of the shape and type that it was made for, or convert it with model.float()."
         ) from error
+
+
+def _preprocessing(
+    model: nn.Module, decoder: Decoder | None, compute: ComputeContext, progress: Progress
+) -> Preprocessing:
+    """Return a model's preprocessing with an engine that can work here: the one that is wanted, or else its own.
+
+    Raises:
+        ConfigError: The one that is wanted cannot work here.
+    """
+    known = preprocessing_of(model)
+    if decoder is not None:
+        require_engine(decoder, compute.device)
+    engine = usable_engine(decoder or known.decoder, known, compute.device)
+    if decoder is None and engine != known.decoder:
+        progress.say(
+            f"decoder    {describe_engine(engine)}; {known.decoder}, with which it was trained, cannot work here, so "
+            "that probabilities may differ by rounding"
+        )
+    return known.model_copy(update={"decoder": engine})
 
 
 def _name(model: nn.Module) -> str:

@@ -1,17 +1,15 @@
 """The training loop, and the matching evaluation loop."""
 
-import contextlib
 import functools
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from regraft.anatomy.modes import evaluation_mode
-from regraft.arguments import usable_device
+from regraft.data.device_copies import HostCopy
 from regraft.errors import DataError, LossError, ModelError, RunError
 from regraft.progress import SILENT, Progress
 from regraft.torch_internals import mark_as_stepped
@@ -19,7 +17,10 @@ from regraft.train_options import OnNan
 from regraft.training.checks.finite import first_nonfinite_layer
 from regraft.training.checks.targets import batch_loss
 from regraft.training.losses import Loss, is_mean_over_samples
-from regraft.training.micro_batch import (
+from regraft.training.ranks.group import OwnRows
+from regraft.training.ranks.steps import SharedLive, SharedStep
+from regraft.training.steps.compute import HALVES, ComputeContext
+from regraft.training.steps.micro_batch import (
     SINGLE_SAMPLE_MESSAGE,
     Batch,
     Inputs,
@@ -29,67 +30,10 @@ from regraft.training.micro_batch import (
     rows,
     single_samples_refused,
 )
-from regraft.training.ranks.group import SINGLE, OwnRows, Ranks
-from regraft.training.ranks.steps import SharedLive, SharedStep
+from regraft.training.steps.tally import Tally, UnreadLoss
 from regraft.wording import option
 
-HALVES = (torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class ComputeContext:
-    """Device and precision of the computation.
-
-    Attributes:
-        device: The torch device.
-        autocast_dtype: bfloat16 or float16 for mixed precision; None for plain float32.
-        has_channels_last: Whether feature maps (N, C, H, W) are in channels-last memory format, in which convolutions
-            are faster, and equal up to rounding.
-        input_dtype: Type to which floating-point images are cast; None: no cast.
-        ranks: The processes that share the computation.
-    """
-
-    device: torch.device
-    autocast_dtype: torch.dtype | None = None
-    has_channels_last: bool = False
-    input_dtype: torch.dtype | None = None
-    ranks: Ranks = SINGLE
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context in which forward passes run."""
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
-
-    def scaler(self) -> torch.amp.GradScaler:
-        """Return a gradient scaler, which is disabled unless the precision is float16."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
-
-
-@dataclass
-class Tally:
-    """Running totals of an epoch.
-
-    Attributes:
-        steps: Number of steps.
-        total: Sum of the losses of all photos.
-        count: Number of photos.
-        skipped: Number of steps that were skipped because loss or gradient was not finite.
-        at_a_time: Micro-batch size, after a batch ran out of memory; None before.
-        min_at_a_time: Smallest micro-batch size; 2 once batch norm has refused a single sample.
-    """
-
-    steps: int = 0
-    total: float = 0.0
-    count: int = 0
-    skipped: int = 0
-    at_a_time: int | None = None
-    min_at_a_time: int = 1
-
-    @property
-    def mean(self) -> float:
-        """Mean loss per photo."""
-        return self.total / max(self.count, 1)
+MAX_UNREAD = 2  # steps that a device is given before the loss of the first is read
 
 
 def train_epoch(
@@ -151,24 +95,26 @@ def train_epoch(
             continue
         if shared is not None and count == 0:  # no rank can read any of its photos
             continue
-        if math.isfinite(loss) and (on_nan == "stop" or _has_finite_gradients(optimizer, scaler)):
+        if isinstance(loss, torch.Tensor):
+            scaler.step(optimizer)
+            scaler.update()
+            mark_as_stepped(optimizer)
+            error = functools.partial(_loss_error, model, own.inputs, compute, tally.steps, _rate(optimizer))
+            tally.unread.append(UnreadLoss(HostCopy([loss]), count, error))
+            tally.read(but=MAX_UNREAD)
+        elif math.isfinite(loss) and (on_nan == "stop" or _has_finite_gradients(optimizer, scaler)):
             scaler.step(optimizer)
             scaler.update()
             mark_as_stepped(optimizer)  # a scaler may skip a step
-            tally.total, tally.count = tally.total + loss * count, tally.count + count
+            tally.add(loss, count)
         elif on_nan == "stop":
-            rate, forward = optimizer.param_groups[0]["lr"], functools.partial(_forward_alone, compute=compute)
-            raise LossError(
-                f"the loss is {loss} at step {tally.steps} of this epoch (learning rate {rate:.3g}). "
-                f"{first_nonfinite_layer(model, own.inputs, forward) if len(own) else ''} Try a tenth of the learning "
-                f"rate, {option('precision', 'fp32')}, or look for extreme values in the data and the loss; "
-                f"{option('on_nan', 'skip')} leaves such steps out."
-            )
+            raise _loss_error(model, own.inputs, compute, tally.steps, _rate(optimizer), loss)
         else:
             tally.skipped += 1
             _skip_step(optimizer, schedule)
             continue
         schedule.step()
+    tally.read()
     if shared is not None:
         shared.finish()
     if tally.steps and not tally.count and not tally.skipped:
@@ -176,6 +122,23 @@ def train_epoch(
     if tally.skipped and not tally.count:
         raise LossError("no step of this epoch had a finite loss and gradient. Try a tenth of the learning rate.")
     return tally.mean
+
+
+def _rate(optimizer: torch.optim.Optimizer) -> float:
+    return optimizer.param_groups[0]["lr"]
+
+
+def _loss_error(
+    model: nn.Module, inputs: Inputs, compute: ComputeContext, step: int, rate: float, loss: float
+) -> LossError:
+    forward = functools.partial(_forward_alone, compute=compute)
+    has_rows = len(inputs if isinstance(inputs, torch.Tensor) else inputs[0]) > 0
+    return LossError(
+        f"the loss is {loss} at step {step} of this epoch (learning rate {rate:.3g}). "
+        f"{first_nonfinite_layer(model, inputs, forward) if has_rows else ''} Try a tenth of the learning "
+        f"rate, {option('precision', 'fp32')}, or look for extreme values in the data and the loss; "
+        f"{option('on_nan', 'skip')} leaves such steps out."
+    )
 
 
 def _skip_step(optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
@@ -194,12 +157,14 @@ def _backward(
     tally: Tally,
     progress: Progress,
     shared: SharedLive | None,
-) -> tuple[float, int]:
+) -> tuple[float | torch.Tensor, int]:
     """Compute the gradients of a batch; the micro-batch size is halved on out-of-memory.
 
     Returns:
         The loss and the number of samples of the batch: with several ranks, of which `batch` has the rows of this one,
         those of the whole batch.
+
+    With a step guard, the loss of a whole batch is returned unread, as a tensor.
 
     Raises:
         SingleSampleError: The batch is a single sample, on which the network cannot be trained.
@@ -225,7 +190,11 @@ def _backward(
             if step is not None:
                 return step.backward(forward, loss_of, parts, scaler.scale), step.count
             is_mean = len(parts) == 1 or is_mean_over_samples(criterion, batch.targets)
-            return backward_in_parts(forward, loss_of, model, batch, parts, scaler.scale, is_mean=is_mean), count
+            is_read = not compute.is_step_guard(scaler)
+            loss = backward_in_parts(
+                forward, loss_of, model, batch, parts, scaler.scale, is_mean=is_mean, is_read=is_read
+            )
+            return loss, count
         except torch.OutOfMemoryError as error:
             at_a_time = min(count, tally.at_a_time or count)
             tally.at_a_time = _halved_size(at_a_time, compute, error, min_size=tally.min_at_a_time)
@@ -329,19 +298,6 @@ def run(model: nn.Module, inputs: Inputs, compute: ComputeContext) -> Any:
     return model(_to_device(inputs, compute).to(compute.input_dtype if is_cast else inputs.dtype))
 
 
-@contextlib.contextmanager
-def channels_last(model: nn.Module) -> Iterator[None]:
-    """Hold convolution weights in channels-last memory format for the block; no value changes."""
-    convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
-    for layer in convolutions:
-        layer.to(memory_format=torch.channels_last)
-    try:
-        yield
-    finally:
-        for layer in convolutions:
-            layer.to(memory_format=torch.contiguous_format)
-
-
 def _to_device(tensor: torch.Tensor, compute: ComputeContext) -> torch.Tensor:
     is_map = compute.has_channels_last and tensor.ndim == 4
     return tensor.to(compute.device, memory_format=torch.channels_last if is_map else torch.preserve_format)
@@ -368,15 +324,3 @@ def _scores_in(output: Any) -> torch.Tensor:
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], torch.Tensor):
         return output[0]
     raise ModelError(f"the model returned a {type(output).__name__}, expected a tensor of scores (N, K).")
-
-
-def choose_compute(device: str | torch.device, precision: str) -> ComputeContext:
-    """Resolve the options `device` and `precision`; see `TrainConfig`.
-
-    Raises:
-        ModelError: The device does not exist.
-    """
-    chosen = usable_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if precision == "auto":
-        precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return ComputeContext(chosen, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])

@@ -10,7 +10,7 @@ import torch
 
 from regraft.anatomy.summary_table import aligned
 from regraft.arguments import check_arguments
-from regraft.data.decode import Unreadable
+from regraft.data.decoding.files import Unreadable
 from regraft.data.folders import Task
 from regraft.display import block, printable, table_html
 from regraft.errors import DataError

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from regraft.data.decode import Unreadable
+from regraft.data.decoding.files import Unreadable
 from regraft.data.photos import Key, Photos, loader
 from regraft.errors import DataError
 from regraft.training.ranks.group import MIN_ROWS, SINGLE, OwnRows, Ranks, share_of

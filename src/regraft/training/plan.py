@@ -11,8 +11,8 @@ from regraft.card import card_of
 from regraft.checkpoint.create import is_checkpoint
 from regraft.training.checks.weight_types import type_names
 from regraft.training.config import TrainConfig
-from regraft.training.loop import ComputeContext
 from regraft.training.result import TrainPlan
+from regraft.training.steps.compute import ComputeContext
 from regraft.training.train_data import TrainData
 
 

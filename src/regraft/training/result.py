@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from regraft.anatomy.summary_table import percent
-from regraft.data.decode import Unreadable
+from regraft.data.decoding.files import Unreadable
 from regraft.data.folders import Task
 from regraft.display import block, shortened, some, table_html
 from regraft.training.config import TrainConfig

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from regraft.anatomy.model_facts import ModelFacts
 from regraft.card import card_of
 from regraft.checkpoint.create import is_checkpoint
-from regraft.data.decode import Unreadable
+from regraft.data.decoding.files import Unreadable
 from regraft.data.folders import Listing
 from regraft.progress import Progress
 from regraft.training.config import TrainConfig
-from regraft.training.loop import ComputeContext
 from regraft.training.plan import trained_layers
 from regraft.training.result import EpochRecord
 from regraft.training.setup import TrainSetup
+from regraft.training.steps.compute import ComputeContext
 
 MAX_CLASSES = 10  # that are named
 MAX_SKIPPED = 3
@@ -80,6 +80,9 @@ def say_setup(setup: TrainSetup, config: TrainConfig, progress: Progress) -> Non
         divided = f"a batch of {config.batch_size} is divided among them, and a step is that of the whole batch"
         alone = "each trains the same head on all features: an exchange would take longer than a step"
         progress.say(f"ranks      {divided if setup.live_compute.ranks.size > 1 else alone}")
+    if setup.solved is not None:
+        progress.say("head       solved, not trained: one epoch without steps")
+        progress.detail(f"chosen     {setup.solved}")
     progress.detail(
         f"options    batches of {config.batch_size}, {config.optimizer}, learning rate {plan.lr:g} "
         f"({config.schedule}), augmentation {config.augment}, on {plan.device}"

@@ -12,6 +12,7 @@ from torch import nn
 from regraft.anatomy.model_facts import ModelFacts
 from regraft.card import ATTRIBUTE, attach, card_of
 from regraft.checkpoint.create import is_checkpoint
+from regraft.data.decoding.engines import describe_engine, require_engine, usable_engine
 from regraft.data.folders import Listing, Task
 from regraft.data.photos import Photos
 from regraft.data.transforms import is_random
@@ -29,17 +30,20 @@ from regraft.training.config import FINE_TUNE_LR, HEAD_LR, SCRATCH_LR, TrainConf
 from regraft.training.features.batches import FeatureBatches
 from regraft.training.features.extract import Extractor
 from regraft.training.heads.model_for_data import create_for_data
-from regraft.training.heads.sweep import DECAYS, Sweep, ridge_obstacle, ridge_start, sweep_heads
-from regraft.training.loop import ComputeContext, choose_compute
+from regraft.training.heads.softmax_regression import SolvedHead
+from regraft.training.heads.start import require_ridge_start, solved_head
+from regraft.training.heads.sweep import DECAYS, Sweep, ridge_start, sweep_heads
 from regraft.training.losses import Loss, build_loss
 from regraft.training.plan import describe_plan
 from regraft.training.ranks.group import SINGLE
 from regraft.training.result import TrainPlan
+from regraft.training.steps.compute import ComputeContext, choose_compute
 from regraft.training.train_data import TrainData, with_task
 from regraft.wording import option
-from regraft.zoo import preprocessing_of
+from regraft.zoo import preprocessing_of, preprocessing_source
 
 WARM_UP_SHARE = 0.05
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # of which a step is a single kernel
 UNSUPPORTED_OPTIMIZERS = ("LBFGS", "SparseAdam", "Adahessian")
 
 
@@ -53,7 +57,8 @@ class TrainSetup:
         rates: The arguments of `param_groups`, for layers that are unfrozen later.
         unfreezing: Schedule of gradual unfreezing; None without it.
         sweep: Results of the cross-validation of a head's options; None if the learning rate is set, or without one.
-        head_start: `given` or `ridge`.
+        head_start: `given`, `ridge` or `solved`.
+        solved: The head, where it is solved instead of trained: the only epoch has no steps.
     """
 
     facts: ModelFacts
@@ -69,6 +74,7 @@ class TrainSetup:
     unfreezing: Schedule | None
     sweep: Sweep | None
     head_start: HeadStart
+    solved: SolvedHead | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -85,11 +91,13 @@ def check_options(config: TrainConfig, task: Task | None, *, trust_code: bool) -
     """Refuse options that cannot work, before any photo is read.
 
     Raises:
-        ConfigError: An optimizer or loss of that name does not exist, or options contradict each other.
+        ConfigError: An optimizer or loss of that name does not exist, options contradict each other, or no decoder of
+            that name can work here.
         ModelError: The device does not exist.
         TrustError: The loss is custom code, and `trust_code` is false.
     """
-    choose_compute(config.device, config.precision)
+    compute = choose_compute(config.device, config.precision)
+    require_engine(config.decoder, compute.device)
     if task is not None:
         build_loss(config.loss, task, label_smoothing=config.label_smoothing, trust_code=trust_code)
     maker = optimizer_class(config.optimizer)
@@ -106,7 +114,7 @@ def check_options(config: TrainConfig, task: Task | None, *, trust_code: bool) -
 
 
 def prepare_model(
-    model: nn.Module | str, listing: Listing | None, config: TrainConfig, *, trust_code: bool
+    model: nn.Module | str, listing: Listing | None, config: TrainConfig, progress: Progress, *, trust_code: bool
 ) -> ModelFacts:
     """Build the model if it is a name, with a head for the data, and freeze layers as the options say.
 
@@ -120,10 +128,18 @@ def prepare_model(
         built = create_for_data(model, listing, config, trust_code=trust_code)
     else:
         built = model
+    known, source = preprocessing_of(built), preprocessing_source(built)
     if config.image_size is not None:
-        known = preprocessing_of(built)
         resize = max(1, round(config.image_size * known.resize / known.size))
-        attach(built, preprocessing=known.model_copy(update={"size": config.image_size, "resize": resize}))
+        known = known.model_copy(update={"size": config.image_size, "resize": resize})
+        attach(built, preprocessing=known)
+    if listing is not None:
+        engine = usable_engine(config.decoder, known, choose_compute(config.device, config.precision).device)
+        known = known.model_copy(update={"decoder": engine})
+        attach(built, preprocessing=known)
+        progress.say(f"decoder    {describe_engine(engine)}")
+        if source is not None:
+            progress.detail(f"images     {known.summary()}; from {source}")
     facts = ModelFacts(built)
     recipe = card_of(built).recipe if isinstance(model, str) and not is_checkpoint(model) else None
     if recipe is not None and recipe.source.weights != "none" and not _names_layers(config):
@@ -160,11 +176,15 @@ def prepare_setup(
     if isinstance(criterion, nn.Module):
         criterion.to(compute.device)
     try_one_batch(model, live, train_data, criterion, _live_compute(compute, live, train_data), config)
-    start = _require_ridge_start(live, train_data) if config.head_start == "ridge" else None
+    start = require_ridge_start(live, train_data) if config.head_start == "ridge" else None
     is_head_alone = config.lr is None and _is_head_alone_trained(facts, live)
     rates = _rates(model, config, is_head_alone=is_head_alone)
-    sweep = None
-    if config.lr is None and is_head_alone and isinstance(train_data.train, FeatureBatches) and _is_sweepable(config):
+    sweep = solved = None
+    if config.head_start == "solved" or (config.head_start == "auto" and compute.device.type == "cuda"):
+        solved = solved_head(live, train_data, criterion, config)
+    if solved is not None:
+        start, rates = solved.weights(live), {**rates, "lr": 0.0}
+    elif config.lr is None and is_head_alone and isinstance(train_data.train, FeatureBatches) and _is_sweepable(config):
         if config.head_start == "auto":
             start = ridge_start(live, train_data.train, torch.arange(len(train_data.train.dataset)))
         sweep = sweep_heads(
@@ -181,10 +201,13 @@ def prepare_setup(
         if sweep is not None:
             rates = {**rates, "lr": sweep.best.lr, "weight_decay": sweep.best.weight_decay}
     is_ridge = config.head_start == "ridge" or (sweep is not None and sweep.best.starts_from_ridge)
-    optimizer = make_optimizer(config.optimizer, facts, rates, {})
+    head_start: HeadStart = "solved" if solved is not None else "ridge" if is_ridge else "given"
+    is_fused = compute.device.type == "cuda" and optimizer_class(config.optimizer) in FUSED
+    optimizer = make_optimizer(config.optimizer, facts, rates, {"fused": True} if is_fused else {})
+    may_guard = is_fused and config.on_nan == "stop" and compute.autocast_dtype != torch.float16
     if findings := findings_of(facts, optimizer):
         raise ModelError(f"{type(model).__name__} cannot be trained as it is: {findings[0]}")
-    if is_ridge and start is not None:
+    if head_start != "given" and start is not None:
         with torch.no_grad():
             for parameter_name, value in start.items():
                 live.get_parameter(parameter_name).copy_(value)
@@ -197,13 +220,14 @@ def prepare_setup(
         criterion=criterion,
         optimizer=optimizer,
         schedule=_schedule(optimizer, config, train_data),
-        scaler=compute.scaler(),
+        scaler=compute.step_guard() if may_guard else compute.scaler(),
         compute=compute,
         plan=describe_plan(model, name, train_data, config, rates["lr"], compute),
         rates=rates,
         unfreezing=Schedule.parse(config.unfreeze) if config.unfreeze is not None else None,
         sweep=sweep,
-        head_start="ridge" if is_ridge else "given",
+        head_start=head_start,
+        solved=solved,
     )
 
 
@@ -280,27 +304,6 @@ def make_extractor(
     ) as error:  # its forward fails on shapes alone; a real batch is tried later
         return None, str(error).partition("\n")[0]
     return extractor, None
-
-
-def _require_ridge_start(live: nn.Module, train_data: TrainData) -> dict[str, torch.Tensor]:
-    """Return the weights of a linear head by ridge regression on all training photos.
-
-    Raises:
-        ConfigError: The trained part is not a linear layer on cached features, or there are too many of them.
-    """
-    batches = train_data.train
-    if isinstance(batches, FeatureBatches):
-        rows = torch.arange(len(batches.dataset))
-        start, reason = ridge_start(live, batches, rows), ridge_obstacle(live, batches, rows)
-        if start is not None:
-            return start
-        reason = reason or "not all of the features are finite"
-    else:
-        reason = train_data.cache_disabled_reason or "nothing is computed once"
-    raise ConfigError(
-        f"{option('head_start', 'ridge')} needs a linear head on features that are computed once, and few enough of "
-        f"them: {reason}. Freeze everything but the last layer, or leave the option out."
-    )
 
 
 def _is_sweepable(config: TrainConfig) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from regraft.card import Preprocessing
-from regraft.data.decode import Unreadable
+from regraft.data.decoding.files import Unreadable
 from regraft.data.folders import Listing, Task, list_data
 from regraft.data.photos import Photos, SeededShuffle
 from regraft.data.transforms import augmentation
@@ -21,9 +21,10 @@ from regraft.frontier.cache.store import Store
 from regraft.progress import Progress
 from regraft.training.checks.targets import labels_in_memory, require_labels, task_of
 from regraft.training.config import TrainConfig
-from regraft.training.features.batches import FeatureBatches, Features
+from regraft.training.features.batches import FeatureBatches, Features, PickedBatches
 from regraft.training.features.extract import Extractor
 from regraft.training.features.frontier import Frontier
+from regraft.training.features.photo_batches import PhotoBatches, fit_device
 from regraft.training.features.pixels import read_or_load
 from regraft.training.loop import Inputs
 from regraft.training.losses import Loss
@@ -78,6 +79,7 @@ def load_train_data(
     listing: Listing | None,
     preprocessing: Preprocessing,
     config: TrainConfig,
+    device: torch.device,
     progress: Progress,
     ranks: Ranks = SINGLE,
     extractor: Extractor | None = None,
@@ -86,12 +88,13 @@ def load_train_data(
 
     Of several ranks, each decodes its share, and all get all photos.
 
-    With an extractor, the batches hold the features of its constant part instead of images (`FeatureBatches`).
+    With an extractor, the batches hold the features of its constant part instead of images (`FeatureBatches`). Without
+    one, photos that fit into the memory of a GPU stay there (`PhotoBatches`).
     """
     parts = _photos_of(data, listing, preprocessing, config)
     if parts is None:
         return _from_batches(data, config)
-    train_data = _from_photos(parts, config, progress, ranks, extractor)
+    train_data = _from_photos(parts, config, device, progress, ranks, extractor)
     if listing is None:
         return train_data
     assert train_data.photos is not None
@@ -100,11 +103,16 @@ def load_train_data(
 
 
 def with_features(
-    train_data: TrainData, config: TrainConfig, progress: Progress, ranks: Ranks, extractor: Extractor | None
+    train_data: TrainData,
+    config: TrainConfig,
+    device: torch.device,
+    progress: Progress,
+    ranks: Ranks,
+    extractor: Extractor | None,
 ) -> TrainData:
     """Return the same photos with the features of a new extractor, after the network's flags have changed."""
     assert train_data.photos is not None
-    fresh = _from_photos(train_data.photos, config, progress, ranks, extractor)
+    fresh = _from_photos(train_data.photos, config, device, progress, ranks, extractor)
     unreadable = train_data.unreadable + fresh.unreadable
     return replace(fresh, task=train_data.task, listing=train_data.listing, unreadable=unreadable)
 
@@ -126,7 +134,12 @@ def _photos_of(
 
 
 def _from_photos(
-    parts: tuple[Photos, Photos], config: TrainConfig, progress: Progress, ranks: Ranks, extractor: Extractor | None
+    parts: tuple[Photos, Photos],
+    config: TrainConfig,
+    device: torch.device,
+    progress: Progress,
+    ranks: Ranks,
+    extractor: Extractor | None,
 ) -> TrainData:
     """Decode photos that are not decoded yet, or compute their features, and make batches of either."""
     store = Store() if config.cache else None
@@ -148,6 +161,11 @@ def _from_photos(
         sampler = SeededShuffle(len(train), config.seed)
         batches: Iterable[Any] = FeatureBatches(frontier.train, train, config.batch_size, sampler)
         validation_batches: Iterable[Any] = FeatureBatches(frontier.validation, validation, VALIDATION_BATCH_SIZE)
+    elif all(ranks.objects(fit_device((train, validation), device))):
+        sampler = SeededShuffle(len(train), config.seed)
+        batches = PhotoBatches(train, config.batch_size, device, sampler)
+        validation_batches = PhotoBatches(validation, VALIDATION_BATCH_SIZE, device)
+        train, validation = batches.dataset, validation_batches.dataset
     else:
         # Mixup blends photos of the whole batch, which every rank reads then.
         train_ranks, workers = SINGLE if config.mixup else ranks, config.workers
@@ -207,7 +225,7 @@ def _batches(data: Any, config: TrainConfig, *, shuffle: bool) -> Iterable[Any]:
 
 def first_batch(batches: Iterable[Any]) -> tuple[Inputs, torch.Tensor]:
     """Return the first pair (inputs, targets), or raise an error that describes what the data yields instead."""
-    if isinstance(batches, FeatureBatches):
+    if isinstance(batches, PickedBatches):
         return next(iter(batches))
     readable = (batch.batch if isinstance(batch, PartialBatch) else batch for batch in batches)
     try:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from regraft.anatomy.modes import preserved_randomness
-from regraft.training.micro_batch import Inputs, buffers_restored
+from regraft.training.steps.micro_batch import Inputs, buffers_restored
 
 
 def first_nonfinite_layer(model: nn.Module, inputs: Inputs, forward: Callable[[nn.Module, Inputs], object]) -> str:

@@ -8,9 +8,10 @@ from regraft.errors import ConfigError, LossError, ModelError, RegraftError
 from regraft.training.checks.targets import batch_loss, ignored_label
 from regraft.training.checks.weight_types import type_names
 from regraft.training.config import TrainConfig
-from regraft.training.loop import ComputeContext, main_output, run
+from regraft.training.loop import main_output, run
 from regraft.training.losses import Loss
-from regraft.training.micro_batch import as_tuple, require_learnable
+from regraft.training.steps.compute import ComputeContext
+from regraft.training.steps.micro_batch import as_tuple, require_learnable
 from regraft.training.train_data import TrainData, first_batch, require_scores
 from regraft.wording import for_caller, option
 

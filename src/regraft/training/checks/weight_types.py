@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from regraft.errors import ConfigError, ModelError
-from regraft.training.loop import HALVES, ComputeContext, choose_compute
+from regraft.training.steps.compute import HALVES, ComputeContext, choose_compute
 from regraft.wording import option
 
 FLOATING = (*HALVES, torch.float32, torch.float64)

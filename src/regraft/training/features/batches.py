@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -70,21 +71,21 @@ class Features:
         return unpacked(kept, self.dtypes, self.precision)
 
 
-class FeatureBatches:
-    """Batches ((tensors of the frontier), targets) for the live part.
+class PickedBatches:
+    """Batches (inputs, targets) whose photos are picked by index, all of a batch at once.
 
     Args:
-        features: Features of all photos and views.
-        photos: The photos of these features.
+        photos: The photos.
         batch_size: N.
+        device: Where the targets are kept.
         sampler: Draws order and views in each epoch; None: the photos in order, in their first view.
     """
 
     def __init__(
-        self, features: Features, photos: Photos, batch_size: int, sampler: SeededShuffle | None = None
+        self, photos: Photos, batch_size: int, device: torch.device, sampler: SeededShuffle | None = None
     ) -> None:
-        self.features, self.dataset, self.batch_size, self.sampler = features, photos, batch_size, sampler
-        self.targets = torch.tensor([sample.target for sample in photos.samples]).to(features.device)
+        self.dataset, self.batch_size, self.sampler = photos, batch_size, sampler
+        self.targets = torch.tensor([sample.target for sample in photos.samples]).to(device)
         self._drops_last = sampler is not None and leaves_one(len(photos), batch_size)
         self._ranks = SINGLE
 
@@ -98,7 +99,7 @@ class FeatureBatches:
         full, rest = divmod(len(self.dataset), self.batch_size)
         return full + (rest > 0 and not self._drops_last)
 
-    def __iter__(self) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Any, torch.Tensor]]:
         count = len(self.dataset)
         order, draws = self.sampler.draw() if self.sampler else (torch.arange(count), torch.zeros(count).long())
         begun = self.sampler.first // self.batch_size if self.sampler else 0
@@ -110,6 +111,27 @@ class FeatureBatches:
                 continue
             own = self._ranks.share_of_batch(len(indices))
             yield OwnRows(*self.pick(indices[own], seeds[own])) if own.start < own.stop else NO_ROWS
+
+    def pick(self, indices: torch.Tensor, draws: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """Return inputs and targets of photos by index, in the views that `draws` stand for."""
+        raise NotImplementedError
+
+
+class FeatureBatches(PickedBatches):
+    """Batches ((tensors of the frontier), targets) for the live part.
+
+    Args:
+        features: Features of all photos and views.
+        photos: The photos of these features.
+        batch_size: N.
+        sampler: See `PickedBatches`.
+    """
+
+    def __init__(
+        self, features: Features, photos: Photos, batch_size: int, sampler: SeededShuffle | None = None
+    ) -> None:
+        super().__init__(photos, batch_size, features.device, sampler)
+        self.features = features
 
     def pick(self, indices: torch.Tensor, draws: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """Return features and targets of photos by index, in the views that `draws` stand for, modulo V."""

@@ -7,14 +7,16 @@ and, once for each split, prefix and suffix are compared with the whole network 
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from regraft.anatomy.model_facts import ModelFacts
 from regraft.anatomy.modes import evaluation_mode
-from regraft.data.decode import Unreadable
+from regraft.data.decoding.files import Unreadable
+from regraft.data.device_copies import DeviceCopies, HostCopy
 from regraft.data.photos import Photos, free_memory_bytes, positions, require_readable
 from regraft.data.transforms import Views, normalize
 from regraft.errors import ModelError
@@ -28,12 +30,14 @@ from regraft.progress import SILENT, Progress
 from regraft.train_options import CachePrecision
 from regraft.training.features.batches import Features
 from regraft.training.features.shards import ShardedWriter
-from regraft.training.loop import HALVES, ComputeContext, main_output
+from regraft.training.loop import main_output
+from regraft.training.steps.compute import HALVES, ComputeContext
 from regraft.wording import option
 
 BATCH = {"cpu": 16, "cuda": 256}  # photos per batch of the constant part
 MEMORY_BYTES = 512 * 2**20  # features that are larger stay on the disk
 MEMORY_SHARE = 0.25  # of free memory, for features that do not fit on the disk, and of free GPU memory
+MAX_COMPUTED = 2  # batches whose features are on their way into memory
 CHECKED = 2  # photos that are computed again, to compare them with the kept features
 
 
@@ -124,8 +128,8 @@ class Extractor:
         readable = share if ranks.size == 1 else readable
         return self._features(rows, note, readable, began, was_found=False), readable, all_unreadable
 
-    def run(self, pixels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Compute the frontier's tensors of a few photos, each (C, size, size) of uint8, on the model's device.
+    def run(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """Compute the frontier's tensors of a batch (N, C, size, size) of uint8, on the model's device.
 
         Raises:
             ModelError: The constant part fails.
@@ -134,10 +138,10 @@ class Extractor:
         with _as_model_errors("its constant part"), torch.inference_mode(), self.compute.autocast():
             return [tensor.contiguous() for tensor in self._prefix(self._batch(pixels))]
 
-    def _batch(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
-        batch = normalize(torch.stack(list(pixels)), self.preprocessing)
+    def _batch(self, pixels: torch.Tensor) -> torch.Tensor:
         layout = torch.channels_last if self.compute.has_channels_last else torch.contiguous_format
-        return batch.to(self.compute.device, self._input_dtype, memory_format=layout)
+        batch = pixels.to(self.compute.device).contiguous(memory_format=layout)
+        return normalize(batch, self.preprocessing).to(self._input_dtype)
 
     def _key(self, photos: Photos) -> str:
         if self.store is None:
@@ -146,7 +150,7 @@ class Extractor:
             self._digest,
             [sample.path for sample in photos.samples],
             digests_of=lambda files: self.compute.ranks.spread(file_digests, files),
-            preprocessing=self.preprocessing.model_dump(),
+            preprocessing=self.preprocessing.cache_key(),
             views=photos.views.name,
             precision=f"{self.compute.autocast_dtype} {self.precision}",
             device=self.compute.device.type,
@@ -214,7 +218,9 @@ class Extractor:
                 they are not finite.
         """
         indices = torch.arange(CHECKED) * (len(photos) - 1) // max(1, CHECKED - 1)
-        batch = self._batch([photos.views.of(index, photos.decoded(index), 0) for index in indices.tolist()])
+        batch = self._batch(
+            torch.stack([photos.views.of(index, photos.decoded(index), 0) for index in indices.tolist()])
+        )
         kept, suffix = features.pick(indices * features.views), self.parts.suffix
         of_weights = TOLERANCES["bf16" if self._has_halves else "full"]
         is_mixed = self.compute.autocast_dtype is not None
@@ -258,7 +264,7 @@ def _require_same(values: torch.Tensor, reference: torch.Tensor, tolerance: floa
 
 
 class _Extraction:
-    """Collects photos into batches, computes their features, and writes them."""
+    """Collects photos into batches, computes their features, and writes them, while the device computes the next."""
 
     def __init__(
         self, extractor: Extractor, views: Views, writer: FeatureWriter | ShardedWriter, first: int = 0
@@ -266,16 +272,18 @@ class _Extraction:
         assert views.count is not None
         self._extractor, self._views, self._views_per_photo, self._writer = extractor, views, views.count, writer
         self._batch = BATCH.get(extractor.compute.device.type, 16)
+        self._copies = DeviceCopies(extractor.compute.device)
         self._waiting: list[torch.Tensor] = []
+        self._computed: deque[HostCopy] = deque()
         self._first = self._count = first  # index of the next photo
         self._began = time.perf_counter()
-        self._rounding: dict[int, tuple[float, float]] = {}  # of each tensor: largest error, and largest value
+        self._rounding: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # largest error and value of each tensor
 
     def add(self, pixels: torch.Tensor) -> None:
         """Add the next photo (C, H, W)."""
-        self._waiting += [self._views.of(self._count, pixels, view) for view in range(self._views_per_photo)]
+        self._waiting.append(pixels)
         self._count += 1
-        while len(self._waiting) >= self._batch:
+        if len(self._waiting) * self._views_per_photo >= self._batch:
             self._flush()
 
     def finish(self, unreadable: dict[int, str]) -> tuple[tuple[Rows, ...], dict[str, Any]]:
@@ -284,10 +292,12 @@ class _Extraction:
         Raises:
             ModelError: A value does not fit into the chosen precision, or the features fit nowhere.
         """
-        while self._waiting:
+        if self._waiting:
             self._flush()
+        self._write(but=0)
         precision = self._extractor.precision
-        error = max((error / max(largest, 1e-30) for error, largest in self._rounding.values()), default=0.0)
+        rounding = [(float(error), float(largest)) for error, largest in self._rounding.values()]
+        error = max((error / max(largest, 1e-30) for error, largest in rounding), default=0.0)
         if precision != "full" and not error <= TOLERANCES[precision]:
             raise ModelError(
                 f"what is constant holds values that {precision} has no room for, too large or too small; "
@@ -307,21 +317,28 @@ class _Extraction:
             raise ModelError("what is computed once has no room in memory, and cannot be written")
         return rows, note
 
-    def _run(self) -> list[torch.Tensor]:
-        """Run the constant part on the next batch; halve the batch on out-of-memory."""
-        while True:
-            try:
-                features = self._extractor.run(self._waiting[: self._batch])
-            except torch.OutOfMemoryError as error:
-                if self._batch == 1:
-                    raise ModelError(f"{self._extractor.compute.device} has no memory for a single photo") from error
-                self._batch = self._batch // 2
-            else:
-                self._waiting = self._waiting[self._batch :]
-                return features
-
     def _flush(self) -> None:
-        features = self._run()
+        """Compute the features of the waiting photos; halve the batch on out-of-memory."""
+        pixels = self._views.all_of(self._count - len(self._waiting), self._waiting, self._copies)
+        self._waiting = []
+        while len(pixels):
+            try:
+                features = self._extractor.run(pixels[: self._batch])
+            except torch.OutOfMemoryError as error:
+                device = self._extractor.compute.device
+                if self._batch == 1:
+                    raise ModelError(f"{device} has no memory for a single photo") from error
+                half = self._batch // 2
+                message = f"memory     {device} has none for {self._batch} photos at a time: {half} from here on"
+                self._batch = half
+            else:
+                pixels = pixels[self._batch :]
+                self._keep(features)
+                continue
+            torch.cuda.empty_cache()  # outside of the except block, whose exception keeps tensors alive
+            self._extractor.progress.say(message)
+
+    def _keep(self, features: list[torch.Tensor]) -> None:
         precision = self._extractor.precision
         kept = packed(features, precision)
         # The true rounding error of these values is measured, for the report and to notice overflow.
@@ -329,7 +346,12 @@ class _Extraction:
             restored = unpacked(kept, [tensor.dtype for tensor in features], precision)
             for number, (rounded, exact) in enumerate(zip(restored, features, strict=True)):
                 rounded, exact = rounded.float(), exact.float()
-                error, largest = self._rounding.get(number, (0.0, 0.0))
-                error = max(error, float((rounded - exact).abs().max()))
-                self._rounding[number] = error, max(largest, float(exact.abs().max()))
-        self._writer.append([tensor.cpu() for tensor in kept])
+                error, largest = (rounded - exact).abs().max(), exact.abs().max()
+                known = self._rounding.get(number, (error, largest))
+                self._rounding[number] = torch.maximum(known[0], error), torch.maximum(known[1], largest)
+        self._computed.append(HostCopy(kept))
+        self._write(but=MAX_COMPUTED)
+
+    def _write(self, *, but: int) -> None:
+        while len(self._computed) > but:
+            self._writer.append(self._computed.popleft().tensors())

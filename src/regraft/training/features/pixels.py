@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from regraft.data.decode import Unreadable
+from regraft.data.decoding.files import Unreadable
 from regraft.data.photos import Photos, estimate_bytes, fit_memory, positions, require_readable
 from regraft.frontier.cache.key import features_key, file_digests
 from regraft.frontier.cache.store import Rows, Store
@@ -62,7 +62,7 @@ def read_or_load(
     key = entry = None
     if not is_in_memory and store is not None:
         spread = functools.partial(ranks.spread, file_digests)
-        key = features_key("pixels", paths, digests_of=spread, preprocessing=photos.preprocessing.model_dump())
+        key = features_key("pixels", paths, digests_of=spread, preprocessing=photos.preprocessing.cache_key())
         entry = store.find(key)
     if all(ranks.objects(entry is not None)) and entry is not None:
         readable, unreadable = photos.without(entry.note["unreadable"])

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from regraft.errors import RankError, RegraftError
-from regraft.training.micro_batch import Inputs, rows
 from regraft.training.ranks.watch import FAILED, Watch
+from regraft.training.steps.micro_batch import Inputs, rows
 
 Value = TypeVar("Value")
 TIMEOUT = timedelta(hours=2)  # of an exchange: ranks may wait long for each other, and one that dies is noticed at once

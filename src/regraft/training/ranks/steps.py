@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from regraft.anatomy.modes import preserved_randomness
 from regraft.errors import RunError
-from regraft.training.micro_batch import Batch, Inputs, SingleSampleError, buffers_restored, rows
 from regraft.training.ranks.group import MIN_ROWS, Ranks
+from regraft.training.steps.micro_batch import Batch, Inputs, SingleSampleError, buffers_restored, rows
 from regraft.wording import option
 
 Forward = Callable[[Inputs], torch.Tensor]

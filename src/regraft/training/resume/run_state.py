@@ -13,9 +13,9 @@ from torch import nn
 
 from regraft.card import attach
 from regraft.checkpoint.file.tree import Tree
-from regraft.training.loop import Tally
 from regraft.training.metrics import ClassMetrics, Metrics
 from regraft.training.result import EpochRecord
+from regraft.training.steps.tally import Tally
 
 PHASES = ("model", "reading", "features", "setup", "training", "validation", "saving", "other")  # as they are shown
 
@@ -125,7 +125,7 @@ class RunState:
         return {
             "epoch": self.epoch,
             "step": self.step,
-            "tally": dataclasses.asdict(self.tally),
+            "tally": self.tally.to_tree(),
             "history": list(self._written),
             "best": self.best.to_tree() if self.best is not None else None,
             "seconds": self.all_seconds(),

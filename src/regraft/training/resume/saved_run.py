@@ -59,7 +59,12 @@ class RunFingerprint:
         rest = [tensor for name, tensor in setup.model.state_dict(keep_vars=True).items() if name not in changing]
         return cls(
             config=json.loads(config.model_dump_json(exclude_unset=True)),
-            chosen={"lr": setup.plan.lr, "weight_decay": setup.rates["weight_decay"], "head_start": setup.head_start},
+            chosen={
+                "lr": setup.plan.lr or None,  # a solved head has none
+                "weight_decay": setup.rates["weight_decay"],
+                "head_start": setup.head_start,
+                "decoder": setup.facts.preprocessing.decoder,
+            },
             is_named=is_named,
             data=_data_digest(setup.train_data) if config.out is not None else "",
             frozen=sum_of_bits(rest) if config.out is not None else 0,
@@ -97,7 +102,8 @@ class SavedRun:
                 f"the run in '{self.path.parent.parent}' has other options: {differences}. Continue it with its own, "
                 "or begin another one elsewhere. Nothing was changed."
             )
-        return config.updated(**self.fingerprint.chosen)
+        # A state without a decoder is of a version that had Pillow alone.
+        return config.updated(**{"decoder": "pillow", **self.fingerprint.chosen})
 
 
 def find_run(folder: Path, progress: Progress = SILENT) -> SavedRun | None:

@@ -92,10 +92,11 @@ def backward_in_parts(
     scale: Callable[[torch.Tensor], torch.Tensor],
     *,
     is_mean: bool,
-) -> float:
+    is_read: bool = True,
+) -> float | torch.Tensor:
     """Accumulate the gradients of a batch's loss in the parameters, and return the loss; see the module docstring.
 
-    Where the loss is not finite, no gradient of it is added.
+    Where the loss is not finite, no gradient of it is added, unless it is not read.
 
     Args:
         forward: Function from inputs to outputs, with gradients where they are enabled.
@@ -105,7 +106,12 @@ def backward_in_parts(
         parts: The parts that it was split into.
         scale: Scales a loss before its backward pass (`GradScaler.scale`).
         is_mean: Whether the loss is known to be a mean over samples.
+        is_read: Whether to wait for the loss of a single part; otherwise it is returned as a tensor on the device.
     """
+    if len(parts) == 1 and is_mean and not is_read:
+        loss = loss_of(forward(batch.inputs), batch)
+        scale(loss).backward()
+        return loss.detach()
     if is_mean:
         total = 0.0
         for part in parts:

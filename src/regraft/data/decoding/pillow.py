@@ -1,13 +1,7 @@
-"""Decode image files: orient, convert and resize them, and report unreadable files."""
+"""The engine `pillow`, the reference: it orients, converts and resizes every kind of image, or says why it cannot."""
 
 import contextlib
-import os
 import struct
-import warnings
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +10,9 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from regraft.card import Preprocessing
+from regraft.data.decoding.resizing import MAX_RATIO, has_long_ends, resized_size
 from regraft.errors import DataError
 
-MAX_RATIO = 4  # of the sides; longer images lose their ends, which the center crop removes anyway
-MAX_PENDING = 64  # photos that are decoded ahead
 REDUCTION = 2.0  # a JPEG is decoded at 1/2, 1/4 or 1/8 size if that is still this many times the target size
 QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations
 FILTERS = {
@@ -30,20 +23,10 @@ FILTERS = {
 }
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """A file that is not a readable image, with the reason."""
-
-    path: Path
-    reason: str
-
-
 def decode(source: Path | Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
-    """Read an image and resize it for `preprocessing`; the ends of a long image that is center-cropped may be missing.
+    """Read an image of any kind and resize it, as `files.decode` describes.
 
     A JPEG of more than twice the target size is decoded at a reduced size, which is several times faster and as sharp.
-    EXIF orientation is applied, transparent images get a white background, 16-bit gray is scaled to 8 bits, of an
-    animation the first frame is used, and CMYK and palettes are converted.
 
     Returns:
         Pixels (C, H, W) as uint8.
@@ -69,42 +52,26 @@ def decode(source: Path | Image.Image, preprocessing: Preprocessing) -> torch.Te
         raise
     except Exception as error:  # image decoders raise almost any exception
         raise DataError(_reason(source, error)) from error
+    return _as_tensor(image)
+
+
+def as_stored(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
+    """Return an opened image, upright and converted but not resized, as pixels (C, H, W) of uint8.
+
+    Raises:
+        DataError: It cannot be read; the message is the reason only.
+    """
+    try:
+        return _as_tensor(_to_gray_or_rgb(image, preprocessing.channels))
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DataError(_reason(image, error)) from error
+
+
+def _as_tensor(image: Image.Image) -> torch.Tensor:
     pixels = torch.from_numpy(np.array(image))  # (H, W) or (H, W, C)
     return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
-
-
-def decode_all(paths: Sequence[Path], preprocessing: Preprocessing) -> Iterator[torch.Tensor | Unreadable]:
-    """Decode many files with one thread per core, in order; an unreadable file becomes `Unreadable`.
-
-    At most `MAX_PENDING` photos are decoded ahead.
-    """
-
-    def attempt(path: Path) -> torch.Tensor | Unreadable:
-        try:
-            return decode(path, preprocessing)
-        except DataError as error:
-            return Unreadable(path, str(error))
-
-    with quiet_decoders(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        try:
-            pending: deque[Future[torch.Tensor | Unreadable]] = deque()
-            for path in paths:
-                pending.append(pool.submit(attempt, path))
-                if len(pending) > MAX_PENDING:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)  # a caller that stops early does not wait for the rest
-
-
-@contextlib.contextmanager
-def quiet_decoders() -> Iterator[None]:
-    """Silence the warnings of decoders about odd files, which are either read or reported."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        yield
 
 
 def _to_gray_or_rgb(image: Image.Image, channels: int) -> Image.Image:
@@ -140,29 +107,12 @@ def _upright_size(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
     return (size[1], size[0]) if orientation in QUARTER_TURNS else size
 
 
-def resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
-    """Return the size (width, height) to which an image of a given size is resized, in pixels.
-
-    Source: the rounding is that of `torchvision.transforms.Resize` for `center` and of timm's `ResizeKeepRatio` for
-    `border`; another order of the same operations is one pixel off for some sizes.
-    """
-    resize = preprocessing.resize
-    if preprocessing.crop_mode == "squash":
-        return resize, resize
-    if preprocessing.crop_mode == "border":
-        ratio = max(size) / resize
-        return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))
-    short, long = min(size), max(size)
-    longer = int(resize * long / short)
-    return (resize, longer) if size[0] == short else (longer, resize)
-
-
 def _resize(image: Image.Image, size: tuple[int, int], preprocessing: Preprocessing) -> Image.Image:
     """Resize an image; `size` is its original size, before its decoder reduced it."""
     width, height = resized_size(size, preprocessing)
     box = (0.0, 0.0, float(image.width), float(image.height))
-    excess = max(width, height) - MAX_RATIO * preprocessing.resize
-    if excess >= MAX_RATIO and preprocessing.crop_mode == "center":
+    if has_long_ends(size, preprocessing):
+        excess = max(width, height) - MAX_RATIO * preprocessing.resize
         cut = excess // 4 * 2  # even, so that the center crop rounds to the same place as in the whole image
         share = cut / max(width, height)
         if width > height:
