@@ -17,7 +17,7 @@ from regraft.progress import Progress
 from regraft.training.checks.targets import class_labels, ignored_label, kind_of
 from regraft.training.config import TrainConfig
 from regraft.training.fault_tolerance import FaultTolerantReader
-from regraft.training.features.batches import FeatureBatches
+from regraft.training.features.batches import PickedBatches
 from regraft.training.loop import score, train_epoch
 from regraft.training.metrics import Metrics, measure
 from regraft.training.ranks.group import NO_ROWS
@@ -196,7 +196,7 @@ def _run_epoch(run: Run, epoch: int, reader: FaultTolerantReader, state_writer: 
 def _train_batches(run: Run, reader: FaultTolerantReader, state_writer: StateWriter) -> Iterator[Any]:
     """Yield the remaining batches of the epoch; between steps, save states and stop if requested."""
     run_state, batches, ranks = run.run_state, run.setup.train_data.train, run.setup.live_compute.ranks
-    if ranks.size > 1 and isinstance(batches, FeatureBatches) and not run.config.mixup:
+    if ranks.size > 1 and isinstance(batches, PickedBatches) and not run.config.mixup:
         batches = batches.shared(ranks)
     sampler: Any = getattr(batches, "sampler", None)
     if hasattr(sampler, "set_epoch"):
@@ -220,7 +220,7 @@ def _train_batches(run: Run, reader: FaultTolerantReader, state_writer: StateWri
 def _validation_batches(run: Run, reader: FaultTolerantReader) -> Iterator[Any]:
     """Yield the validation batches; a run that is stopped here repeats the validation when it is resumed."""
     batches, ranks = run.setup.train_data.validation, run.setup.live_compute.ranks
-    if ranks.size > 1 and isinstance(batches, FeatureBatches):
+    if ranks.size > 1 and isinstance(batches, PickedBatches):
         batches = batches.shared(ranks)
     states = random_states(batches)
     total = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]

@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -89,7 +89,7 @@ class PickedBatches:
         self._drops_last = sampler is not None and leaves_one(len(photos), batch_size)
         self._ranks = SINGLE
 
-    def shared(self, ranks: Ranks) -> "FeatureBatches":
+    def shared(self, ranks: Ranks) -> Self:
         """Return the same batches, of which a rank reads its rows (`OwnRows`)."""
         batches = copy.copy(self)
         batches._ranks = ranks
