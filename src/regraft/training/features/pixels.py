@@ -89,4 +89,7 @@ def read_or_load(
         require_readable(photos, unreadable)
         note = {"unreadable": lost, "holds": f"{len(readable)} photos, decoded"}
         rows = writer.finish(note)
-    return (replace(readable, pixels=StoredPixels(rows)) if rows is not None else readable), unreadable
+    if rows is None:
+        return readable, unreadable
+    stored = StoredPixels(rows)
+    return replace(readable, pixels=tuple(stored) if is_in_memory else stored), unreadable
