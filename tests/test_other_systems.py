@@ -32,7 +32,8 @@ from regraft.data.photos import Photos, free_memory_bytes, loader, read_photos
 from regraft.data.samples import Sample
 from regraft.data.transforms import augmentation
 from regraft.errors import CheckpointError, Interrupted, RunError
-from regraft.frontier.cache.store import ENTRY, DiskTensor, Store, default_folder
+from regraft.frontier.cache.rows import DiskTensor
+from regraft.frontier.cache.store import ENTRY, Store, default_folder
 from regraft.training.config import TrainConfig, make_config, read_config, write_config
 from regraft.training.partial_batches import fault_tolerant_loader
 from training.factories import StopsAt, assert_same, half_frozen, write_photos
@@ -44,6 +45,7 @@ OPTIONS: dict[str, Any] = {"epochs": 2, "batch_size": 6, "lr": 0.01, "image_size
 EVERYWHERE = {
     "os": {
         "PathLike",
+        "abort",
         "close",
         "cpu_count",
         "devnull",

@@ -22,8 +22,8 @@ from scene import workplace as workplace
 SOURCE = Path(regraft.__file__).parent
 FLAG = re.compile(r"(?<![\w-])--[a-z]")
 COMMANDS = ("train_options.py", "report/suggestions.py")  # the options of one, and commands that a report suggests
-# Of the command line alone: its own code, its help, a command to copy, styles of pages.
-OF_COMMANDS = re.compile(r"`regraft [a-z]+.*`|var\(--|style=")
+# Of the command line alone: its own code, its help, a command to copy, flags of torchrun and tar, styles of pages.
+OF_COMMANDS = re.compile(r"`regraft [a-z]+.*`|--nproc_per_node|--format=ustar|var\(--|style=")
 
 
 class WithoutWording(ast.NodeTransformer):

@@ -13,6 +13,7 @@
     │   ├── TrustError        code would have to be imported without permission
     │   └── LossError         a loss that is not one finite number
     └── RunError              an external failure: a disk, a download (exit code 1)
+        └── RankError         another process of the same run has ended
 
     Interrupted               Ctrl-C or SIGTERM, after the state so far was saved (exit code 130 or 143)
 
@@ -31,10 +32,14 @@ class RegraftError(Exception):
 
     Attributes:
         result: Where it stopped a run, the `FitResult` of the best epoch so far; None before the first was complete.
+        rank: Number of the process in which it was raised, where several train together; else None.
+        is_told: Whether this process should tell it: False where another one of the same run does.
     """
 
     exit_code = 1
     result: Any = None
+    rank: int | None = None
+    is_told = True
 
 
 class InputError(RegraftError):
@@ -106,6 +111,14 @@ class RunError(RegraftError):
     """An external failure while regraft ran, such as a full disk."""
 
 
+class RankError(RunError):
+    """Another process of the same run has ended; the message names it."""
+
+    def __init__(self, message: str, *, is_told: bool = True) -> None:
+        super().__init__(message)
+        self.is_told = is_told
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM during training; the message says what was saved, where, and how to resume.
 
@@ -119,6 +132,7 @@ class Interrupted(KeyboardInterrupt):
 
     exit_code = 130
     result: Any = None
+    is_told = True
 
     def __init__(self, message: str = "", *, number: int = 2) -> None:
         super().__init__(message)

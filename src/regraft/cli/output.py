@@ -168,10 +168,12 @@ def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Resul
             print(end="", flush=True)  # flush here, where a closed pipe is handled
             return result
         except RegraftError as error:
-            _print_error(f"error: {error}")
+            if error.is_told:  # of several ranks, one tells
+                _print_error(f"error: {'' if error.rank is None else f'rank {error.rank}: '}{error}")
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as interruption:
-            _print_error(str(interruption) or "stopped by Ctrl-C. Nothing was written.")
+            if getattr(interruption, "is_told", True):
+                _print_error(str(interruption) or "stopped by Ctrl-C. Nothing was written.")
             raise typer.Exit(getattr(interruption, "exit_code", INTERRUPTED)) from interruption
         except BrokenPipeError as error:  # the reader has closed the pipe, as with `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)

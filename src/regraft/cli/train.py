@@ -106,7 +106,8 @@ def train(
         _report_so_far(error, start_s, progress)
         raise
     folder = result.out
-    assert folder is not None
+    if folder is None:  # another rank of the same run, which writes and reports
+        return
     result = replace(result, seconds={"start": start_s, **result.seconds})
     trained_s = seconds_since_start()
     try:

@@ -61,6 +61,7 @@ class Photos(Dataset[tuple[torch.Tensor, int | float]]):
         progress: Progress = SILENT,
         on_photo: Callable[[torch.Tensor], None] | None = None,
         keep: bool = True,
+        may_be_empty: bool = False,
     ) -> tuple["Photos", tuple[Unreadable, ...]]:
         """Decode the photos, and keep them in memory if they fit (see `fit_memory`); decoded ones are not read again.
 
@@ -69,6 +70,7 @@ class Photos(Dataset[tuple[torch.Tensor, int | float]]):
             progress: Reports progress.
             on_photo: Called with the pixels (C, H, W) of each readable photo, in order, as soon as it is decoded.
             keep: Whether decoded photos may stay in memory.
+            may_be_empty: Whether it is no error if none can be read, as of a share of the photos.
 
         Returns:
             The readable photos, and the unreadable files.
@@ -90,9 +92,8 @@ class Photos(Dataset[tuple[torch.Tensor, int | float]]):
                 on_photo(photo)
             if keep:
                 kept.append(photo.cpu())
-        if not readable:
-            example = f": '{unreadable[0].path}', for instance, {unreadable[0].reason}" if unreadable else ""
-            raise DataError(f"none of {count} files can be read as a photo{example}.")
+        if not readable and not may_be_empty:
+            require_readable(self, unreadable)
         pixels = tuple(kept) if keep else self.pixels
         return replace(self, samples=tuple(readable), pixels=pixels), tuple(unreadable)
 
@@ -142,6 +143,17 @@ def read_photos(
     """
     names = tuple(classes) if classes is not None else None
     return Photos(tuple(samples), preprocessing, augmentation("none", preprocessing), names).read(progress=progress)
+
+
+def require_readable(photos: Photos, unreadable: Sequence[Unreadable]) -> None:
+    """Refuse photos of which none can be read.
+
+    Raises:
+        DataError: No photo can be read.
+    """
+    if len(unreadable) == len(photos):
+        example = f": '{unreadable[0].path}', for instance, {unreadable[0].reason}" if unreadable else ""
+        raise DataError(f"none of {len(photos)} files can be read as a photo{example}.")
 
 
 def positions(samples: Sequence[Sample], unreadable: Sequence[Unreadable]) -> dict[int, str]:

@@ -1,25 +1,22 @@
 """The epochs of a run, from its beginning or a saved state, to its end or an interruption."""
 
 import contextlib
-import math
 import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from regraft.anatomy.modes import in_mode, preserved_randomness
 from regraft.card import attach
 from regraft.data.items import length_of
 from regraft.errors import DataError, Interrupted, LossError, RunError
 from regraft.progress import Progress
-from regraft.training.checks.targets import class_labels, ignored_label, kind_of
 from regraft.training.config import TrainConfig
 from regraft.training.fault_tolerance import FaultTolerantReader
+from regraft.training.features.batches import PickedBatches
 from regraft.training.loop import score, train_epoch
-from regraft.training.metrics import Metrics, measure
+from regraft.training.ranks.group import NO_ROWS
 from regraft.training.result import EpochRecord, FitResult
 from regraft.training.resume.rng import random_states, set_random_states
 from regraft.training.resume.run_folder import RunFolder
@@ -30,7 +27,8 @@ from regraft.training.resume.state_writer import StateWriter
 from regraft.training.run_lines import say_epoch
 from regraft.training.setup import TrainSetup, make_extractor
 from regraft.training.train_data import TrainData, with_features
-from regraft.wording import for_caller, option
+from regraft.training.validation import measure_validation
+from regraft.wording import for_caller
 
 
 @dataclass
@@ -99,6 +97,7 @@ def train(run: Run, saved_run: SavedRun | None) -> FitResult:
             state_writer.wait()
             hint = f" {_resume_hint(run)}" if _can_continue(state_writer) else ""
             stopped = type(error)(f"{error}{hint}")
+            stopped.is_told = error.is_told
             _attach_result(run, first_data, state_writer, stopped)
             raise stopped from error
         except Exception as error:  # of the caller's loss or dataset, or of torch: raised as it is
@@ -145,6 +144,7 @@ def _run_epoch(run: Run, epoch: int, reader: FaultTolerantReader, state_writer: 
     run_state, began = run.run_state, time.perf_counter()
     with run_state.phase("reading"):
         setup = run.setup = _refresh_setup(run, epoch)
+    run.signals.agreed = (ranks := setup.live_compute.ranks).agree_on(lambda: run.signals.noted)
     with run_state.phase("training"):
         train_loss = (
             setup.solved.loss
@@ -164,11 +164,9 @@ def _run_epoch(run: Run, epoch: int, reader: FaultTolerantReader, state_writer: 
             )
         )
     with run_state.phase("validation"):
-        outputs, targets = _align_for_metrics(
-            setup, *score(setup.live, _validation_batches(run, reader), setup.live_compute)
-        )
-        metrics = measure(outputs, targets, _class_names(setup, outputs))
-        _require_finite(metrics, setup)
+        scores = score(setup.live, _validation_batches(run, reader), setup.live_compute)
+        reader.merge(ranks)
+        outputs, targets, metrics = measure_validation(setup, *scores)
     lr, seconds = setup.optimizer.param_groups[0]["lr"], time.perf_counter() - began
     run_state.history.append(EpochRecord(epoch, train_loss, metrics, lr, seconds))
     is_best = metrics.is_better_than(run_state.best.metrics if run_state.best else None)
@@ -191,18 +189,23 @@ def _run_epoch(run: Run, epoch: int, reader: FaultTolerantReader, state_writer: 
 
 def _train_batches(run: Run, reader: FaultTolerantReader, state_writer: StateWriter) -> Iterator[Any]:
     """Yield the remaining batches of the epoch; between steps, save states and stop if requested."""
-    run_state, batches = run.run_state, run.setup.train_data.train
+    run_state, batches, ranks = run.run_state, run.setup.train_data.train, run.setup.live_compute.ranks
+    if ranks.size > 1 and isinstance(batches, PickedBatches) and not run.config.mixup:
+        batches = batches.shared(ranks)
     sampler: Any = getattr(batches, "sampler", None)
     if hasattr(sampler, "set_epoch"):
         sampler.set_epoch(run_state.epoch)
     if run_state.states is None:
         run_state.states = random_states(batches, run.setup.train_data.validation)
+        if ranks.size > 1:  # all ranks draw the same order, and the same mixup
+            run_state.states = ranks.from_first(lambda: run_state.states)
+            set_random_states(run_state.states, batches, run.setup.train_data.validation)
     read = reader.read(batches, run_state.states, done=run_state.step, min_photos=2)  # batch norm needs two
     count = length_of(batches)
     total = count - run_state.step if count is not None else None
     for batch in run.progress.track(read, _step_name(run), total):
-        if batch is not None:
-            yield batch
+        if batch is not None or ranks.size > 1:
+            yield batch if batch is not None else NO_ROWS
         run_state.step += 1  # the step of a batch is complete when the next batch is requested
         run.signals.stop_if_requested()
         if state_writer.is_due_within_epoch():
@@ -211,14 +214,16 @@ def _train_batches(run: Run, reader: FaultTolerantReader, state_writer: StateWri
 
 def _validation_batches(run: Run, reader: FaultTolerantReader) -> Iterator[Any]:
     """Yield the validation batches; a run that is stopped here repeats the validation when it is resumed."""
-    batches = run.setup.train_data.validation
+    batches, ranks = run.setup.train_data.validation, run.setup.live_compute.ranks
+    if ranks.size > 1 and isinstance(batches, PickedBatches):
+        batches = batches.shared(ranks)
     states = random_states(batches)
     for batch in run.progress.track(reader.read(batches, states), f"checking {_step_name(run)}", length_of(batches)):
         if run.signals.received is not None:
             set_random_states(states)
             run.signals.stop_if_requested()
-        if batch is not None:
-            yield batch
+        if batch is not None or ranks.size > 1:
+            yield batch if batch is not None else NO_ROWS
 
 
 def _refresh_setup(run: Run, epoch: int) -> TrainSetup:
@@ -241,7 +246,9 @@ def _repartition(run: Run) -> TrainSetup:
     setup = run.setup
     with preserved_randomness():  # so that a cache hit and a computation leave the same random state
         extractor, _ = make_extractor(setup.facts, setup.train_data.photos, run.config, setup.compute, run.progress)
-        train_data = with_features(setup.train_data, run.config, setup.compute.device, run.progress, extractor)
+        train_data = with_features(
+            setup.train_data, run.config, setup.compute.device, run.progress, setup.compute.ranks, extractor
+        )
     live = train_data.frontier.parts.suffix if train_data.frontier is not None else setup.model
     return replace(setup, train_data=train_data, live=live)
 
@@ -349,39 +356,8 @@ def _describe_best(run: Run) -> str:
     return f"The best so far (epoch {best.epoch}, {best.metrics.headline()}) is kept {where}."
 
 
-def _class_names(setup: TrainSetup, outputs: torch.Tensor) -> tuple[str, ...] | None:
-    if setup.train_data.task == "regression":
-        return None
-    return setup.train_data.classes or tuple(map(str, range(outputs.shape[1])))
-
-
-def _align_for_metrics(
-    setup: TrainSetup, outputs: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return outputs and targets for the metrics: scores and classes without ignored labels, or numbers.
-
-    Raises:
-        DataError: A label is not a class.
-    """
-    if setup.train_data.task == "regression":
-        return (outputs.sigmoid() if kind_of(setup.criterion) == "logits" else outputs), targets
-    ignored = ignored_label(setup.criterion)
-    labels = class_labels(outputs, targets, ignored=ignored)
-    if ignored is None or not bool((labels == ignored).any()):
-        return outputs, labels
-    return outputs[labels != ignored], labels[labels != ignored]
-
-
 def _step_name(run: Run) -> str:
     """Name the current epoch on a progress bar, with the best result so far."""
     best = run.run_state.best
     so_far = f", {best.metrics.accuracy:.1%} so far" if best is not None and best.metrics.accuracy is not None else ""
     return f"epoch {run.run_state.epoch}/{run.config.epochs}{so_far}"
-
-
-def _require_finite(metrics: Metrics, setup: TrainSetup) -> None:
-    if not math.isfinite(metrics.loss):
-        raise LossError(
-            f"the validation loss is {metrics.loss} (learning rate {setup.plan.lr:.3g}). Try a tenth of the learning "
-            f"rate, {option('precision', 'fp32')}, or look for extreme values in the data."
-        )

@@ -17,6 +17,7 @@ from regraft.progress import Progress
 from regraft.torch_internals import drop_workers
 from regraft.training.config import TrainConfig
 from regraft.training.partial_batches import PartialBatch
+from regraft.training.ranks.group import Ranks
 from regraft.training.resume.rng import set_random_states
 from regraft.training.train_data import TrainData
 from regraft.wording import option
@@ -82,6 +83,15 @@ class FaultTolerantReader:
     def readable(self, paths: Iterable[Source]) -> tuple[Source, ...]:
         """Return the paths without photos that were unreadable in the last pass."""
         return tuple(path for path in paths if path not in self._lost_now)
+
+    def merge(self, ranks: Ranks) -> None:
+        """Count what the other ranks could not read in the last pass, each of its own rows."""
+        ranks.pass_end("the end of the validation batches")
+        for lost in ranks.objects(self._lost_now):
+            for path in sorted(lost - self._lost, key=str):
+                self._progress.say(f"skipped    {str(path)!r}: it can no longer be read; it is left out of its batch")
+            self._lost |= lost
+            self._lost_now = self._lost_now | lost
 
     def _readable_part(self, partial: PartialBatch, min_photos: int) -> Any:
         for lost in partial.lost:

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from regraft.console import progress_of
 from regraft.data.samples import Listing
 from regraft.errors import ConfigError, ModelError
 from regraft.freezing.schedule import Schedule
-from regraft.progress import Progress
+from regraft.progress import SILENT, Progress
 from regraft.torch_internals import defer_compiler
 from regraft.training.checks.weight_types import compute_for, require_trainable_types
 from regraft.training.config import TrainConfig
 from regraft.training.epochs import Run, train
+from regraft.training.ranks.group import SINGLE, Ranks
+from regraft.training.ranks.launch import joined_ranks, require_same_listing
 from regraft.training.result import FitResult
 from regraft.training.resume.run_folder import RunFolder
 from regraft.training.resume.run_state import RunState
@@ -38,6 +40,7 @@ from regraft.training.setup import (
 )
 from regraft.training.steps.compute import ComputeContext, channels_last
 from regraft.training.train_data import TrainData, list_if_known, load_train_data
+from regraft.wording import for_caller
 from regraft.zoo import needs_download
 
 
@@ -86,6 +89,7 @@ def fit(
         InputError: An argument or the data is invalid (its kinds are in `regraft.errors`). Nothing was written.
         LossError: The loss is not a single finite number; the best weights so far are kept, if any.
         Interrupted: Ctrl-C or SIGTERM; the best weights so far are kept, if any.
+        RankError: Started by `torchrun` or `accelerate launch`, another of the processes has ended.
 
     Whatever stops a run after its first epoch carries the result so far: `write_report(error.result, path)`.
     """
@@ -109,33 +113,60 @@ def fit(
         config = config.updated(epochs=Schedule.parse(config.unfreeze).epochs)
     if resume and config.out is None:
         raise ConfigError("resume needs the folder of the run. Pass out=….")
-    saved_run = find_run(Path(config.out), listener) if resume and config.out is not None else None
+    job = _Job(model, data, loss, config, overwrite, resume, trust_code)
+    with (
+        defer_compiler(),
+        joined_ranks(config.device, listener) as ranks,
+        preserved_randomness(config.seed),
+        Signals() as signals,
+    ):
+        return _fit(job, run_state, signals, ranks, listener if ranks.is_first else SILENT)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What `fit` was given, checked as far as it can be without the data."""
+
+    model: nn.Module | str
+    data: Any
+    loss: Any
+    config: TrainConfig
+    overwrite: bool
+    resume: bool
+    trust_code: bool
+
+
+def _fit(job: _Job, run_state: RunState, signals: Signals, ranks: Ranks, listener: Progress) -> FitResult:
+    """Prepare the run and train; of several ranks, the first alone reads states, writes and reports."""
+    model, data, loss, config, trust_code = job.model, job.data, job.loss, job.config, job.trust_code
+    out = Path(config.out) if config.out is not None else None
+    saved_run = ranks.from_first(lambda: find_run(out, listener)) if job.resume and out is not None else None
     resolved = saved_run.with_resolved_options(config) if saved_run is not None else config
     folder = None
-    if config.out is not None:
-        folder = RunFolder(Path(config.out), overwrite=overwrite, continues=saved_run is not None)
+    if out is not None and ranks.is_first:
+        folder = RunFolder(out, overwrite=job.overwrite, continues=saved_run is not None)
     is_named = isinstance(model, str) and isinstance(data, (str, Path)) and not callable(loss)
-    with defer_compiler(), preserved_randomness(config.seed), Signals() as signals:
-        with run_state.phase("reading"), listener.status("looking for photos"):
-            listing = list_if_known(data, config)
-        if listing is not None:
-            say_data(listing, listener)
-        check_options(config, listing.task if listing and loss is None else None, trust_code=trust_code)
-        with folder.locked() if folder is not None else nullcontext():
-            with unchanged_on_failure(model):
-                setup = _prepare(model, data, listing, loss, resolved, run_state, listener, trust_code=trust_code)
-                with run_state.phase("setup"):
-                    fingerprint = RunFingerprint.of(setup, config, is_named=is_named)
-                if saved_run is not None:
-                    check_state(saved_run, setup, fingerprint)
-            if folder is not None and (warning := folder.prepare_recipe(setup.model)) is not None:
-                warnings.warn(warning, stacklevel=2)
-            say_setup(setup, config, listener)
-            if setup.solved is not None:
-                config = config.updated(epochs=1)
-            run = Run(setup, config, fingerprint, folder, run_state, signals, listener, trust_code)
-            with channels_last(setup.model) if setup.compute.has_channels_last else nullcontext():
-                return train(run, saved_run)
+    with run_state.phase("reading"), listener.status("looking for photos"):
+        listing = list_if_known(data, config)
+    if listing is not None:
+        require_same_listing(listing, ranks)
+        say_data(listing, listener)
+    check_options(config, listing.task if listing and loss is None else None, trust_code=trust_code)
+    with folder.locked() if folder is not None else nullcontext():
+        with unchanged_on_failure(model):
+            setup = _prepare(model, data, listing, loss, resolved, run_state, listener, ranks, trust_code=trust_code)
+            with run_state.phase("setup"):
+                fingerprint = RunFingerprint.of(setup, config, is_named=is_named)
+            if saved_run is not None:
+                check_state(saved_run, setup, fingerprint)
+        if folder is not None and (warning := folder.prepare_recipe(setup.model)) is not None:
+            warnings.warn(warning, stacklevel=3)
+        say_setup(setup, config, listener)
+        if setup.solved is not None:
+            config = config.updated(epochs=1)
+        run = Run(setup, config, fingerprint, folder, run_state, signals, listener, trust_code)
+        with channels_last(setup.model) if setup.compute.has_channels_last else nullcontext():
+            return train(run, saved_run)
 
 
 def _prepare(
@@ -146,12 +177,13 @@ def _prepare(
     config: TrainConfig,
     run_state: RunState,
     progress: Progress,
+    ranks: Ranks,
     *,
     trust_code: bool,
 ) -> TrainSetup:
     """Build the network, read the data, and prepare everything that the training loop needs."""
     with run_state.phase("model"):
-        facts, compute = _build(model, listing, config, progress, trust_code=trust_code)
+        facts, compute = _build(model, listing, config, progress, ranks, trust_code=trust_code)
     with run_state.phase("reading"):
         train_data = _read(facts, data, listing, config, compute, progress)
     if train_data.frontier is not None:  # computed while the photos are read, batch by batch
@@ -163,20 +195,29 @@ def _prepare(
 
 
 def _build(
-    model: nn.Module | str, listing: Listing | None, config: TrainConfig, progress: Progress, *, trust_code: bool
+    model: nn.Module | str,
+    listing: Listing | None,
+    config: TrainConfig,
+    progress: Progress,
+    ranks: Ranks = SINGLE,
+    *,
+    trust_code: bool,
 ) -> tuple[ModelFacts, ComputeContext]:
     """Build the network, freeze what the options say, move it to its device, and say what will be trained."""
     name = model if isinstance(model, str) else None
     step = progress.status(f"preparing {name or 'the network'}")
-    if name is not None and _needs_download(name, config, progress):
+    is_downloaded = name is not None and any(ranks.objects(_needs_download(name, config, progress)))
+    if is_downloaded:
         progress.say(f"weights    downloading those of {name}")
         step = nullcontext()  # the download draws a bar of its own, which a spinner would hide
-    with step:
+    with step, ranks.first_alone() if is_downloaded else nullcontext():
         facts = prepare_model(model, listing, config, progress, trust_code=trust_code)
         built = facts.model
         require_trainable_types(built, thaws_all=config.unfreeze is not None)
-        compute = replace(compute_for(built, config.device, config.precision), has_channels_last=config.fast)
+        compute = compute_for(built, ranks.device or config.device, config.precision)
+        compute = replace(compute, has_channels_last=config.fast, ranks=ranks)
         built.to(compute.device)
+    ranks.broadcast([*built.parameters(), *built.buffers()])  # a caller's networks may have drawn weights of their own
     say_model(facts, name, config, compute, progress)
     return facts, compute
 
@@ -212,10 +253,19 @@ def _read(
     with progress.status("looking for what can be computed once"):
         extractor, reason = make_extractor(facts, data if listing is None else None, config, compute, progress)
     try:
-        train_data = load_train_data(data, listing, facts.preprocessing, config, compute.device, progress, extractor)
+        train_data = load_train_data(
+            data, listing, facts.preprocessing, config, compute.device, progress, compute.ranks, extractor
+        )
     except ModelError as error:  # only the extractor runs the model here, so training without it is still possible
+        if compute.ranks.size > 1:  # the other ranks may have succeeded, and wait for this one
+            raise ModelError(
+                f"the frozen layers cannot be computed once: {error}. Pass "
+                f"{for_caller(python='cache=False', command='--no-cache')}, with which every epoch runs all layers."
+            ) from error
         extractor, reason = None, str(error)
-        train_data = load_train_data(data, listing, facts.preprocessing, config, compute.device, progress)
+        train_data = load_train_data(
+            data, listing, facts.preprocessing, config, compute.device, progress, compute.ranks
+        )
     if extractor is not None or reason is None:
         return train_data
     progress.detail(f"caching    disabled, every epoch runs the full network: {reason}")

@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from regraft.anatomy.modes import evaluation_mode, preserved_randomness
+from regraft.anatomy.modes import evaluation_mode
 from regraft.data.device_copies import HostCopy
 from regraft.errors import DataError, LossError, ModelError, RunError
 from regraft.progress import SILENT, Progress
 from regraft.torch_internals import mark_as_stepped
 from regraft.train_options import OnNan
+from regraft.training.checks.finite import first_nonfinite_layer
 from regraft.training.checks.targets import batch_loss
 from regraft.training.losses import Loss, is_mean_over_samples
+from regraft.training.ranks.group import OwnRows
+from regraft.training.ranks.steps import SharedLive, SharedStep
 from regraft.training.steps.compute import HALVES, ComputeContext
 from regraft.training.steps.micro_batch import (
     SINGLE_SAMPLE_MESSAGE,
@@ -24,7 +27,6 @@ from regraft.training.steps.micro_batch import (
     SingleSampleError,
     apply_mixup,
     backward_in_parts,
-    buffers_restored,
     rows,
     single_samples_refused,
 )
@@ -74,37 +76,47 @@ def train_epoch(
     """
     model.train()
     tally = tally if tally is not None else Tally()
-    for inputs, targets in batches:
+    shared = SharedLive(model, optimizer, compute.ranks, schedule.last_epoch) if compute.ranks.size > 1 else None
+    for batch in batches:
+        inputs, targets = batch
         tally.steps += 1
-        targets = targets.to(compute.device)
-        batch = apply_mixup(inputs, targets, mixup)
+        whole = apply_mixup(inputs, targets.to(compute.device), mixup)
+        own = (
+            whole
+            if shared is None or isinstance(batch, OwnRows)
+            else whole.part(compute.ranks.share_of_batch(len(whole)))
+        )
         optimizer.zero_grad()
         try:
-            loss = _backward(model, batch, criterion, scaler, compute, tally, progress)
+            loss, count = _backward(model, own, criterion, scaler, compute, tally, progress, shared)
         except SingleSampleError:
             _skip_step(optimizer, schedule)
             progress.say("left out   a batch of one photo: batch norm cannot learn from one alone")
+            continue
+        if shared is not None and count == 0:  # no rank can read any of its photos
             continue
         if isinstance(loss, torch.Tensor):
             scaler.step(optimizer)
             scaler.update()
             mark_as_stepped(optimizer)
-            error = functools.partial(_loss_error, model, batch.inputs, compute, tally.steps, _rate(optimizer))
-            tally.unread.append(UnreadLoss(HostCopy([loss]), len(targets), error))
+            error = functools.partial(_loss_error, model, own.inputs, compute, tally.steps, _rate(optimizer))
+            tally.unread.append(UnreadLoss(HostCopy([loss]), count, error))
             tally.read(but=MAX_UNREAD)
         elif math.isfinite(loss) and (on_nan == "stop" or _has_finite_gradients(optimizer, scaler)):
             scaler.step(optimizer)
             scaler.update()
             mark_as_stepped(optimizer)  # a scaler may skip a step
-            tally.add(loss, len(targets))
+            tally.add(loss, count)
         elif on_nan == "stop":
-            raise _loss_error(model, batch.inputs, compute, tally.steps, _rate(optimizer), loss)
+            raise _loss_error(model, own.inputs, compute, tally.steps, _rate(optimizer), loss)
         else:
             tally.skipped += 1
             _skip_step(optimizer, schedule)
             continue
         schedule.step()
     tally.read()
+    if shared is not None:
+        shared.finish()
     if tally.steps and not tally.count and not tally.skipped:
         raise DataError(SINGLE_SAMPLE_MESSAGE)
     if tally.skipped and not tally.count:
@@ -119,9 +131,11 @@ def _rate(optimizer: torch.optim.Optimizer) -> float:
 def _loss_error(
     model: nn.Module, inputs: Inputs, compute: ComputeContext, step: int, rate: float, loss: float
 ) -> LossError:
+    forward = functools.partial(_forward_alone, compute=compute)
+    has_rows = len(inputs if isinstance(inputs, torch.Tensor) else inputs[0]) > 0
     return LossError(
         f"the loss is {loss} at step {step} of this epoch (learning rate {rate:.3g}). "
-        f"{_first_nonfinite_layer(model, inputs, compute)} Try a tenth of the learning "
+        f"{first_nonfinite_layer(model, inputs, forward) if has_rows else ''} Try a tenth of the learning "
         f"rate, {option('precision', 'fp32')}, or look for extreme values in the data and the loss; "
         f"{option('on_nan', 'skip')} leaves such steps out."
     )
@@ -142,8 +156,13 @@ def _backward(
     compute: ComputeContext,
     tally: Tally,
     progress: Progress,
-) -> float | torch.Tensor:
-    """Compute the gradients of a batch, and return its loss; the micro-batch size is halved on out-of-memory.
+    shared: SharedLive | None,
+) -> tuple[float | torch.Tensor, int]:
+    """Compute the gradients of a batch; the micro-batch size is halved on out-of-memory.
+
+    Returns:
+        The loss and the number of samples of the batch: with several ranks, of which `batch` has the rows of this one,
+        those of the whole batch.
 
     With a step guard, the loss of a whole batch is returned unread, as a tensor.
 
@@ -151,6 +170,7 @@ def _backward(
         SingleSampleError: The batch is a single sample, on which the network cannot be trained.
     """
     count = len(batch)
+    step = SharedStep(shared, batch) if shared is not None else None
 
     def forward(inputs: Inputs) -> torch.Tensor:
         size = len(inputs if isinstance(inputs, torch.Tensor) else inputs[0])
@@ -166,18 +186,23 @@ def _backward(
 
     while True:
         try:
-            parts = batch.split(tally.at_a_time or count, min_size=tally.min_at_a_time)
+            parts = batch.split(tally.at_a_time or max(count, 1), min_size=tally.min_at_a_time)
+            if step is not None:
+                return step.backward(forward, loss_of, parts, scaler.scale), step.count
             is_mean = len(parts) == 1 or is_mean_over_samples(criterion, batch.targets)
             is_read = not compute.is_step_guard(scaler)
-            return backward_in_parts(
+            loss = backward_in_parts(
                 forward, loss_of, model, batch, parts, scaler.scale, is_mean=is_mean, is_read=is_read
             )
+            return loss, count
         except torch.OutOfMemoryError as error:
             at_a_time = min(count, tally.at_a_time or count)
             tally.at_a_time = _halved_size(at_a_time, compute, error, min_size=tally.min_at_a_time)
             message = f"{compute.device} has none for {at_a_time} photos at a time: {tally.at_a_time} from here on"
         except SingleSampleError:
-            if count == 1:
+            if count <= 1 or (step is not None and step.is_refused):
+                if step is not None:
+                    step.refuse()
                 raise
             tally.min_at_a_time, tally.at_a_time = 2, max(2, tally.at_a_time or 2)
             message = "batch norm cannot learn from one photo alone: two or more from here on"
@@ -211,35 +236,9 @@ def _has_finite_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.Gr
     return bool(torch.isfinite(nn.utils.get_total_norm(gradients, norm_type=math.inf)))
 
 
-def _first_nonfinite_layer(model: nn.Module, inputs: Inputs, compute: ComputeContext) -> str:
-    """Run the network once more, and describe the first layer whose output is not finite."""
-    if not _is_finite(inputs):
-        return "The inputs themselves are not finite."
-    at_fault: list[str] = []
-    names = {layer: path for path, layer in model.named_modules()}
-
-    def look(layer: nn.Module, _: object, output: object) -> None:
-        if not at_fault and not _is_finite(output):
-            at_fault.append(names[layer])
-
-    hooks = [layer.register_forward_hook(look) for layer in model.modules()]
-    try:
-        with torch.no_grad(), buffers_restored(model), preserved_randomness(), compute.autocast():
-            run(model, inputs, compute)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not at_fault:
-        return "Every layer's output is finite, so it is the loss itself."
-    where = (
-        f"'{at_fault[0]}' ({type(model.get_submodule(at_fault[0])).__name__})" if at_fault[0] else type(model).__name__
-    )
-    return f"The first layer whose output is not finite is {where}."
-
-
-def _is_finite(value: object) -> bool:
-    tensors = value if isinstance(value, (tuple, list)) else (value,)
-    return all(bool(x.isfinite().all()) for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point())
+def _forward_alone(model: nn.Module, inputs: Inputs, *, compute: ComputeContext) -> None:
+    with compute.autocast():
+        run(model, inputs, compute)
 
 
 def score(
@@ -259,8 +258,11 @@ def score(
     outputs: list[torch.Tensor] = []
     expected: list[torch.Tensor] = []
     with evaluation_mode(model), torch.inference_mode(), compute.autocast():
-        for inputs, targets in batches:
-            outputs += _scores(model, inputs, len(targets), compute)
+        for batch in batches:
+            inputs, targets = compute.ranks.own_rows(batch)
+            scores = _scores(model, inputs, len(targets), compute) if len(targets) else []
+            scores, targets = compute.ranks.rows_of_all(scores, targets)
+            outputs += scores
             expected.append(targets.cpu())
     return torch.cat(outputs), torch.cat(expected)
 

@@ -76,6 +76,10 @@ def say_setup(setup: TrainSetup, config: TrainConfig, progress: Progress) -> Non
     if train_data.listing is None and plan.train_count is not None:
         progress.say(f"samples    {plan.train_count} + {plan.validation_count} for validation ({plan.split})")
     _say_skipped(plan.unreadable, progress)
+    if setup.compute.ranks.size > 1:
+        divided = f"a batch of {config.batch_size} is divided among them, and a step is that of the whole batch"
+        alone = "each trains the same head on all features: an exchange would take longer than a step"
+        progress.say(f"ranks      {divided if setup.live_compute.ranks.size > 1 else alone}")
     if setup.solved is not None:
         progress.say("head       solved, not trained: one epoch without steps")
         progress.detail(f"chosen     {setup.solved}")

@@ -36,6 +36,7 @@ from regraft.training.heads.start import require_ridge_start, solved_head
 from regraft.training.heads.sweep import DECAYS, Sweep, ridge_start, sweep_heads
 from regraft.training.losses import Loss, build_loss
 from regraft.training.plan import describe_plan
+from regraft.training.ranks.group import SINGLE
 from regraft.training.result import TrainPlan
 from regraft.training.steps.compute import ComputeContext, choose_compute
 from regraft.training.train_data import TrainData, with_task
@@ -335,10 +336,11 @@ def _is_one_layer(live: nn.Module) -> bool:
 def _live_compute(compute: ComputeContext, live: nn.Module, train_data: TrainData) -> ComputeContext:
     """Return device and precision of the live part: a single layer on cached features runs without autocast.
 
-    It takes hardly any time in either precision, and 16 bits would round a score or a prediction by up to 0.4 %.
+    It takes hardly any time in either precision, and 16 bits would round a score or a prediction by up to 0.4 %. Each
+    rank trains it by itself, on all features and with the same draws: an exchange takes longer than its step.
     """
     is_head = train_data.frontier is not None and _is_one_layer(live)
-    return replace(compute, autocast_dtype=None) if is_head else compute
+    return replace(compute, autocast_dtype=None, ranks=SINGLE) if is_head else compute
 
 
 def _schedule(

@@ -32,7 +32,8 @@ from regraft.training.features.photo_batches import PhotoBatches, fit_device
 from regraft.training.features.pixels import read_or_load
 from regraft.training.loop import Inputs
 from regraft.training.losses import Loss
-from regraft.training.partial_batches import PartialBatch, fault_tolerant_loader
+from regraft.training.partial_batches import PartialBatch, SharedPhotos, fault_tolerant_loader
+from regraft.training.ranks.group import MIN_ROWS, SINGLE, Ranks
 from regraft.training.resume.rng import random_states, set_random_states
 from regraft.wording import for_caller, option
 
@@ -84,9 +85,12 @@ def load_train_data(
     config: TrainConfig,
     device: torch.device,
     progress: Progress,
+    ranks: Ranks = SINGLE,
     extractor: Extractor | None = None,
 ) -> TrainData:
     """Decode the photos of a folder, or use datasets and loaders as they are.
+
+    Of several ranks, each decodes its share, and all get all photos.
 
     With an extractor, the batches hold the features of its constant part instead of images (`FeatureBatches`). Without
     one, photos that fit into the memory of a GPU stay there (`PhotoBatches`).
@@ -94,7 +98,7 @@ def load_train_data(
     parts = _photos_of(data, listing, preprocessing, config)
     if parts is None:
         return _from_batches(data, preprocessing, config)
-    train_data = _from_photos(parts, config, device, progress, extractor)
+    train_data = _from_photos(parts, config, device, progress, ranks, extractor)
     if listing is None:
         return train_data
     assert train_data.photos is not None
@@ -107,11 +111,12 @@ def with_features(
     config: TrainConfig,
     device: torch.device,
     progress: Progress,
+    ranks: Ranks,
     extractor: Extractor | None,
 ) -> TrainData:
     """Return the same photos with the features of a new extractor, after the network's flags have changed."""
     assert train_data.photos is not None
-    fresh = _from_photos(train_data.photos, config, device, progress, extractor)
+    fresh = _from_photos(train_data.photos, config, device, progress, ranks, extractor)
     unreadable = train_data.unreadable + fresh.unreadable
     return replace(fresh, task=train_data.task, listing=train_data.listing, unreadable=unreadable)
 
@@ -137,6 +142,7 @@ def _from_photos(
     config: TrainConfig,
     device: torch.device,
     progress: Progress,
+    ranks: Ranks,
     extractor: Extractor | None,
 ) -> TrainData:
     """Decode photos that are not decoded yet, or compute their features, and make batches of either."""
@@ -149,7 +155,7 @@ def _from_photos(
             computed, part, failed = extractor.features_of(photos, description)
             features.append(computed)
         else:
-            part, failed = read_or_load(photos, store, description=description, progress=progress)
+            part, failed = read_or_load(photos, store, ranks, description=description, progress=progress)
         readable.append(part)
         unreadable += failed
     _require_readable(unreadable, sum(map(len, parts)), config.max_unreadable)
@@ -159,14 +165,18 @@ def _from_photos(
         sampler = SeededShuffle(len(train), config.seed)
         batches: Iterable[Any] = FeatureBatches(frontier.train, train, config.batch_size, sampler)
         validation_batches: Iterable[Any] = FeatureBatches(frontier.validation, validation, VALIDATION_BATCH_SIZE)
-    elif fit_device((train, validation), device):
+    elif all(ranks.objects(fit_device((train, validation), device))):
         sampler = SeededShuffle(len(train), config.seed)
         batches = PhotoBatches(train, config.batch_size, device, sampler)
         validation_batches = PhotoBatches(validation, VALIDATION_BATCH_SIZE, device)
         train, validation = batches.dataset, validation_batches.dataset
     else:
-        batches = fault_tolerant_loader(train, config.batch_size, shuffle_seed=config.seed, workers=config.workers)
-        validation_batches = fault_tolerant_loader(validation, config.batch_size, workers=config.workers)
+        # Mixup blends photos of the whole batch, which every rank reads then.
+        train_ranks, workers = SINGLE if config.mixup else ranks, config.workers
+        batches = fault_tolerant_loader(
+            train, config.batch_size, train_ranks, shuffle_seed=config.seed, workers=workers
+        )
+        validation_batches = fault_tolerant_loader(validation, config.batch_size, ranks, workers=workers)
     return TrainData(
         batches,
         validation_batches,
@@ -217,6 +227,9 @@ def first_batch(batches: Iterable[Any]) -> tuple[Inputs, torch.Tensor]:
     readable = (batch.batch if isinstance(batch, PartialBatch) else batch for batch in batches)
     try:
         first = next((batch for batch in readable if batch is not None), None)
+        if first is None and isinstance(photos := getattr(batches, "dataset", None), SharedPhotos):
+            few = [photos[index] for index in range(min(MIN_ROWS, len(photos)))]  # no batch has rows for this rank
+            first = batches.collate_fn(few)  # pyright: ignore[reportAttributeAccessIssue]
     except TypeError as error:
         if "default_collate" not in str(error):
             raise

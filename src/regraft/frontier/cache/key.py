@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,19 +21,26 @@ MAX_WAITING = 4096  # files that are submitted to the threads at once; each cost
 VERSION = 2  # of the computation and the stored format, notes included
 
 
-def features_key(prefix_digest: str, files: Sequence[Source], **circumstances: Any) -> str:
+def features_key(
+    prefix_digest: str,
+    files: Sequence[Source],
+    *,
+    digests_of: Callable[[Sequence[Source]], list[str]] | None = None,
+    **circumstances: Any,
+) -> str:
     """Return the key of the outputs of a constant part for these files.
 
     Args:
         prefix_digest: `network_digest` of the constant part.
         files: The photos, in order; only their contents enter the key, not their names. Of photos in shards,
             what tells a change of the shard (path, size, times) and the place in it: no shard is read for its key.
+        digests_of: Returns the digests of their contents, where several processes divide the reading.
         **circumstances: Further JSON data that the values depend on, such as the preprocessing.
     """
     content = {
         "version": VERSION,
         "prefix": prefix_digest,
-        "files": file_digests(files),
+        "files": (digests_of or file_digests)(files),
         "circumstances": circumstances,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,8 +1,9 @@
 """Tensors on disk under a digest of everything that they depend on.
 
 An entry is a folder with one raw file for each tensor and `entry.json`, which holds shapes, dtypes and a checksum for
-each chunk of rows. It is written under a temporary name and renamed when it is complete, so an interrupted write is
-never taken for an entry. A damaged entry is detected by its checksums and deleted.
+each chunk of rows. Several processes write an entry together, each a shard of the rows in files of its own, and one of
+them the index; any number of processes reads it. It is written under a temporary name and renamed when it is complete,
+so an interrupted write is never taken for an entry. A damaged entry is detected by its checksums and deleted.
 """
 
 import contextlib
@@ -12,7 +13,6 @@ import os
 import re
 import shutil
 import time
-import weakref
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,66 +24,13 @@ import numpy as np
 import platformdirs
 import torch
 
-from regraft.checkpoint.file.positioned import read_at
-from regraft.errors import ConfigError, RunError
+from regraft.errors import ConfigError
+from regraft.frontier.cache.rows import DiskTensor, Rows, ShardedTensor
 
 ENTRY = "entry.json"
 LIMIT_GIB = 20  # for all entries together, unless REGRAFT_CACHE_GIB says another number
 CHUNK_BYTES = 16 * 2**20  # small writes are joined into chunks of this size; each has one checksum
 STALE_S = 24 * 3600  # age after which an unfinished write counts as crashed
-RETRY_ADVICE = "Start the run again: what it kept is checked, and computed anew where it is damaged."
-
-
-class DiskTensor:
-    """Rows of a tensor in a file, read on access.
-
-    The file is read rather than memory-mapped: the pages of a mapping count as memory of the process, and a mapped file
-    that is truncated kills the process.
-    """
-
-    device = torch.device("cpu")
-
-    def __init__(self, file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.shape, self.dtype = shape, dtype
-        self._row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        self._path, self._file = file, file.open("rb", buffering=0)
-        weakref.finalize(self, self._file.close)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return DiskTensor, (self._path, self.shape, self.dtype)  # another process opens the file itself
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: torch.Tensor | slice) -> torch.Tensor:
-        """Read rows by index (N,) or as a slice, and return a copy.
-
-        Raises:
-            RunError: The file cannot be read, or was truncated.
-        """
-        if isinstance(rows, slice):
-            first, last, _ = rows.indices(len(self))
-            data = torch.empty(max(0, last - first), self._row_bytes, dtype=torch.uint8)
-            self._read(data.numpy().reshape(-1), first)
-        else:
-            data = torch.empty(len(rows), self._row_bytes, dtype=torch.uint8)
-            for row, number in zip(data.numpy(), rows.tolist(), strict=True):
-                self._read(row, number)
-        return data.view(self.dtype).view(len(data), *self.shape[1:])
-
-    def _read(self, into: np.ndarray, row: int) -> None:
-        rest, place = into.data, row * self._row_bytes
-        while rest:
-            try:
-                count = read_at(self._file, rest, place)
-            except OSError as error:
-                raise RunError(f"'{self._path}' cannot be read: {error}. {RETRY_ADVICE}") from error
-            if count == 0:
-                raise RunError(f"'{self._path}' was cut off while it was in use. {RETRY_ADVICE}")
-            rest, place = rest[count:], place + count
-
-
-Rows = torch.Tensor | DiskTensor
 
 
 @dataclass(frozen=True)
@@ -95,12 +42,14 @@ class CacheEntry:
         shapes: Of each tensor, rows first.
         dtypes: Of each tensor.
         note: JSON data that was written beside them.
+        shards: For each shard its number and its rows of each tensor; empty where one process wrote all.
     """
 
     folder: Path
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
     note: dict[str, Any]
+    shards: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -111,11 +60,14 @@ class CacheEntry:
         """Return the tensors, read into memory or left on the disk."""
         loaded: list[Rows] = []
         for position, (shape, dtype) in enumerate(zip(self.shapes, self.dtypes, strict=True)):
-            file = self.folder / f"{position}.bin"
+            parts = [(f".{number}", counts[position]) for number, counts in self.shards] or [("", shape[0])]
+            files = [(self.folder / f"{position}{suffix}.bin", (count, *shape[1:])) for suffix, count in parts]
             if in_memory:
-                loaded.append(torch.from_numpy(np.fromfile(file, dtype=np.uint8)).view(dtype).view(shape))
+                tensors = [torch.from_numpy(np.fromfile(file, dtype=np.uint8)) for file, _ in files]
+                loaded.append((tensors[0] if len(tensors) == 1 else torch.cat(tensors)).view(dtype).view(shape))
             else:
-                loaded.append(DiskTensor(file, shape, dtype))
+                on_disk = [DiskTensor(file, part, dtype) for file, part in files]
+                loaded.append(on_disk[0] if len(on_disk) == 1 else ShardedTensor(on_disk))
         return tuple(loaded)
 
 
@@ -141,13 +93,12 @@ class Store:
         folder = self.folder / _checked_key(key)
         try:
             text = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
-            shapes = tuple(tuple(shape) for shape in text["shapes"])
-            dtypes = tuple(getattr(torch, name) for name in text["dtypes"])
-            _require_agreement(shapes, dtypes, text)
-            entry = CacheEntry(folder, shapes, dtypes, text["note"])
-            for position, expected in enumerate(text["checksums"]):
-                if _checksums(folder / f"{position}.bin", text["stretches"][position]) != expected:
-                    raise ValueError("damaged")
+            entry = _entry_of(folder, text)
+            for shard in text.get("shards", [text]):
+                suffix = f".{int(shard['number'])}" if "number" in shard else ""
+                for position, expected in enumerate(shard["checksums"]):
+                    if _checksums(folder / f"{position}{suffix}.bin", shard["stretches"][position]) != expected:
+                        raise ValueError("damaged")
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -163,7 +114,29 @@ class Store:
         Raises:
             OSError: The disk is full, or cannot be written.
         """
-        return EntryWriter(self, _checked_key(key))
+        return EntryWriter(self, key, self.begin(key))
+
+    def begin(self, key: str) -> Path:
+        """Make the folder of an entry that is being written.
+
+        Raises:
+            OSError: The disk is full, or cannot be written.
+        """
+        folder = self.folder / f"{_checked_key(key)}.{os.getpid()}.{time.monotonic_ns()}.tmp"
+        folder.mkdir(parents=True)
+        return folder
+
+    def complete(self, key: str, folder: Path, shards: Sequence[dict[str, Any]], note: dict[str, Any]) -> CacheEntry:
+        """Write the index of an entry whose shards are complete, as `EntryWriter.close` describes them.
+
+        Raises:
+            OSError: The disk is full, or cannot be written.
+        """
+        kinds = shards[0]
+        counts = [sum(shard["shapes"][position][0] for shard in shards) for position in range(len(kinds["shapes"]))]
+        shapes = [[count, *shape[1:]] for count, shape in zip(counts, kinds["shapes"], strict=True)]
+        text = {"shapes": shapes, "dtypes": kinds["dtypes"], "shards": list(shards), "note": note}
+        return _publish(folder, self.folder / key, text)
 
     def entries(self) -> list[EntryInfo]:
         """List the entries, the least recently used first."""
@@ -216,10 +189,8 @@ class Store:
 class EntryWriter:
     """An entry that is being written, a few rows at a time."""
 
-    def __init__(self, store: Store, key: str) -> None:
-        self._store, self._key = store, key
-        self._folder = store.folder / f"{key}.{os.getpid()}.{time.monotonic_ns()}.tmp"
-        self._folder.mkdir(parents=True)
+    def __init__(self, store: Store, key: str, folder: Path, shard: int | None = None) -> None:
+        self._store, self._key, self._folder, self._shard = store, key, folder, shard
         self._files: list[Any] = []
         self._shapes: list[list[int]] = []
         self._dtypes: list[str] = []
@@ -235,7 +206,7 @@ class EntryWriter:
         for position, tensor in enumerate(tensors):
             data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
             if position == len(self._files):
-                self._files.append((self._folder / f"{position}.bin").open("wb"))
+                self._files.append((self._folder / self._name(position)).open("wb"))
                 self._shapes.append([0, *tensor.shape[1:]])
                 self._dtypes.append(str(tensor.dtype).removeprefix("torch."))
                 self._checksums.append([])
@@ -255,25 +226,24 @@ class EntryWriter:
         Raises:
             OSError: The disk is full, or cannot be written.
         """
+        entry = _publish(self._folder, self._store.folder / self._key, {**self.close(), "note": note})
+        self.abandon()  # what is left of the folder, where another process was earlier
+        return entry
+
+    def close(self) -> dict[str, Any]:
+        """Complete the files, and return what the index holds of them.
+
+        Raises:
+            OSError: The disk is full, or cannot be written.
+        """
         for file in self._files:
             file.close()
-        entry = {
-            "shapes": self._shapes,
-            "dtypes": self._dtypes,
-            "checksums": self._checksums,
-            "stretches": self._chunks,
-            "note": note,
-        }
-        (self._folder / ENTRY).write_text(json.dumps(entry), encoding="utf-8")
-        target = self._store.folder / self._key
-        try:
-            self._folder.rename(target)
-        except OSError:
-            if not (target / ENTRY).exists():
-                raise
-            self.abandon()
-        shapes = tuple(tuple(shape) for shape in self._shapes)
-        return CacheEntry(target, shapes, tuple(getattr(torch, name) for name in self._dtypes), entry["note"])
+        shard = {} if self._shard is None else {"number": self._shard}
+        contents = {"dtypes": self._dtypes, "checksums": self._checksums, "stretches": self._chunks}
+        return {**shard, "shapes": self._shapes, **contents}
+
+    def _name(self, position: int) -> str:
+        return f"{position}.bin" if self._shard is None else f"{position}.{self._shard}.bin"
 
     def abandon(self) -> None:
         """Delete what was written."""
@@ -317,15 +287,42 @@ def _checked_key(key: str) -> str:
     return key
 
 
-def _require_agreement(shapes: Sequence[Sequence[Any]], dtypes: Sequence[Any], text: dict[str, Any]) -> None:
-    """Raise a ValueError where shapes, dtypes and checksums of an entry contradict each other."""
-    sizes = [sum(chunks) for chunks in text["stretches"]]
+def _publish(folder: Path, target: Path, text: dict[str, Any]) -> CacheEntry:
+    """Write the index into a folder, and rename it; an entry that another process wrote meanwhile is kept instead."""
+    (folder / ENTRY).write_text(json.dumps(text), encoding="utf-8")
+    try:
+        folder.rename(target)
+    except OSError:
+        if not (target / ENTRY).exists():
+            raise
+        text = json.loads((target / ENTRY).read_text(encoding="utf-8"))
+    return _entry_of(target, text)
+
+
+def _entry_of(folder: Path, text: dict[str, Any]) -> CacheEntry:
+    """Return the entry that an index describes; raise a ValueError where its parts contradict each other."""
+    shapes = tuple(tuple(shape) for shape in text["shapes"])
+    dtypes = tuple(getattr(torch, name) for name in text["dtypes"])
+    shards = text.get("shards", [text])
     are_counts = all(type(side) is int and side >= 0 for shape in shapes for side in shape)
     are_dtypes = all(isinstance(dtype, torch.dtype) for dtype in dtypes)
-    if not are_counts or not are_dtypes or not isinstance(text["note"], dict) or len(text["checksums"]) != len(sizes):
+    if not are_counts or not are_dtypes or not isinstance(text["note"], dict) or not shards:
         raise ValueError("damaged")
-    if sizes != [math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]:
+    for shard in shards:
+        sizes = [sum(chunks) for chunks in shard["stretches"]]
+        parts = [[shape[0], *whole[1:]] for shape, whole in zip(shard["shapes"], shapes, strict=True)]
+        expected = [math.prod(part) * dtype.itemsize for part, dtype in zip(parts, dtypes, strict=True)]
+        if sizes != expected or len(shard["checksums"]) != len(sizes):
+            raise ValueError("damaged")
+    counts = [[shape[0] for shape in shard["shapes"]] for shard in shards]
+    if [sum(column) for column in zip(*counts, strict=True)] != [shape[0] for shape in shapes]:
         raise ValueError("damaged")
+    numbers = (
+        tuple((int(shard["number"]), tuple(rows)) for shard, rows in zip(shards, counts, strict=True))
+        if "shards" in text
+        else ()
+    )
+    return CacheEntry(folder, shapes, dtypes, text["note"], numbers)
 
 
 def _checksums(file: Path, chunks: Sequence[int]) -> list[int]:

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from regraft.frontier.cache.store import EntryWriter, Rows, Store
+from regraft.frontier.cache.rows import Rows
+from regraft.frontier.cache.store import EntryWriter, Store
 from regraft.progress import Progress
 
 
@@ -18,13 +19,23 @@ class FeatureWriter:
         size: Estimated bytes of all rows.
         in_memory: Whether rows are kept in memory as well.
         progress: Reports when writing stops.
+        writing: The shard to write into, for rows of which other processes write the rest.
     """
 
-    def __init__(self, store: Store | None, key: str, size: int, *, in_memory: bool, progress: Progress) -> None:
+    def __init__(
+        self,
+        store: Store | None,
+        key: str,
+        size: int,
+        *,
+        in_memory: bool,
+        progress: Progress,
+        writing: EntryWriter | None = None,
+    ) -> None:
         self._progress = progress
         self._kept: list[list[torch.Tensor]] | None = [] if in_memory else None
-        self._writing: EntryWriter | None = None
-        if store is not None and store.has_room(size):
+        self._writing: EntryWriter | None = writing
+        if writing is None and store is not None and store.has_room(size):
             store.make_room(size)
             try:
                 self._writing = store.write(key)
@@ -65,6 +76,20 @@ class FeatureWriter:
         if self._kept is not None:
             return tuple(torch.cat(parts) for parts in zip(*self._kept, strict=True))
         return entry.tensors(in_memory=False) if entry is not None else None
+
+    def close_shard(self) -> tuple[dict[str, Any] | None, list[torch.Tensor]]:
+        """Complete the shard.
+
+        Returns:
+            What the index holds of it, None where it is not on the disk; the rows, none where they are not in memory.
+        """
+        shard = None
+        if self._writing is not None:
+            try:
+                shard, self._writing = self._writing.close(), None
+            except OSError as error:
+                self._abandon(error)
+        return shard, [torch.cat(parts) for parts in zip(*self._kept or (), strict=True)]
 
     def _abandon(self, error: OSError) -> None:
         if self._writing is not None:

@@ -5,17 +5,19 @@ returned in one form: on the network's device, in the dtypes that its constant p
 weights of the live part expect these, inside of autocast, which casts by itself, and outside of it.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from regraft.data.photos import Photos, SeededShuffle, leaves_one
 from regraft.frontier.cache.precision import unpacked
-from regraft.frontier.cache.store import Rows
+from regraft.frontier.cache.rows import Rows
 from regraft.train_options import CachePrecision
+from regraft.training.ranks.group import NO_ROWS, SINGLE, OwnRows, Ranks
 
 CPU = torch.device("cpu")
 
@@ -85,6 +87,13 @@ class PickedBatches:
         self.dataset, self.batch_size, self.sampler = photos, batch_size, sampler
         self.targets = torch.tensor([sample.target for sample in photos.samples]).to(device)
         self._drops_last = sampler is not None and leaves_one(len(photos), batch_size)
+        self._ranks = SINGLE
+
+    def shared(self, ranks: Ranks) -> Self:
+        """Return the same batches, of which a rank reads its rows (`OwnRows`)."""
+        batches = copy.copy(self)
+        batches._ranks = ranks
+        return batches
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.dataset), self.batch_size)
@@ -96,7 +105,12 @@ class PickedBatches:
         begun = self.sampler.first // self.batch_size if self.sampler else 0
         for step in range(begun, len(self)):
             part = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            yield self.pick(order[part], draws[part])
+            indices, seeds = order[part], draws[part]
+            if self._ranks.size == 1:
+                yield self.pick(indices, seeds)
+                continue
+            own = self._ranks.share_of_batch(len(indices))
+            yield OwnRows(*self.pick(indices[own], seeds[own])) if own.start < own.stop else NO_ROWS
 
     def pick(self, indices: torch.Tensor, draws: torch.Tensor) -> tuple[Any, torch.Tensor]:
         """Return inputs and targets of photos by index, in the views that `draws` stand for."""

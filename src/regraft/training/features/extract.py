@@ -17,18 +17,20 @@ from regraft.anatomy.model_facts import ModelFacts
 from regraft.anatomy.modes import evaluation_mode
 from regraft.data.decoding.files import Unreadable
 from regraft.data.device_copies import DeviceCopies, HostCopy
-from regraft.data.photos import Photos, free_memory_bytes, positions
+from regraft.data.photos import Photos, free_memory_bytes, positions, require_readable
 from regraft.data.transforms import Views, normalize
 from regraft.errors import ModelError
-from regraft.frontier.cache.key import features_key, network_digest
+from regraft.frontier.cache.key import features_key, file_digests, network_digest
 from regraft.frontier.cache.precision import TOLERANCES, packed, packed_bytes, unpacked
-from regraft.frontier.cache.store import Rows, Store
+from regraft.frontier.cache.rows import Rows
+from regraft.frontier.cache.store import Store
 from regraft.frontier.cache.writer import FeatureWriter
 from regraft.frontier.fuse import faster
 from regraft.frontier.partitioning import Partition, partition
 from regraft.progress import SILENT, Progress
 from regraft.train_options import CachePrecision
 from regraft.training.features.batches import Features
+from regraft.training.features.shards import ShardedWriter
 from regraft.training.loop import main_output
 from regraft.training.steps.compute import HALVES, ComputeContext
 from regraft.wording import option
@@ -101,16 +103,31 @@ class Extractor:
             rows, note = cached
             photos, unreadable = photos.without(note["unreadable"])
             return self._features(rows, note, photos, began, was_found=True), photos, unreadable
-        with self._open_writer(key, photos) as writer:
-            extraction = _Extraction(self, photos.views, writer)
-            readable, unreadable = photos.read(
-                description=description,
-                progress=self.progress,
-                on_photo=extraction.add,
-                keep=self._keep_pixels,
-            )
-            rows, note = extraction.finish(positions(photos.samples, unreadable))
-        return self._features(rows, note, readable, began, was_found=False), readable, unreadable
+        ranks, lost = self.compute.ranks, dict[int, str]()
+        while True:
+            readable, _ = photos.without(lost)
+            own = ranks.share(len(readable), multiple=BATCH.get(self.compute.device.type, 16))
+            share = readable.subset(range(own.start, own.stop)) if ranks.size > 1 else readable
+            with self._open_writer(key, photos) as writer:
+                extraction = _Extraction(self, photos.views, writer, first=own.start)
+                share, unreadable = share.read(
+                    description=description,
+                    progress=self.progress,
+                    on_photo=extraction.add,
+                    keep=self._keep_pixels and ranks.size == 1,
+                    may_be_empty=ranks.size > 1,
+                )
+                newly_lost = ranks.union(positions(photos.samples, unreadable))
+                lost = {**lost, **newly_lost}
+                if len(lost) == len(photos):
+                    require_readable(photos, photos.without(lost)[1])
+                if ranks.size == 1 or not (newly_lost and photos.views.is_random):
+                    rows, note = extraction.finish(lost)
+                    break
+            # The views of a photo follow from its index among the readable ones, which the share before it has changed.
+        readable, all_unreadable = photos.without(lost)
+        readable = share if ranks.size == 1 else readable
+        return self._features(rows, note, readable, began, was_found=False), readable, all_unreadable
 
     def run(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """Compute the frontier's tensors of a batch (N, C, size, size) of uint8, on the model's device.
@@ -133,6 +150,7 @@ class Extractor:
         return features_key(
             self._digest,
             [sample.path for sample in photos.samples],
+            digests_of=lambda files: self.compute.ranks.spread(file_digests, files),
             preprocessing=self.preprocessing.cache_key(),
             views=photos.views.name,
             precision=f"{self.compute.autocast_dtype} {self.precision}",
@@ -142,13 +160,19 @@ class Extractor:
 
     def _find_cached(self, key: str) -> tuple[tuple[Rows, ...], dict[str, Any]] | None:
         entry = self.store.find(key) if self.store is not None else None
+        if not all(self.compute.ranks.objects(entry is not None)):  # other machines may have caches of their own
+            return None
         return (entry.tensors(in_memory=entry.bytes < MEMORY_BYTES), entry.note) if entry is not None else None
 
-    def _open_writer(self, key: str, photos: Photos) -> FeatureWriter:
+    def _open_writer(self, key: str, photos: Photos) -> FeatureWriter | ShardedWriter:
         assert photos.views.count is not None
         rows = len(photos) * photos.views.count
         # An upper bound: autocast halves some of the tensors, which is known only when they are computed.
         size = sum(packed_bytes(rows, cut.shape, cut.dtype, self.precision) for cut in self.parts.frontier)
+        ranks = self.compute.ranks
+        if ranks.size > 1:
+            in_memory = size < MEMORY_BYTES
+            return ShardedWriter(self.store, key, size, in_memory=in_memory, progress=self.progress, ranks=ranks)
         writer = FeatureWriter(self.store, key, size, in_memory=size < MEMORY_BYTES, progress=self.progress)
         if writer.has_place:
             return writer
@@ -243,14 +267,17 @@ def _require_same(values: torch.Tensor, reference: torch.Tensor, tolerance: floa
 class _Extraction:
     """Collects photos into batches, computes their features, and writes them, while the device computes the next."""
 
-    def __init__(self, extractor: Extractor, views: Views, writer: FeatureWriter) -> None:
+    def __init__(
+        self, extractor: Extractor, views: Views, writer: FeatureWriter | ShardedWriter, first: int = 0
+    ) -> None:
         assert views.count is not None
         self._extractor, self._views, self._views_per_photo, self._writer = extractor, views, views.count, writer
         self._batch = BATCH.get(extractor.compute.device.type, 16)
         self._copies = DeviceCopies(extractor.compute.device)
         self._waiting: list[torch.Tensor] = []
         self._computed: deque[HostCopy] = deque()
-        self._count, self._began = 0, time.perf_counter()
+        self._first = self._count = first  # index of the next photo
+        self._began = time.perf_counter()
         self._rounding: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # largest error and value of each tensor
 
     def add(self, pixels: torch.Tensor) -> None:
@@ -278,7 +305,8 @@ class _Extraction:
                 f"{option('cache_precision', 'bf16')} has"
             )
         parts = self._extractor.parts
-        holds = f"{self._count} photos × {self._views_per_photo} at {', '.join(cut.place for cut in parts.frontier)}"
+        places = ", ".join(cut.place for cut in parts.frontier)
+        holds = f"{self._count - self._first} photos × {self._views_per_photo} at {places}"
         note = {
             "unreadable": unreadable,
             "error": error,

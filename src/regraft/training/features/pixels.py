@@ -1,16 +1,20 @@
 """Decoded photos in the cache on disk, for data that is read in each epoch and does not fit into memory."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from regraft.data.decoding.files import Unreadable
-from regraft.data.photos import Photos, estimate_bytes, fit_memory, positions
-from regraft.frontier.cache.key import features_key
-from regraft.frontier.cache.store import Rows, Store
+from regraft.data.photos import Photos, estimate_bytes, fit_memory, positions, require_readable
+from regraft.frontier.cache.key import features_key, file_digests
+from regraft.frontier.cache.rows import Rows
+from regraft.frontier.cache.store import Store
 from regraft.frontier.cache.writer import FeatureWriter
 from regraft.progress import Progress
+from regraft.training.features.shards import ShardedWriter
+from regraft.training.ranks.group import SINGLE, Ranks
 
 
 class StoredPixels(Sequence[torch.Tensor]):
@@ -32,13 +36,14 @@ class StoredPixels(Sequence[torch.Tensor]):
 
 
 def read_or_load(
-    photos: Photos, store: Store | None, *, description: str, progress: Progress
+    photos: Photos, store: Store | None, ranks: Ranks = SINGLE, *, description: str, progress: Progress
 ) -> tuple[Photos, tuple[Unreadable, ...]]:
     """Decode photos once, into memory or the store; if neither has room, they are decoded on access.
 
     Args:
         photos: The photos; decoded ones are returned as they are.
         store: Store for photos that do not fit into memory; None stores nothing.
+        ranks: Each decodes its share, and all get all photos.
         description: Label of the progress bar.
         progress: Reports progress.
 
@@ -47,25 +52,45 @@ def read_or_load(
     """
     if photos.pixels is not None:
         return photos, ()
-    if store is None or fit_memory(len(photos), photos.preprocessing):
+    is_in_memory = fit_memory(len(photos), photos.preprocessing)
+    if ranks.size > 1:
+        is_in_memory = all(ranks.objects(is_in_memory))
+    if store is None and not is_in_memory:
+        return photos.read(description=description, progress=progress, keep=False)
+    if ranks.size == 1 and (store is None or is_in_memory):
         return photos.read(description=description, progress=progress)
     paths = [sample.path for sample in photos.samples]
-    key = features_key("pixels", paths, preprocessing=photos.preprocessing.cache_key())
-    entry = store.find(key)
-    if entry is not None:
+    key = entry = None
+    if not is_in_memory and store is not None:
+        spread = functools.partial(ranks.spread, file_digests)
+        key = features_key("pixels", paths, digests_of=spread, preprocessing=photos.preprocessing.cache_key())
+        entry = store.find(key)
+    if all(ranks.objects(entry is not None)) and entry is not None:
         readable, unreadable = photos.without(entry.note["unreadable"])
         return replace(readable, pixels=StoredPixels(entry.tensors(in_memory=False))), unreadable
     size = estimate_bytes(len(photos), photos.preprocessing)
-    with FeatureWriter(store, key, size, in_memory=False, progress=progress) as writer:
-        readable, unreadable = photos.read(
+    share = photos.subset(range(len(photos))[ranks.share(len(photos))])
+    writer: FeatureWriter | ShardedWriter
+    if ranks.size == 1:
+        writer = FeatureWriter(store, key or "", size, in_memory=False, progress=progress)
+    else:
+        writer = ShardedWriter(
+            store if key else None, key or "", size, in_memory=is_in_memory, progress=progress, ranks=ranks
+        )
+    with writer:
+        _, unreadable = share.read(
             description=description,
             progress=progress,
             on_photo=lambda pixels: writer.append([pixels.reshape(-1), torch.tensor([pixels.shape])]),
             keep=False,
+            may_be_empty=ranks.size > 1,
         )
-        note = {
-            "unreadable": positions(photos.samples, unreadable),
-            "holds": f"{len(readable)} photos, decoded",
-        }
+        lost = ranks.union(positions(photos.samples, unreadable))
+        readable, unreadable = photos.without(lost)
+        require_readable(photos, unreadable)
+        note = {"unreadable": lost, "holds": f"{len(readable)} photos, decoded"}
         rows = writer.finish(note)
-    return (replace(readable, pixels=StoredPixels(rows)) if rows is not None else readable), unreadable
+    if rows is None:
+        return readable, unreadable
+    stored = StoredPixels(rows)
+    return replace(readable, pixels=tuple(stored) if is_in_memory else stored), unreadable

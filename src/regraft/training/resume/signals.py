@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -23,13 +23,15 @@ class Signals:
     not allow signal handlers, nothing is recorded.
 
     Attributes:
-        received: The first signal; None before one arrives.
+        noted: The first signal; None before one arrives.
         is_deferring: Whether the first signal waits for `stop_if_requested`, or interrupts at once.
+        agreed: Returns the signal on which all ranks of a run stop after the same step; None: each process for itself.
     """
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+        self.noted: signal.Signals | None = None
         self.is_deferring = False
+        self.agreed: Callable[[], signal.Signals | None] | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -43,8 +45,13 @@ class Signals:
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if type(error) is KeyboardInterrupt and self.received is signal.SIGTERM:
+        if type(error) is KeyboardInterrupt and self.noted is signal.SIGTERM:
             raise self.interrupted("Nothing was written.") from error
+
+    @property
+    def received(self) -> signal.Signals | None:
+        """The signal that requests a stop; None without one."""
+        return self.noted if self.agreed is None else self.agreed()
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -67,14 +74,14 @@ class Signals:
     @property
     def name(self) -> str:
         """What stopped the run, as its user calls it."""
-        return NAMES[self.received or signal.SIGINT]
+        return NAMES[self.received or self.noted or signal.SIGINT]
 
     def interrupted(self, message: str) -> Interrupted:
         """Return the error for the signal that stopped the run; `message` says what was saved."""
-        return Interrupted(f"stopped by {self.name}. {message}", number=self.received or signal.SIGINT)
+        return Interrupted(f"stopped by {self.name}. {message}", number=self.received or self.noted or signal.SIGINT)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         # The second signal interrupts even while deferring: a step or a write may hang.
-        is_first, self.received = self.received is None, self.received or signal.Signals(number)
+        is_first, self.noted = self.noted is None, self.noted or signal.Signals(number)
         if not (self.is_deferring and is_first):
             raise KeyboardInterrupt

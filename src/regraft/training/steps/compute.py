@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from regraft.arguments import usable_device
+from regraft.training.ranks.group import SINGLE, Ranks
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -23,12 +24,14 @@ class ComputeContext:
         has_channels_last: Whether feature maps (N, C, H, W) are in channels-last memory format, in which convolutions
             are faster, and equal up to rounding.
         input_dtype: Type to which floating-point images are cast; None: no cast.
+        ranks: The processes that share the computation.
     """
 
     device: torch.device
     autocast_dtype: torch.dtype | None = None
     has_channels_last: bool = False
     input_dtype: torch.dtype | None = None
+    ranks: Ranks = SINGLE
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which forward passes run."""

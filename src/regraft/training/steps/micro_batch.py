@@ -43,6 +43,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def part(self, part: slice) -> "Batch":
+        """Return a slice of the samples."""
+        return Batch(rows(self.inputs, part), self.targets[part], self.others[part], self.share)
+
     def split(self, size: int, *, min_size: int = 1) -> list["Batch"]:
         """Split into parts of nearly equal sizes, of at most `size` samples.
 
@@ -53,8 +57,7 @@ class Batch:
         count = len(self)
         pieces = max(1, min(math.ceil(count / size), count // min_size))
         edges = [count * piece // pieces for piece in range(pieces + 1)]
-        parts = [slice(start, end) for start, end in itertools.pairwise(edges)]
-        return [Batch(rows(self.inputs, part), self.targets[part], self.others[part], self.share) for part in parts]
+        return [self.part(slice(start, end)) for start, end in itertools.pairwise(edges)]
 
 
 def apply_mixup(inputs: Inputs, targets: torch.Tensor, mixup: float) -> Batch:

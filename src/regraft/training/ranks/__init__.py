@@ -1,0 +1,1 @@
+"""Several processes (ranks) that train one network: who they are, what they exchange, and what ends them."""
