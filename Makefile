@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@if command -v uv >/dev/null; then uv=uv; else \
 		$(BIN)/python -m pip install --quiet uv; uv=$(BIN)/uv; fi; \
-	$$uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable .
+	$$uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[decode]'
 	@touch $@
 	@echo "installed: $(BIN)/regraft --help"
 
