@@ -49,6 +49,8 @@ slow: develop
 # On a machine with a CUDA device; each test is skipped with a reason elsewhere.
 gpu: develop
 	$(BIN)/python -m pytest -o addopts= -q --strict-markers -rs -m gpu
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+		then cd benchmarks && ../$(BIN)/python gpu.py; else echo "there is no CUDA device here: benchmarks/gpu.py was not run"; fi
 
 fuzz: develop
 	@if command -v uv >/dev/null; then uv=uv; else uv=$(BIN)/uv; fi; \
