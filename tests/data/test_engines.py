@@ -170,6 +170,19 @@ def test_nvjpeg_goes_on_where_one_photo_of_a_batch_is_refused(monkeypatch: pytes
 
 
 @needs_decoders
+def test_nvjpeg_leaves_to_the_cpu_what_a_gpu_has_no_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    data = [encoded(photo(), "jpeg")] * 3
+    with monkeypatch.context() as context:
+        context.setattr(nvjpeg, "decoder", lambda on: no_room)
+        assert nvjpeg.decode(data, AS_IS, CPU) == [None] * 3
+    monkeypatch.setattr(nvjpeg, "resized", no_room)
+    assert nvjpeg.decode(data, AS_IS, CPU) == [None] * 3
+
+
+@needs_decoders
 def test_nvjpeg_takes_no_more_pixels_at_a_time_than_have_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

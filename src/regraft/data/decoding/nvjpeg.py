@@ -3,6 +3,7 @@
 It is given whole, upright JPEGs of 8 bits; everything else, and what nvJPEG refuses, is left to the other engines.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -101,34 +102,29 @@ def _decode_part(
     preprocessing: Preprocessing,
     on: torch.device,
 ) -> None:
-    """Fill in the pixels of some photos; those of one size are resized together."""
+    """Fill in the pixels of some photos; those of one size are resized together, if there is memory for it."""
     by_shape: dict[torch.Size, list[tuple[int, torch.Tensor]]] = {}
     decoded = _decode_each([encoded(contents[number]) for number in part], on)
     for number, whole in zip(part, decoded, strict=True):
         if whole is not None:
             by_shape.setdefault(whole.shape, []).append((number, whole))
     for photos in by_shape.values():
-        batch = resized(torch.stack([whole for _, whole in photos]), preprocessing)
-        batch = batch.expand(-1, preprocessing.channels, -1, -1)
-        for (number, _), photo in zip(photos, batch, strict=True):
-            pixels[number] = photo.contiguous()
+        with contextlib.suppress(torch.OutOfMemoryError):
+            batch = resized(torch.stack([whole for _, whole in photos]), preprocessing)
+            batch = batch.expand(-1, preprocessing.channels, -1, -1)
+            for (number, _), photo in zip(photos, batch, strict=True):
+                pixels[number] = photo.contiguous()
 
 
 def _decode_each(batch: list[torch.Tensor], on: torch.device) -> list[torch.Tensor | None]:
-    """Decode a batch; if one of it is refused, which fails the whole call, halve it until that one is alone.
-
-    Raises:
-        torch.OutOfMemoryError: A single photo does not fit into memory.
-    """
+    """Decode a batch; if one of it is refused, which fails the whole call, halve it until that one is alone."""
     decode_batch = decoder(on)
     if not batch or decode_batch is None:
         return [None] * len(batch)
     try:
         return list(decode_batch(batch))
-    except RuntimeError as error:  # also when memory is short
+    except RuntimeError:  # also when memory is short
         if len(batch) == 1:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
             return [None]
     half = len(batch) // 2
     return [*_decode_each(batch[:half], on), *_decode_each(batch[half:], on)]
