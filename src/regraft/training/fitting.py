@@ -38,7 +38,7 @@ from regraft.training.setup import (
     prepare_setup,
     unchanged_on_failure,
 )
-from regraft.training.steps.compute import ComputeContext, channels_last
+from regraft.training.steps.compute import ComputeContext, channels_last, choose_compute
 from regraft.training.train_data import TrainData, list_if_known, load_train_data
 from regraft.wording import for_caller
 from regraft.zoo import needs_download
@@ -152,7 +152,8 @@ def _fit(job: _Job, run_state: RunState, signals: Signals, ranks: Ranks, listene
         require_same_listing(listing, ranks)
         say_data(listing, listener)
     check_options(config, listing.task if listing and loss is None else None, trust_code=trust_code)
-    with folder.locked() if folder is not None else nullcontext():
+    current = choose_compute(ranks.device or config.device, config.precision).current()
+    with current, folder.locked() if folder is not None else nullcontext():
         with unchanged_on_failure(model):
             setup = _prepare(model, data, listing, loss, resolved, run_state, listener, ranks, trust_code=trust_code)
             with run_state.phase("setup"):

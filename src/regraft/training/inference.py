@@ -129,7 +129,8 @@ def evaluate(
         listener.say(f"photos     {len(samples) - len(rest)} of {len(samples)} were trained on, and are left out")
         samples = rest
     preprocessing = _preprocessing(model, decoder, compute, listener)
-    photos, unreadable = read_photos(samples, preprocessing, classes=card.classes, progress=listener)
+    with compute.current():
+        photos, unreadable = read_photos(samples, preprocessing, classes=card.classes, progress=listener)
     _report_skipped(unreadable, listener)
     read = time.perf_counter()
     batches = listener.track(loader(photos, batch_size), "evaluating", -(-len(photos) // batch_size))
@@ -193,9 +194,11 @@ def predict(
         raise DataError("there are no images. Give paths, PIL images, or a tensor (N, C, H, W).")
     preprocessing = _preprocessing(model, decoder, compute, listener)
     if any(isinstance(item, Image.Image) for item in items):
-        return _predict_opened(model, items, preprocessing, top=top, device=device, progress=listener)
+        with compute.current():
+            return _predict_opened(model, items, preprocessing, top=top, device=device, progress=listener)
     samples = [Sample(path, 0) for item in items for path in _files(item)]
-    photos, unreadable = read_photos(samples, preprocessing, progress=listener)
+    with compute.current():
+        photos, unreadable = read_photos(samples, preprocessing, progress=listener)
     _report_skipped(unreadable, listener)
     batches = listener.track(loader(photos, batch_size), "predicting", -(-len(photos) // batch_size))
     outputs, _ = _score(model, batches, compute)

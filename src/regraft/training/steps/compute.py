@@ -39,6 +39,10 @@ class ComputeContext:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
 
+    def current(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which the device is the thread's own, where decoders and pinned memory ask for one."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
     def scaler(self) -> torch.amp.GradScaler:
         """Return a gradient scaler, which is disabled unless the precision is float16."""
         return torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
