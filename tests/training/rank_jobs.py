@@ -89,9 +89,9 @@ def carry_out(name: str, folder: Path, cache: Path, **more: Any) -> regraft.FitR
 
 
 def stop(name: str, folder: Path, cache: Path) -> None:
-    """Stop a run in its second epoch, by a signal to rank 0 alone."""
+    """Stop a run in its second epoch, by a signal to rank 0 alone; a shell's background jobs ignore SIGINT."""
     with contextlib.suppress(Interrupted):
-        carry_out(name, folder, cache, out=str(folder / name), progress=StopsAt(2, 3))
+        carry_out(name, folder, cache, out=str(folder / name), progress=StopsAt(2, 3, signal.SIGTERM))
 
 
 def killing(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
