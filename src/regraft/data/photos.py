@@ -62,6 +62,7 @@ class Photos(Dataset[tuple[torch.Tensor, int | float]]):
         on_photo: Callable[[torch.Tensor], None] | None = None,
         keep: bool = True,
         may_be_empty: bool = False,
+        is_ahead: bool = False,
     ) -> tuple["Photos", tuple[Unreadable, ...]]:
         """Decode the photos, and keep them in memory if they fit (see `fit_memory`); decoded ones are not read again.
 
@@ -71,6 +72,7 @@ class Photos(Dataset[tuple[torch.Tensor, int | float]]):
             on_photo: Called with the pixels (C, H, W) of each readable photo, in order, as soon as it is decoded.
             keep: Whether decoded photos may stay in memory.
             may_be_empty: Whether it is no error if none can be read, as of a share of the photos.
+            is_ahead: Whether photos are decoded while `on_photo` works; see `decode_all`.
 
         Returns:
             The readable photos, and the unreadable files.
@@ -81,7 +83,9 @@ class Photos(Dataset[tuple[torch.Tensor, int | float]]):
         count, is_decoded = len(self), self.pixels is not None
         keep = keep and not is_decoded and fit_memory(count, self.preprocessing)
         paths = [sample.path for sample in self.samples]
-        decoded = iter(self.pixels) if self.pixels is not None else decode_all(paths, self.preprocessing)
+        decoded = (
+            iter(self.pixels) if self.pixels is not None else decode_all(paths, self.preprocessing, is_ahead=is_ahead)
+        )
         kept, readable, unreadable = [], [], []
         for sample, photo in zip(self.samples, progress.track(decoded, description, count), strict=True):
             if isinstance(photo, Unreadable):

@@ -5,7 +5,7 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
@@ -80,10 +80,18 @@ def _decode_content(source: Source, content: bytes | None, preprocessing: Prepro
     return pixels if pixels is not None else pillow.decode(source, preprocessing)
 
 
-def decode_all(paths: Sequence[Source], preprocessing: Preprocessing) -> Iterator[torch.Tensor | Unreadable]:
+def decode_all(
+    paths: Sequence[Source], preprocessing: Preprocessing, *, is_ahead: bool = False
+) -> Iterator[torch.Tensor | Unreadable]:
     """Decode many files in order, with one thread per core or in batches on the GPU; see `decode`.
 
-    An unreadable file becomes `Unreadable`. Only a few photos are decoded ahead of the caller.
+    An unreadable file becomes `Unreadable`. Only a few photos are decoded before the caller asks for them.
+
+    Args:
+        paths: The files.
+        preprocessing: See `decode`.
+        is_ahead: Whether photos are decoded while the caller works with earlier ones. Where it computes on the same
+            cores, threads of both in each other's way take twice the time of one after the other.
     """
     with quiet_decoders(), ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
@@ -93,8 +101,9 @@ def decode_all(paths: Sequence[Source], preprocessing: Preprocessing) -> Iterato
             pending: deque[Future[torch.Tensor | Unreadable]] = deque()
             for path in paths:
                 pending.append(pool.submit(_attempt, path, preprocessing))
-                if len(pending) > MAX_PENDING:
-                    yield pending.popleft().result()
+                if len(pending) >= MAX_PENDING:
+                    for _ in range(1 if is_ahead else len(wait(pending).done)):
+                        yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         finally:

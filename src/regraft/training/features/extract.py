@@ -115,6 +115,7 @@ class Extractor:
                     progress=self.progress,
                     on_photo=extraction.add,
                     keep=self._keep_pixels and ranks.size == 1,
+                    is_ahead=self.compute.device.type != "cpu",
                     may_be_empty=ranks.size > 1,
                 )
                 newly_lost = ranks.union(positions(photos.samples, unreadable))
@@ -141,8 +142,8 @@ class Extractor:
 
     def _batch(self, pixels: torch.Tensor) -> torch.Tensor:
         layout = torch.channels_last if self.compute.has_channels_last else torch.contiguous_format
-        batch = pixels.to(self.compute.device).contiguous(memory_format=layout)
-        return normalize(batch, self.preprocessing).to(self._input_dtype)
+        batch = normalize(pixels.to(self.compute.device), self.preprocessing)
+        return batch.to(self._input_dtype, memory_format=layout)
 
     def _key(self, photos: Photos) -> str:
         if self.store is None:
