@@ -355,3 +355,14 @@ def test_append_gives_a_half_new_network_that_trains_saves_and_loads(tmp_path: A
     again = regraft.load(regraft.save(model, tmp_path / "edited.safetensors"))
     inputs = torch.randn(2, 3, 64, 64)
     assert identical(run(again, inputs), run(model, inputs))
+
+
+def test_replace_leaves_the_random_state_where_a_function_draws_and_fails() -> None:
+    def failing(old: nn.Module) -> nn.Module:
+        torch.rand(3)
+        raise ValueError("no such layer")
+
+    state = torch.get_rng_state()
+    with pytest.raises(EditError, match=r"the new layer raised ValueError: no such layer\. Nothing was changed"):
+        regraft.replace(tiny.build("plain"), "conv2", failing)
+    assert torch.equal(torch.get_rng_state(), state)

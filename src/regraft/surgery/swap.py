@@ -140,9 +140,11 @@ def _replacement(
     if isinstance(new, nn.Module):
         (layer,) = fitted(model, [new if is_first else copy.deepcopy(new)])
         return layer
+    state = torch.get_rng_state()
     try:
         layer = new(old)
-    except Exception as error:  # the user's function may raise anything
+    except Exception as error:  # the user's function may raise anything, after it has drawn weights
+        torch.set_rng_state(state)
         raise EditError(
             f"cannot replace '{path}' ({type(old).__name__}): the function that makes the new layer raised "
             f"{type(error).__name__}: {error}. Nothing was changed."
