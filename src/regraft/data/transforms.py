@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,7 +56,7 @@ class Views:
         if not self.is_random:
             cropped = self.crop(pixels)
             return cropped.flip(-1) if view else cropped
-        return _seeded(self.crop, pixels, view if self.views is None else index * MAX_VIEWS + view)
+        return _seeded(self.crop, pixels, self._seed(index, view))
 
     def of_batch(self, indices: torch.Tensor, photos: Sequence[torch.Tensor], draws: torch.Tensor) -> torch.Tensor:
         """Return one view of each photo as (N, C, size, size), on their device.
@@ -74,11 +75,15 @@ class Views:
                 return cropped
             is_second = views.bool().to(cropped.device)[:, None, None, None]
             return torch.where(is_second, cropped.flip(-1), cropped)
-        seeds = views if self.views is None else indices * MAX_VIEWS + views
+        seeds = self._seed(indices, views)
         parts = random_parts(photos, self.size, seeds)
         if self.operation is None:
             return parts
         return torch.stack([_seeded(self.operation, part, int(seed)) for part, seed in zip(parts, seeds, strict=True)])
+
+    def _seed(self, index: Any, view: Any) -> Any:
+        """Return the seed of a random view, for numbers or for tensors of them."""
+        return view if self.views is None else index * MAX_VIEWS + view
 
     def all_of(self, first: int, photos: Sequence[torch.Tensor], copies: DeviceCopies) -> torch.Tensor:
         """Return all views of some photos as (N * count, C, size, size) on the device, photo by photo.

@@ -205,7 +205,6 @@ def prepare_setup(
     head_start: HeadStart = "solved" if solved is not None else "ridge" if is_ridge else "given"
     is_fused = compute.device.type == "cuda" and optimizer_class(config.optimizer) in FUSED
     optimizer = make_optimizer(config.optimizer, facts, rates, {"fused": True} if is_fused else {})
-    may_guard = is_fused and config.on_nan == "stop" and compute.autocast_dtype != torch.float16
     if findings := findings_of(facts, optimizer):
         raise ModelError(f"{type(model).__name__} cannot be trained as it is: {findings[0]}")
     if head_start != "given" and start is not None:
@@ -221,7 +220,7 @@ def prepare_setup(
         criterion=criterion,
         optimizer=optimizer,
         schedule=_schedule(optimizer, config, train_data),
-        scaler=compute.step_guard() if may_guard else compute.scaler(),
+        scaler=compute.scaler(may_guard=is_fused and config.on_nan == "stop"),
         compute=compute,
         plan=describe_plan(model, name, train_data, config, rates["lr"], compute),
         rates=rates,

@@ -38,13 +38,11 @@ class PhotoBatches(PickedBatches):
 
 def fit_device(parts: tuple[Photos, ...], device: torch.device) -> bool:
     """Return whether photos in memory are worth keeping on a device: on a GPU with enough free memory."""
-    if device.type != "cuda" or any(photos.pixels is None for photos in parts):
+    if device.type != "cuda" or not all(isinstance(photos.pixels, tuple) for photos in parts):
         return False
     free, _ = torch.cuda.mem_get_info(device)
-    # Of photos in a file only the sizes would have to be read, which takes as long as copying them.
-    is_in_memory = all(isinstance(photos.pixels, tuple) for photos in parts)
     size = sum(pixels.numel() for photos in parts for pixels in photos.pixels or () if not pixels.is_cuda)
-    return is_in_memory and size < SHARE * free
+    return size < SHARE * free
 
 
 def kept_on(photos: Photos, device: torch.device) -> Photos:

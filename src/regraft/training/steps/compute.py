@@ -43,8 +43,10 @@ class ComputeContext:
         """Return the context in which the device is the thread's own, where decoders and pinned memory ask for one."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
-    def scaler(self) -> torch.amp.GradScaler:
-        """Return a gradient scaler, which is disabled unless the precision is float16."""
+    def scaler(self, *, may_guard: bool = False) -> torch.amp.GradScaler:
+        """Return a gradient scaler: disabled unless the precision is float16, or else a `step_guard` where allowed."""
+        if may_guard and self.autocast_dtype != torch.float16:
+            return self.step_guard()
         return torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
 
     def step_guard(self) -> torch.amp.GradScaler:
