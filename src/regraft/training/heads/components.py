@@ -10,7 +10,7 @@ import torch
 
 MAX_DIRECTIONS = 1_024  # above it, an eigendecomposition takes longer than it saves
 MIN_SPREAD = 1e-9  # of the largest deviation: features that vary less are constant, and are not scaled
-MIN_VARIANCE = 1e-7  # of the largest: what is less is rounding
+MIN_VARIANCE = {torch.float32: 1e-7, torch.float64: 1e-13}  # of the largest: what is less is rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +27,12 @@ class Components:
     _mean: torch.Tensor
     _std: torch.Tensor
     _rotation: torch.Tensor | None
+
+    @property
+    def mean_square(self) -> float:
+        """Mean of the squared singular values, those that are left out as rounding included."""
+        count, width = len(self.rows), len(self._std)
+        return float(self.variances.sum()) * count / min(count, width)
 
     @classmethod
     def of(cls, features: torch.Tensor, *, is_standardized: bool) -> "Components":
@@ -46,12 +52,15 @@ class Components:
         is_wide = width > count
         gram = _product(inputs, inputs.T) if is_wide else _product(inputs.T, inputs)
         values, vectors = torch.linalg.eigh(gram)
-        is_kept = values > max(MIN_VARIANCE * float(values[-1]), 0.0)
+        is_kept = values > max(MIN_VARIANCE[features.dtype] * float(values[-1]), 0.0)
         is_kept[-1] = True  # features that are all equal keep one coordinate
-        values, vectors = values[is_kept].clamp(min=1e-30), vectors[:, is_kept]
+        values, vectors = values[is_kept].clamp(min=0), vectors[:, is_kept]
         if is_wide:
             roots = values.sqrt()
-            rows, rotation = (vectors * roots).to(inputs), _product(inputs.T, vectors / roots).to(inputs)
+            rows, rotation = (
+                (vectors * roots).to(inputs),
+                _product(inputs.T, vectors / roots.clamp(min=1e-30)).to(inputs),
+            )
         else:
             rotation = vectors.to(inputs)
             rows = inputs @ rotation

@@ -8,7 +8,7 @@ The scores are scaled at last by a factor that is fitted on the same photos, so 
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
@@ -42,12 +42,14 @@ class Candidate:
         scores: Scores (N, K) of each row by a head that has not learned from it, calibrated.
         losses: Cross-entropy of each of these rows.
         solve: Returns the head of all rows, calibrated.
+        factor: That on the scores, for which they are.
     """
 
     name: str
     scores: torch.Tensor
     losses: torch.Tensor
     solve: Callable[[], Parts]
+    factor: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +63,8 @@ class SolvedHead:
         loss: Mean loss on the training photos, without a penalty.
         out_of_fold: Log-probabilities (P, K) of each photo in its first view by a head that has not learned from it;
             equal ones for the only photo of a class. For regression, predictions (P, 1).
-        fold_losses: Mean loss on photos left out by each way that was tried, the best first.
+        fold_losses: Mean loss on photos left out by each way that was tried, the one that was taken first.
+        factor: On its scores, which calibrates them and is in the weights already; None if it was not fitted.
     """
 
     weight: torch.Tensor
@@ -70,6 +73,7 @@ class SolvedHead:
     loss: float
     out_of_fold: torch.Tensor
     fold_losses: dict[str, float]
+    factor: float | None = None
 
     def __str__(self) -> str:
         if not self.fold_losses:
@@ -177,7 +181,7 @@ class _Problem:
         weight, bias = best.solve()
         order = sorted(candidates, key=lambda candidate: (candidate is not best, self._mean(candidate)))
         losses = {candidate.name: self._mean(candidate) for candidate in order}
-        return self._head(best.name, weight, bias, best.scores, losses)
+        return replace(self._head(best.name, weight, bias, best.scores, losses), factor=best.factor)
 
     def without_folds(self) -> SolvedHead:
         """Return the head where no photo can be left out: softmax regression with a penalty that was not chosen."""
@@ -246,7 +250,7 @@ class _Problem:
             weight, bias = solve()
             return factor * weight, factor * bias
 
-        return Candidate(name, factor * scores, losses, solve_scaled)
+        return Candidate(name, factor * scores, losses, solve_scaled, factor)
 
     def _mean(self, candidate: Candidate) -> float:
         return float(self._by_photo(candidate.losses).mean())
