@@ -1,6 +1,8 @@
 """Render a template and write the page: one self-contained file, with all external text escaped."""
 
+import base64
 import functools
+import hashlib
 import os
 import time
 from datetime import datetime
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from regraft.arguments import check_arguments, check_target
 from regraft.checkpoint.file.atomic import atomic_write
@@ -52,8 +55,8 @@ def write_report(result: FitResult | Metrics, path: str | os.PathLike[str]) -> P
 def render(template: str, **context: Any) -> str:
     """Render a template in `templates/`.
 
-    Text is escaped, and a variable that is missing from `context` is an error. The macro `figure` of `parts.html` shows
-    the SVG that `plots` returns.
+    Text is escaped, and a variable that is missing from `context` is an error. The macros of `parts.html` show figures,
+    tables, pictures and notices; see "How a page is written" in `docs/architecture.md`.
 
     Args:
         template: Name of a file, as in `run.html`.
@@ -91,6 +94,10 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    # The only script of a page, and its digest, by which the page's security policy allows it and no other.
+    script = Path(__file__).with_name("templates").joinpath("sorting.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    environment.globals |= {"sorting_script": Markup(script), "sorting_digest": f"sha256-{digest}"}
     environment.filters |= {"percent": percent, "number": number, "duration": duration}
     return environment
 
