@@ -43,6 +43,11 @@ class Page(HTMLParser):
     def all(self, tag: str) -> list[dict[str, str]]:
         return [attributes for found, attributes in self.tags if found == tag]
 
+    @property
+    def photos(self) -> list[dict[str, str]]:
+        """The pictures of photos, without their heat maps."""
+        return [attributes for attributes in self.all("img") if attributes.get("class") != "heat"]
+
 
 def tiny_model(outputs: int) -> nn.Module:
     model = nn.Sequential(

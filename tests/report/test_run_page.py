@@ -72,7 +72,7 @@ def test_write_report_shows_the_most_confident_mistakes_first_and_upright(tmp_pa
     turned[0x0112] = 6  # a quarter turn: the photo is wide, and shows something high
     Image.new("RGB", (300, 200)).save(paths[expected[0]], "JPEG", exif=turned)
     page = written(result, tmp_path)
-    images = page.all("img")[: len(expected)]
+    images = page.photos[: len(expected)]
     assert [attributes["alt"][:6] for attributes in images] == [paths[index].name for index in expected]
     sizes = []
     for attributes in images:
@@ -87,13 +87,13 @@ def test_write_report_shows_the_most_confident_mistakes_first_and_upright(tmp_pa
 def test_write_report_tolerates_vanished_and_broken_photos(tmp_path: Path) -> None:
     paths = photos(tmp_path / "photos", [f"{index:02}.png" for index in range(60)])
     result = classified(("ant", "bee", "wasp"), paths=paths)
-    count = len(written(result, tmp_path).all("img"))
+    count = len(written(result, tmp_path).photos)
     for path in paths[::2]:
         path.write_bytes(b"\x89PNG")
     some = written(result, tmp_path)
     shutil.rmtree(tmp_path / "photos")
     none = written(result, tmp_path)
-    assert count == len(some.all("img")) + some.text.count("the file is gone")
+    assert count == len(some.photos) + some.text.count("the file is gone")
     assert none.text.count("the file is gone") == count > 0
     assert not none.all("img")
 
@@ -169,7 +169,7 @@ def test_write_report_of_a_regression(tmp_path: Path) -> None:
         assert figure in page.text
     errors = (result.outputs.flatten() - result.targets).abs()
     worst = sorted(range(50), key=lambda index: -errors[index].item())[:12]
-    assert [attributes["alt"][:6] for attributes in page.all("img")[:12]] == [paths[index].name for index in worst]
+    assert [attributes["alt"][:6] for attributes in page.photos[:12]] == [paths[index].name for index in worst]
     assert "onfusion" not in page.text
     assert "alibration" not in page.text
 
