@@ -10,6 +10,7 @@ from torch import nn
 import regraft
 from regraft.report.heat_maps import draw_heat_maps, in_words
 from regraft.report.saliency import grad_cam, occlusion
+from report.results import photos
 
 RED, BLUE = (1, 6), (5, 2)  # where in a grid of 8 × 8 lie the red and the blue patch
 
@@ -107,7 +108,7 @@ def test_grad_cam_is_that_of_the_paper_whatever_edits_keep_the_function(tmp_path
         "inserted": regraft.insert(model, nn.Identity(), after="layer3"),
         "stitched": regraft.stitch(model, other, cut=("layer2", "layer2")),
         "delta": regraft.load(tmp_path / "delta.safetensors"),
-        "compiled": nn.DataParallel(model),
+        "wrapped": nn.DataParallel(model),
     }
     for name, network in edited.items():
         maps = grad_cam(network, images, targets)
@@ -137,9 +138,8 @@ def test_grad_cam_leaves_the_network_as_it_was_also_when_it_fails() -> None:
 
 
 def test_draw_heat_maps_says_why_there_are_none(tmp_path: Path) -> None:
-    torchvision.io.write_png(torch.zeros(3, 40, 60, dtype=torch.uint8), str(tmp_path / "a.png"))
-    photos = [tmp_path / "a.png", tmp_path / "missing.png"]
-    drawn = draw_heat_maps(Colors("flat").requires_grad_(False), photos, [0, 0])
+    (photo,) = photos(tmp_path, ["a.png"])
+    drawn = draw_heat_maps(Colors("flat").requires_grad_(False), [photo, tmp_path / "missing.png"], [0, 0])
     assert drawn.maps == (None, None)
     assert drawn.problem is not None
     assert "shapes cannot be multiplied" in drawn.problem  # of 224 pixels, which this network does not take
