@@ -47,7 +47,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def test_inspect_page_sees_what_is_wrong(browser: Browser, tmp_path: Path) -> None:
+def test_browser_inspection_sees_what_is_wrong(browser: Browser, tmp_path: Path) -> None:
     page = tmp_path / "faulty.html"
     page.write_text(FAULTY)
     browser.open(page, 360)

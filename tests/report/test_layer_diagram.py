@@ -35,6 +35,10 @@ def test_describe_blocks_draws_neighbours_of_a_deep_network_as_one() -> None:
     blocks = describe_blocks(model, regraft.summary(model))
     names = [block.name for block in blocks]
     assert names[0] == "0.0.0 to 0.2.0"
-    assert names[13:16] == ["0.39.0 to 0.40.0", "0.41.0 to 0.43.0", "0.44.0 to 0.46.0"]  # a new row where the state changes
+    assert names[13:16] == [
+        "0.39.0 to 0.40.0",
+        "0.41.0 to 0.43.0",
+        "0.44.0 to 0.46.0",
+    ]  # a new row where the state changes
     assert (names[-1], blocks[-1].state) == ("3", "head")
     assert sum(block.parameters for block in blocks) == sum(parameter.numel() for parameter in model.parameters())

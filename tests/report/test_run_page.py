@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +83,23 @@ def test_write_report_shows_the_most_confident_mistakes_first_and_upright(tmp_pa
         sizes.append(picture.size)
     assert sizes[0] == (107, 160)
     assert set(sizes[1:]) == {(160, 107)}
+
+
+def test_write_report_shows_where_the_network_looked_in_its_mistakes(tmp_path: Path) -> None:
+    result = classified(("ant", "bee"), paths=photos(tmp_path / "photos", [f"{index:02}.png" for index in range(60)]))
+    mistakes = sum(result.outputs.argmax(1) != result.targets)
+    page = written(result, tmp_path)
+    heat = [attributes for attributes in page.all("img") if attributes.get("class") == "heat"]
+    assert 0 < len(heat) <= min(mistakes, 12)
+    assert all(
+        attributes["alt"].startswith(("What spoke for ant: mostly", "What spoke for bee: mostly"))
+        for attributes in heat
+    )
+    assert "Grad-CAM" in page.text
+    without = Page(write_report(result, tmp_path / "without.html", heat_maps=False).read_text())
+    assert len(without.photos) == len(without.all("img")) == len(page.photos)
+    broken = written(replace(result, model=nn.Sequential(*result.model, nn.Linear(9, 9))), tmp_path)
+    assert re.search("Where it looked is not shown: .*shapes cannot be multiplied", broken.text)
 
 
 def test_write_report_tolerates_vanished_and_broken_photos(tmp_path: Path) -> None:
@@ -202,6 +220,9 @@ def test_write_report_of_an_evaluation(tmp_path: Path) -> None:
     metrics = replace(result.validation, scores=scores)
     page = Page(write_report(metrics, tmp_path / "e.html").read_text())
     assert_complete_in_itself(page)
+    assert not [attributes for attributes in page.all("img") if attributes.get("class") == "heat"]
+    seen = Page(write_report(metrics, tmp_path / "e.html", model=result.model).read_text())
+    assert "What spoke for" in seen.source
     assert "Learning" not in page.text
     assert f"Accuracy {100 * (metrics.accuracy or 0):.1f} %" in page.text
     assert "reading 1 min 10 s" in page.text

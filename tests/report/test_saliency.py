@@ -8,8 +8,8 @@ import torchvision
 from torch import nn
 
 import regraft
-from regraft.report.heat_maps import draw_heat_maps, in_words
-from regraft.report.saliency import grad_cam, occlusion
+from regraft.report.explanations.heat_maps import draw_heat_maps, in_words
+from regraft.report.explanations.saliency import grad_cam, occlusion
 from report.results import photos
 
 RED, BLUE = (1, 6), (5, 2)  # where in a grid of 8 × 8 lie the red and the blue patch

@@ -1,5 +1,6 @@
 """The network as a drawing: its blocks in the order of execution, what each holds and costs, and what was trained."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -88,16 +89,17 @@ def _name(parameters: Sequence[str]) -> str:
     >>> _name(["layer1.0.conv1.weight", "layer1.0.bn1.weight"]), _name(["conv1.weight", "bn1.weight", "bn1.bias"])
     ('layer1.0', 'conv1, bn1')
     """
-    owners = [name.split(".")[:-1] or [name] for name in parameters]
-    shared = []
-    for parts in zip(*owners, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    if shared:
-        return ".".join(shared)
-    names = list(dict.fromkeys(owner[0] for owner in owners))
+    by_child: dict[str, list[list[str]]] = {}
+    for name in parameters:
+        owner = name.split(".")[:-1] or [name]
+        by_child.setdefault(owner[0], []).append(owner)
+    names = [".".join(_shared_parts(owners)) for owners in by_child.values()]
     return ", ".join(names[:MAX_NAMES]) + (", …" if len(names) > MAX_NAMES else "")
+
+
+def _shared_parts(paths: Sequence[Sequence[str]]) -> list[str]:
+    columns = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return [parts[0] for parts in columns]
 
 
 def _merged(blocks: list[Block]) -> list[Block]:

@@ -9,9 +9,9 @@ from torch import nn
 
 from regraft.data.sources import ShardMember, Source, short_name
 from regraft.report import plots
-from regraft.report.heat_maps import HeatMap, HeatMaps, draw_heat_maps
+from regraft.report.calibration_intervals import calibration_interval
+from regraft.report.explanations.heat_maps import HeatMap, HeatMaps, draw_heat_maps
 from regraft.report.pictures import thumbnail
-from regraft.training.calibration_intervals import calibration_interval
 from regraft.training.metrics import Metrics, Scores, reliability
 
 MAX_MISTAKES = 12

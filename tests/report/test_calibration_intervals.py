@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import bootstrap
 
-from regraft.training.calibration_intervals import calibration_interval
+from regraft.report.calibration_intervals import calibration_interval
 from regraft.training.metrics import measure
 
 

@@ -14,8 +14,8 @@ from regraft.data.decoding.files import decode, quiet_decoders
 from regraft.data.sources import Source
 from regraft.data.transforms import center_crop, normalize
 from regraft.errors import DataError
+from regraft.report.explanations.saliency import grad_cam, occlusion
 from regraft.report.pictures import MAX_SIDE, jpeg_uri
-from regraft.report.saliency import grad_cam, occlusion
 from regraft.training.checks.weight_types import compute_for
 from regraft.zoo import preprocessing_of
 
