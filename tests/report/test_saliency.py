@@ -70,6 +70,16 @@ def test_grad_cam_points_at_what_speaks_for_each_class(way: str) -> None:
         torch.testing.assert_close(maps, expected)
 
 
+def test_grad_cam_gives_nothing_where_tokens_lie_in_another_order() -> None:
+    class Shuffled(Colors):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            tokens = self.patches(images).flatten(2).mT  # (N, 64, 2)
+            return self.norm(tokens[:, torch.randperm(64, generator=torch.Generator().manual_seed(0))]).mean(1)
+
+    assert grad_cam(Shuffled("tokens"), image(), torch.tensor([0])) is None
+    assert grad_cam(Colors("tokens"), image(), torch.tensor([0])) is not None
+
+
 def test_occlusion_points_at_what_speaks_for_a_class_without_a_map() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2, bias=False))
     with torch.no_grad():

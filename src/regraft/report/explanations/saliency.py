@@ -15,8 +15,6 @@ Source: Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391, equations 1 and
 https://arxiv.org/abs/1311.2901, for occlusion.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +29,8 @@ from regraft.training.loop import main_output
 MIN_SIDE = 4  # positions of a map; smaller ones say too little
 OCCLUSION_SIDE = 7  # cells of the grid of `occlusion`
 MAX_TRIES = 8  # maps whose gradients are computed, from the last one back
+MIN_CHANGE_RATIO = 1.5  # of tokens in the changed quarter, to the others
+MAX_HALVINGS = 5  # of the grid of tokens, from the first map on
 MAX_PREFIX = 8  # tokens before those of the patches: class, distillation, registers
 
 
@@ -76,23 +76,25 @@ def grad_cam(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> t
         Maps (N, h, w), from 0 to 1 each; all 0 where nothing speaks for the class. None where the network has no map of
         features that its scores depend on.
     """
-    with _recorded(model, images) as (scores, maps):
-        if scores.ndim != 2 or not scores.requires_grad:
+    scores, maps = _record(model, images)
+    if scores.ndim != 2 or not scores.requires_grad:
+        return None
+    score = scores.gather(1, classes.to(scores.device)[:, None]).sum()
+    for features in _candidates(maps):
+        try:
+            (gradient,) = torch.autograd.grad(score, features.tensor, retain_graph=True, allow_unused=True)
+        except RuntimeError:  # overwritten since, or without a derivative
+            continue
+        if gradient is None:
+            continue
+        gradient = features.channels_first(gradient).float()
+        if not bool(gradient.any()):  # the head reads the class token alone
+            continue
+        if features.layout == "tokens" and not _is_in_place(model, images, maps, features):
             return None
-        score = scores.gather(1, classes.to(scores.device)[:, None]).sum()
-        for features in _candidates(maps):
-            try:
-                (gradient,) = torch.autograd.grad(score, features.tensor, retain_graph=True, allow_unused=True)
-            except RuntimeError:  # overwritten since, or without a derivative
-                continue
-            if gradient is None:
-                continue
-            gradient = features.channels_first(gradient).float()
-            if not bool(gradient.any()):  # the head reads the class token alone
-                continue
-            weights = gradient.mean((2, 3), keepdim=True)  # equation 1
-            weighted = (weights * features.channels_first(features.tensor.detach()).float()).sum(1)  # (N, h, w)
-            return _scaled(weighted)
+        weights = gradient.mean((2, 3), keepdim=True)  # equation 1
+        weighted = (weights * features.channels_first(features.tensor.detach()).float()).sum(1)  # (N, h, w)
+        return _scaled(weighted)
     return None
 
 
@@ -105,15 +107,32 @@ def _candidates(maps: list[FeatureMap]) -> list[FeatureMap]:
     return latest[:MAX_TRIES]
 
 
+def _is_in_place(model: nn.Module, images: torch.Tensor, maps: list[FeatureMap], features: FeatureMap) -> bool:
+    """Return whether tokens lie as the parts of the photo do: those of a quarter change most with that quarter.
+
+    Some networks (Hiera) keep their tokens in another order, and a map of them would point anywhere.
+    """
+    changed, quarter = images.clone(), (..., slice(images.shape[-2] // 2), slice(images.shape[-1] // 2))
+    changed[quarter] = -1 - changed[quarter]
+    _, others = _record(model, changed)
+    place = next(index for index, entry in enumerate(maps) if entry is features)
+    if len(others) != len(maps):
+        return False
+    change = features.channels_first((others[place].tensor - features.tensor).detach()).abs().mean((0, 1))  # (h, w)
+    height, width = (-(-side // 2) for side in features.grid)
+    inside = change[:height, :width]
+    outside = (change.sum() - inside.sum()) / max(change.numel() - inside.numel(), 1)
+    return bool(inside.mean() > MIN_CHANGE_RATIO * outside)
+
+
 def _scaled(maps: torch.Tensor) -> torch.Tensor:
     """Return the positive part of maps (N, h, w), with a maximum of 1 each."""
     positive = maps.relu()
     return positive / positive.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
 
-@contextlib.contextmanager
-def _recorded(model: nn.Module, images: torch.Tensor) -> Iterator[tuple[torch.Tensor, list[FeatureMap]]]:
-    """Run a network with gradients; yield its scores, and the maps that went into and came out of its layers."""
+def _record(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, list[FeatureMap]]:
+    """Run a network with gradients; return its scores, and the maps that went into and came out of its layers."""
     maps: list[FeatureMap] = []
 
     def before(path: str) -> Any:
@@ -142,7 +161,7 @@ def _recorded(model: nn.Module, images: torch.Tensor) -> Iterator[tuple[torch.Te
             torch.enable_grad(),  # a network that is frozen has gradients by its input
         ):
             leaf = images.detach().requires_grad_()
-            yield main_output(model(leaf.clone())), maps
+            return main_output(model(leaf.clone())), maps
     finally:
         for handle in handles:
             handle.remove()
@@ -164,8 +183,9 @@ def _layout(tensor: torch.Tensor, images: torch.Tensor, maps: list[FeatureMap]) 
     sides = (images.shape[-2], images.shape[-1])
     first = maps[0].grid if maps else sides
     if tensor.ndim == 3:
-        prefix = tensor.shape[1] - first[0] * first[1]
-        return ("tokens", first) if maps and 0 <= prefix <= MAX_PREFIX else None
+        grids = [(-(-first[0] // 2**k), -(-first[1] // 2**k)) for k in range(MAX_HALVINGS if maps else 0)]
+        fitting = (grid for grid in grids if 0 <= tensor.shape[1] - grid[0] * grid[1] <= MAX_PREFIX and min(grid) > 1)
+        return next((("tokens", grid) for grid in fitting), None)
     shape = tuple(tensor.shape)
     for layout, grid in (("channels first", shape[2:]), ("channels last", shape[1:3])):
         # Of the photo's proportions, and no finer than the first map: attention has squares (N, heads, T, T) too.
