@@ -78,11 +78,14 @@ class Browser:
             raise RuntimeError(f"{method}: {answer['error']['message']}")
         return answer["result"]
 
-    def open(self, page: Path, width: int, scheme: str = "light", *, scripts: bool = True) -> None:
-        """Open a page in a window of a width in pixels, as high as the page, in a colour scheme."""
+    def open(
+        self, page: Path, width: int, scheme: str = "light", *, scripts: bool = True, medium: str = "screen"
+    ) -> None:
+        """Open a page in a window of a width in pixels, as high as the page, in a colour scheme or as it is printed."""
         self.problems.clear()
         self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        preference = {"name": "prefers-color-scheme", "value": scheme}
+        self.call("Emulation.setEmulatedMedia", media=medium, features=[preference])
         self._resize(width, 800)
         self.call("Page.navigate", url=page.resolve().as_uri())
         while self._receive().get("method") != "Page.loadEventFired":

@@ -6,11 +6,11 @@
   const isShown = element => element.checkVisibility({ visibilityProperty: true });
 
   // Nothing may be wider than the window, but for what scrolls in a box of its own.
-  const width = document.documentElement.clientWidth;
+  const width = document.documentElement.clientWidth, isPrinted = matchMedia("print").matches;
   if (document.documentElement.scrollWidth > width) overflow.push(`page: ${document.documentElement.scrollWidth} > ${width}`);
   for (const element of document.body.querySelectorAll("*")) {
     const box = element.getBoundingClientRect();
-    if (isShown(element) && box.right > width + 1 && box.width > 0 && !element.closest(".scroll, svg")) {
+    if (isShown(element) && box.right > width + 1 && box.width > 0 && !element.closest(isPrinted ? "svg" : ".scroll, svg")) {
       overflow.push(`${describe(element)}: to ${Math.round(box.right)} of ${width}`);
     }
   }
@@ -58,7 +58,7 @@
     const box = range.getBoundingClientRect();
     if (box.width === 0) continue;
     const style = getComputedStyle(element), svg = element.closest("svg");
-    const canvas = matchMedia("(prefers-color-scheme: dark)").matches ? [0, 0, 0, 1] : [255, 255, 255, 1];
+    const canvas = matchMedia("screen and (prefers-color-scheme: dark)").matches ? [0, 0, 0, 1] : [255, 255, 255, 1];
     const ground = grounds(element, box.x + box.width / 2, box.y + box.height / 2)
       .reverse().reduce((below, layer) => over(layer, below), canvas);
     const color = parse(svg ? style.fill : style.color);

@@ -15,6 +15,7 @@ from report.browser import Browser, find_chromium
 from report.results import classified, photos
 
 WIDTHS = (360, 768, 1280)
+PAPER_WIDTH = 718  # pixels between the margins of A4
 FAULTY = """<!doctype html><body style="margin:0; background: #fff">
 <p style="color: #999; font-size: 16px">pale</p> <p style="color: #767676">dark enough</p>
 <img src="missing.png" alt="gone"> <img src="data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA=">
@@ -67,6 +68,15 @@ def test_write_report_page_is_legible_at_every_width_and_in_both_schemes(
             browser.open(pages[name], width, scheme)
             browser.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true })")
             assert browser.inspect() == {"overflow": [], "pictures": [], "contrast": [], "console": []}, (width, scheme)
+
+
+@pytest.mark.parametrize("name", ["run", "evaluation"])
+def test_write_report_page_fits_on_paper_whatever_the_screen_prefers(
+    name: str, browser: Browser, pages: dict[str, Path]
+) -> None:
+    browser.open(pages[name], PAPER_WIDTH, "dark", medium="print")
+    assert browser.inspect() == {"overflow": [], "pictures": [], "contrast": [], "console": []}
+    assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
 
 def test_write_report_tables_sort_by_a_click(browser: Browser, pages: dict[str, Path]) -> None:

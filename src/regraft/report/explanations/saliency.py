@@ -230,4 +230,4 @@ def occlusion(
                 covered[..., rows[row] : rows[row + 2], columns[column] : columns[column + 2]] = 0  # the mean color
                 falls[:, row : row + 2, column : column + 2] += (whole - log_probability(covered))[:, None, None]
                 counts[row : row + 2, column : column + 2] += 1
-    return _scaled((falls / counts).clone())
+    return _scaled(falls / counts)
