@@ -112,6 +112,7 @@ class Browser:
 
     def print(self, path: Path) -> None:
         """Write the page as PDF."""
+        self.call("Emulation.setEmulatedMedia", media="print")
         answer = self.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69)
         path.write_bytes(base64.b64decode(answer["data"]))
 
