@@ -48,3 +48,8 @@ def test_calibration_interval_holds_zero_for_a_calibrated_model() -> None:
         assert 0 < interval.chance < 0.2
         assert interval == calibration_interval(outputs, targets)
     assert hits >= 17
+
+
+def test_calibration_interval_of_scores_that_are_not_numbers_is_not_a_number() -> None:
+    interval = calibration_interval(torch.full((9, 2), torch.nan), torch.zeros(9, dtype=torch.long))
+    assert np.isnan(interval.high)

@@ -44,7 +44,7 @@ def calibration_interval(outputs: torch.Tensor, targets: torch.Tensor, *, seed: 
     """
     confidence, predicted = outputs.softmax(1).double().max(1)
     is_right = (predicted == targets).double()
-    bins = torch.nn.functional.one_hot((confidence * BINS).long().clamp(max=BINS - 1), BINS).double()  # (N, bins)
+    bins = torch.nn.functional.one_hot((confidence * BINS).long().clamp(0, BINS - 1), BINS).double()  # (N, bins)
     gaps = confidence - is_right
     error = _error(gaps[None], bins).item()
     generator = torch.Generator().manual_seed(seed)

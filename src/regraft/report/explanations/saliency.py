@@ -1,15 +1,15 @@
 """What a network looked at: where in a photo lies what speaks for a class.
 
 Grad-CAM takes the last map of features (N, C, h, w) and weighs its channels by the gradient of the class's score. Which
-layer gives that map is not asked of the caller: one forward records the tensors that go into and come out of every
-layer, one backward gives their gradients, and of those with the layout of a map the last one that the score depends on
-is taken. Layers of edited networks run in a graph, whose blocks are never called as modules and whose activations are
-called several times; looking at what goes in as well finds the map before the pooling there too. In a vision
-transformer the last block that the score depends on is that of the last attention, as its head reads the class token
-alone. A network without such a map is asked again and again, with one part of the photo covered each time.
+tensor is that map is not asked of the caller. One forward records what goes into and comes out of every layer; of the
+tensors with the layout of a map, the last one with a gradient is taken, so that the backward is short. What goes in is
+recorded as well because an edit within a block dissolves it into a graph: the block is no longer called, and the sum at
+its end is seen only where the pooling takes it. In a vision transformer whose head reads the class token alone, the last
+tokens with a gradient are those that the last attention takes. A network without such a map is asked again and again,
+with one part of the photo covered each time.
 
-Libraries (captum, grad-cam, torchcam) ask for the path of a layer, which is the difficult part, and remember one call
-of it; so for graphs they find no layer or the wrong call.
+captum 0.9 was tried and dropped: it asks for the path of the layer, which is the difficult part, and where a block was
+dissolved it finds no output of it. Where it finds one, the maps are equal. grad-cam 1.5 asks the same and needs OpenCV.
 
 Source: Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391, equations 1 and 2; Zeiler and Fergus 2014,
 https://arxiv.org/abs/1311.2901, for occlusion.
