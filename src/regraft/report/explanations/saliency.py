@@ -5,8 +5,8 @@ tensor is that map is not asked of the caller. One forward records what goes int
 tensors with the layout of a map, the last one with a gradient is taken, so that the backward is short. What goes in is
 recorded as well because an edit within a block dissolves it into a graph: the block is no longer called, and the sum at
 its end is seen only where the pooling takes it. In a vision transformer whose head reads the class token alone, the
-last tokens with a gradient are those that the last attention takes. A network without such a map is asked again and again,
-with one part of the photo covered each time.
+last tokens with a gradient are those that the last attention takes. A network without such a map is asked again and
+again, with one part of the photo covered each time.
 
 captum 0.9 was tried and dropped: it asks for the path of the layer, which is the difficult part, and where a block was
 dissolved it finds no output of it. Where it finds one, the maps are equal. grad-cam 1.5 asks the same and needs OpenCV.
