@@ -81,6 +81,15 @@ class CellResult:
         return cls(**values)
 
 
+def in_words(images: str) -> str:
+    """Return a number of images per class in words.
+
+    >>> in_words("5"), in_words("all")
+    ('5 images a class', 'all images')
+    """
+    return "all images" if images == EVERYTHING else f"{images} image{'s' * (images != '1')} a class"
+
+
 def draw(targets: Sequence[int], images: str, seed: int) -> list[int]:
     """Draw the indices of so many photos of each class, in their order; fewer are always a part of more.
 
@@ -119,7 +128,7 @@ def usable_images(requested: Sequence[str], listing: Listing) -> tuple[tuple[str
     kept = [number for number in numbers if number < fewest or (number == fewest and not same)]
     if not kept and not wants_all:
         raise DataError(
-            f"{option('images')} asks for {min(numbers)} images a class or more, and '{smallest}' has {fewest} training "
-            f"photos. Ask for {fewest} at most, or for 'all'."
+            f"{option('images')} asks for {min(numbers)} images a class or more, and '{smallest}' has {fewest} "
+            f"training photos. Ask for {fewest} at most, or for 'all'."
         )
     return (*map(str, kept), *([EVERYTHING] if wants_all else [])), tuple(notes)

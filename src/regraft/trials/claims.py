@@ -115,7 +115,7 @@ def images_claim(way: str, points: Sequence[Point], scratch: Point, chance: floa
     note = ONE_SEED if len(scratch.accuracies) == 1 else ""
 
     def answer(verdict: Verdict, text: str, count: int | None = None) -> Claim:
-        return Claim("images", way, verdict, f"{text}{note}", count, scratch.count)
+        return Claim("images", way, verdict, f"{text[0].upper()}{text[1:]}{note}", count, scratch.count)
 
     if not is_above_chance(scratch, chance):
         return answer(
@@ -172,7 +172,7 @@ def seconds_claim(way: str, point: Point, scratch: Point, chance: float) -> Clai
     note = ONE_SEED if seeds == 1 else ""
 
     def answer(verdict: Verdict, text: str, factor: float | None = None) -> Claim:
-        return Claim("seconds", way, verdict, f"{text}{note}", factor, scratch.mean)
+        return Claim("seconds", way, verdict, f"{text[0].upper()}{text[1:]}{note}", factor, scratch.mean)
 
     if not is_above_chance(scratch, chance):
         return answer(

@@ -23,13 +23,15 @@ from regraft.training.run_lines import say_data
 from regraft.training.setup import check_options
 from regraft.training.steps.compute import choose_compute
 from regraft.training.train_data import list_if_known
+from regraft.trials.advised import has_advice
 from regraft.trials.bench import Bench, open_bench, share_features
-from regraft.trials.cells import EVERYTHING, Cell, CellResult, usable_images
+from regraft.trials.cells import EVERYTHING, Cell, CellResult, in_words, usable_images
 from regraft.trials.comparison import CSV_HEAD, Comparison, WaySummary, claims_of
 from regraft.trials.estimate import RemainingTime, measure_rates, predict_s
 from regraft.trials.grid_folder import GridFolder
 from regraft.trials.running import run_cell
 from regraft.trials.ways import (
+    ADVISED,
     GRADUAL,
     LP_FT,
     MIN_EPOCHS,
@@ -211,11 +213,12 @@ def _usable_ways(ways: Sequence[Way], bench: Bench) -> tuple[tuple[Way, ...], li
     """
     left_out: list[tuple[str, str]] = []
     if not bench.has_weights:
-        reason = f"{bench.name} has no pretrained weights, so there is nothing to transfer. Pass {option('weights', 'FILE')}."
+        pass_weights = f"Pass {option('weights', 'FILE')}."
+        reason = f"{bench.name} has no pretrained weights, so there is nothing to transfer. {pass_weights}"
         left_out = [(way.title, reason) for way in ways if way.is_pretrained]
     else:
         reason = "this version has no `advise`"
-        left_out = [(way.title, reason) for way in ways if way.name == "advised"]
+        left_out = [(way.title, reason) for way in ways if way.name == ADVISED and not has_advice()]
     usable = tuple(way for way in ways if way.title not in dict(left_out))
     if not usable:
         raise ConfigError(f"nothing to compare: {reason} Add the way '{SCRATCH}'.")
@@ -256,12 +259,12 @@ def _run(
         for number, cell in enumerate(todo, len(results) + 1):
             if titles[cell.way] in failures:
                 continue
-            where = f"{number}/{len(plan)} {titles[cell.way]}, {cell.images} images a class, seed {cell.seed}"
+            where = f"{number}/{len(plan)} {titles[cell.way]}, {in_words(cell.images)}, seed {cell.seed}"
             with progress.status(f"{where}; about {_minutes(left.seconds)} left"):
                 try:
                     results[cell] = run_cell(bench, cell, plan[cell])
                 except LossError as error:
-                    failures[titles[cell.way]] = f"stopped with {cell.images} images a class: {error}"
+                    failures[titles[cell.way]] = f"stopped with {in_words(cell.images)}: {error}"
                     continue
             folder.keep(results[cell], plan[cell])
             left.finish(cell, results[cell].measured_s)
@@ -293,7 +296,7 @@ def _say_row(
 ) -> None:
     measured = [(way.title, results.get(Cell(way.name, cell.images, cell.seed))) for way in ways]
     texts = [f"{title} {result.accuracy:.3f}" for title, result in measured if result is not None]
-    where = f"seed {cell.seed}, {cell.images} images a class"
+    where = f"seed {cell.seed}, {in_words(cell.images)}"
     progress.say(f"measured   {where}: {', '.join(texts)}; about {_minutes(left_s)} left")
 
 
@@ -310,8 +313,8 @@ def _saved(
             features_s += rates[0] * count + rates[1] * validation
     once_s = bench.decode_s * (everything + validation), rates[0] * everything + rates[1] * validation
     return (
-        f"Photos were decoded once for {len(todo)} runs ({once_s[0]:.1f} s instead of {decode_s:.1f} s), and run through "
-        f"the frozen network once ({once_s[1]:.1f} s instead of {features_s:.1f} s)."
+        f"Photos were decoded once for {len(todo)} runs ({once_s[0]:.1f} s instead of {decode_s:.1f} s), and run "
+        f"through the frozen network once ({once_s[1]:.1f} s instead of {features_s:.1f} s)."
     )
 
 

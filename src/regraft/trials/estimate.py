@@ -1,4 +1,4 @@
-"""The time that a grid will take: predicted from one step and one forward pass, corrected by the cells that are done."""
+"""The time that a grid will take: predicted from one step and one forward pass, corrected by what is done."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from regraft.training.loop import main_output
 from regraft.training.steps.compute import choose_compute
 from regraft.trials.bench import Bench
 from regraft.trials.cells import Cell
-from regraft.trials.ways import CURVE_POINTS, Options
+from regraft.trials.ways import ADVISED, CURVE_POINTS, Options
 
 START_S = 1.0  # of a run: building the network, choosing the learning rate of a head
 PARTIAL = 0.5  # share of a step where a part of the network is frozen
@@ -65,7 +65,8 @@ def predict_s(rates: Rates, stages: Sequence[Options], count: int, validation_co
     seconds = 0.0
     for stage in stages:
         is_whole = stage.get("unfreeze_all") or stage.get("weights") == "none"
-        share = PARTIAL if "freeze_until" in stage else 1.0 if is_whole else PARTIAL if "freeze" in stage else 0.0
+        is_partial = "freeze_until" in stage or ADVISED in stage
+        share = PARTIAL if is_partial else 1.0 if is_whole else 0.0
         once_s = (1 - share) * (count + validation_count) * rates.forward_s
         validated = min(stage["epochs"], CURVE_POINTS) * validation_count
         seconds += START_S + once_s + share * (stage["epochs"] * count * rates.step_s + validated * rates.forward_s)

@@ -47,8 +47,8 @@ class GridFolder:
             old, new = known.get(names[0]), self._fingerprint.get(names[0])
             details = f"'{names[0]}' was {_short(old)} and is {_short(new)}"
             raise ConfigError(
-                f"'{path}' holds the results of another comparison: {details}. Choose another folder ({where}), or pass "
-                f"{option('overwrite', True)}, which deletes them."
+                f"'{path}' holds the results of another comparison: {details}. Choose another folder ({where}), or "
+                f"pass {option('overwrite', True)}, which deletes them."
             )
 
     @contextlib.contextmanager

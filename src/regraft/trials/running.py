@@ -8,21 +8,21 @@ from regraft.data.photos import Photos
 from regraft.training.config import TrainConfig
 from regraft.training.fitting import fit
 from regraft.training.result import FitResult
+from regraft.trials.advised import advised_stages
 from regraft.trials.bench import Bench
 from regraft.trials.cells import Cell, CellResult, draw
-from regraft.trials.ways import Options, stage_config
+from regraft.trials.ways import ADVISED, Options, stage_config
 
 EXTRA_PHASES = ("setup", "training")
 
 
-def run_cell(bench: Bench, cell: Cell, stages: Sequence[Options], *, advising_s: float = 0.0) -> CellResult:
+def run_cell(bench: Bench, cell: Cell, stages: Sequence[Options]) -> CellResult:
     """Train on the photos of a cell, and measure the last epoch on the validation photos.
 
     Args:
         bench: What all cells share.
         cell: The cell.
         stages: Options of its runs; each goes on from the weights of the one before.
-        advising_s: Seconds that it took to find these options.
 
     Raises:
         RegraftError: As from `fit`.
@@ -30,6 +30,9 @@ def run_cell(bench: Bench, cell: Cell, stages: Sequence[Options], *, advising_s:
     """
     began = time.perf_counter()
     few = bench.train.subset(draw(bench.targets, cell.images, cell.seed))
+    advising_s = 0.0
+    if ADVISED in stages[0]:
+        stages, advising_s = advised_stages(bench, few, stages[0]["epochs"], cell.seed)
     configs = [stage_config(bench.config, stage, cell.seed) for stage in stages]
     model: Any = bench.network(configs[0]).model
     results: list[FitResult] = []
@@ -50,7 +53,7 @@ def run_cell(bench: Bench, cell: Cell, stages: Sequence[Options], *, advising_s:
         curve=tuple(_curve(results, sum(before.values()))),
         seconds=seconds,
         validation_s=sum(result.seconds.get("validation", 0.0) for result in results),
-        measured_s=time.perf_counter() - began + advising_s,
+        measured_s=time.perf_counter() - began,
     )
 
 

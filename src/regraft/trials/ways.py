@@ -2,12 +2,12 @@
 
 A way is the options of one run, or of several that go on from the weights of the one before. All get the same photos
 and the same number of passes over them. Training from scratch gets more (`SCRATCH_FACTOR`), stronger augmentation and a
-learning rate of its own, because random weights need them: it is the reference, and a weak one would flatter all others.
+learning rate of its own, because random weights need them: it is the reference, and a weak one would flatter the rest.
 The recipes are fixed: none looks at the photos on which it is measured.
 """
 
+import itertools
 import math
-import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,8 +40,7 @@ class Way:
         title: As pages name it.
         text: What it does, in a sentence.
         is_pretrained: Whether it starts from pretrained weights.
-        stages_of: Returns the options of each of its runs, from the layers of a network and a number of passes; those
-            of the advised way are known only when its photos are.
+        stages_of: Returns the options of each of its runs, from the layers of a network and a number of passes.
     """
 
     name: str
@@ -71,7 +70,8 @@ class Layers:
         depths = {name: depth for name, depth in facts.depths.items() if name not in heads}
         middle = max(depths.values(), default=0) // 2
         owners = [name.split(".")[:-1] for name, depth in depths.items() if depth == middle]
-        path = ".".join(os.path.commonprefix(owners)) or ".".join(owners[-1] if owners else [])
+        alike = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*owners, strict=False))
+        path = ".".join(names[0] for names in alike) or ".".join(owners[-1] if owners else [])
         norms = {
             path: f"type:{type(layer).__name__}"
             for path, layer in facts.model.named_modules()
@@ -92,6 +92,10 @@ def _scratch(_: Layers, epochs: int) -> tuple[Options, ...]:
 
 def _probe(_: Layers, epochs: int) -> tuple[Options, ...]:
     return ({"epochs": epochs},)
+
+
+def _advised(_: Layers, epochs: int) -> tuple[Options, ...]:
+    return ({ADVISED: True, "epochs": epochs},)  # the rest follows from the photos, see `trials/advised.py`
 
 
 def _lp_ft(layers: Layers, epochs: int) -> tuple[Options, ...]:
@@ -117,7 +121,13 @@ WAYS = (
         _scratch,
     ),
     Way(PROBE, "linear probe", "Pretrained weights, of which only a new head is trained.", True, _probe),
-    Way(ADVISED, "advised freezing", "Pretrained weights, frozen as `regraft advise` says.", True, _probe),
+    Way(
+        ADVISED,
+        "advised freezing",
+        "Pretrained weights, frozen as `regraft advise` says of the photos of each run; batch norms stay frozen.",
+        True,
+        _advised,
+    ),
     Way(
         LP_FT,
         "LP-FT",
@@ -128,7 +138,7 @@ WAYS = (
     Way(
         GRADUAL,
         "gradual unfreezing",
-        "A head for a quarter of the passes, then the upper half of the layers as well for a third, then all but batch norms.",
+        "A head for a quarter of the passes, then the upper half of the layers as well, then all but batch norms.",
         True,
         _gradual,
     ),
