@@ -41,11 +41,9 @@ class GridFolder:
         if not isinstance(known, dict):
             raise ConfigError(f"'{path}' exists and holds no comparison. Choose another folder ({where}).")
         if known != self._fingerprint:
-            names = sorted(
-                name for name in {*known, *self._fingerprint} if known.get(name) != self._fingerprint.get(name)
-            )
-            old, new = known.get(names[0]), self._fingerprint.get(names[0])
-            details = f"'{names[0]}' was {_short(old)} and is {_short(new)}"
+            old, new = _flat(known), _flat(self._fingerprint)
+            name = next(name for name in {**old, **new} if old.get(name) != new.get(name))
+            details = f"'{name}' was {_short(old.get(name))} and is {_short(new.get(name))}"
             raise ConfigError(
                 f"'{path}' holds the results of another comparison: {details}. Choose another folder ({where}), or "
                 f"pass {option('overwrite', True)}, which deletes them."
@@ -145,6 +143,11 @@ class GridFolder:
             return json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+
+
+def _flat(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    options = fingerprint.get("options")
+    return {**fingerprint, **(options if isinstance(options, dict) else {}), "options": None}
 
 
 def _short(value: Any) -> str:
