@@ -59,15 +59,21 @@ WIDE, HIGH = 4.7, 3.0  # inches; two stand side by side on a desktop
 
 
 def learning_curves(
-    parts: Mapping[str, Sequence[float | None]], best_epoch: int, ylabel: str, *, from_zero: bool = False
+    parts: Mapping[str, Sequence[float | None]],
+    best_epoch: int,
+    ylabel: str,
+    *,
+    from_zero: bool = False,
+    epochs: Sequence[int] | None = None,
 ) -> str:
     """Plot values over the epochs, and mark the epoch that was kept.
 
     Args:
-        parts: One value per epoch for `training`, `validation` or both.
+        parts: One value per validated epoch for `training`, `validation` or both.
         best_epoch: Counted from 1.
         ylabel: Label of the values.
         from_zero: Begin the axis at zero unless a value is negative.
+        epochs: The validated epochs, from 1; None: all.
     """
     with _drawing(f"curves {ylabel}", WIDE, HIGH) as drawing:
         axes = drawing.figure.subplots()
@@ -75,9 +81,9 @@ def learning_curves(
         for name, values in parts.items():
             color = PART_COLORS[name]
             known = [float("nan") if value is None else value for value in values]
-            epochs = range(1, len(known) + 1)
-            axes.plot(epochs, known, color=color, label=name, marker="o" if len(known) <= MAX_MARKED_POINTS else "")
-            axes.plot(best_epoch, known[best_epoch - 1], "o", color=color, markersize=7)
+            numbers = list(epochs or range(1, len(known) + 1))
+            axes.plot(numbers, known, color=color, label=name, marker="o" if len(known) <= MAX_MARKED_POINTS else "")
+            axes.plot(best_epoch, known[numbers.index(best_epoch)], "o", color=color, markersize=7)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1, steps=[1, 2, 5, 10]))
         axes.set(xlabel="epoch", ylabel=ylabel)
         axes.margins(x=0.04, y=0.1)
