@@ -8,9 +8,11 @@ import torch
 
 from regraft.data import photos as photos_module
 from regraft.data.folders import list_data
+from regraft.data.photos import Photos
 from regraft.progress import SILENT
 from regraft.training.config import TrainConfig
 from regraft.training.fitting import fit
+from regraft.training.result import FitResult
 from regraft.trials.bench import open_bench, share_features
 from regraft.trials.cells import draw
 from regraft.trials.ways import stage_config
@@ -27,19 +29,20 @@ def test_share_features_lets_runs_on_a_subset_find_what_they_would_compute(
     settings = stage_config(config, {"epochs": 2}, seed=1)
     few = bench.train.subset(draw(bench.targets, "2", 1))
 
-    def run():
-        return fit(bench.network(settings).model, (few, bench.validation), config=settings, progress=False)
+    def run(train: Photos = few) -> FitResult:
+        return fit(bench.network(settings).model, (train, bench.validation), config=settings, progress=False)
 
     before = run()
     assert before.computed_once is not None
     assert not before.computed_once.was_found
     monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "other"))
-    rates = share_features(bench, [("2", 1), ("all", 1)], SILENT)
+    share_features(bench, [("2", 1), ("all", 1)], SILENT)
     after = run()
     assert after.computed_once is not None
     assert after.computed_once.was_found
     assert torch.allclose(after.outputs, before.outputs, atol=1e-5)
-    assert after.computed_once.train_cost_s == pytest.approx(4 * rates[0])
+    found = [shared.train_cost_s for shared in (after.computed_once, run(bench.train).computed_once) if shared]
+    assert found[0] == pytest.approx(found[1] / 2)  # half of the photos
 
 
 def test_draw_is_the_same_for_all_ways_and_grows_by_images() -> None:

@@ -11,7 +11,7 @@ from regraft.anatomy.model_facts import ModelFacts
 from regraft.errors import ConfigError
 from regraft.train_options import list_options
 from regraft.training.config import TrainConfig, make_config
-from regraft.trials.ways import SCRATCH_FACTOR, WAYS, Layers, commands, epochs_for, stage_config, ways_named
+from regraft.trials.ways import SCRATCH_FACTOR, WAYS, LayerSplit, commands, epochs_for, stage_config, ways_named
 
 FLAGS = {flag: entry for entry in list_options() for flag in entry.flags.split("/")}
 
@@ -36,7 +36,7 @@ def parsed(command: str) -> dict[str, object]:
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
 def test_commands_stand_for_the_options_of_each_run(way) -> None:
     config = TrainConfig(weights="w.pth", accept="likely", image_size=64, fast=False, cache=False, batch_size=8)
-    stages = way.stages_of(Layers("layer2", ("type:BatchNorm2d",)), 12)
+    stages = way.stages_of(LayerSplit("layer2", ("type:BatchNorm2d",)), 12)
     if way.name == "advised":
         stages = ({"freeze_until": "layer2", "epochs": 12},)
     lines = commands(stages, config, "py:net.py:Net", "my photos", way.name)
@@ -58,7 +58,7 @@ def test_commands_stand_for_the_options_of_each_run(way) -> None:
 def test_ways_make_the_same_number_of_passes_but_for_scratch() -> None:
     for epochs in (3, 4, 25, 50):
         for way in WAYS:
-            stages = way.stages_of(Layers("layer2", ()), epochs)
+            stages = way.stages_of(LayerSplit("layer2", ()), epochs)
             expected = SCRATCH_FACTOR * epochs if way.name == "scratch" else epochs
             assert sum(stage["epochs"] for stage in stages) == expected
             assert all(stage["epochs"] >= 1 for stage in stages)
@@ -76,10 +76,10 @@ def test_epochs_for_a_few_images_give_fifty_steps() -> None:
 
 def test_layers_split_a_network_in_the_middle_of_its_blocks() -> None:
     facts = ModelFacts(models.resnet18())
-    layers = Layers.of(facts)
-    assert layers == Layers("layer2.1", ("type:BatchNorm2d",))
+    layers = LayerSplit.of(facts)
+    assert layers == LayerSplit("layer2.1", ("type:BatchNorm2d",))
     model = facts.model
     regraft.freeze(model, *layers.norms, until=layers.middle)
     trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {"layer3", "layer4", "fc"}
-    assert Layers.of(ModelFacts(tiny.PlainCnn())).norms == ("type:BatchNorm2d",)
+    assert LayerSplit.of(ModelFacts(tiny.PlainCnn())).norms == ("type:BatchNorm2d",)

@@ -19,7 +19,7 @@ from regraft.training.setup import make_extractor, prepare_model
 from regraft.training.steps.compute import choose_compute
 from regraft.training.train_data import load_train_data
 from regraft.trials.cells import draw
-from regraft.trials.ways import Layers
+from regraft.trials.ways import LayerSplit
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ class Bench:
         validation: Validation photos, decoded.
         config: The options that all ways share.
         trust_code: Whether custom code may be imported.
-        layers: Layers of the network.
+        layers: LayerSplit of the network.
         has_weights: Whether the network has pretrained weights.
         decode_s: Seconds to decode a photo, on average.
         unreadable: Number of files that cannot be read.
@@ -47,7 +47,7 @@ class Bench:
     validation: Photos
     config: TrainConfig
     trust_code: bool
-    layers: Layers
+    layers: LayerSplit
     has_weights: bool
     decode_s: float
     unreadable: int
@@ -93,23 +93,20 @@ def open_bench(name: str, listing: Listing, config: TrainConfig, progress: Progr
         validation=validation,
         config=config,
         trust_code=trust_code,
-        layers=Layers.of(facts),
+        layers=LayerSplit.of(facts),
         has_weights=has_weights,
         decode_s=seconds / (len(train) + len(validation)),
         unreadable=len(loaded.unreadable),
     )
 
 
-def share_features(bench: Bench, subsets: Iterable[tuple[str, int]], progress: Progress) -> tuple[float, float]:
+def share_features(bench: Bench, subsets: Iterable[tuple[str, int]], progress: Progress) -> None:
     """Compute what the frozen network gives for all photos once, and store it for the runs on some of them.
 
     Args:
         bench: What all cells share.
         subsets: (images, seed) of the runs that train a head on the frozen network.
         progress: Reports progress.
-
-    Returns:
-        Seconds that a training photo took, and a validation photo; zeros where nothing can be kept.
     """
     config = bench.config
     facts = bench.network(config)
@@ -119,11 +116,10 @@ def share_features(bench: Bench, subsets: Iterable[tuple[str, int]], progress: P
     train = bench.train.augmented(views)
     extractor, _ = make_extractor(facts, (train, bench.validation), config, compute, progress)
     if extractor is None:
-        return 0.0, 0.0
+        return
     features, _, _ = extractor.features_of(train, "computing features")
-    validation, _, _ = extractor.features_of(bench.validation, "computing validation features")
+    extractor.features_of(bench.validation, "computing validation features")
     for images, seed in dict.fromkeys(subsets):
         indices = draw(bench.targets, images, seed)
         if len(indices) < len(train):
             extractor.store_subset(features, train, indices)
-    return features.cost_s / len(train), validation.cost_s / len(bench.validation)

@@ -26,7 +26,7 @@ from regraft.training.train_data import list_if_known
 from regraft.trials.advised import has_advice
 from regraft.trials.bench import Bench, open_bench, share_features
 from regraft.trials.cells import EVERYTHING, Cell, CellResult, in_words, usable_images
-from regraft.trials.comparison import CSV_HEAD, Comparison, WaySummary, claims_of
+from regraft.trials.comparison import CSV_HEAD, Comparison, WaySummary, claims_of, computed_once
 from regraft.trials.estimate import RemainingTime, measure_rates, predict_s
 from regraft.trials.grid_folder import GridFolder
 from regraft.trials.running import run_cell
@@ -162,13 +162,16 @@ def _compare(grid: _Grid, data: Any, path: Path | None, progress: Progress, *, o
     cells = [Cell(way.name, number, seed) for seed in grid.seeds for number in images for way in ways]
     plan = {cell: _stages(cell, ways, bench) for cell in cells}
     with folder.locked():
-        results, once, failures = _run(plan, ways, bench, folder, progress)
+        results, failures = _run(plan, ways, bench, folder, progress)
         ways = tuple(way for way in ways if way.title not in dict(failures))
-        summaries = tuple(_summary(way, bench, str(data), images[-1]) for way in ways)
+        where = str(data) if isinstance(data, (str, Path)) else str(listing.root)
+        summaries = tuple(
+            _summary(way, bench, where, results[Cell(way.name, images[-1], grid.seeds[0])]) for way in ways
+        )
         kept = tuple(results[cell] for cell in cells if cell in results and any(cell.way == way.name for way in ways))
         comparison = Comparison(
             model=grid.model,
-            data=str(data) if isinstance(data, (str, Path)) else str(listing.root),
+            data=where,
             classes=bench.listing.classes or (),
             train_count=len(bench.train),
             validation_count=len(bench.validation),
@@ -182,7 +185,7 @@ def _compare(grid: _Grid, data: Any, path: Path | None, progress: Progress, *, o
             left_out=(*left_out, *failures),
             machine=_machine(grid.config),
             seconds=max(time.perf_counter() - began, sum(result.measured_s for result in kept)),
-            once=once,
+            once=computed_once(kept, len(bench.train), len(bench.validation)),
             out=path,
         )
         if path is not None:
@@ -237,11 +240,11 @@ def _run(
     bench: Bench,
     folder: GridFolder,
     progress: Progress,
-) -> tuple[dict[Cell, CellResult], str, list[tuple[str, str]]]:
+) -> tuple[dict[Cell, CellResult], list[tuple[str, str]]]:
     """Run the cells that are not complete.
 
     Returns:
-        The results; what was computed once, as text; the ways that failed, with the reasons.
+        The results; the ways that failed, with the reasons.
     """
     results = {cell: found for cell, stages in plan.items() if (found := folder.find(cell, stages)) is not None}
     todo = [cell for cell in plan if cell not in results]
@@ -249,12 +252,11 @@ def _run(
         progress.say(f"continued  {len(results)} of {len(plan)} runs were complete")
     failures: dict[str, str] = {}
     if not todo:
-        return results, "", []
+        return results, []
     titles = {way.name: way.title for way in ways}
     try:
-        rates = (0.0, 0.0)
         if shared := [(cell.images, cell.seed) for cell in todo if cell.way in HEAD_ALONE]:
-            rates = share_features(bench, shared, progress)
+            share_features(bench, shared, progress)
         left = _remaining_time(todo, plan, bench, progress)
         for number, cell in enumerate(todo, len(results) + 1):
             if titles[cell.way] in failures:
@@ -276,7 +278,7 @@ def _run(
         name = "SIGTERM" if signal == 15 else "Ctrl-C"
         message = f"stopped by {name}. {folder.resume_hint(len(results), len(plan))}"
         raise Interrupted(message, number=signal) from interruption
-    return results, _saved(todo, plan, bench, rates), list(failures.items())
+    return results, list(failures.items())
 
 
 def _remaining_time(
@@ -300,26 +302,8 @@ def _say_row(
     progress.say(f"measured   {where}: {', '.join(texts)}; about {_minutes(left_s)} left")
 
 
-def _saved(
-    todo: Sequence[Cell], plan: dict[Cell, tuple[Options, ...]], bench: Bench, rates: tuple[float, float]
-) -> str:
-    """Describe what was computed once for all runs, and the seconds that this saved."""
-    classes, everything, validation = len(bench.listing.classes or ()), len(bench.train), len(bench.validation)
-    decode_s = features_s = 0.0
-    for cell in todo:
-        count = everything if cell.images == EVERYTHING else int(cell.images) * classes
-        decode_s += bench.decode_s * (count + validation)
-        if cell.way in HEAD_ALONE:
-            features_s += rates[0] * count + rates[1] * validation
-    once_s = bench.decode_s * (everything + validation), rates[0] * everything + rates[1] * validation
-    return (
-        f"Photos were decoded once for {len(todo)} runs ({once_s[0]:.1f} s instead of {decode_s:.1f} s), and run "
-        f"through the frozen network once ({once_s[1]:.1f} s instead of {features_s:.1f} s)."
-    )
-
-
-def _summary(way: Way, bench: Bench, data: str, most: str) -> WaySummary:
-    stages = _stages(Cell(way.name, most, 0), (way,), bench)
+def _summary(way: Way, bench: Bench, data: str, result: CellResult) -> WaySummary:
+    stages = result.stages
     text = commands(stages, bench.config, bench.name, data, way.name)
     return WaySummary(way.name, way.title, way.text, stages, text)
 

@@ -9,7 +9,7 @@ from typing import Any
 from regraft.display import block, table_html
 from regraft.trials.cells import CellResult
 from regraft.trials.claims import Claim, Point, images_claim, seconds_claim
-from regraft.trials.ways import SCRATCH, Options
+from regraft.trials.ways import LP_FT, PROBE, SCRATCH, Options
 
 CSV_HEAD = ("way", "images", "count", "seed", "accuracy", "loss", "seconds", "validation_seconds", "epochs")
 
@@ -195,6 +195,26 @@ def claims_of(
         *(images_claim(way.title, [points[way.name, number] for number in images], scratch, chance) for way in others),
         *(seconds_claim(way.title, points[way.name, most], scratch, chance) for way in others),
     )
+
+
+def computed_once(cells: Sequence[CellResult], train_count: int, validation_count: int) -> str:
+    """Describe what all runs shared, and the seconds that this saved."""
+    if not cells:
+        return ""
+    decode_s = statistics.mean(cell.seconds["decoding"] / cell.count for cell in cells)
+    once_s = decode_s * (train_count + validation_count)
+    alone_s = sum(decode_s * (cell.count + validation_count) for cell in cells)
+    text = f"Photos were decoded once for all {len(cells)} runs, in {once_s:.1f} s instead of {alone_s:.1f} s."
+    heads = [cell for cell in cells if cell.cell.way in (PROBE, LP_FT)]  # all of whose features are shared
+    if heads:
+        photo_s = statistics.mean(cell.seconds["features"] / cell.count for cell in heads)
+        features_s = sum(cell.seconds["features"] for cell in heads)
+        names = " and ".join(sorted({cell.cell.way for cell in heads}))
+        text += (
+            f" The training photos went through the frozen network once, in {photo_s * train_count:.1f} s instead of "
+            f"{features_s:.1f} s for the {len(heads)} runs of {names}."
+        )
+    return text
 
 
 def _strength(claim: Claim) -> tuple[int, float]:

@@ -47,11 +47,11 @@ class Way:
     title: str
     text: str
     is_pretrained: bool
-    stages_of: Callable[["Layers", int], tuple[Options, ...]]
+    stages_of: Callable[["LayerSplit", int], tuple[Options, ...]]
 
 
 @dataclass(frozen=True)
-class Layers:
+class LayerSplit:
     """What the ways need to know of a network.
 
     Attributes:
@@ -64,7 +64,7 @@ class Layers:
     norms: tuple[str, ...]
 
     @classmethod
-    def of(cls, facts: ModelFacts) -> "Layers":
+    def of(cls, facts: ModelFacts) -> "LayerSplit":
         """Read them off a network."""
         heads = facts.head_parameters
         depths = {name: depth for name, depth in facts.depths.items() if name not in heads}
@@ -86,29 +86,29 @@ class Layers:
         return {"unfreeze_all": True, **({"freeze": self.norms} if self.norms else {}), **options}
 
 
-def _scratch(_: Layers, epochs: int) -> tuple[Options, ...]:
+def _scratch(_: LayerSplit, epochs: int) -> tuple[Options, ...]:
     return ({"weights": "none", "augment": "standard", "epochs": SCRATCH_FACTOR * epochs},)
 
 
-def _probe(_: Layers, epochs: int) -> tuple[Options, ...]:
+def _probe(_: LayerSplit, epochs: int) -> tuple[Options, ...]:
     return ({"epochs": epochs},)
 
 
-def _advised(_: Layers, epochs: int) -> tuple[Options, ...]:
+def _advised(_: LayerSplit, epochs: int) -> tuple[Options, ...]:
     return ({ADVISED: True, "epochs": epochs},)  # the rest follows from the photos, see `trials/advised.py`
 
 
-def _lp_ft(layers: Layers, epochs: int) -> tuple[Options, ...]:
+def _lp_ft(layers: LayerSplit, epochs: int) -> tuple[Options, ...]:
     return {"epochs": epochs // 2}, layers.all_but_norms(lr=LP_FT_LR, epochs=epochs - epochs // 2)
 
 
-def _gradual(layers: Layers, epochs: int) -> tuple[Options, ...]:
+def _gradual(layers: LayerSplit, epochs: int) -> tuple[Options, ...]:
     first, second = max(1, epochs // 4), max(1, epochs // 3) if layers.middle else 0
     upper = (layers.all_but_norms(freeze_until=layers.middle, epochs=second),) if second else ()
     return {"epochs": first}, *upper, layers.all_but_norms(epochs=epochs - first - second)
 
 
-def _all_layers(layers: Layers, epochs: int) -> tuple[Options, ...]:
+def _all_layers(layers: LayerSplit, epochs: int) -> tuple[Options, ...]:
     return (layers.all_but_norms(epochs=epochs),)
 
 
