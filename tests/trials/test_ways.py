@@ -74,7 +74,7 @@ def test_epochs_for_a_few_images_give_fifty_steps() -> None:
     assert [epochs_for(count, TrainConfig(batch_size=8)) for count in (2, 8, 9, 400)] == [50, 50, 25, 25]
 
 
-def test_layers_split_a_network_in_the_middle_of_its_blocks() -> None:
+def test_layer_split_cuts_a_network_in_the_middle_of_its_blocks() -> None:
     facts = ModelFacts(models.resnet18())
     layers = LayerSplit.of(facts)
     assert layers == LayerSplit("layer2.1", ("type:BatchNorm2d",))

@@ -259,19 +259,20 @@ def _run(
             share_features(bench, shared, progress)
         left = _remaining_time(todo, plan, bench, progress)
         for number, cell in enumerate(todo, len(results) + 1):
-            if titles[cell.way] in failures:
+            title = titles[cell.way]
+            if title in failures:
                 continue
-            where = f"{number}/{len(plan)} {titles[cell.way]}, {in_words(cell.images)}, seed {cell.seed}"
-            with progress.status(f"{where}; about {_minutes(left.seconds)} left"):
-                try:
+            where = f"{number}/{len(plan)} {title}, {in_words(cell.images)}, seed {cell.seed}"
+            try:
+                with progress.status(f"{where}; about {_minutes(left.seconds)} left"):
                     results[cell] = run_cell(bench, cell, plan[cell])
-                except LossError as error:
-                    failures[titles[cell.way]] = f"stopped with {in_words(cell.images)}: {error}"
-                    continue
+            except LossError as error:
+                failures[title] = f"stopped with {in_words(cell.images)}: {error}"
+                left.leave_out(cell.way)
+                continue
             folder.keep(results[cell], plan[cell])
             left.finish(cell, results[cell].measured_s)
-            is_last = cell is todo[-1] or (todo[todo.index(cell) + 1].images, cell.images)[0] != cell.images
-            if is_last:
+            if cell.way == ways[-1].name:
                 _say_row(cell, results, ways, left.seconds, progress)
     except KeyboardInterrupt as interruption:
         signal = getattr(interruption, "exit_code", 130) - 128

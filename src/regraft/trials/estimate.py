@@ -95,6 +95,10 @@ class RemainingTime:
         measured, predicted = self._done[cell.way]
         self._done[cell.way] = measured + measured_s, predicted + self._left.pop(cell)
 
+    def leave_out(self, way: str) -> None:
+        """Count no cell of a way any longer."""
+        self._left = {cell: seconds for cell, seconds in self._left.items() if cell.way != way}
+
     def _ratio(self, way: str, general: float) -> float:
         measured, predicted = self._done[way]
         return measured / predicted if predicted else general
