@@ -15,6 +15,7 @@ from regraft.data.samples import Listing
 from regraft.data.transforms import augmentation
 from regraft.progress import SILENT, Progress
 from regraft.training.config import TrainConfig
+from regraft.training.features.subsets import store_subset
 from regraft.training.setup import make_extractor, prepare_model
 from regraft.training.steps.compute import choose_compute
 from regraft.training.train_data import load_train_data
@@ -122,4 +123,4 @@ def share_features(bench: Bench, subsets: Iterable[tuple[str, int]], progress: P
     for images, seed in dict.fromkeys(subsets):
         indices = draw(bench.targets, images, seed)
         if len(indices) < len(train):
-            extractor.store_subset(features, train, indices)
+            store_subset(extractor, features, train, indices)

@@ -8,7 +8,7 @@ and, once for each split, prefix and suffix are compared with the whole network 
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -130,31 +130,9 @@ class Extractor:
         readable = share if ranks.size == 1 else readable
         return self._features(rows, note, readable, began, was_found=False), readable, all_unreadable
 
-    def store_subset(self, features: Features, photos: Photos, indices: Sequence[int]) -> None:
-        """Store the features of some of the photos, so that a run on these alone finds them.
-
-        Nothing is stored where random views follow from the index of a photo, or if the disk has no room.
-
-        Args:
-            features: Features of all photos.
-            photos: These photos.
-            indices: Those of the subset, in order.
-        """
-        subset = photos.subset(indices)
-        key = self._key(subset)
-        if self.store is None or photos.views.is_random or self.store.find(key) is not None:
-            return
-        row_bytes = features.bytes // len(photos)
-        writer = FeatureWriter(self.store, key, row_bytes * len(indices), in_memory=False, progress=self.progress)
-        if not writer.has_place:
-            return
-        share, rows = len(indices) / len(photos), torch.tensor(indices)[:, None] * features.views
-        rows = (rows + torch.arange(features.views)).flatten()
-        with writer:
-            writer.append([tensor[rows.to(tensor.device)] for tensor in features.tensors])
-            holds = f"{len(indices)} of {len(photos)} photos × {features.views}"
-            note = {"unreadable": {}, "error": features.error, "seconds": share * features.cost_s, "holds": holds}
-            writer.finish(note)
+    def key_of(self, photos: Photos) -> str:
+        """Return the key of the features of photos in the store; empty without one."""
+        return self._key(photos)
 
     def run(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """Compute the frontier's tensors of a batch (N, C, size, size) of uint8, on the model's device.
