@@ -75,6 +75,12 @@ def test_images_claim_leaves_open_what_is_within_the_error() -> None:
     assert ask(point("5", 10, 0.71, 0.73, 0.72), point("all", 200, 0.9, 0.9, 0.9))[0] == "undetermined"
 
 
+def test_images_claim_stays_clear_where_more_images_are_above_within_the_error() -> None:
+    verdict, value, text = ask(point("5", 10, 0.9, 0.9, 0.9), point("10", 20, 0.71, 0.73, 0.72))
+    assert (verdict, value) == ("yes", 10)
+    assert "reaches the from-scratch accuracy" in text
+
+
 def test_images_claim_of_one_seed_says_what_is_unknown() -> None:
     verdict, _, text = ask(point("5", 10, 0.95), scratch=point("all", 200, 0.7))
     assert verdict == "yes"

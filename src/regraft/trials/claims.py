@@ -125,13 +125,15 @@ def images_claim(way: str, points: Sequence[Point], scratch: Point, chance: floa
         )
     measured = [(point, *difference(point, scratch)) for point in points]
     reaching = _last_run([mean >= 0 for _, mean, _ in measured])
-    clear = _last_run([mean > CLEAR * error for _, mean, error in measured])
     if reaching is None:
         point, mean, error = measured[-1]
         behind = f"{point.mean:.3f} with {point.label}, a difference of {mean:+.3f} ± {CLEAR * error:.3f}"
         if mean + CLEAR * error >= 0:
             return answer("undetermined", f"{way}: cannot be determined whether it reaches {where}. It has {behind}.")
         return answer("no", f"{way} does not reach {where}. It has {behind}.")
+    clear = next(
+        (index for index, (_, mean, error) in enumerate(measured) if index >= reaching and mean > CLEAR * error), None
+    )
     if clear is None or clear > reaching:
         point, mean, error = measured[reaching]
         then = f" It is clearly above with {measured[clear][0].label}." if clear is not None else ""
