@@ -22,9 +22,8 @@ def test_compare_measures_the_last_epoch_of_runs_that_fit_would_do(
     ways = ["scratch", "probe", "lp-ft", "gradual", "all"]
     result = compare(ways=ways, images=["all"], out=tmp_path / "out", epochs=13)
     assert [cell.cell.way for cell in result.cells] == ways
-    for cell, options in zip(
-        result.cells, ({"weights": "none", "augment": "standard"}, {"weights": str(weights)}), strict=False
-    ):
+    alone_options: list[dict[str, Any]] = [{"weights": "none", "augment": "standard"}, {"weights": str(weights)}]
+    for cell, options in zip(result.cells, alone_options, strict=False):
         epochs = cell.stages[0]["epochs"]
         alone = regraft.fit(
             name, photos, **options, epochs=epochs, batch_size=4, keep_epoch="last", trust_code=True, progress=False
