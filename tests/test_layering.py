@@ -24,6 +24,7 @@ LEVELS = (
     {"checkpoint"},
     {"frontier"},
     {"training"},
+    {"trials"},
     {"report"},
     {"demo"},
     {"cli"},

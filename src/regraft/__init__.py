@@ -60,10 +60,13 @@ if TYPE_CHECKING:
     from regraft.training import evaluate as evaluate
     from regraft.training import predict as predict
     from regraft.training.fitting import fit as fit
+    from regraft.trials import Comparison as Comparison
+    from regraft.trials import compare as compare
     from regraft.zoo import list_models as list_models
 
 _HOMES = {
     "Card": "card",
+    "Comparison": "trials",
     "Diff": "checkpoint",
     "Finding": "freezing",
     "FitResult": "training",
@@ -82,6 +85,7 @@ _HOMES = {
     "append": "surgery",
     "audit": "freezing",
     "build_optimizer": "freezing",
+    "compare": "trials",
     "create_model": "checkpoint",
     "diff": "checkpoint",
     "evaluate": "training",

@@ -23,6 +23,7 @@ Engine = Literal["pillow", "native", "nvjpeg"]
 Decoder = Literal["auto", Engine]
 HeadWay = Literal["auto", "solved", "steps", "given", "ridge"]
 OnNan = Literal["stop", "skip"]
+KeptEpoch = Literal["best", "last"]
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,14 @@ class TrainOptions:
     on_nan: Annotated[OnNan, OptionText(
         "If the loss is NaN or infinite: stop, or skip the step.",
         "`skip` also skips steps whose gradient is not finite.")] = "stop"
+    keep_epoch: Annotated[KeptEpoch, OptionText(
+        "The epoch whose weights are kept: best or last.",
+        "`best` is that of the highest validation accuracy (for numbers: the lowest squared error), which makes that "
+        "figure slightly optimistic; `last` makes no choice on the validation photos.")] = "best"
+    validate_every: Annotated[int, OptionText(
+        "Epochs from one validation to the next.",
+        "The last epoch is always validated; only epochs that are can be kept, and stand in `metrics.csv`.",
+        ge=1, le=MAX_COUNT)] = 1
     checkpoint_minutes: Annotated[float, OptionText(
         "Minutes between saved states within an epoch.", "0: after every step.", ge=0)] = 5.0
     keep_last: Annotated[int, OptionText("Number of saved states to keep.", ge=1)] = 2

@@ -275,6 +275,7 @@ def test_write_report_says_what_was_computed_once_and_what_it_saved(tmp_path: Pa
         where="in memory",
         was_found=False,
         seconds=4.0,
+        train_cost_s=3.0,
         saved_s=96.0,
         note="cut earlier",
     )

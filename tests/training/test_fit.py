@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import tiny
 from oracles import identical, same, snapshot
-from regraft import TrainConfig, evaluate, fit, freeze, load, predict
+from regraft import FitResult, TrainConfig, evaluate, fit, freeze, load, predict, write_report
 from regraft.card import card_of
 from regraft.errors import ConfigError, DataError, Interrupted, LossError, ModelError, SelectionError
 from regraft.progress import Progress
@@ -113,6 +113,29 @@ def test_fit_keeps_the_best_epoch_and_not_the_last() -> None:
     with torch.inference_mode():
         outputs = result.model(dataset(30, 1).tensors[0])
     assert torch.allclose(outputs, result.outputs, atol=1e-5)
+
+
+def test_fit_keeps_the_last_epoch_and_validates_some_where_that_is_asked_for(tmp_path: Path) -> None:
+    def run(**options: object) -> FitResult:
+        return fit(three_classes(), (dataset(), dataset(9, seed=1)), **{**OPTIONS, "epochs": 7, **options})
+
+    whole = run(keep_epoch="last")
+    assert whole.best_epoch == 7
+    assert whole.validation == whole.history[-1].validation
+    some = run(keep_epoch="last", validate_every=3, out=tmp_path / "run")
+    assert [record.epoch for record in some.history] == [3, 6, 7]
+    assert [record.validation for record in some.history] == [
+        whole.history[epoch - 1].validation for epoch in (3, 6, 7)
+    ]
+    for name, tensor in whole.model.state_dict().items():
+        assert identical(tensor, some.model.state_dict()[name]), name
+    assert identical(
+        load(tmp_path / "run/model.safetensors", trust_code=True).state_dict()["fc.weight"], some.model.fc.weight
+    )
+    assert len((tmp_path / "run/metrics.csv").read_text().splitlines()) == 4
+    page = write_report(some, tmp_path / "page.html").read_text()
+    assert "The last epoch was kept, so nothing was chosen on the 9 validation" in page
+    assert "7 of 7" in page
 
 
 @pytest.mark.parametrize("patterns", [("conv1", "bn1"), ("conv*", "bn*")])

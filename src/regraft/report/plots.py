@@ -1,17 +1,19 @@
 """Plots as SVG text for a page, with the page's font and text colour, and a transparent background."""
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from regraft.report.text import shorten
 
@@ -59,15 +61,21 @@ WIDE, HIGH = 4.7, 3.0  # inches; two stand side by side on a desktop
 
 
 def learning_curves(
-    parts: Mapping[str, Sequence[float | None]], best_epoch: int, ylabel: str, *, from_zero: bool = False
+    parts: Mapping[str, Sequence[float | None]],
+    best_epoch: int,
+    ylabel: str,
+    *,
+    from_zero: bool = False,
+    epochs: Sequence[int] | None = None,
 ) -> str:
     """Plot values over the epochs, and mark the epoch that was kept.
 
     Args:
-        parts: One value per epoch for `training`, `validation` or both.
+        parts: One value per validated epoch for `training`, `validation` or both.
         best_epoch: Counted from 1.
         ylabel: Label of the values.
         from_zero: Begin the axis at zero unless a value is negative.
+        epochs: The validated epochs, from 1; None: all.
     """
     with _drawing(f"curves {ylabel}", WIDE, HIGH) as drawing:
         axes = drawing.figure.subplots()
@@ -75,9 +83,9 @@ def learning_curves(
         for name, values in parts.items():
             color = PART_COLORS[name]
             known = [float("nan") if value is None else value for value in values]
-            epochs = range(1, len(known) + 1)
-            axes.plot(epochs, known, color=color, label=name, marker="o" if len(known) <= MAX_MARKED_POINTS else "")
-            axes.plot(best_epoch, known[best_epoch - 1], "o", color=color, markersize=7)
+            numbers = list(epochs or range(1, len(known) + 1))
+            axes.plot(numbers, known, color=color, label=name, marker="o" if len(known) <= MAX_MARKED_POINTS else "")
+            axes.plot(best_epoch, known[numbers.index(best_epoch)], "o", color=color, markersize=7)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1, steps=[1, 2, 5, 10]))
         axes.set(xlabel="epoch", ylabel=ylabel)
         axes.margins(x=0.04, y=0.1)
@@ -207,6 +215,80 @@ def sweep(
         axes.set(xlabel=xlabel, ylabel=ylabel)
         _legend_above(drawing.figure, columns=2)
     return drawing.svg
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot of points with error bars.
+
+    Attributes:
+        series: (x, standard deviation of x, mean, standard deviation) of each point, by the name of the line.
+        xlabel: Label of x, whose axis is logarithmic.
+        ylabel: Label of the means.
+        title: Title above it.
+        ticks: Text of each tick, by its x; empty for powers of ten.
+    """
+
+    series: Mapping[str, Sequence[tuple[float, float, float, float]]]
+    xlabel: str
+    ylabel: str
+    title: str = ""
+    ticks: Mapping[float, str] = field(default_factory=dict)
+
+
+def error_bars(panels: Sequence[Panel], columns: int = 1) -> str:
+    """Plot points with error bars, one line per series, in panels that share their legend."""
+    rows = math.ceil(len(panels) / columns)
+    with _drawing(f"panels {panels[0].title} {panels[0].xlabel}", WIDE * columns, 3.3 * rows + 0.5) as drawing:
+        grid = drawing.figure.subplots(rows, columns, squeeze=False)
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            _draw_error_bars(axes, panel)
+        handles, labels = grid.flat[0].get_legend_handles_labels()
+        drawing.figure.legend(
+            handles, labels, loc="outside upper left", ncols=3 * columns, borderaxespad=0.2, handlelength=1.4
+        )
+    return drawing.svg
+
+
+def _draw_error_bars(axes: Axes, panel: Panel) -> None:
+    middle = (len(panel.series) - 1) / 2
+    axes.set_xscale("log")
+    for position, (name, points) in enumerate(panel.series.items()):
+        shift = 1.025 ** (position - middle) if panel.ticks else 1.0  # so that bars at one x stand side by side
+        x, wide, mean, high = zip(*points, strict=True)
+        axes.errorbar(
+            [value * shift for value in x],
+            mean,
+            yerr=high,
+            xerr=[[min(error, 0.9 * value) for error, value in zip(wide, x, strict=True)], wide],
+            color=CYCLE[position % len(CYCLE)],
+            marker=MARKERS[position % len(MARKERS)],
+            label=shorten(name, 40),
+            elinewidth=1.0,
+            capsize=2,
+            linewidth=1.4,
+        )
+    if panel.ticks:
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(list(panel.ticks), list(panel.ticks.values()))
+    else:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
+
+
+def standalone(svg: str) -> str:
+    """Return the SVG of a plot as a file of its own, which is readable on light and on dark pages."""
+    style = (
+        "svg{color:#1c2330;--grid:#d9dee6;--ground:#fff;font-family:system-ui,sans-serif}"
+        "@media(prefers-color-scheme:dark){svg{color:#e5e9f0;--grid:#3a4452;--ground:#1a1f28}}"
+    )
+    opening, rest = svg.split(">", 1)
+    opening = re.sub(r' style="[^"]*"| aria-hidden="true"', "", opening)
+    ground = '<rect width="100%" height="100%" fill="var(--ground)"/>'
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f"{opening} {names}><style>{style}</style>{ground}{rest}\n"
 
 
 class _Drawing:

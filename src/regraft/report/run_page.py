@@ -57,6 +57,7 @@ def describe_run(result: FitResult, *, heat_maps: bool = True) -> dict[str, Any]
             result.best_epoch,
             "loss",
             from_zero=True,
+            epochs=[record.epoch for record in result.history],
         ),
         "progress": _progress(result),
         **describe_predictions(result.validation, scores, result.model if heat_maps else None),
@@ -71,7 +72,10 @@ def _progress(result: FitResult) -> str:
     metrics = [record.validation for record in result.history]
     values = [entry.mae if is_regression else entry.accuracy for entry in metrics]
     label = "mean absolute error" if is_regression else "accuracy"
-    return plots.learning_curves({"validation": values}, result.best_epoch, label, from_zero=is_regression)
+    epochs = [record.epoch for record in result.history]
+    return plots.learning_curves(
+        {"validation": values}, result.best_epoch, label, from_zero=is_regression, epochs=epochs
+    )
 
 
 def _layers(model_summary: ModelSummary) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Suggestion:
 def suggest_after_run(result: FitResult, scores: Scores) -> list[Suggestion]:
     """Return what to try after a run, the most useful first."""
     if result.stopped_by is not None:
-        epochs = f"{len(result.history)} of {result.config.epochs} epochs"
+        epochs = f"{result.history[-1].epoch} of {result.config.epochs} epochs"
         finding = f"The run was stopped by {result.stopped_by} after {epochs}."
         action = "Go on from there:" if result.to_continue else "There is no state to go on from."
         return [
@@ -92,7 +92,8 @@ def _fine_tuning(result: FitResult) -> Iterator[Suggestion]:
 
 
 def _gap(result: FitResult) -> Iterator[Suggestion]:
-    config, record = result.config, result.history[result.best_epoch - 1]
+    config = result.config
+    record = next(record for record in result.history if record.epoch == result.best_epoch)
     is_comparable = config.loss in (None, "cross-entropy") and not config.label_smoothing and not config.mixup
     if result.plan.task == "regression" or not is_comparable:
         return
@@ -110,13 +111,13 @@ def _gap(result: FitResult) -> Iterator[Suggestion]:
 
 def _rising(result: FitResult) -> Iterator[Suggestion]:
     losses = [record.validation.loss for record in result.history]
-    if len(losses) < MIN_EPOCHS or result.best_epoch != len(losses):
+    if len(losses) < MIN_EPOCHS or result.best_epoch != result.history[-1].epoch:
         return
     before = min(losses[: max(1, len(losses) * 2 // 3)])
     if losses[-1] > (1 - MIN_RISE) * before:
         return
     finding = f"The last epoch was the best, and the validation loss still fell ({before:.3f} to {losses[-1]:.3f})."
-    options: dict[str, str | float] = {"epochs": 2 * len(losses)}
+    options: dict[str, str | float] = {"epochs": 2 * result.best_epoch}
     if result.config.unfreeze is not None:  # it sets the epochs
         options = {"unfreeze": re.sub(r"\d+$", lambda last: str(2 * int(last[0])), result.config.unfreeze.strip())}
     yield Suggestion(finding, "Train longer:", _again(result, "longer", **options))

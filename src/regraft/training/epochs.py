@@ -168,13 +168,17 @@ def _run_epoch(run: Run, epoch: int, reader: FaultTolerantReader, state_writer: 
                 progress=run.progress,
             )
         )
+    if epoch % run.config.validate_every and epoch != run.config.epochs:
+        _end_epoch(run, epoch, state_writer)
+        return
     with run_state.phase("validation"):
         scores = score(setup.live, _validation_batches(run, reader), setup.live_compute)
         reader.merge(ranks)
         outputs, targets, metrics = measure_validation(setup, *scores)
     lr, seconds = setup.optimizer.param_groups[0]["lr"], time.perf_counter() - began
     run_state.history.append(EpochRecord(epoch, train_loss, metrics, lr, seconds))
-    is_best = metrics.is_better_than(run_state.best.metrics if run_state.best else None)
+    keeps_last = run.config.keep_epoch == "last"
+    is_best = keeps_last or metrics.is_better_than(run_state.best.metrics if run_state.best else None)
     if is_best:
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in changing_tensors(setup).items()}
         run_state.best = Best(epoch, metrics, outputs, targets, reader.readable(setup.train_data.paths), copies)
@@ -184,9 +188,13 @@ def _run_epoch(run: Run, epoch: int, reader: FaultTolerantReader, state_writer: 
             state_writer.wait()  # the first results need a state beside them, or a run killed now could not be resumed
         _save_results(run, has_new_model=is_best)
     assert run_state.best is not None
-    best, skipped = run_state.best.epoch, run_state.tally.skipped
+    best, skipped = None if keeps_last else run_state.best.epoch, run_state.tally.skipped
     say_epoch(run_state.history[-1], best, run.config.epochs, skipped, run.progress)
-    run_state.begin_next_epoch()
+    _end_epoch(run, epoch, state_writer)
+
+
+def _end_epoch(run: Run, epoch: int, state_writer: StateWriter) -> None:
+    run.run_state.begin_next_epoch()
     run.signals.stop_if_requested()
     if epoch < run.config.epochs and state_writer.is_due_after_epoch():
         _save_state(run, state_writer)
@@ -373,7 +381,8 @@ def _describe_best(run: Run) -> str:
         return "Nothing was written: no epoch was complete."
     _load_best(run)
     where = f"in '{run.folder.checkpoint}'" if run.folder else "in the model"
-    return f"The best so far (epoch {best.epoch}, {best.metrics.headline()}) is kept {where}."
+    which = "latest" if run.config.keep_epoch == "last" else "best so far"
+    return f"The {which} (epoch {best.epoch}, {best.metrics.headline()}) is kept {where}."
 
 
 def _step_name(run: Run) -> str:

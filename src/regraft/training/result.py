@@ -60,6 +60,7 @@ class ComputedOnce:
         where: Where they were kept: `in memory`, `on disk`, or the device.
         was_found: Whether an earlier run had computed them.
         seconds: Time to compute or load them.
+        train_cost_s: Time that computing those of the training photos took, possibly in an earlier run.
         saved_s: Estimated time that decoding and computing them in every epoch would have taken in addition.
         note: Why the frontier is not at the end of the constant part; None where it is.
     """
@@ -71,6 +72,7 @@ class ComputedOnce:
     where: str
     was_found: bool
     seconds: float
+    train_cost_s: float
     saved_s: float
     note: str | None
 
@@ -141,7 +143,7 @@ class FitResult:
         model: The trained model in evaluation mode, with the weights of the best epoch.
         plan: Summary of model, data and options.
         config: All options, with the values that were used.
-        history: One record per epoch.
+        history: One record per validated epoch.
         best_epoch: The epoch whose weights were kept, from 1.
         validation: Metrics of those weights on the validation photos.
         outputs: Their scores on the validation photos (N, K), in order.
@@ -187,7 +189,7 @@ class FitResult:
         return table_html(self._title(), head, shortened(rows, 2, MAX_EPOCHS - 3), notes)
 
     def _title(self) -> str:
-        return f"{self.validation.headline()} in the best epoch, {self.best_epoch} of {len(self.history)}"
+        return f"{self.validation.headline()} in the best epoch, {self.best_epoch} of {self.history[-1].epoch}"
 
     def _rows(self) -> list[tuple[str, str]]:
         losses = [f"{record.train_loss:.4f}" for record in self.history]

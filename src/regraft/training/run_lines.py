@@ -94,14 +94,14 @@ def say_setup(setup: TrainSetup, config: TrainConfig, progress: Progress) -> Non
         progress.detail(f"chosen     {setup.sweep}")
 
 
-def say_epoch(record: EpochRecord, best: int, epochs: int, skipped: int, progress: Progress) -> None:
-    """Say how an epoch went; of many fast ones, most are details."""
+def say_epoch(record: EpochRecord, best: int | None, epochs: int, skipped: int, progress: Progress) -> None:
+    """Say how an epoch went, and which is the best so far, if that one is kept; of many fast ones, most are details."""
     is_shown = record.epoch in (1, epochs) or record.epoch % math.ceil(epochs / SHOWN_EPOCHS) == 0
     tell = progress.say if is_shown or skipped or record.seconds >= SLOW_EPOCH_S else progress.detail
     tell(
         f"epoch {record.epoch:>{len(str(epochs))}}/{epochs}  {record.validation.headline()}"
         + (f"  {skipped} steps without a finite loss left out" if skipped else "")
-        + ("  best so far" if best == record.epoch else f"  best so far: epoch {best}")
+        + ("" if best is None else "  best so far" if best == record.epoch else f"  best so far: epoch {best}")
     )
     progress.detail(
         f"           loss {record.train_loss:.4f}  validation loss {record.validation.loss:.4f}  "

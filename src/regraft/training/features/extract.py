@@ -130,6 +130,10 @@ class Extractor:
         readable = share if ranks.size == 1 else readable
         return self._features(rows, note, readable, began, was_found=False), readable, all_unreadable
 
+    def key_of(self, photos: Photos) -> str:
+        """Return the key of the features of photos in the store; empty without one."""
+        return self._key(photos)
+
     def run(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """Compute the frontier's tensors of a batch (N, C, size, size) of uint8, on the model's device.
 

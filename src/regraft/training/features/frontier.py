@@ -54,6 +54,7 @@ class Frontier:
             where=self.train.where,
             was_found=all(part.was_found for part in both),
             seconds=self.seconds,
+            train_cost_s=self.train.cost_s,
             saved_s=max(0.0, epochs * an_epoch_s - self.seconds),
             note=parts.note,
         )
