@@ -24,6 +24,7 @@ LEVELS = (
     {"checkpoint"},
     {"frontier"},
     {"training"},
+    {"photo_checks"},
     {"report"},
     {"demo"},
     {"cli"},
