@@ -57,7 +57,7 @@ def check(
     """
     check_arguments(check, locals())
     listener = progress_of(progress)
-    if isinstance(data, (str, bytes)):
+    if isinstance(data, str):
         check_path(check, "data", data)
     config = TrainConfig().updated(**options)
     config = config.updated(max_unreadable=1.0, **({"model": model} if isinstance(model, str) else {}))

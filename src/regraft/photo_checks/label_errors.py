@@ -1,8 +1,8 @@
 """Labels that are probably wrong, by confident learning on scores of heads that have not learned from the photo.
 
-A photo is a suspect if the score of another class than its own reaches what photos of that class get on average. Then
-the least probable label comes first: ranking by the probability of the label itself was measured to beat its margin to
-the best other class where a network knows the classes badly.
+A photo is a suspect if the score of another class than its own reaches what photos of that class get on average, and
+its label is not the most probable class. The least probable label comes first: ranking by the probability of the label
+itself was measured to beat its margin to the best other class where a network knows the classes badly.
 
 Source: C. Northcutt, L. Jiang, I. Chuang, Confident Learning, 2021, https://arxiv.org/abs/1911.00068, section 3.1
 (confident joint) and 3.2 (ranking by self-confidence).
@@ -55,7 +55,7 @@ def label_suspects(out_of_fold: torch.Tensor, targets: torch.Tensor) -> list[Lab
     thresholds = torch.where(counts > 1, sums / counts.clamp(min=1), torch.inf)  # mean self-confidence of each class
     confident = scores.where(scores >= thresholds, -1.0)
     best, predicted = confident.max(1)
-    is_suspect = (best > 0) & (predicted != labels) & (best > own) & (counts[labels] > 1)
+    is_suspect = (best > 0) & (predicted != labels) & (scores.argmax(1) != labels) & (counts[labels] > 1)
     rows = is_suspect.nonzero().flatten()
     rows = rows[own[rows].argsort(stable=True)]
     return [

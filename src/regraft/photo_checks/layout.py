@@ -17,6 +17,7 @@ from regraft.errors import DataError
 from regraft.photo_checks.data_report import DataFinding, Severity
 
 MAX_NAMED = 3
+SWAPPED = 1.5  # times as many photos for validation as for training
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def _innermost(folder: Path) -> Path:
 def _about_sizes(train: Path, validation: Path) -> Iterator[DataFinding]:
     counts = [{entry.name: len(photos_in(entry)) for entry in _folders(folder)} for folder in (train, validation)]
     sizes = [sum(count.values()) for count in counts]
-    if 0 < sizes[0] < sizes[1]:
+    if 0 < SWAPPED * sizes[0] < sizes[1]:
         yield _layout(
             "warning",
             train,

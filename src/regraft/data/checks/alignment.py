@@ -8,16 +8,18 @@ the difference of gray values, with free brightness and contrast (the inner loop
 Source: B. D. Lucas and T. Kanade, IJCAI 1981; G. D. Evangelidis and E. Z. Psarakis, 2008, doi:10.1109/TPAMI.2008.113.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
 from regraft.data.checks.candidates import Candidates
+from regraft.data.checks.thumbnails import SIDE
 
 MAX_BLOCK_ERROR = 0.36  # root of the mean square in the worst block, in standard deviations of the photo
-MIN_DETAIL = 0.93  # correlation of what is finer than about 8 of 32 pixels
-STAGES = ((16, 5, 0.93), (32, 4, 0.95), (32, 4, 0.0))  # pixels of a side, steps, and the least correlation to go on
+MIN_DETAIL = 0.96  # correlation of what is finer than about 8 of 32 pixels
+STAGES = ((16, 2, 0.88), (16, 3, 0.93), (32, 4, 0.95), (32, 4, 0.0))  # pixels of a side, steps, least correlation
 MAX_STEP, MIN_SCALE, MAX_SCALE, MAX_SHIFT = 0.1, 0.4, 1.2, 0.6
 PAIRS = 1024  # in a batch
 KERNEL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
@@ -48,14 +50,15 @@ def align(pixels: torch.Tensor, pairs: Candidates) -> Agreement:
     count = len(pairs)
     correlation, detail, error = torch.zeros(count), torch.zeros(count), torch.full((count,), torch.inf)
     for rows in torch.arange(count).split(PAIRS):
-        first, second = pixels[pairs.first[rows]].float(), pixels[pairs.second[rows]].float()[:, None]
-        first = torch.where(pairs.is_mirrored[rows, None, None], first.flip(2), first)[:, None]
+        first, second = pixels[pairs.first[rows]].float(), pixels[pairs.second[rows]].float()
+        first = torch.where(pairs.is_mirrored[rows, None, None], first.flip(2), first)
         left, right, top, bottom = pairs.parts[rows].unbind(1)
         place = torch.stack([right - left, bottom - top, left + right - 1, top + bottom - 1], 1)
         for number, (side, steps, least) in enumerate(STAGES):
-            of_first, of_second = _reduced(first, side), _reduced(second, 2 * side)
-            if number < len(STAGES) - 1:
-                of_first, of_second = _blurred(of_first), _blurred(_blurred(of_second))
+            if not len(rows):
+                break
+            blurs = 1 if number < len(STAGES) - 1 else 0
+            of_first, of_second = _filtered(first, side, blurs), _filtered(second, 2 * side, 2 * blurs)
             place, reached = _registered(of_first, of_second, place, steps)
             kept = reached >= least
             rows, first, second, place = rows[kept], first[kept], second[kept], place[kept]
@@ -71,16 +74,16 @@ def _registered(
     """Return better places of the first photos in the second ones, and the correlations there.
 
     Args:
-        first: (P, 1, side, side).
-        second: (P, 1, S, S).
+        first: (P, side, side).
+        second: (P, S, S).
         place: (P, 4): width, height and center (x, y) of the part of the second photo, which spans from -1 to 1.
         steps: Number of steps.
     """
     side, scale = first.shape[-1], second.shape[-1] / 4
     padded = F.pad(second, (1, 1, 1, 1), mode="replicate")
-    slope_x = (padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]) * scale
-    slope_y = (padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]) * scale
-    fields, target = torch.cat([second, slope_x, slope_y], 1), _standard(first[:, 0])
+    slope_x = (padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]) * scale
+    slope_y = (padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]) * scale
+    fields, target = torch.stack([second, slope_x, slope_y], 1), _standard(first)
     best, best_place = torch.full((len(place),), -1.0), place
     for step in range(steps + 1):
         grid, line = _grid(place, side)
@@ -110,7 +113,7 @@ def _smaller_first(
     """Exchange the photos of pairs where the first shows more than the second, of which it could not be a part."""
     is_larger = place[:, :2].prod(1) > 1
     inverse = torch.cat([1 / place[:, :2], -place[:, 2:] / place[:, :2]], 1)
-    wide = is_larger[:, None, None, None]
+    wide = is_larger[:, None, None]
     return (
         torch.where(wide, second, first),
         torch.where(wide, first, second),
@@ -122,13 +125,13 @@ def _compared(
     first: torch.Tensor, second: torch.Tensor, place: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return correlation, correlation of detail, and error of the worst block at 32 × 32 pixels, (P,) each."""
-    grid, _ = _grid(place, first.shape[-1])
-    moved = F.grid_sample(second, grid, padding_mode="border", align_corners=False)
-    one, other = (_blurred(_reduced(photos, 32)) for photos in (first, moved))
-    fine_one, fine_other = (_standard((photos - _blurred(_blurred(_blurred(photos))))[:, 0]) for photos in (one, other))
-    one, other = _standard(one[:, 0]), _standard(other[:, 0])
-    errors = F.avg_pool2d(((one - other) * 32).square()[:, None], 4)  # (P, 1, 8, 8)
-    return (one * other).sum((1, 2)), (fine_one * fine_other).sum((1, 2)), errors.amax((1, 2, 3)).sqrt()
+    grid, _ = _grid(place, SIDE)
+    moved = F.grid_sample(second[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
+    one, other = (_filtered(photos, 32, 1) for photos in (first, moved))
+    fine_one, fine_other = (_standard(photos - _filtered(photos, 32, 3)) for photos in (one, other))
+    one, other = _standard(one), _standard(other)
+    errors = F.avg_pool2d(((one - other) * 32).square(), 4)  # (P, 8, 8)
+    return (one * other).sum((1, 2)), (fine_one * fine_other).sum((1, 2)), errors.amax((1, 2)).sqrt()
 
 
 def _grid(place: torch.Tensor, side: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,12 +148,17 @@ def _standard(values: torch.Tensor) -> torch.Tensor:
     return values / values.flatten(1).norm(dim=1)[:, None, None].clamp(min=1e-3)
 
 
-def _reduced(photos: torch.Tensor, side: int) -> torch.Tensor:
-    return F.avg_pool2d(photos, photos.shape[-1] // side) if photos.shape[-1] > side else photos
+def _filtered(photos: torch.Tensor, side: int, blurs: int) -> torch.Tensor:
+    """Return photos (P, H, H) averaged to `side` × `side` pixels, then blurred a number of times."""
+    matrix = _filter(photos.shape[-1], side, blurs)
+    return matrix @ photos @ matrix.T
 
 
-def _blurred(photos: torch.Tensor) -> torch.Tensor:
-    """Return photos (P, 1, H, W) after a binomial filter of five pixels in each direction."""
-    kernel = torch.tensor(KERNEL)
-    across = F.conv2d(F.pad(photos, (2, 2, 0, 0), mode="replicate"), kernel.view(1, 1, 1, 5))
-    return F.conv2d(F.pad(across, (0, 0, 2, 2), mode="replicate"), kernel.view(1, 1, 5, 1))
+@functools.cache
+def _filter(size: int, side: int, blurs: int) -> torch.Tensor:
+    """Return the matrix (side, size) of an average over `size / side` pixels, then of binomial filters of five."""
+    matrix = torch.eye(side).repeat_interleave(size // side, 1) / (size // side)
+    for _ in range(blurs):
+        padded = torch.cat([matrix[:1].expand(2, -1), matrix, matrix[-1:].expand(2, -1)])
+        matrix = sum((weight * padded[at : at + side] for at, weight in enumerate(KERNEL)), torch.zeros_like(matrix))
+    return matrix

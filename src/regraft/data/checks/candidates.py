@@ -23,7 +23,7 @@ MIN_SIMILARITY = 0.76  # correlation of the descriptions of a copy and a part, w
 NEIGHBOURS = 8  # of each photo that are looked at closely
 BLOCK = 256  # photos
 MAX_COMPARED = 8192
-PROBED = 3  # centers near a photo
+PROBED = 3  # centers near a photo, and near its mirror image
 ITERATIONS = 6  # of k-means
 
 
@@ -142,12 +142,11 @@ def _cells(described: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     probed, assigned = [], []
     for block in described.split(BLOCK):
         values = block.float() @ centers.T  # (n, 1 + PARTS, C)
-        probed.append(values[:, :2].amax(1).topk(min(PROBED, count), 1).indices)
+        probed.append(values[:, :2].topk(min(PROBED, count), 2).indices.flatten(1))
         assigned.append(values[:, 1:].argmax(2))
     probes, parts = torch.cat(probed), torch.cat(assigned)
-    queries = _by_cell(probes, count)
-    members = [rows.unique() for rows in _by_cell(parts, count)]
-    return [pair for pair in zip(queries, members, strict=True) if len(pair[0]) and len(pair[1])]
+    pairs = zip(_by_cell(probes, count), _by_cell(parts, count), strict=True)
+    return [(queries.unique(), members.unique()) for queries, members in pairs if len(queries) and len(members)]
 
 
 def _by_cell(cells: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
