@@ -21,7 +21,7 @@ SWAPPED = 1.5  # times as many photos for validation as for training
 
 
 @dataclass(frozen=True)
-class Contents:
+class FolderContents:
     """The photos of a folder, and what is odd about how they lie.
 
     Attributes:
@@ -35,7 +35,7 @@ class Contents:
     is_usable: bool
 
 
-def list_contents(data: Any, *, validation_share: float, seed: int) -> Contents:
+def list_contents(data: Any, *, validation_share: float, seed: int) -> FolderContents:
     """List the photos of a folder, shards, a table, or datasets of Hugging Face.
 
     What training would refuse in a folder becomes a finding.
@@ -50,7 +50,7 @@ def list_contents(data: Any, *, validation_share: float, seed: int) -> Contents:
                 f"data is a {type(data).__name__}, expected a folder, shards, a .csv table, or datasets of Hugging "
                 "Face: the checks look at files."
             )
-        return Contents(listing, (), is_usable=True)
+        return FolderContents(listing, (), is_usable=True)
     root = Path(data)
     is_folder = root.is_dir()
     try:
@@ -61,9 +61,9 @@ def list_contents(data: Any, *, validation_share: float, seed: int) -> Contents:
         refusal = DataFinding("layout", "error", root, f"Training would refuse it: {error}", "Mend this first.")
         findings = _odd_folders(root)
         usable = [] if any(finding.severity == "error" for finding in findings) else [refusal]
-        return Contents(_list_anyhow(root, validation_share, seed), (*usable, *findings), is_usable=False)
+        return FolderContents(_list_anyhow(root, validation_share, seed), (*usable, *findings), is_usable=False)
     findings = _odd_folders(root) if is_folder and not _has_shards(root) else []
-    return Contents(listing, tuple(findings), is_usable=True)
+    return FolderContents(listing, tuple(findings), is_usable=True)
 
 
 def _has_shards(root: Path) -> bool:
