@@ -5,7 +5,7 @@ from photo_checks.pictures import picture, save
 from scene import Fit, Recorder
 
 
-def test_say_leaks_names_validation_photos_also_in_training(fit: Fit, tmp_path: Path) -> None:
+def test_leaks_into_validation_are_said_while_training(fit: Fit, tmp_path: Path) -> None:
     root = tmp_path / "pets"
     for index, name in enumerate(("train/cats", "train/dogs", "val/cats", "val/dogs")):
         for number in range(6):
