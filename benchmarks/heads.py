@@ -80,9 +80,7 @@ def main() -> None:
             accuracies, losses = (
                 np.mean([getattr(one, key) for one in results], 0) for key in ("accuracies", "losses")
             )
-            cells = "".join(
-                f"{a:.4f} / {loss:.3f}".rjust(19) for a, loss in zip(accuracies, losses, strict=True)
-            )
+            cells = "".join(f"{a:.4f} / {loss:.3f}".rjust(19) for a, loss in zip(accuracies, losses, strict=True))
             seconds = {key: sum(one.seconds[key] for one in results) for key in ("regraft", "cv")}
             print(f"{name:<41}{cells}{seconds['regraft'] / seconds['cv']:>13.2f}")
             continue

@@ -25,6 +25,7 @@ LEVELS = (
     {"frontier"},
     {"training"},
     {"trials"},
+    {"photo_checks"},
     {"report"},
     {"demo"},
     {"cli"},

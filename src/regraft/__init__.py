@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from regraft.freezing import unfreeze as unfreeze
     from regraft.frontier import Partition as Partition
     from regraft.frontier import partition as partition
+    from regraft.photo_checks import DataFinding as DataFinding
+    from regraft.photo_checks import DataReport as DataReport
+    from regraft.photo_checks import check as check
     from regraft.progress import Progress as Progress
     from regraft.report import write_report as write_report
     from regraft.surgery import append as append
@@ -67,6 +70,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "Card": "card",
     "Comparison": "trials",
+    "DataFinding": "photo_checks",
+    "DataReport": "photo_checks",
     "Diff": "checkpoint",
     "Finding": "freezing",
     "FitResult": "training",
@@ -109,6 +114,7 @@ _HOMES = {
     "replace_stem": "surgery",
     "Plan": "checkpoint",
     "build_plan": "checkpoint",
+    "check": "photo_checks",
     "plan_of": "checkpoint",
     "read_plan": "checkpoint",
     "save": "checkpoint",

@@ -184,6 +184,7 @@ def calls(scene: Scene) -> list[Call]:
             progress=regraft_progress,
         ),
         _named("evaluate", model=lambda: scene.classifier, data=const(scene.photos), batch_size=const(4)),
+        _named("check", data=const(scene.photos), model=const(None), labels=const(False), progress=regraft_progress),
         _named(
             "predict",
             model=lambda: scene.classifier,

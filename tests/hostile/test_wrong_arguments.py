@@ -33,8 +33,8 @@ from scene import listing
 TRIES, SLOW_TRIES = 300, 5_000
 NETWORK = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
 RESULTS = {
-    "Diff", "Finding", "FitResult", "FreezeReport", "LayerSummary", "LoadReport", "Metrics", "ModelSummary",
-    "Partition", "Prediction", "Progress", "RegraftError",
+    "DataFinding", "DataReport", "Diff", "Finding", "FitResult", "FreezeReport", "LayerSummary", "LoadReport",
+    "Metrics", "ModelSummary", "Partition", "Prediction", "Progress", "RegraftError",
 }  # fmt: skip
 SLOW = {"write_report", "to_source"}  # seconds for each call that works
 ENDLESS = {("fit", "epochs"), ("fit", "model"), ("fit", "optimizer")}  # a number of epochs that is no mistake to refuse

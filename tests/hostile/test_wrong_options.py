@@ -113,6 +113,7 @@ def command_lines(scene: Scene, classifier: Path) -> list[CommandLine]:
         CommandLine(
             "predict", {"checkpoint": str(classifier), "images": photos}, ("--trust-code",), ("checkpoint", "images")
         ),
+        CommandLine("check", {"data": photos}, ("--no-labels", "--exit-zero"), ("data",)),
         CommandLine("inspect", {"model": scene.tiny}, ("--trust-code",), ("model",)),
         CommandLine("inspect", {"model": saved}, (), ("model",)),
         CommandLine("surgery", plan, (), ("model", "layers")),

@@ -6,6 +6,7 @@ import sys
 import typer
 
 from regraft.cli.cache import cache
+from regraft.cli.check import check
 from regraft.cli.compare import compare
 from regraft.cli.convert import convert
 from regraft.cli.demo import demo
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (train, evaluate, predict, compare, inspect, surgery, convert, diff, merge, models, demo):
+for command in (check, train, evaluate, predict, compare, inspect, surgery, convert, diff, merge, models, demo):
     app.command()(command)
 app.add_typer(cache, name="cache")
 

@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
@@ -34,10 +34,33 @@ MAX_STEM = 100  # characters of the data's name in a folder name
 
 def with_train_options(command: Callable[..., None]) -> Callable[..., None]:
     """Put the options of a training run before the command's own, in the signature that typer reads."""
-    own = inspect.signature(command).parameters.values()
-    parameters = [*map(_parameter, list_options()), *(entry for entry in own if entry.kind is not entry.VAR_KEYWORD)]
-    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    _declare(command, before=list(map(_parameter, list_options())))
     return command
+
+
+def choose_train_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that puts some options of a training run after the command's own."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        _declare(command, after=[_parameter(entry) for entry in list_options() if entry.name in names])
+        return command
+
+    return decorate
+
+
+def _declare(
+    command: Callable[..., None],
+    before: Sequence[inspect.Parameter] = (),
+    after: Sequence[inspect.Parameter] = (),
+) -> None:
+    """Set the signature that typer reads: the command's own parameters between others, all of them keywords."""
+    own = [
+        entry.replace(kind=entry.KEYWORD_ONLY)
+        for entry in inspect.signature(command).parameters.values()
+        if entry.kind is not entry.VAR_KEYWORD
+    ]
+    signature = inspect.Signature([*before, *own, *after])
+    command.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _parameter(option: TrainOption) -> inspect.Parameter:

@@ -16,7 +16,9 @@ from torch import nn
 from regraft.arguments import check_arguments, check_target
 from regraft.checkpoint.file.atomic import atomic_write
 from regraft.errors import ArgumentError, RunError
+from regraft.photo_checks.data_report import DataReport
 from regraft.report.comparison_page import describe_comparison
+from regraft.report.data_page import describe_data
 from regraft.report.evaluation_page import describe_evaluation
 from regraft.report.run_page import describe_run
 from regraft.report.text import duration, number, percent, visible
@@ -26,18 +28,18 @@ from regraft.trials.comparison import Comparison
 
 
 def write_report(
-    result: FitResult | Metrics | Comparison,
+    result: FitResult | Metrics | Comparison | DataReport,
     path: str | os.PathLike[str],
     *,
     model: nn.Module | None = None,
     heat_maps: bool = True,
 ) -> Path:
-    """Write the report of a training run, an evaluation or a comparison as one HTML file, and return its path.
+    """Write the report of a training run, an evaluation, a comparison or a check as one HTML file, and return its path.
 
     The page loads nothing from elsewhere. Photos that no longer exist, and names that look like HTML, are safe.
 
     Args:
-        result: What `fit`, `evaluate` or `compare` returned, or what a run had reached when it was stopped
+        result: What `fit`, `evaluate`, `compare` or `check` returned, or what a run had reached when it was stopped
             (`error.result`).
         path: Path of the file; its folder must exist.
         model: The network that was evaluated, for heat maps of its mistakes; that of a run is known.
@@ -55,6 +57,8 @@ def write_report(
         template, page, seconds = "run.html", describe_run(result, heat_maps=heat_maps), result.seconds
     elif isinstance(result, Comparison):
         return write_page(path, render("comparison.html", **describe_comparison(result)))
+    elif isinstance(result, DataReport):
+        template, page, seconds = "data.html", describe_data(result), result.seconds
     elif result.scores is not None:
         template, page = "evaluation.html", describe_evaluation(result, result.scores, model if heat_maps else None)
         seconds = result.scores.seconds

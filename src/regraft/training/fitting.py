@@ -19,6 +19,7 @@ from regraft.errors import ConfigError, ModelError
 from regraft.freezing.schedule import Schedule
 from regraft.progress import SILENT, Progress
 from regraft.torch_internals import defer_compiler
+from regraft.training.checks.leaks import say_leaks
 from regraft.training.checks.weight_types import compute_for, require_trainable_types
 from regraft.training.config import TrainConfig
 from regraft.training.epochs import Run, train
@@ -187,6 +188,8 @@ def _prepare(
         facts, compute = _build(model, listing, config, progress, ranks, trust_code=trust_code)
     with run_state.phase("reading"):
         train_data = _read(facts, data, listing, config, compute, progress)
+        if train_data.frontier is not None and train_data.photos is not None and ranks.is_first:
+            say_leaks(train_data.photos, train_data.frontier, progress)
     if train_data.frontier is not None:  # computed while the photos are read, batch by batch
         run_state.move_seconds("reading", "features", train_data.frontier.seconds)
     own_loss: Any = loss if callable(loss) else None

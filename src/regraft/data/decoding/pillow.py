@@ -51,7 +51,7 @@ def decode(source: Source | Image.Image, preprocessing: Preprocessing) -> torch.
     except (MemoryError, DataError):
         raise
     except Exception as error:  # image decoders raise almost any exception
-        raise DataError(_reason(source, error)) from error
+        raise DataError(reason_of(source, error)) from error
     return _as_tensor(image)
 
 
@@ -66,7 +66,7 @@ def as_stored(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
     except MemoryError:
         raise
     except Exception as error:
-        raise DataError(_reason(image, error)) from error
+        raise DataError(reason_of(image, error)) from error
 
 
 def _as_tensor(image: Image.Image) -> torch.Tensor:
@@ -130,7 +130,8 @@ def _resize(image: Image.Image, size: tuple[int, int], preprocessing: Preprocess
     return image.resize((width, height), FILTERS[preprocessing.interpolation], box=box)
 
 
-def _reason(source: Source | Image.Image, error: Exception) -> str:
+def reason_of(source: Source | Image.Image, error: Exception) -> str:
+    """Return why an image cannot be read, as text, from the error that reading it raised."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, Image.UnidentifiedImageError):
