@@ -24,6 +24,7 @@ LEVELS = (
     {"checkpoint"},
     {"frontier"},
     {"training"},
+    {"advice"},
     {"report"},
     {"demo"},
     {"cli"},
