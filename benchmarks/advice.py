@@ -12,7 +12,6 @@ from alone; the accuracies are those of the held-out photos after the last epoch
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -35,7 +34,7 @@ from contenders import task
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 RESULTS = ROOT / "benchmarks/results"
-SETS = ("car_vs_bicycle_mini", "car_vs_bike", "hymenoptera", "clothing10")
+SETS = ("car_vs_bicycle_mini", "clothing10", "hymenoptera", "car_vs_bike")
 HEAD, EVERYTHING = "head only", "everything"
 # The layers up to which a network is frozen: about a quarter, a half and three quarters of its blocks.
 LAYERS = {

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from regraft.advice.depths import Boundary
 from regraft.anatomy.model_facts import ModelFacts
@@ -20,6 +21,8 @@ from regraft.frontier.cache.writer import FeatureWriter
 from regraft.training.features.extract import Extractor
 
 CLASS_TOKENS = ("cls_token", "class_token")
+GRIDS, MAX_WIDTH = (4, 2), 2048  # cells to a side, and numbers that a map may give
+PIXELS, PIXEL_SIDE = "pixels", 8  # name of what nothing has been computed of, and its grid
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Activations:
         photos: The photos that can be read, decoded where memory allows.
         lost: Index of each unreadable photo with the reason.
         by_layer: Pooled activations (N, D) after each boundary, by the path of its layer; of the last boundary, the
-            features that the head takes. A boundary that gives no tensor is missing.
+            features that the head takes; under `pixels` the photos themselves. A boundary that gives no tensor is
+            missing.
         seconds: Time of the networks' forward passes, without decoding.
         was_found: Whether an earlier call had computed them.
     """
@@ -85,6 +89,8 @@ class PooledExtractor(Extractor):
         pooled = {layer: pool(output, has_class_token=self._has_class_token) for layer, output in self._outputs.items()}
         if len(features) == 1 and features[0].ndim == 2:
             pooled[self._last] = features[0]  # what the head takes, even where a layer of that path lies behind it
+        side = min(PIXEL_SIDE, *pixels.shape[2:])
+        pooled[PIXELS] = F.adaptive_avg_pool2d(pixels.float(), side).flatten(1)
         self.pooled.append({layer: rows.float().cpu() for layer, rows in pooled.items()})
         self.seconds += time.perf_counter() - began
         self.count += len(pixels)
@@ -110,12 +116,16 @@ class PooledExtractor(Extractor):
 def pool(output: torch.Tensor, *, has_class_token: bool = False) -> torch.Tensor:
     """Return activations as one vector a photo, (N, D).
 
-    Of maps (N, C, H, W), or (N, H, W, C) as in Swin, the mean over all places; of tokens (N, T, D) their mean, behind
-    the first token where that is the class token; vectors (N, D) as they are.
+    Maps (N, C, H, W), or (N, H, W, C) as in Swin, are averaged over the cells of a grid: of 4 × 4 where that gives no
+    more than 2,048 numbers, else 2 × 2, or the whole map. A grid, because where something is can be all that a task
+    asks for, and it is what the mean forgets. Of tokens (N, T, D) the mean, behind the first one where that is the
+    class token; vectors (N, D) as they are.
     """
     if output.ndim == 4:
         is_last = output.shape[1] == output.shape[2] != output.shape[3]
-        return output.mean((1, 2)) if is_last else output.mean((2, 3))
+        maps = output.permute(0, 3, 1, 2) if is_last else output
+        side = next((side for side in GRIDS if side <= min(maps.shape[2:]) and maps.shape[1] * side**2 <= MAX_WIDTH), 1)
+        return F.adaptive_avg_pool2d(maps, side).flatten(1)
     if output.ndim == 3:
         mean = output.mean(1)
         return torch.cat([output[:, 0], mean], 1) if has_class_token else mean

@@ -19,7 +19,6 @@ from regraft.advice.probes import Probe, count_folds, probe
 from regraft.advice.result import Advice
 from regraft.advice.rows import describe_depths
 from regraft.anatomy.model_facts import ModelFacts
-from regraft.card import card_of
 from regraft.checkpoint.create import is_checkpoint
 from regraft.data.photos import Photos
 from regraft.data.samples import Listing
@@ -30,7 +29,6 @@ from regraft.frontier.cache.store import Store
 from regraft.progress import Progress
 from regraft.training.checks.weight_types import compute_for
 from regraft.training.config import TrainConfig
-from regraft.training.heads.ridge import linear_head
 from regraft.training.heads.softmax_regression import is_solvable, solve_head
 from regraft.training.losses import build_loss
 from regraft.training.setup import check_options, prepare_model
@@ -103,6 +101,7 @@ class Question:
             task="regression" if train.classes is None else "classification",
             photos=len(targets),
             classes=outputs,
+            chance=next((known.chance for known in probes.values()), None),
             depths=depths,
             recommended=depths[decision.index] if decision.index is not None else None,
             certainty=decision.certainty,

@@ -1,4 +1,4 @@
-"""How well a linear head tells the classes from the activations at one depth, on photos that it has not learned from."""
+"""How well a linear head does on the activations at one depth, on photos that it has not learned from."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 MAX_FOLDS = 5
-MIN_EIGENVALUE = 1e-10  # relative; directions below it carry nothing but rounding
+DRAWS = 4  # of the folds, over which scores are averaged
+PENALTIES = np.logspace(-3, 3, 13)  # times the mean squared singular value
+MIN_SPREAD = 1e-9
 MAX_LOGME_STEPS = 100
 LOGME_TOLERANCE = 1e-6
 
@@ -22,7 +24,8 @@ class Probe:
         error: Standard error of the score.
         chance: The score of a guess that has not seen the photo.
         logme: LogME of the same activations; None where it is not defined.
-        hits: For each scored photo, whether it is right; for numbers, its squared error. (P,)
+        losses: Squared error of each scored photo, summed over the classes as 0 and 1, in units of the spread of the
+            targets: 1 for a guess. (P,)
         folds: Number of folds.
         width: Number D of activations.
     """
@@ -31,7 +34,7 @@ class Probe:
     error: float
     chance: float
     logme: float | None
-    hits: np.ndarray
+    losses: np.ndarray
     folds: int
     width: int
 
@@ -64,61 +67,68 @@ def probe(activations: torch.Tensor, targets: torch.Tensor, outputs: int, *, see
     folds = count_folds(targets)
     if folds < 2 or not bool(activations.isfinite().all()):
         return None
-    predicted = out_of_fold(activations, targets, outputs, folds, seed)  # (N, K) or (N,)
+    predicted = [out_of_fold(activations, targets, outputs, folds, seed + draw) for draw in range(DRAWS)]
     expected = targets.numpy()
     measure = logme(activations.double().numpy(), expected, outputs)
     width = activations.shape[1]
+    columns = expected[:, None].astype(float) if targets.is_floating_point() else np.eye(outputs)[expected]
+    spread = float(((columns - columns.mean(0)) ** 2).sum(1).mean()) or 1.0
+    squares = np.mean([((scores - columns) ** 2).sum(1) for scores in predicted], 0) / spread
     if targets.is_floating_point():
-        squares = (predicted - expected) ** 2
-        spread = float(((expected - expected.mean()) ** 2).mean()) or 1.0
-        score, error = 1 - float(squares.mean()) / spread, float(squares.std()) / spread / math.sqrt(len(squares))
-        return Probe(score, error, 0.0, measure, squares / spread, folds, width)
+        error = float(squares.std()) / math.sqrt(len(squares))
+        return Probe(1 - float(squares.mean()), error, 0.0, measure, squares, folds, width)
     counts = np.bincount(expected, minlength=outputs)
     is_scored = counts[expected] >= 2
-    hits = (predicted.argmax(1) == expected)[is_scored].astype(float)
-    score = float(hits.mean())
+    hits = np.mean([scores.argmax(1) == expected for scores in predicted], 0)[is_scored]
     # Agresti and Coull: the plain formula gives zero where all or none are right.
     count, share = len(hits) + 4, (hits.sum() + 2) / (len(hits) + 4)
-    return Probe(
-        score, math.sqrt(share * (1 - share) / count), counts.max() / len(expected), measure, hits, folds, width
-    )
+    error, chance = math.sqrt(share * (1 - share) / count), counts.max() / len(expected)
+    return Probe(float(hits.mean()), error, chance, measure, squares[is_scored], folds, width)
 
 
 def out_of_fold(activations: torch.Tensor, targets: torch.Tensor, outputs: int, folds: int, seed: int) -> np.ndarray:
-    """Return what heads predict for photos that they have not learned from: (N, K) scores, or (N,) numbers."""
-    from sklearn.linear_model import LogisticRegression, RidgeCV
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    """Return what heads predict for photos that they have not learned from: scores (N, K), or numbers (N, 1).
 
-    inputs, expected = activations.float().numpy(), targets.numpy()
-    head: Any
-    if targets.is_floating_point():
-        splits = _splits(np.zeros(len(inputs), dtype=int), folds, seed)
-        head = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-2, 5, 15)))
-    else:
-        # Photos of a class with one photo join a class of their own here: they take part in learning alone.
-        counts = np.bincount(expected, minlength=outputs)
-        strata = np.where(counts[expected] >= folds, expected, outputs)
-        splits = _splits(strata, folds, seed)
-        head = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300, tol=1e-3))
-    predicted = np.full((len(inputs), outputs), -np.inf) if not targets.is_floating_point() else np.zeros(len(inputs))
-    for learned, left_out in splits:
-        head.fit(inputs[learned], expected[learned])
-        if targets.is_floating_point():
-            predicted[left_out] = head.predict(inputs[left_out])
-        else:
-            predicted[np.ix_(left_out, head.classes_)] = head.predict_log_proba(inputs[left_out])
-    return predicted
+    The heads are ridge regressions on the classes as 0 and 1, exact and in closed form: with the hat matrix H of all
+    photos, the residuals of a left-out fold B are (I − H_BB)⁻¹ (y − H y)_B. Of the penalties, that with the least
+    squared error over all folds is taken.
+    """
+    expected = targets.numpy()
+    is_regression = targets.is_floating_point()
+    columns = expected[:, None].astype(float) if is_regression else np.eye(outputs)[expected]
+    inputs = activations.double().numpy()
+    spread = inputs.std(0)
+    inputs = (inputs - inputs.mean(0)) / np.where(spread > MIN_SPREAD * spread.max(), spread, np.inf)
+    squares, vectors = np.linalg.eigh(inputs @ inputs.T)  # of the photos with each other
+    squares = squares.clip(0)
+    mean = columns.mean(0)
+    projected = vectors.T @ (columns - mean)
+    counts = np.zeros(1) if is_regression else np.bincount(expected, minlength=outputs)
+    # Photos of a class with one photo are a stratum of their own: they take part in learning alone.
+    strata = np.zeros(len(inputs), dtype=int) if is_regression else np.where(counts[expected] >= 2, expected, outputs)
+    number = fold_numbers(strata, folds, seed)
+    best: tuple[float, np.ndarray] | None = None
+    for penalty in PENALTIES * max(float(squares.mean()), 1e-12):
+        shrunk = squares / (squares + penalty)
+        residuals = columns - mean - vectors @ (shrunk[:, None] * projected)
+        for fold in range(folds):
+            rows = np.flatnonzero(number == fold)
+            hat = (vectors[rows] * shrunk) @ vectors[rows].T + 1 / len(inputs)
+            residuals[rows] = np.linalg.solve((1 + 1e-9) * np.eye(len(rows)) - hat, residuals[rows])
+        error = float((residuals**2).mean())
+        if best is None or error < best[0]:
+            best = error, columns - residuals
+    assert best is not None
+    return best[1]
 
 
-def _splits(labels: np.ndarray, folds: int, seed: int) -> Any:
-    """Yield (learned, left out) indices of folds that are even within each class, and of even sizes."""
+def fold_numbers(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """Return the number of the fold of each photo, (N,): random, even within each label and of even sizes."""
     order = np.random.default_rng(seed).permutation(len(labels))
-    by_class = order[labels[order].argsort(kind="stable")]
-    number = np.empty(len(labels), dtype=int)
-    number[by_class] = np.arange(len(labels)) % folds
-    for fold in range(folds):
-        yield np.flatnonzero(number != fold), np.flatnonzero(number == fold)
+    by_label = order[labels[order].argsort(kind="stable")]
+    numbers = np.empty(len(labels), dtype=int)
+    numbers[by_label] = np.arange(len(labels)) % folds
+    return numbers
 
 
 def logme(activations: np.ndarray, targets: np.ndarray, outputs: int) -> float | None:

@@ -15,8 +15,10 @@ from regraft.freezing.patterns import select
 
 Certainty = Literal["clear", "likely", "open"]
 HEAD_ONLY, EVERYTHING = "head only", "everything"
-HEADER = ("train", "accuracy", "RGN", "LogME", "parameters", "epoch", "memory", "file")
+HEADER = ("train", "accuracy", "RGN", "LogME", "trained", "epoch", "memory", "file")
 RIGHT = (False, True, True, True, True, True, True, True)
+RANKING_RIGHT = (False, True, True, True, False)
+LABEL = 11  # columns of the label that begins a line
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class DepthAdvice:
 
     def cells(self) -> tuple[str, ...]:
         """Return the depth as one row of a table to read."""
-        score = "-" if self.score is None else f"{self.score:.3f} ± {self.error or 0:.3f}"
+        score = "-" if self.score is None else f"{self.score:.3f} ±{self.error or 0:.3f}"
         return (
             self.name,
             score,
@@ -76,6 +78,7 @@ class Advice:
         task: Classification or regression.
         photos: Number of photos that the probes used.
         classes: Number of classes; 1 for regression.
+        chance: Score of a guess that has seen the classes alone; None where nothing was probed.
         depths: The depths, from everything to the head alone.
         recommended: The one to train from; None where nothing could be determined.
         certainty: `clear`, `likely` or `open`.
@@ -93,6 +96,7 @@ class Advice:
     task: Task
     photos: int
     classes: int
+    chance: float | None
     depths: tuple[DepthAdvice, ...]
     recommended: DepthAdvice | None
     certainty: Certainty
@@ -135,21 +139,29 @@ class Advice:
                 freeze(model, until=layer)
         return model
 
-    def lines(self, width: int | None = None) -> list[str]:
-        """Return the table and the sentences as lines of text, for a screen of so many columns."""
-        header = HEADER if self.task == "classification" else (HEADER[0], "R²", *HEADER[2:])
-        rows = [header]
-        for depth in self.depths:
-            mark = "* " if depth is self.recommended else "  "
-            rows.append((mark + depth.name, *depth.cells()[1:]))
-        return [*aligned(rows, RIGHT, width), "", self.sentence, *self.would_change, *self.undetermined]
+    def table(self) -> list[tuple[str, ...]]:
+        """Return the depths as a table to read, its head first; a star is before the recommended one."""
+        head = HEADER if self.task == "classification" else (HEADER[0], "R²", *HEADER[2:])
+        marks = ("* " if depth is self.recommended else "  " for depth in self.depths)
+        return [head, *((mark + name, *rest) for mark, (name, *rest) in zip(marks, self._cells(), strict=True))]
+
+    def conclusions(self) -> list[str]:
+        """Return the recommendation, what would change it, and what is not known, as labelled lines."""
+        return [
+            f"advice     {self.sentence}",
+            *_labelled("changes", self.would_change),
+            *_labelled("unknown", self.undetermined),
+        ]
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [depth.cells() for depth in self.depths]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the advice as JSON data."""
         return {**asdict(self), "sentence": self.sentence}
 
     def __str__(self) -> str:
-        return "\n".join(self.lines())
+        return "\n".join([*aligned(self.table(), RIGHT), "", *self.conclusions()])
 
     def __repr__(self) -> str:
         return block(
@@ -182,41 +194,55 @@ class Ranking:
         """The recommendation in one sentence."""
         return f"Take {self.best.model}: {self.reason}. {self.best.sentence}"
 
-    def lines(self, width: int | None = None) -> list[str]:
-        """Return the ranking and the advice for the first network as lines of text."""
-        rows: list[Sequence[str]] = [("network", "head's score", "parameters", "pass", "advice")]
+    def table(self) -> list[tuple[str, ...]]:
+        """Return the networks as a table to read, its head first."""
+        rows: list[tuple[str, ...]] = [("network", "head alone", "parameters", "pass", "advice")]
         for advice in self.advices:
-            head = advice.depths[-1] if advice.depths else None
-            score = head.cells()[1] if head is not None else "-"
+            score = advice.depths[-1].cells()[1] if advice.depths else "-"
             total = _count(max((depth.trainable for depth in advice.depths), default=0))
             rows.append((advice.model, score, total, _seconds(advice.pass_s), advice.flags or "-"))
-        table = aligned(rows, (False, True, True, True, False), width)
-        return [*table, "", *self.undetermined, *self.best.lines(width)]
+        return rows
+
+    def conclusions(self) -> list[str]:
+        """Return the recommendation, and what is not known, as labelled lines."""
+        return [
+            f"advice     Take {self.best.model}: {self.reason}.",
+            *_labelled("unknown", self.undetermined),
+            *(f"{'':<11}{line[11:]}" if line.startswith("advice") else line for line in self.best.conclusions()),
+        ]
+
+    @property
+    def flags(self) -> str:
+        """Flags of `regraft train` for the first network."""
+        return self.best.flags
 
     def to_dict(self) -> dict[str, Any]:
         """Return the ranking as JSON data."""
         return {"sentence": self.sentence, "advices": [advice.to_dict() for advice in self.advices]}
 
     def __str__(self) -> str:
-        return "\n".join(self.lines())
+        networks = aligned(self.table(), RANKING_RIGHT)
+        return "\n".join([*networks, "", *aligned(self.best.table(), RIGHT), "", *self.conclusions()])
 
     def __repr__(self) -> str:
         return block(f"Ranking: {self.sentence}", [(advice.model, advice.sentence) for advice in self.advices])
 
 
+def _labelled(label: str, sentences: Sequence[str]) -> list[str]:
+    return [f"{label if not number else '':<{LABEL}}{sentence}" for number, sentence in enumerate(sentences)]
+
+
 def _count(number: int) -> str:
-    return f"{number:,}" if number < 10**5 else f"{number / 10**6:,.1f} M"
+    return str(number) if number < 10_000 else f"{number / 1e3:.0f} K" if number < 1e6 else f"{number / 1e6:.1f} M"
 
 
 def _seconds(seconds: float) -> str:
-    return (
-        f"{1000 * seconds:.0f} ms"
-        if seconds < 1
-        else f"{seconds:.1f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-    )
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _bytes(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB" if count >= 2**17 else f"{count / 2**10:,.1f} KiB"
+    if count < 2**20:
+        return f"{count / 2**10:.0f} KiB"
+    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"

@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+from regraft.cli.advise import advise
 from regraft.cli.cache import cache
 from regraft.cli.convert import convert
 from regraft.cli.demo import demo
@@ -26,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (train, evaluate, predict, inspect, surgery, convert, diff, merge, models, demo):
+for command in (train, evaluate, predict, advise, inspect, surgery, convert, diff, merge, models, demo):
     app.command()(command)
 app.add_typer(cache, name="cache")
 

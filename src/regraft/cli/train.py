@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
@@ -32,10 +32,15 @@ if TYPE_CHECKING:
 MAX_STEM = 100  # characters of the data's name in a folder name
 
 
-def with_train_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Put the options of a training run before the command's own, in the signature that typer reads."""
+def with_train_options(command: Callable[..., None], names: Collection[str] | None = None) -> Callable[..., None]:
+    """Put the options of a training run, or those of some names, into the signature that typer reads.
+
+    They come before the command's own keyword-only parameters.
+    """
     own = inspect.signature(command).parameters.values()
-    parameters = [*map(_parameter, list_options()), *(entry for entry in own if entry.kind is not entry.VAR_KEYWORD)]
+    options = [_parameter(option) for option in list_options() if names is None or option.name in names]
+    first = [entry for entry in own if entry.kind is entry.POSITIONAL_OR_KEYWORD]
+    parameters = [*first, *options, *(entry for entry in own if entry.kind is entry.KEYWORD_ONLY)]
     command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     return command
 

@@ -9,9 +9,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from regraft.advice.result import Advice, Ranking
 from regraft.arguments import check_arguments, check_target
 from regraft.checkpoint.file.atomic import atomic_write
 from regraft.errors import ArgumentError, RunError
+from regraft.report.advice_page import describe_advice
 from regraft.report.evaluation_page import describe_evaluation
 from regraft.report.run_page import describe_run
 from regraft.report.text import duration, number, percent, visible
@@ -19,13 +21,13 @@ from regraft.training.metrics import Metrics
 from regraft.training.result import FitResult
 
 
-def write_report(result: FitResult | Metrics, path: str | os.PathLike[str]) -> Path:
-    """Write the report of a training run or of an evaluation as one HTML file, and return its path.
+def write_report(result: FitResult | Metrics | Advice | Ranking, path: str | os.PathLike[str]) -> Path:
+    """Write the report of a training run, of an evaluation or of an advice as one HTML file, and return its path.
 
     The page loads nothing from elsewhere. Photos that no longer exist, and names that look like HTML, are safe.
 
     Args:
-        result: What `fit` or `evaluate` returned, or what a run had reached when it was stopped (`error.result`).
+        result: What `fit`, `evaluate` or `advise` returned, or what a run had reached when it was stopped (`error.result`).
         path: Path of the file; its folder must exist.
 
     Raises:
@@ -37,6 +39,8 @@ def write_report(result: FitResult | Metrics, path: str | os.PathLike[str]) -> P
     began = time.perf_counter()
     if isinstance(result, FitResult):
         template, page, seconds = "run.html", describe_run(result), result.seconds
+    elif isinstance(result, (Advice, Ranking)):
+        return write_page(path, render("advice.html", **describe_advice(result)))
     elif result.scores is not None:
         template, page = "evaluation.html", describe_evaluation(result, result.scores)
         seconds = result.scores.seconds
