@@ -4,14 +4,15 @@
     python benchmarks/advice.py --train --part mobilenet
     python benchmarks/advice.py                   # asks `advise` on every set, and writes the table of docs/advice.md
 
-Sets: digits (a network trained on 0-4 learns 5-9 from 1, 2, 5, 10 and 20 images a class, 5 seeds, as in `regraft demo`),
-and the sets of photos in `../shared/data` with two networks that know ImageNet. The advice sees the photos to learn
-from alone; the accuracies are those of the held-out photos after the last epoch, so nothing is chosen on them.
+Sets: digits (a network trained on 0-4 learns 5-9 from 1, 2, 5, 10 and 20 images a class, 5 seeds, as `regraft demo`
+does), and the sets of photos in `../shared/data` with two networks that know ImageNet. The advice sees the photos to
+learn from alone; the accuracies are those of the held-out photos after the last epoch, so nothing is chosen on them.
 """
 
 import argparse
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -30,6 +31,7 @@ from regraft.demo import run as demo
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from contenders import task
+from machine import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -40,8 +42,12 @@ HEAD, EVERYTHING = "head only", "everything"
 LAYERS = {
     "digits": ("2", "5"),
     "mobilenet": ("stage1.2", "stage1.5", "stage2.3"),
-    "lite0": ("blocks.2.1", "blocks.4.0", "blocks.5.1"),
+    "lite0": ("blocks.4.0", "blocks.5.1"),
 }
+IMAGES = {"car_vs_bicycle_mini": 10, "car_vs_bike": 60, "hymenoptera": 122, "clothing10": 40}  # a class
+FEW, MANY = 20, 100  # images a class of the fixed list: below, the head only; below, the second half; else everything
+RULES = ("advice", HEAD, EVERYTHING, "half", "fixed list")
+PAGE, BEGIN, END = ROOT / "docs/advice.md", "<!-- begin of the regrets -->", "<!-- end of the regrets -->"
 SIDE, EPOCHS = 112, 12  # of the sets of photos
 
 
@@ -66,6 +72,11 @@ class Task:
     options: dict[str, Any]
 
     @property
+    def key(self) -> str:
+        """Name and seed."""
+        return f"{self.name}, seed {self.seed}"
+
+    @property
     def depths(self) -> tuple[str, ...]:
         """The depths to train: everything, the layers, head only."""
         return (EVERYTHING, *LAYERS[self.network], HEAD)
@@ -75,15 +86,21 @@ def main() -> None:
     """Train every depth, or ask the advice and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", action="store_true", help="train every depth of every set that has no result yet")
-    parser.add_argument("--part", choices=("digits", "mobilenet", "lite0"), help="one network alone")
-    parser.add_argument("--seeds", type=int, default=2, help="of the sets of photos")
+    parser.add_argument("--part", choices=tuple(LAYERS), help="one network alone")
+    parser.add_argument("--seeds", type=int, default=1, help="of the sets of photos")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    answers: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["REGRAFT_CACHE"] = f"{folder}/cache"
         for entry in tasks(Path(folder), arguments.part, arguments.seeds):
             if arguments.train:
                 train_every_depth(entry)
+            elif set(entry.depths) <= results_of(entry).keys():
+                answers[entry.key] = ask(entry)
+                print(f"{entry.key}: {answers[entry.key]}", flush=True)
+    if not arguments.train:
+        write_table(answers, arguments.part)
 
 
 def tasks(folder: Path, part: str | None, seeds: int) -> Iterator[Task]:
@@ -140,19 +157,25 @@ def photo_task(network: str, name: str, seed: int) -> Task:
     return Task(f"{network} {name}", seed, network, build, data, {"epochs": EPOCHS, "image_size": SIDE})
 
 
+def results_of(entry: Task) -> dict[str, dict[str, float]]:
+    """Return what was measured by depth."""
+    file = RESULTS / f"advice_{entry.network}.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    return {depth: known[key] for depth in entry.depths if (key := f"{entry.key}, {depth}") in known}
+
+
 def train_every_depth(entry: Task) -> None:
     """Train the depths that have no result yet, and keep the accuracy of each."""
     for depth in entry.depths:
-        file = RESULTS / f"advice_{entry.network}.json"
-        known = json.loads(file.read_text()) if file.exists() else {}
-        key = f"{entry.name}, seed {entry.seed}, {depth}"
-        if key in known:
+        if depth in results_of(entry):
             continue
         began = time.perf_counter()
         accuracies = train(entry, depth)
-        known[key] = {**accuracies, "seconds": round(time.perf_counter() - began, 2)}
+        file = RESULTS / f"advice_{entry.network}.json"
+        known = json.loads(file.read_text()) if file.exists() else {}
+        known[f"{entry.key}, {depth}"] = {**accuracies, "seconds": round(time.perf_counter() - began, 2)}
         file.write_text(json.dumps(known, indent=0) + "\n")
-        print(key, known[key], flush=True)
+        print(f"{entry.key}, {depth}", accuracies, flush=True)
 
 
 def train(entry: Task, depth: str) -> dict[str, float]:
@@ -166,6 +189,55 @@ def train(entry: Task, depth: str) -> dict[str, float]:
     result = regraft.fit(model, entry.data, seed=entry.seed, progress=False, **entry.options)
     accuracies = [epoch.validation.accuracy or 0.0 for epoch in result.history]
     return {"last": accuracies[-1], "best": max(accuracies)}
+
+
+def ask(entry: Task) -> str:
+    """Return the depth that the advice recommends."""
+    options = {name: value for name, value in entry.options.items() if name != "lr"}
+    model, layers = entry.build(), LAYERS[entry.network]
+    advice = regraft.advise(model, entry.data, layers=layers, seed=entry.seed, progress=False, **options)
+    if advice.recommended is None:
+        return HEAD
+    return advice.recommended.layer if advice.recommended.layer in layers else advice.recommended.name
+
+
+def fixed(entry: str, depths: list[str]) -> dict[str, str]:
+    """Return what rules recommend that look at nothing but the number of images a class."""
+    name = entry.rpartition(", seed")[0]
+    images = int(name.split()[1].rstrip(",")) if name.startswith("digits") else IMAGES[name.split()[1]]
+    half = depths[len(depths) // 2]
+    by_list = HEAD if images < FEW else half if images < MANY else EVERYTHING
+    return {HEAD: HEAD, EVERYTHING: EVERYTHING, "half": half, "fixed list": by_list}
+
+
+def write_table(answers: dict[str, str], part: str | None) -> None:
+    """Print the regrets, and write them into the page where all networks were asked."""
+    rows: dict[str, list[tuple[float, dict[str, float]]]] = {}
+    for entry, answer in answers.items():
+        network = entry.split()[0]
+        known = json.loads((RESULTS / f"advice_{network}.json").read_text())
+        accuracies = {depth: known[f"{entry}, {depth}"]["last"] for depth in (EVERYTHING, *LAYERS[network], HEAD)}
+        best = max(accuracies.values())
+        choices = {"advice": answer, **fixed(entry, list(accuracies))}
+        regrets = {rule: 100 * (best - accuracies[depth]) for rule, depth in choices.items()}
+        rows.setdefault(entry.rpartition(", seed")[0], []).append((best, regrets))
+    lines = ["| set | best | " + " | ".join(RULES) + " |", "|---|" + "---|" * (1 + len(RULES))]
+    for name, entries in rows.items():
+        best = statistics.mean(best for best, _ in entries)
+        cells = [f"{statistics.mean(regrets[rule] for _, regrets in entries):.1f}" for rule in RULES]
+        lines.append(f"| {name} | {best:.3f} | {' | '.join(cells)} |")
+    sets = [{rule: statistics.mean(r[rule] for _, r in entries) for rule in RULES} for entries in rows.values()]
+    lines.append(
+        "| **mean of the sets** | | "
+        + " | ".join(f"**{statistics.mean(s[r] for s in sets):.2f}**" for r in RULES)
+        + " |"
+    )
+    table = "\n".join(lines)
+    print(table)
+    if part is None:
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        note = f"{describe()}; `python benchmarks/advice.py`"
+        PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{note}\n\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The depths from which a network can be trained: the boundaries between its blocks, in the order of execution."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ def list_boundaries(facts: ModelFacts, layers: Sequence[str] | None = None) -> l
     moments = sorted(begins.values())
     names = frozenset(name for name, _ in facts.model.named_parameters(remove_duplicate=False))
     boundaries: list[Boundary] = []
-    for position, (begin, following) in enumerate(zip(moments, moments[1:], strict=False), 1):
+    for position, (begin, following) in enumerate(itertools.pairwise(moments), 1):
         inside = [call for call in trace.calls if call.path and begin < call.ended <= following]
         last = max(inside, key=lambda call: call.ended, default=None)
         if last is not None:

@@ -15,7 +15,7 @@ from regraft.advice.decision import Decision, decide
 from regraft.advice.depths import Boundary, list_boundaries
 from regraft.advice.gradients import StepMeasurement, measure_step
 from regraft.advice.prepared import prepare_training
-from regraft.advice.probes import Probe, count_folds, probe
+from regraft.advice.probes import Probe, count_folds, logme, probe
 from regraft.advice.result import Advice
 from regraft.advice.rows import describe_depths
 from regraft.anatomy.model_facts import ModelFacts
@@ -73,25 +73,29 @@ class Question:
         outputs = len(train.classes) if train.classes is not None else 1
         undetermined: list[str] = []
         boundaries = list_boundaries(facts, self.layers)
-        activations = None
         targets = torch.tensor([sample.target for sample in train.samples])
-        if not boundaries:
-            undetermined.append(
-                "The blocks of the network could not be told apart, as its forward cannot be followed or has no layer "
-                "before its head: no depth between the head and everything was looked at, and nothing was probed."
-            )
-        elif train.classes is not None and outputs < 2:
-            undetermined.append("There is one class, so there is nothing to tell apart: nothing was probed.")
-        else:
-            activations = self._pass(facts, boundaries, train, compute, undetermined)
+        activations = self._pass(facts, boundaries, train, compute, undetermined)
         probes: dict[str, Probe] = {}
+        logmes: dict[str, float] = {}
         step = None
         if activations is not None:
             targets = torch.tensor([sample.target for sample in activations.photos.samples])
-            probes = self._probe(activations, targets, outputs, undetermined)
+            probes, logmes = self._probe(activations, targets, outputs, undetermined)
             step = self._measure(facts, boundaries, activations, targets, outputs, compute, undetermined)
-        depths = describe_depths(facts, boundaries, probes, step, len(train), self.config.batch_size)
-        decision = decide(depths, targets, outputs, probes)
+        depths = describe_depths(facts, boundaries, probes, logmes, step, len(train), self.config.batch_size)
+        spent_s = time.perf_counter() - began
+        decision = (
+            decide(
+                depths,
+                probes,
+                logmes,
+                photos=len(targets),
+                epochs=self.config.epochs,
+                limit_s=max(0.0, self.limit_s - spent_s) if self.limit_s is not None else None,
+            )
+            if boundaries
+            else Decision(None, "open", "its blocks could not be told apart")
+        )
         options = self._options(boundaries, decision, is_partly_frozen)
         if activations is not None and decision.index is not None:
             self._keep(facts, boundaries, decision, train, validation, activations, compute, undetermined)
@@ -160,6 +164,16 @@ class Question:
         compute: ComputeContext,
         undetermined: list[str],
     ) -> Activations | None:
+        outputs = len(train.classes) if train.classes is not None else 0
+        if not boundaries:
+            undetermined.append(
+                "The blocks of the network could not be told apart, as its forward cannot be followed or has no layer "
+                "before its head: no depth between the head and everything was looked at, and nothing was probed."
+            )
+            return None
+        if outputs == 1:
+            undetermined.append("There is one class, so there is nothing to tell apart: nothing was probed.")
+            return None
         set_flags(facts.model, boundaries[-1].layer)
         config = self.config
         try:
@@ -187,17 +201,24 @@ class Question:
 
     def _probe(
         self, activations: Activations, targets: torch.Tensor, outputs: int, undetermined: list[str]
-    ) -> dict[str, Probe]:
+    ) -> tuple[dict[str, Probe], dict[str, float]]:
+        known = {layer: rows for layer, rows in activations.by_layer.items() if bool(rows.isfinite().all())}
+        if lost := [layer for layer in activations.by_layer if layer not in known]:
+            undetermined.append(f"What {', '.join(map(repr, lost))} gives is not finite for some photo: not probed.")
+        kinds = 2 if targets.is_floating_point() else len(targets.unique())
+        if kinds < 2:
+            undetermined.append("The photos that can be read are of one class, so nothing was probed.")
+            return {}, {}
+        values = {layer: logme(rows.double().numpy(), targets.numpy(), outputs) for layer, rows in known.items()}
+        logmes = {layer: value for layer, value in values.items() if value is not None}
         if count_folds(targets) < 2:
             what = "one photo of a class" if not targets.is_floating_point() else f"{len(targets)} photos"
             undetermined.append(
                 f"With {what} none can be left out, so the accuracy of no depth could be cross-validated."
             )
-            return {}
-        probes = {
-            layer: probe(rows, targets, outputs, seed=self.config.seed) for layer, rows in activations.by_layer.items()
-        }
-        return {layer: known for layer, known in probes.items() if known is not None}
+            return {}, logmes
+        probes = {layer: probe(rows, targets, outputs, seed=self.config.seed) for layer, rows in known.items()}
+        return {layer: measured for layer, measured in probes.items() if measured is not None}, logmes
 
     def _measure(
         self,

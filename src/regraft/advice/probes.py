@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ class Probe:
         score: Share of the photos that are right, or R² of numbers, on photos left out.
         error: Standard error of the score.
         chance: The score of a guess that has not seen the photo.
-        logme: LogME of the same activations; None where it is not defined.
         losses: Squared error of each scored photo, summed over the classes as 0 and 1, in units of the spread of the
             targets: 1 for a guess. (P,)
         folds: Number of folds.
@@ -33,7 +31,6 @@ class Probe:
     score: float
     error: float
     chance: float
-    logme: float | None
     losses: np.ndarray
     folds: int
     width: int
@@ -69,21 +66,20 @@ def probe(activations: torch.Tensor, targets: torch.Tensor, outputs: int, *, see
         return None
     predicted = [out_of_fold(activations, targets, outputs, folds, seed + draw) for draw in range(DRAWS)]
     expected = targets.numpy()
-    measure = logme(activations.double().numpy(), expected, outputs)
     width = activations.shape[1]
     columns = expected[:, None].astype(float) if targets.is_floating_point() else np.eye(outputs)[expected]
     spread = float(((columns - columns.mean(0)) ** 2).sum(1).mean()) or 1.0
     squares = np.mean([((scores - columns) ** 2).sum(1) for scores in predicted], 0) / spread
     if targets.is_floating_point():
         error = float(squares.std()) / math.sqrt(len(squares))
-        return Probe(1 - float(squares.mean()), error, 0.0, measure, squares, folds, width)
+        return Probe(1 - float(squares.mean()), error, 0.0, squares, folds, width)
     counts = np.bincount(expected, minlength=outputs)
     is_scored = counts[expected] >= 2
     hits = np.mean([scores.argmax(1) == expected for scores in predicted], 0)[is_scored]
     # Agresti and Coull: the plain formula gives zero where all or none are right.
     count, share = len(hits) + 4, (hits.sum() + 2) / (len(hits) + 4)
     error, chance = math.sqrt(share * (1 - share) / count), counts.max() / len(expected)
-    return Probe(float(hits.mean()), error, chance, measure, squares[is_scored], folds, width)
+    return Probe(float(hits.mean()), error, chance, squares[is_scored], folds, width)
 
 
 def out_of_fold(activations: torch.Tensor, targets: torch.Tensor, outputs: int, folds: int, seed: int) -> np.ndarray:

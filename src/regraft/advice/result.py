@@ -28,8 +28,8 @@ class DepthAdvice:
     Attributes:
         name: `everything`, `head only`, or `after LAYER`.
         layer: The last frozen layer; None for everything.
-        score: Share of photos that a linear probe on the frozen part's features gets right, or its R² for numbers, on
-            photos left out; None where it could not be measured, as for everything, which has no frozen part.
+        score: Share of photos that a linear probe on what the frozen part gives gets right, or its R² for numbers, on
+            photos left out; for everything, which has no frozen part, on the pixels. None where not measured.
         error: Standard error of the score.
         logme: LogME of the same features a photo; beside, not leading.
         relative_gradient: Relative gradient norm of what this depth trains and the next one does not; None where no

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from regraft.advice.activations import PIXELS
 from regraft.advice.depths import Boundary
 from regraft.advice.gradients import StepMeasurement, relative_gradient_norm
 from regraft.advice.probes import Probe
@@ -17,6 +18,7 @@ def describe_depths(
     facts: ModelFacts,
     boundaries: Sequence[Boundary],
     probes: dict[str, Probe],
+    logmes: dict[str, float],
     step: StepMeasurement | None,
     photos: int,
     batch_size: int,
@@ -26,7 +28,8 @@ def describe_depths(
     Args:
         facts: The network.
         boundaries: The boundaries, from the input to the head.
-        probes: A probe by the path of its layer.
+        probes: A probe by the path of its layer; under `pixels` that of the photos themselves.
+        logmes: LogME by the same names.
         step: The measured step.
         photos: Number of training photos.
         batch_size: Photos in a step of the training.
@@ -39,7 +42,7 @@ def describe_depths(
         boundary = boundaries[number - 1] if number else None
         layer = boundary.layer if boundary else None
         after = trained[number + 1] if number + 1 < len(trained) else frozenset()
-        measured = probes.get(layer) if layer is not None else None
+        measured = probes.get(layer or PIXELS)
         seconds = None if step is None else step.whole_s if layer is None else step.seconds.get(layer)
         size = sum(parameters[name].numel() for name in names if name in parameters)
         is_last = number == len(trained) - 1 and boundary is not None
@@ -49,7 +52,7 @@ def describe_depths(
                 layer=layer,
                 score=measured.score if measured else None,
                 error=measured.error if measured else None,
-                logme=measured.logme if measured else None,
+                logme=logmes.get(layer or PIXELS),
                 relative_gradient=(
                     relative_gradient_norm(step.gradients, facts.model, sorted(names - after)) if step else None
                 ),

@@ -96,7 +96,9 @@ def _print_advice(advice: "Advice | Ranking") -> None:
 
 def _train_command(advice: "Advice | Ranking", data: str, options: dict[str, Any], *, trust_code: bool) -> str:
     """Return the command that trains as advised, with the options that the advice was asked with."""
-    best = getattr(advice, "best", advice)
+    from regraft.advice import Advice
+
+    best = advice if isinstance(advice, Advice) else advice.best
     words = ["regraft", "train", data, "--model", best.model]
     for entry in list_options():
         value = options.get(entry.name)

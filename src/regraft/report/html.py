@@ -27,7 +27,8 @@ def write_report(result: FitResult | Metrics | Advice | Ranking, path: str | os.
     The page loads nothing from elsewhere. Photos that no longer exist, and names that look like HTML, are safe.
 
     Args:
-        result: What `fit`, `evaluate` or `advise` returned, or what a run had reached when it was stopped (`error.result`).
+        result: What `fit`, `evaluate` or `advise` returned, or what a run had reached when it was
+            stopped (`error.result`).
         path: Path of the file; its folder must exist.
 
     Raises:
