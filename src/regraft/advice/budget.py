@@ -20,8 +20,11 @@ def parse_budget(budget: str | float | None) -> float | None:
     """
     if budget is None:
         return None
-    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(s|m|min|h|)", str(budget).strip())
-    seconds = float(match[1]) * UNITS[match[2]] if match else 0.0
+    if isinstance(budget, str):
+        match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(s|m|min|h|)", budget.strip())
+        seconds = float(match[1]) * UNITS[match[2]] if match else 0.0
+    else:
+        seconds = float(budget)
     if not 0 < seconds < math.inf:
         raise ConfigError(f"{option('budget')} is '{budget}', expected a time as in 90s, 10m or 2h.")
     return seconds
