@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from regraft.advice.depths import Boundary
+from regraft.advice.depths import BlockBoundary
 from regraft.anatomy.model_facts import ModelFacts
 from regraft.data.photos import Photos
 from regraft.errors import ModelError
@@ -66,7 +66,7 @@ class PooledExtractor(Extractor):
     """
 
     def __init__(
-        self, facts: ModelFacts, boundaries: Sequence[Boundary], rows: int, budget_s: float | None, **options: Any
+        self, facts: ModelFacts, boundaries: Sequence[BlockBoundary], rows: int, budget_s: float | None, **options: Any
     ) -> None:
         super().__init__(facts, **options)
         self._rows, self._budget_s = rows, budget_s
@@ -141,7 +141,7 @@ def first_tensor(output: Any) -> torch.Tensor | None:
 
 
 def pooled_activations(
-    extractor: PooledExtractor, photos: Photos, boundaries: Sequence[Boundary], description: str
+    extractor: PooledExtractor, photos: Photos, boundaries: Sequence[BlockBoundary], description: str
 ) -> Activations:
     """Return the pooled activations of photos in their first view, computed once or found in the cache.
 

@@ -13,7 +13,7 @@ MAX_DEPTHS = 6  # that are compared, unless layers are named; the deepest and th
 
 
 @dataclass(frozen=True)
-class Boundary:
+class BlockBoundary:
     """A place between two blocks, where the frozen part of a network may end.
 
     Attributes:
@@ -27,7 +27,7 @@ class Boundary:
     position: int
 
 
-def list_boundaries(facts: ModelFacts, layers: Sequence[str] | None = None) -> list[Boundary]:
+def list_boundaries(facts: ModelFacts, layers: Sequence[str] | None = None) -> list[BlockBoundary]:
     """List the boundaries between the blocks of a network, from the input to the head.
 
     A boundary is the last layer that ends before the next block begins, as `parameter_depths` counts blocks. The last
@@ -57,7 +57,7 @@ def list_boundaries(facts: ModelFacts, layers: Sequence[str] | None = None) -> l
         begins[depth] = min(moment, begins.get(depth, moment))
     moments = sorted(begins.values())
     names = frozenset(name for name, _ in facts.model.named_parameters(remove_duplicate=False))
-    boundaries: list[Boundary] = []
+    boundaries: list[BlockBoundary] = []
     for position, (begin, following) in enumerate(itertools.pairwise(moments), 1):
         inside = [call for call in trace.calls if call.path and begin < call.ended <= following]
         last = max(inside, key=lambda call: call.ended, default=None)
@@ -72,8 +72,8 @@ def list_boundaries(facts: ModelFacts, layers: Sequence[str] | None = None) -> l
     return sorted(by_trained.values(), key=lambda boundary: -len(boundary.trained))
 
 
-def _boundary(call: Call, uses: dict[str, int], names: frozenset[str], position: int) -> Boundary:
-    return Boundary(call.path, names - {name for name, moment in uses.items() if moment < call.ended}, position)
+def _boundary(call: Call, uses: dict[str, int], names: frozenset[str], position: int) -> BlockBoundary:
+    return BlockBoundary(call.path, names - {name for name, moment in uses.items() if moment < call.ended}, position)
 
 
 def _named(
@@ -83,7 +83,7 @@ def _named(
     uses: dict[str, int],
     names: frozenset[str],
     moments: Sequence[int],
-) -> Boundary:
+) -> BlockBoundary:
     paths = set(select(facts.model, layer))
     matching = [call for call in calls if call.path in paths]
     last = max(matching, key=lambda call: call.ended, default=None)
@@ -96,7 +96,7 @@ def _named(
     return boundary
 
 
-def _thinned(boundaries: list[Boundary], count: int) -> list[Boundary]:
+def _thinned(boundaries: list[BlockBoundary], count: int) -> list[BlockBoundary]:
     """Return at most so many of the boundaries, evenly spaced, the last one among them."""
     if len(boundaries) <= count:
         return boundaries

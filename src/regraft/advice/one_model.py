@@ -12,7 +12,7 @@ from torch import nn
 
 from regraft.advice.activations import Activations, OutOfBudgetError, PooledExtractor, pooled_activations
 from regraft.advice.decision import Decision, decide
-from regraft.advice.depths import Boundary, list_boundaries
+from regraft.advice.depths import BlockBoundary, list_boundaries
 from regraft.advice.gradients import StepMeasurement, measure_step
 from regraft.advice.prepared import prepare_training
 from regraft.advice.probes import Probe, count_folds, logme, probe
@@ -159,7 +159,7 @@ class Question:
     def _pass(
         self,
         facts: ModelFacts,
-        boundaries: Sequence[Boundary],
+        boundaries: Sequence[BlockBoundary],
         train: Photos,
         compute: ComputeContext,
         undetermined: list[str],
@@ -223,7 +223,7 @@ class Question:
     def _measure(
         self,
         facts: ModelFacts,
-        boundaries: Sequence[Boundary],
+        boundaries: Sequence[BlockBoundary],
         activations: Activations,
         targets: torch.Tensor,
         outputs: int,
@@ -257,7 +257,9 @@ class Question:
             undetermined.append(f"Gradients and seconds could not be measured, as a step fails: {reason}")
             return None
 
-    def _options(self, boundaries: Sequence[Boundary], decision: Decision, is_partly_frozen: bool) -> dict[str, Any]:
+    def _options(
+        self, boundaries: Sequence[BlockBoundary], decision: Decision, is_partly_frozen: bool
+    ) -> dict[str, Any]:
         if decision.index is None:
             return {}
         if decision.index == 0:
@@ -268,7 +270,7 @@ class Question:
     def _keep(
         self,
         facts: ModelFacts,
-        boundaries: Sequence[Boundary],
+        boundaries: Sequence[BlockBoundary],
         decision: Decision,
         train: Photos,
         validation: Photos,

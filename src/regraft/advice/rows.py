@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from regraft.advice.activations import PIXELS
-from regraft.advice.depths import Boundary
+from regraft.advice.depths import BlockBoundary
 from regraft.advice.gradients import StepMeasurement, relative_gradient_norm
 from regraft.advice.probes import Probe
 from regraft.advice.result import EVERYTHING, HEAD_ONLY, DepthAdvice
@@ -16,7 +16,7 @@ COPIES = 3  # of each trained weight beside itself: its gradient, and two moment
 
 def describe_depths(
     facts: ModelFacts,
-    boundaries: Sequence[Boundary],
+    boundaries: Sequence[BlockBoundary],
     probes: dict[str, Probe],
     logmes: dict[str, float],
     step: StepMeasurement | None,
