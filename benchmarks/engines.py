@@ -104,7 +104,7 @@ def correct(network: str, data: Path, engine: str, precision: str, head: str, de
                 data,
                 decoder=engine,
                 precision=precision,
-                head_start=head,
+                head=head,
                 device=device,
                 seed=seed,
                 progress=False,

@@ -21,7 +21,7 @@ Confidence = Literal["certain", "likely", "ambiguous"]
 ComputePrecision = Literal["auto", "fp32", "bf16", "fp16"]
 Engine = Literal["pillow", "native", "nvjpeg"]
 Decoder = Literal["auto", Engine]
-HeadStart = Literal["auto", "given", "ridge", "solved"]
+HeadWay = Literal["auto", "solved", "steps", "given", "ridge"]
 OnNan = Literal["stop", "skip"]
 
 
@@ -87,12 +87,13 @@ class TrainOptions:
         "By default cross-validated together with the weight decay for a head alone on cached features; else 1e-2 for "
         "a head, 5e-4 for more of a pretrained network, 2e-3 from scratch.",
         gt=0, default="depends on the trained layers", aliases=("learning_rate", "base_lr", "max_lr", "lr0"))] = None
-    head_start: Annotated[HeadStart, OptionText(
-        "Initial weights of a linear head: auto, given, ridge or solved.",
-        "On cached features: `given` (those of the model), `ridge` (ridge regression in closed form), `solved` "
-        "(softmax regression at its optimum, with a cross-validated penalty: there is a single epoch, without steps), "
-        "or `auto`: on a GPU `solved`, where the loss is the cross-entropy and no option of the steps is set; else the "
-        "better of the other two if `lr` is cross-validated, or `given`.")] = "auto"
+    head: Annotated[HeadWay, OptionText(
+        "A linear head on cached features: auto, solved, steps, given or ridge.",
+        "`solved`: at its optimum, by the way that cross-validation prefers; there is one epoch without steps, and its "
+        "probabilities are calibrated. `steps`: trained, with a cross-validated learning rate. `given` and `ridge`: "
+        "trained from the weights of the model, or from ridge regression. `auto`: solved, where the loss is the "
+        "cross-entropy or the squared error and no option of the steps is set (`lr`, `optimizer`, `weight_decay`, "
+        "`schedule`, `mixup`, `unfreeze`); else `steps`.")] = "auto"
     backbone_lr: Annotated[float | None, OptionText(
         "Learning rate of everything but the head.", gt=0, default="as --lr; a twentieth with --unfreeze")] = None
     layer_decay: Annotated[float | None, OptionText(

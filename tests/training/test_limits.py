@@ -65,17 +65,17 @@ def test_fit_with_photos_around_what_the_closed_form_takes(
     if count % 2:
         next((photos / "train" / "class000").iterdir()).unlink()
     lines, options = Lines(), {"epochs": 1, "augment": "none", "device": "cpu"}
-    result = regraft.fit(built("cnn, head"), photos, progress=lines, **options)
+    result = regraft.fit(built("cnn, head"), photos, progress=lines, head="steps", **options)
     heads = 120 if count <= 80 else 60  # with a start from ridge regression, and without
     assert f"of {heads} heads trained together" in lines
     assert result.validation.accuracy is not None
     if count <= 80:
-        assert regraft.fit(built("cnn, head"), photos, head_start="ridge", **options).config.head_start == "ridge"
+        assert regraft.fit(built("cnn, head"), photos, head="ridge", **options).config.head == "ridge"
         return
-    assert result.config.head_start == "given"
+    assert result.config.head == "given"
     reason = f"{count} photos × 1 with 128 features and 2 outputs are too many"
-    with pytest.raises(ConfigError, match=f"head_start='ridge' needs a linear head .* few enough of them: {reason}"):
-        regraft.fit(built("cnn, head"), photos, head_start="ridge", out=str(tmp_path / "run"), **options)
+    with pytest.raises(ConfigError, match=f"head='ridge' needs a linear head .* few enough of them: {reason}"):
+        regraft.fit(built("cnn, head"), photos, head="ridge", out=str(tmp_path / "run"), **options)
     assert not (tmp_path / "run").exists()
 
 
@@ -245,9 +245,9 @@ def test_sweep_heads_with_a_loss_of_ones_own(loss: Any, is_swept: bool) -> None:
     ("name", "classes", "options", "error", "message"),
     [
         ("cnn, head", 3, {}, ModelError, "PlainCnn gives 2 scores, the data has 3 classes"),
-        ("cnn, half", 2, {"head_start": "ridge"}, ConfigError, "what is trained is not one linear layer with a bias"),
-        ("cnn, head", 2, {"head_start": "ridge", "cache": False}, ConfigError, "nothing is computed once"),
-        ("cnn, head", 2, {"head_start": "ridge", "augment": "standard"}, ConfigError, "draws each photo anew"),
+        ("cnn, half", 2, {"head": "ridge"}, ConfigError, "what is trained is not one linear layer with a bias"),
+        ("cnn, head", 2, {"head": "ridge", "cache": False}, ConfigError, "nothing is computed once"),
+        ("cnn, head", 2, {"head": "ridge", "augment": "standard"}, ConfigError, "draws each photo anew"),
     ],
 )
 def test_fit_refuses_what_does_not_fit(
@@ -264,7 +264,7 @@ def test_fit_refuses_several_outputs_for_a_number(tmp_path: Path) -> None:
     files = sorted((photos / "train").rglob("*.png"))
     rows = [f"{file.relative_to(tmp_path)},{number}" for number, file in enumerate(files)]
     (tmp_path / "table.csv").write_text("\n".join(["path,target", *rows]))
-    for options in ({}, {"head_start": "ridge"}):
+    for options in ({}, {"head": "ridge"}):
         with pytest.raises(DataError, match=r"outputs have the shape \(32, 2\) .* regraft.replace_head\(model, 1\)"):
             regraft.fit(built("cnn, head"), tmp_path / "table.csv", out=str(tmp_path / "run"), device="cpu", **options)
     assert not (tmp_path / "run").exists()

@@ -163,7 +163,7 @@ def test_fit_in_each_precision_does_as_well_as_logistic_regression(
 def test_fit_starts_from_the_same_ridge_regression_in_each_precision(precision: str, many: Path) -> None:
     weights = []
     for one in ("fp32", precision):
-        options = {"precision": one, "head_start": "ridge", "lr": 1e-9, "epochs": 1, "weight_decay": 0.0}
+        options = {"precision": one, "head": "ridge", "lr": 1e-9, "epochs": 1, "weight_decay": 0.0}
         weights.append(regraft.fit(built("cnn, head"), many, device="cpu", **options).model.get_parameter("fc.weight"))
     distance = (weights[0] - weights[1]).norm() / weights[0].norm()
     assert distance < {"fp32": 1e-6, "bf16": 0.2, "fp16": 0.02}[precision]

@@ -196,12 +196,12 @@ def test_fit_starts_from_ridge_where_that_is_asked_for(tmp_path: Path) -> None:
     model = half_frozen()
     regraft.freeze(model)
     regraft.unfreeze(model, "fc")
-    result, _ = run(photos, model, head_start="ridge", epochs=1, lr=1e-6)
+    result, _ = run(photos, model, head="ridge", epochs=1, lr=1e-6)
     assert result.validation.accuracy is not None
     assert result.validation.accuracy > 0.9
-    assert result.config.head_start == "ridge"
-    with pytest.raises(ConfigError, match="head_start='ridge' needs a linear head"):
-        run(photos, half_frozen(), head_start="ridge", cache=False)
+    assert result.config.head == "ridge"
+    with pytest.raises(ConfigError, match="head='ridge' needs a linear head"):
+        run(photos, half_frozen(), head="ridge", cache=False)
 
 
 def test_fit_chooses_both_unless_they_are_given(tmp_path: Path) -> None:
@@ -212,14 +212,14 @@ def test_fit_chooses_both_unless_they_are_given(tmp_path: Path) -> None:
         model = half_frozen()
         regraft.freeze(model)
         regraft.unfreeze(model, "fc")
-        return run(photos, model, **{"optimizer": "adamw", "lr": None, **given})
+        return run(photos, model, **{"head": "steps", "optimizer": "adamw", "lr": None, **given})
 
     result, lines = chosen()
     assert "chosen     learning rate" in lines
     assert result.config.lr in sweep.RATES
     assert result.config.weight_decay in sweep.DECAYS
-    values = {name: getattr(result.config, name) for name in ("lr", "weight_decay", "head_start")}
-    assert values["head_start"] in ("given", "ridge")
+    values = {name: getattr(result.config, name) for name in ("lr", "weight_decay", "head")}
+    assert values["head"] in ("given", "ridge")
     again, lines = chosen(**values)
     assert "chosen" not in lines
     assert [record.train_loss for record in again.history] == [record.train_loss for record in result.history]

@@ -142,7 +142,7 @@ def test_fit_refuses_to_train_weights_in_float16(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_fit_starts_from_scikit_learns_ridge_in_each_type_of_weights(dtype: torch.dtype, many: Path) -> None:
-    options = {"head_start": "ridge", "lr": 1e-12, "weight_decay": 0.0, "epochs": 1, "augment": "none"}
+    options = {"head": "ridge", "lr": 1e-12, "weight_decay": 0.0, "epochs": 1, "augment": "none"}
     result = regraft.fit(built("cnn, head", dtype), many, device="cpu", **options)
     model, features = built("cnn, head", torch.float64), []
     model.get_submodule("fc").register_forward_pre_hook(lambda _, given: features.append(given[0].detach()))

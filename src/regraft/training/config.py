@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import ConfigDict, ValidationError, field_validator
+from pydantic import ConfigDict, ValidationError, field_validator, model_validator
 
 from regraft.checkpoint.file.atomic import atomic_write
 from regraft.errors import ConfigError
@@ -31,6 +31,15 @@ class TrainConfig(CheckedFields, TrainOptions):
         "verbose": "Write progress=False for silence; True is the default",
         "validation_data": "Pass data as a pair: (train, validation)",
     }
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renames_options_of_0_1(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "head_start" in values and "head" not in values:
+            start = values["head_start"]
+            rest = {name: value for name, value in values.items() if name != "head_start"}
+            return {**rest, "head": "steps" if start == "auto" else start}
+        return values
 
     @field_validator("weights", mode="before")
     @classmethod

@@ -25,14 +25,14 @@ from regraft.freezing.schedule import Schedule
 from regraft.freezing.state import FreezeState
 from regraft.frontier.cache.store import Store
 from regraft.progress import Progress
-from regraft.train_options import HeadStart
+from regraft.train_options import HeadWay
 from regraft.training.checks.trial import try_one_batch
 from regraft.training.config import FINE_TUNE_LR, HEAD_LR, SCRATCH_LR, TrainConfig
 from regraft.training.features.batches import FeatureBatches
 from regraft.training.features.extract import Extractor
 from regraft.training.heads.model_for_data import create_for_data
-from regraft.training.heads.softmax_regression import SolvedHead
-from regraft.training.heads.start import require_ridge_start, solved_head
+from regraft.training.heads.solved_head import SolvedHead
+from regraft.training.heads.start import head_parameters, require_ridge_start, solved_head
 from regraft.training.heads.sweep import DECAYS, Sweep, ridge_start, sweep_heads
 from regraft.training.losses import Loss, build_loss
 from regraft.training.plan import describe_plan
@@ -58,7 +58,7 @@ class TrainSetup:
         rates: The arguments of `param_groups`, for layers that are unfrozen later.
         unfreezing: Schedule of gradual unfreezing; None without it.
         sweep: Results of the cross-validation of a head's options; None if the learning rate is set, or without one.
-        head_start: `given`, `ridge` or `solved`.
+        head: `given`, `ridge` or `solved`.
         solved: The head, where it is solved instead of trained: the only epoch has no steps.
     """
 
@@ -74,7 +74,7 @@ class TrainSetup:
     rates: dict[str, Any]
     unfreezing: Schedule | None
     sweep: Sweep | None
-    head_start: HeadStart
+    head: HeadWay
     solved: SolvedHead | None = None
 
     @property
@@ -177,16 +177,16 @@ def prepare_setup(
     if isinstance(criterion, nn.Module):
         criterion.to(compute.device)
     try_one_batch(model, live, train_data, criterion, _live_compute(compute, live, train_data), config)
-    start = require_ridge_start(live, train_data) if config.head_start == "ridge" else None
+    start = require_ridge_start(live, train_data) if config.head == "ridge" else None
     is_head_alone = config.lr is None and _is_head_alone_trained(facts, live)
     rates = _rates(model, config, is_head_alone=is_head_alone)
     sweep = solved = None
-    if config.head_start == "solved" or (config.head_start == "auto" and compute.device.type == "cuda"):
+    if config.head in ("auto", "solved"):
         solved = solved_head(live, train_data, criterion, config)
     if solved is not None:
-        start, rates = solved.weights(live), {**rates, "lr": 0.0}
+        start, rates = head_parameters(live, solved), {**rates, "lr": 0.0}
     elif config.lr is None and is_head_alone and isinstance(train_data.train, FeatureBatches) and _is_sweepable(config):
-        if config.head_start == "auto":
+        if config.head in ("auto", "steps"):
             start = ridge_start(live, train_data.train, torch.arange(len(train_data.train.dataset)))
         sweep = sweep_heads(
             live,
@@ -194,20 +194,20 @@ def prepare_setup(
             criterion,
             epochs=config.epochs,
             decays=(config.weight_decay,) if "weight_decay" in config.model_fields_set else DECAYS,
-            may_start_from_ridge=config.head_start == "auto"
+            may_start_from_ridge=config.head in ("auto", "steps")
             and start is not None,  # a fold may be solvable where all photos are too many
             seed=config.seed,
             progress=progress,
         )
         if sweep is not None:
             rates = {**rates, "lr": sweep.best.lr, "weight_decay": sweep.best.weight_decay}
-    is_ridge = config.head_start == "ridge" or (sweep is not None and sweep.best.starts_from_ridge)
-    head_start: HeadStart = "solved" if solved is not None else "ridge" if is_ridge else "given"
+    is_ridge = config.head == "ridge" or (sweep is not None and sweep.best.starts_from_ridge)
+    head: HeadWay = "solved" if solved is not None else "ridge" if is_ridge else "given"
     is_fused = compute.device.type == "cuda" and optimizer_class(config.optimizer) in FUSED
     optimizer = make_optimizer(config.optimizer, facts, rates, {"fused": True} if is_fused else {})
     if findings := findings_of(facts, optimizer):
         raise ModelError(f"{type(model).__name__} cannot be trained as it is: {findings[0]}")
-    if head_start != "given" and start is not None:
+    if head != "given" and start is not None:
         with torch.no_grad():
             for parameter_name, value in start.items():
                 live.get_parameter(parameter_name).copy_(value)
@@ -226,7 +226,7 @@ def prepare_setup(
         rates=rates,
         unfreezing=Schedule.parse(config.unfreeze) if config.unfreeze is not None else None,
         sweep=sweep,
-        head_start=head_start,
+        head=head,
         solved=solved,
     )
 

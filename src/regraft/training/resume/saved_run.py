@@ -62,7 +62,7 @@ class RunFingerprint:
             chosen={
                 "lr": setup.plan.lr or None,  # a solved head has none
                 "weight_decay": setup.rates["weight_decay"],
-                "head_start": setup.head_start,
+                "head": setup.head,
                 "decoder": setup.facts.preprocessing.decoder,
             },
             is_named=is_named,
@@ -103,7 +103,10 @@ class SavedRun:
                 "or begin another one elsewhere. Nothing was changed."
             )
         # A state without a decoder is of a version that had Pillow alone.
-        return config.updated(**{"decoder": "pillow", **self.fingerprint.chosen})
+        chosen: dict[str, Any] = {"decoder": "pillow", **self.fingerprint.chosen}
+        if "head_start" in chosen:  # its name in 0.1
+            chosen["head"] = chosen.pop("head_start")
+        return config.updated(**chosen)
 
 
 def find_run(folder: Path, progress: Progress = SILENT) -> SavedRun | None:
