@@ -29,7 +29,7 @@ from regraft.frontier.cache.store import Store
 from regraft.progress import Progress
 from regraft.training.checks.weight_types import compute_for
 from regraft.training.config import TrainConfig
-from regraft.training.heads.softmax_regression import is_solvable, solve_head
+from regraft.training.heads.solved_head import is_solvable, solve_head
 from regraft.training.losses import build_loss
 from regraft.training.setup import check_options, prepare_model
 from regraft.training.steps.compute import ComputeContext, channels_last
