@@ -5,6 +5,7 @@ part of the state dict) and in the header of a checkpoint. It holds the recipe t
 preprocessing of images, the class names and the last metrics.
 """
 
+import base64
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -140,6 +141,32 @@ class Split(_FrozenFields):
     seed: int
 
 
+class FamiliarPhotos(_FrozenFields):
+    """What the training photos look like to a network, to tell photos that resemble none of them.
+
+    Attributes:
+        layer: Path of its head, whose inputs are compared.
+        width: Number of these inputs, D.
+        features: Those of some training photos, in base64: rows of D signed bytes, of which the angles count.
+        distances: Distances of the validation photos from these, in ascending order, 0 to 2.
+    """
+
+    layer: str
+    width: int = Field(ge=1)
+    features: str = Field(repr=False)
+    distances: tuple[float, ...] = Field(repr=False)
+
+    @model_validator(mode="after")
+    def _has_rows(self) -> "FamiliarPhotos":
+        try:
+            size = len(base64.b64decode(self.features, validate=True))
+        except ValueError as error:
+            raise ValueError(f"features are not base64: {error}") from error
+        if size == 0 or size % self.width:
+            raise ValueError(f"features have {size} bytes, which are no rows of {self.width}")
+        return self
+
+
 @dataclass(frozen=True)
 class EditOrigin:
     """What an edited network was made from, where that had no recipe: `save` derives one, which takes a while.
@@ -175,6 +202,8 @@ class Card(_FrozenFields):
         classes: Names of its outputs, in their order.
         metrics: Measured results, as JSON data.
         split: How the photos that it was trained on were split, where they lay in one folder or table.
+        confidence_factor: Factor on its scores that makes its probabilities as sure as they are right; None is 1.
+        familiar: What its training photos look like to it.
         carried: Fields in the header of its file that this version does not know; they are saved again.
         origin: What it was edited from; only without a recipe, and in no file.
     """
@@ -185,6 +214,8 @@ class Card(_FrozenFields):
     classes: tuple[str, ...] | None = None
     metrics: dict[str, Any] = Field(default_factory=dict)
     split: Split | None = None
+    confidence_factor: float | None = Field(default=None, gt=0)
+    familiar: FamiliarPhotos | None = None
     carried: dict[str, Any] = Field(default_factory=dict, exclude=True)
     origin: Any = Field(default=None, exclude=True)  # an `EditOrigin`
 

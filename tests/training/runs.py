@@ -68,7 +68,7 @@ RUNS: dict[str, Callable[[Any], tuple[nn.Module, Any, dict[str, Any]]]] = {
     "batches in a list": lambda _: (net(3), ([dataset()[:9], dataset()[9:], dataset()[4:16]], [dataset(9, 1)[:]]), {}),
     "photos, each time anew": lambda f: (net(), f("photos"), {"augment": "standard"}),
     "cached features": lambda f: (net(frozen=("conv1", "bn1")), f("photos"), {"augment": "flip"}),
-    "a head that is chosen": lambda f: (net(frozen=HEAD), f("more_photos"), {"lr": None, "views": 3}),
+    "a head that is chosen": lambda f: (net(frozen=HEAD), f("more_photos"), {"head": "steps", "lr": None, "views": 3}),
     "gradual unfreezing": lambda f: (net(), f("photos"), {"unfreeze": "head:1,conv2:1,all:2"}),
     "gradual unfreezing, not cached": lambda f: (net(), f("photos"), {"unfreeze": "head:1,all:2", "cache": False}),
     "numbers": lambda f: (net(1), f("table"), {"loss": "huber"}),
@@ -78,7 +78,7 @@ RUNS: dict[str, Callable[[Any], tuple[nn.Module, Any, dict[str, Any]]]] = {
     "a head that is chosen in bf16": lambda f: (
         net(frozen=HEAD),
         f("more_photos"),
-        {"lr": None, "precision": "bf16", "cache_precision": "int8"},
+        {"head": "steps", "lr": None, "precision": "bf16", "cache_precision": "int8"},
     ),
     "weights in bfloat16": lambda f: (net(frozen=("conv1", "bn1")).bfloat16(), f("photos"), {}),
     "weights in float64": lambda _: (net(3).double(), (dataset(20), dataset(9, 1)), {"mixup": 0.4}),

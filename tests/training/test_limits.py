@@ -135,9 +135,12 @@ def test_fit_with_few_photos(count: int, tmp_path: Path) -> None:
     if count % 2:
         (photos / "train" / "class000" / "000.png").unlink()
     lines = Lines()
-    result = regraft.fit(built("cnn, head"), photos, progress=lines, epochs=1, device="cpu")
+    result = regraft.fit(built("cnn, head"), photos, progress=lines, head="steps", epochs=1, device="cpu")
     assert ("chosen     " in lines) == (count >= sweep.MIN_PHOTOS)
     assert math.isfinite(result.validation.loss)
+    solved = regraft.fit(built("cnn, head"), photos, progress=lines, device="cpu")
+    assert "head       solved" in lines
+    assert math.isfinite(solved.validation.loss)
 
 
 # Which classes and targets there are

@@ -135,8 +135,9 @@ def test_fit_on_cached_features_of_an_architecture_is_the_loop_by_hand(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["cnn, head", "vit, head"])
+@pytest.mark.parametrize("head", ["solved", "steps"])
 def test_fit_in_each_precision_does_as_well_as_logistic_regression(
-    name: str, precision: str, device: str, separable: Path
+    head: str, name: str, precision: str, device: str, separable: Path
 ) -> None:
     model, lines = built(name), Lines()
     features: list[torch.Tensor] = []
@@ -151,8 +152,10 @@ def test_fit_in_each_precision_does_as_well_as_logistic_regression(
     oracle = LogisticRegression(max_iter=2000).fit(features[0].numpy(), targets.numpy())
     accuracy = oracle.score(features[1].numpy(), expected.numpy())
     assert accuracy >= 0.9  # or nothing could be told from the comparison: chance is 0.5
-    result = regraft.fit(model, separable, progress=lines, precision=precision, device=device, epochs=5)
-    assert "chosen     learning rate" in lines  # heads were trained side by side, whatever the precision
+    result = regraft.fit(model, separable, progress=lines, precision=precision, device=device, epochs=5, head=head)
+    assert ("chosen     learning rate" in lines) == (
+        head == "steps"
+    )  # heads were trained side by side, whatever the precision
     assert result.validation.accuracy is not None
     assert result.validation.accuracy >= accuracy - 2 / len(expected)
     evaluated = regraft.evaluate(result.model, separable / "val", device=device)

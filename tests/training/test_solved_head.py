@@ -65,7 +65,7 @@ def test_softmax_regression_goes_on_from_another_penalty() -> None:
 def test_class_means_are_scikit_learns_discriminants(count: int, width: int, shrinkage: float) -> None:
     features, targets = classes(count, width, 3)
     components, folds = Components.of(features, is_standardized=True), Folds.of(targets, views=1, seed=0)
-    weights, biases = ClassMeans(components, targets, 3, folds, torch.ones(count)).solve(shrinkage)
+    weights, biases = ClassMeans(components, targets, 3, folds, torch.ones(count)).solve(shrinkage, slice(None))
     inputs = components.rows.double().numpy()
     for fold in (0, 4, 5):  # the last one is that of all rows
         rows = folds.numbers != fold

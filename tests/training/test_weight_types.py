@@ -74,9 +74,11 @@ def test_fit_of_weights_in_another_type_on_datasets(data: str, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", OWN, ids=str)
 def test_fit_of_weights_in_another_type_trains_a_head(dtype: torch.dtype, many: Path) -> None:
     lines = Lines()
-    result = regraft.fit(built("cnn, head", dtype), many, device="cpu", progress=lines, epochs=3)
+    result = regraft.fit(built("cnn, head", dtype), many, device="cpu", progress=lines, epochs=3, head="steps")
     assert "chosen     learning rate" in lines
     reference = regraft.fit(built("cnn, head"), many, device="cpu", epochs=3)
+    solved = regraft.fit(built("cnn, head", dtype), many, device="cpu")
+    assert solved.validation.accuracy == pytest.approx(reference.validation.accuracy, abs=0.04)
     assert result.validation.accuracy == pytest.approx(reference.validation.accuracy, abs=0.04)
     state = result.model.state_dict()
     assert all(torch.isfinite(tensor).all() for tensor in state.values())

@@ -19,6 +19,7 @@ from regraft.checkpoint.foreign.kinds import first_names
 from regraft.checkpoint.matching.load_plan import UnfitError, carry_out
 from regraft.checkpoint.matching.load_report import Confidence, LoadReport, confidence_of
 from regraft.checkpoint.matching.loading import Rules, plan_loading
+from regraft.checkpoint.packaged import PACKAGE, packaged_weights
 from regraft.checkpoint.read import load, load_untrained
 from regraft.errors import ArgumentError, CheckpointError, ConfigError, nearest
 from regraft.surgery.head import replace_head
@@ -142,7 +143,13 @@ def is_checkpoint(name: str) -> bool:
 
 
 def weights_path(weights: str | Path) -> Path | None:
-    """Return the file that an argument `weights` names; None for `"default"`, `"none"` and registered weights."""
+    """Return the file that an argument `weights` names; None for `"default"`, `"none"` and registered weights.
+
+    Raises:
+        ModelError: It is `package:NAME`, and no such package is installed, or it has no weights.
+    """
+    if isinstance(weights, str) and weights.startswith(PACKAGE):
+        return packaged_weights(weights)
     path = Path(weights)
     looks_like_file = isinstance(weights, Path) or path.exists() or path.suffix != "" or len(path.parts) > 1
     return path if str(weights) not in ("default", "none") and looks_like_file else None

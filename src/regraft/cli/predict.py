@@ -35,6 +35,12 @@ def predict(
     top: Annotated[
         int | None, Option(help="Number of classes to list for each photo.  [default: 3; all in a CSV]", min=1)
     ] = None,
+    reject: Annotated[
+        float | None,
+        Option(
+            help="Label photos 'unknown' that resemble the training photos less than this share of others, as in 0.02."
+        ),
+    ] = None,
     out: Annotated[Path | None, Option(help="Write the predictions into this .csv or .json file.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing file.")] = False,
     batch_size: Annotated[int, Option(help="Photos per batch.", min=1)] = 32,
@@ -70,6 +76,7 @@ def predict(
         model,
         images,
         top=len(classes) if is_csv and classes else top or DEFAULT_TOP,
+        reject=reject,
         batch_size=batch_size,
         device=device,
         decoder=decoder,
@@ -108,8 +115,8 @@ def _say_predictions(predictions: Sequence[Any], top: int) -> None:
         (
             str(one.path),
             str(one.label),
-            f"{one.probability:.3f}",
-            ", ".join(f"{label} {share:.3f}" for label, share in one.top[1:top]),
+            f"{one.probability:.3f}" if one.probability is not None else "",
+            ", ".join(f"{label} {share:.3f}" for label, share in one.top[one.probability is not None : top]),
         )
         for one in predictions
     ]

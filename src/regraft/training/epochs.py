@@ -13,6 +13,8 @@ from regraft.data.items import length_of
 from regraft.errors import DataError, Interrupted, LossError, RunError
 from regraft.progress import Progress
 from regraft.training.config import TrainConfig
+from regraft.training.doubt.at_the_end import add_doubt
+from regraft.training.doubt.calibration import Calibration
 from regraft.training.fault_tolerance import FaultTolerantReader
 from regraft.training.features.batches import PickedBatches
 from regraft.training.loop import score, train_epoch
@@ -45,6 +47,7 @@ class Run:
         progress: Reports progress.
         trust_code: Whether custom code may be imported.
         kept_epoch: The epoch whose weights this process wrote into the folder; 0 before the first.
+        calibration: That of the best epoch, at the end of a run.
     """
 
     setup: TrainSetup
@@ -56,6 +59,7 @@ class Run:
     progress: Progress
     trust_code: bool
     kept_epoch: int = 0
+    calibration: Calibration | None = None
 
 
 def train(run: Run, saved_run: SavedRun | None) -> FitResult:
@@ -84,7 +88,7 @@ def train(run: Run, saved_run: SavedRun | None) -> FitResult:
                 _save_state(run, state_writer)
             for epoch in range(run.run_state.epoch, config.epochs + 1):
                 _run_epoch(run, epoch, reader, state_writer)
-            _load_best(run)
+            _finish(run)
         except KeyboardInterrupt as interruption:
             stopped: BaseException = _interrupted(run, state_writer, interruption)
             _attach_result(run, first_data, state_writer, stopped)
@@ -135,6 +139,7 @@ def _result(
         computed_once=first_data.frontier.summary(config.epochs) if first_data.frontier is not None else None,
         cache_disabled_reason=first_data.cache_disabled_reason,
         is_named=run.fingerprint.is_named,
+        calibration=run.calibration,
         stopped_by=stopped_by,
         to_continue=to_continue,
     )
@@ -301,6 +306,21 @@ def _load_best(run: Run) -> None:
     best.load_into(run.setup.model)
     if run.folder is not None and run.kept_epoch != best.epoch:
         _save_results(run, has_new_model=True)
+
+
+def _finish(run: Run) -> None:
+    """Load the best weights, add to the card how far they may be trusted, and write both."""
+    best = run.run_state.best
+    _load_best(run)
+    if best is None or not run.setup.compute.ranks.is_first:
+        return
+    with run.run_state.phase("validation"):
+        run.calibration = add_doubt(run.setup, best)
+    with run.run_state.phase("saving"):
+        if run.folder is not None:
+            run.folder.save_model(run.setup.model, run.config)
+    if run.calibration is not None:
+        run.progress.detail(f"confidence {run.calibration}")
 
 
 def _interrupted(run: Run, state_writer: StateWriter, interruption: KeyboardInterrupt) -> Interrupted:

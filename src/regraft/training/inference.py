@@ -26,19 +26,21 @@ from regraft.data.shards.layout import find_shards
 from regraft.data.shards.listing import find_member, members_of
 from regraft.data.sources import ShardMember, Source
 from regraft.data.transforms import augmentation, center_crop, normalize
-from regraft.errors import DataError, ModelError, RegraftError
+from regraft.errors import ArgumentError, DataError, ModelError, RegraftError
 from regraft.progress import Progress
 from regraft.train_options import Decoder
 from regraft.training.checks.targets import class_labels, has_one_hot_rows
 from regraft.training.checks.weight_types import compute_for, type_names
+from regraft.training.doubt.familiarity import head_inputs, resemblance
 from regraft.training.loop import score
 from regraft.training.metrics import Metrics, Scores, measure
 from regraft.training.steps.compute import ComputeContext
 from regraft.training.train_data import pairs_of
-from regraft.wording import for_caller
+from regraft.wording import for_caller, option
 from regraft.zoo import preprocessing_of
 
 BATCH_SIZE = 32
+UNKNOWN = "unknown"  # label of a photo that resembles no class
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,10 +49,12 @@ class Prediction:
 
     Attributes:
         path: The file, or the place in a shard; None for opened images.
-        label: The most probable class; None for regression.
-        probability: Its probability; None for regression.
+        label: The most probable class, or `unknown` (see `reject` in `predict`); None for regression.
+        probability: Its probability; None for regression and for `unknown`.
         top: The most probable classes with their probabilities, in order.
         value: The predicted number; None for classification.
+        resemblance: Share of the validation photos of the training that resemble its photos no more than this one does;
+            0: every one resembles them more. None if the model does not know.
     """
 
     path: Source | None
@@ -58,15 +62,18 @@ class Prediction:
     probability: float | None = None
     top: tuple[tuple[str, float], ...] = ()
     value: float | None = None
+    resemblance: float | None = None
 
     def __repr__(self) -> str:
         name = f"{str(self.path)!r}: " if self.path else ""
-        answer = f"{self.value:.4g}" if self.value is not None else f"{self.label!r} {self.probability or 0:.3f}"
+        answer = f"{self.value:.4g}" if self.value is not None else repr(self.label)
+        answer += f" {self.probability:.3f}" if self.probability is not None else ""
         return f"Prediction({name}{answer})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the prediction as JSON data."""
         values = {"label": self.label, "probability": self.probability, "value": self.value}
+        values["resemblance"] = self.resemblance
         known = {name: value for name, value in values.items() if value is not None}
         top = [{"label": label, "probability": probability} for label, probability in self.top]
         return {"path": str(self.path) if self.path else None, **known, **({"top": top} if top else {})}
@@ -154,6 +161,7 @@ def predict(
     images: Any,
     *,
     top: int = 5,
+    reject: float | None = None,
     batch_size: int = BATCH_SIZE,
     device: str | torch.device = "auto",
     decoder: Decoder | None = None,
@@ -161,12 +169,16 @@ def predict(
 ) -> list[Prediction]:
     """Classify photos.
 
+    The probabilities of a network that `fit` trained are calibrated on photos that it has not learned from.
+
     Args:
         model: A model that knows its classes and preprocessing, as `load` and `fit` return it.
         images: A path of a photo or of a folder of photos (folders below it included) or of shards, a pattern of paths
             such as `new/*.jpg`, a `PIL.Image`, a batch of preprocessed images (N, C, H, W), or a list of paths and
             `PIL.Image`s. Unreadable files are skipped and reported to `progress`.
         top: Number of most probable classes that each prediction lists.
+        reject: Photos are labelled `unknown` whose `resemblance` is below this share, as in 0.02: about so many photos
+            of the classes are rejected too. None labels all.
         batch_size: Photos per batch.
         device: `auto`, `cpu`, `cuda`, …
         decoder: How photos are decoded, see `TrainConfig`; None: as when the model was trained.
@@ -174,7 +186,7 @@ def predict(
 
     Raises:
         DataError: A path does not exist, or no photo can be read.
-        ModelError: The model does not know its classes.
+        ModelError: The model does not know its classes, or, to reject photos, what its training photos look like.
     """
     check_arguments(predict, locals())
     listener = progress_of(progress)
@@ -182,27 +194,30 @@ def predict(
     batch_size = int(batch_size)  # torch does not accept NumPy integers
     check_weights(predict, "model", model)
     card = _require_task(model)
+    _require_rejectable(model, card, reject)
     compute = compute_for(model, device)
     model.to(compute.device)
     if isinstance(images, torch.Tensor):
         if images.ndim != 4:
             raise DataError(f"the images have the shape {tuple(images.shape)}, expected (N, C, H, W).")
-        outputs, _ = _score(model, [(images, torch.zeros(len(images)))], compute)
-        return _predictions(outputs, [None] * len(images), card, top)
+        batches = [(images, torch.zeros(len(images)))]
+        return _predict_batches(model, batches, [None] * len(images), card, compute, top, reject)
     items = list(images) if isinstance(images, (list, tuple)) else [images]
     if not items:
         raise DataError("there are no images. Give paths, PIL images, or a tensor (N, C, H, W).")
     preprocessing = _preprocessing(model, decoder, compute, listener)
     if any(isinstance(item, Image.Image) for item in items):
         with compute.current():
-            return _predict_opened(model, items, preprocessing, top=top, device=device, progress=listener)
+            return _predict_opened(
+                model, items, preprocessing, top=top, reject=reject, device=device, progress=listener
+            )
     samples = [Sample(path, 0) for item in items for path in _files(item)]
     with compute.current():
         photos, unreadable = read_photos(samples, preprocessing, progress=listener)
     _report_skipped(unreadable, listener)
     batches = listener.track(loader(photos, batch_size), "predicting", -(-len(photos) // batch_size))
-    outputs, _ = _score(model, batches, compute)
-    return _predictions(outputs, [sample.path for sample in photos.samples], card, top)
+    paths = [sample.path for sample in photos.samples]
+    return _predict_batches(model, batches, paths, card, compute, top, reject)
 
 
 def _predict_opened(
@@ -211,6 +226,7 @@ def _predict_opened(
     preprocessing: Preprocessing,
     *,
     top: int,
+    reject: float | None,
     device: str | torch.device,
     progress: Progress,
 ) -> list[Prediction]:
@@ -230,7 +246,7 @@ def _predict_opened(
                 _report_skipped([Unreadable(source, str(error))], progress)
             else:
                 paths.append(source if isinstance(source, (Path, ShardMember)) else None)
-    predictions = predict(model, normalize(torch.stack(pixels), preprocessing), top=top, device=device)
+    predictions = predict(model, normalize(torch.stack(pixels), preprocessing), top=top, reject=reject, device=device)
     return [replace(prediction, path=path) for prediction, path in zip(predictions, paths, strict=True)]
 
 
@@ -320,10 +336,56 @@ def _report_skipped(unreadable: Sequence[Unreadable], progress: Progress) -> Non
         progress.say(f"skipped    {str(file.path)!r}: {file.reason}")
 
 
+def _require_rejectable(model: nn.Module, card: Card, reject: float | None) -> None:
+    if reject is None:
+        return
+    if not 0 < reject < 1:
+        raise ArgumentError(f"predict: {option('reject', reject)}, expected a share between 0 and 1, as in 0.02.")
+    if _head_of(model, card) is None:
+        raise ModelError(
+            f"this {type(model).__name__} does not know what its training photos look like, so none can be rejected. "
+            f"Train it with `fit` or `regraft train` on photos, or leave {option('reject')} out."
+        )
+
+
+def _head_of(model: nn.Module, card: Card) -> nn.Module | None:
+    """Return the layer whose inputs tell how much photos resemble the training photos; None if there is none."""
+    if card.familiar is None:
+        return None
+    layer = dict(model.named_modules()).get(card.familiar.layer)
+    return layer if getattr(layer, "in_features", card.familiar.width) == card.familiar.width else None
+
+
+def _predict_batches(
+    model: nn.Module,
+    batches: Any,
+    paths: Sequence[Source | None],
+    card: Card,
+    compute: ComputeContext,
+    top: int,
+    reject: float | None,
+) -> list[Prediction]:
+    head = _head_of(model, card)
+    if card.classes is None or card.familiar is None or head is None:
+        return _predictions(_score(model, batches, compute)[0], paths, card, top)
+    with head_inputs(head) as inputs:
+        outputs, _ = _score(model, batches, compute)
+    shares = resemblance(torch.cat(inputs), card.familiar).tolist() if inputs else []
+    predictions = _predictions(outputs, paths, card, top)
+    if len(shares) != len(predictions):  # its forward runs the head several times, or not at all
+        return predictions
+    return [
+        replace(one, resemblance=share, label=UNKNOWN, probability=None)
+        if reject is not None and share < reject
+        else replace(one, resemblance=share)
+        for one, share in zip(predictions, shares, strict=True)
+    ]
+
+
 def _predictions(outputs: torch.Tensor, paths: Sequence[Source | None], card: Card, top: int) -> list[Prediction]:
     if card.classes is None:
         return [Prediction(path, value=value) for path, value in zip(paths, outputs.flatten().tolist(), strict=True)]
-    probabilities, indices = outputs.softmax(1).topk(min(top, len(card.classes)))
+    probabilities, indices = (outputs * (card.confidence_factor or 1)).softmax(1).topk(min(top, len(card.classes)))
     predictions = []
     for path, values, places in zip(paths, probabilities.tolist(), indices.tolist(), strict=True):
         ranked = tuple((card.classes[place], value) for place, value in zip(places, values, strict=True))

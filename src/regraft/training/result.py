@@ -14,6 +14,7 @@ from regraft.data.samples import Task
 from regraft.data.sources import Source
 from regraft.display import block, shortened, some, table_html
 from regraft.training.config import TrainConfig
+from regraft.training.doubt.calibration import Calibration
 from regraft.training.metrics import Metrics
 
 COLUMNS = ("epoch", "training loss", "validation loss", "validation", "seconds")
@@ -152,6 +153,7 @@ class FitResult:
         computed_once: The part that was computed once; None if every epoch ran the whole network.
         cache_disabled_reason: Why every epoch ran it; None if a part was computed once, or if nothing is frozen.
         is_named: Whether `config` describes the run completely: network and loss by name, data as a path.
+        calibration: How sure its probabilities are; None for regression, few photos, and runs that were stopped.
         stopped_by: What stopped the run before its last epoch (a signal, an error); None if it ended. The result of a
             stopped run is an attribute of the exception: `error.result`.
         to_continue: The command or call that resumes it; None if it ended, or if there is no state to resume from.
@@ -172,6 +174,7 @@ class FitResult:
     computed_once: ComputedOnce | None = None
     cache_disabled_reason: str | None = None
     is_named: bool = False
+    calibration: Calibration | None = None
     stopped_by: str | None = None
     to_continue: str | None = None
 
@@ -196,6 +199,7 @@ class FitResult:
             ("losses", f"{' -> '.join(dict.fromkeys((losses[0], losses[-1])))} in training" if losses else ""),
             ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())),
             ("once", share),
+            ("sureness", str(self.calibration or "")),
             ("stopped", f"by {self.stopped_by}" if self.stopped_by else ""),
         ]
 
@@ -213,6 +217,7 @@ class FitResult:
             "out": str(self.out) if self.out else None,
             "validation": self.validation.to_dict(),
             "best_epoch": self.best_epoch,
+            "calibration": asdict(self.calibration) if self.calibration else None,
             "epochs": [record.to_row() for record in self.history],
             "seconds": self.seconds,
             "computed_once": asdict(self.computed_once) if self.computed_once else None,

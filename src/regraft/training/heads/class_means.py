@@ -12,13 +12,12 @@ from torch.nn import functional as F
 from regraft.training.heads.components import Components
 from regraft.training.heads.folds import Folds
 
-SHRINKAGES = (0.1, 0.3, 0.6, 0.9, 1.0)
 MIN_SHARE = 1e-9  # of a class that nothing was learned of
 MIN_VARIANCE = 1e-3  # within classes, as a share of all: photos of a class that are all equal leave rounding
 
 
 class ClassMeans:
-    """Means of the classes and the covariance within them: without each fold, and of all rows.
+    """Means of the classes and the covariance within them: without each fold, and of all rows as the last.
 
     Args:
         components: The rows (N, R).
@@ -46,12 +45,12 @@ class ClassMeans:
         least = MIN_VARIANCE * float(components.variances.mean())
         self._variances = self._within.diagonal(dim1=1, dim2=2).mean(1).clamp(min=max(least, 1e-12))
 
-    def solve(self, shrinkage: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return weights (F + 1, R, K) and biases (F + 1, K): the last head has learned from all rows."""
-        shrunk = (1 - shrinkage) * self._within
-        shrunk.diagonal(dim1=1, dim2=2).add_(shrinkage * self._variances[:, None])
-        weights = torch.cholesky_solve(self._means.mT, torch.linalg.cholesky(shrunk))
-        return weights, self._priors.log() - (weights * self._means.mT).sum(1) / 2
+    def solve(self, shrinkage: float, which: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weights (B, R, K) and biases (B, K) of some of the F + 1 heads."""
+        shrunk, means = (1 - shrinkage) * self._within[which], self._means[which].mT
+        shrunk.diagonal(dim1=1, dim2=2).add_(shrinkage * self._variances[which, None])
+        weights = torch.cholesky_solve(means, torch.linalg.cholesky(shrunk))
+        return weights, self._priors[which].log() - (weights * means).sum(1) / 2
 
 
 def _without_each(values: torch.Tensor) -> torch.Tensor:

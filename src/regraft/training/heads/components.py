@@ -10,7 +10,7 @@ import torch
 
 MAX_DIRECTIONS = 1_024  # above it, an eigendecomposition takes longer than it saves
 MIN_SPREAD = 1e-9  # of the largest deviation: features that vary less are constant, and are not scaled
-MIN_VARIANCE = 1e-7  # of the largest: what is less is rounding
+MIN_VARIANCE = {torch.float32: 1e-6, torch.float64: 1e-13}  # of the largest: what is less is rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,13 @@ class Components:
     variances: torch.Tensor
     _mean: torch.Tensor
     _std: torch.Tensor
-    _rotation: torch.Tensor | None
+    _turns: tuple[torch.Tensor, ...]  # whose product rotates the rows back, from the last to the first
+
+    @property
+    def mean_square(self) -> float:
+        """Mean of the squared singular values, those that are left out as rounding included."""
+        count, width = len(self.rows), len(self._std)
+        return float(self.variances.sum()) * count / min(count, width)
 
     @classmethod
     def of(cls, features: torch.Tensor, *, is_standardized: bool) -> "Components":
@@ -42,30 +48,22 @@ class Components:
         inputs = inputs / std
         count, width = inputs.shape
         if min(count, width) > MAX_DIRECTIONS:
-            return cls(inputs, inputs.square().mean(0), mean, std, None)
+            return cls(inputs, inputs.square().mean(0), mean, std, ())
         is_wide = width > count
-        gram = _product(inputs, inputs.T) if is_wide else _product(inputs.T, inputs)
-        values, vectors = torch.linalg.eigh(gram)
-        is_kept = values > max(MIN_VARIANCE * float(values[-1]), 0.0)
+        values, vectors = torch.linalg.eigh(inputs @ inputs.T if is_wide else inputs.T @ inputs)
+        is_kept = values > max(MIN_VARIANCE[features.dtype] * float(values[-1]), 0.0)
         is_kept[-1] = True  # features that are all equal keep one coordinate
-        values, vectors = values[is_kept].clamp(min=1e-30), vectors[:, is_kept]
+        values, vectors = values[is_kept].clamp(min=0), vectors[:, is_kept]
         if is_wide:
             roots = values.sqrt()
-            rows, rotation = (vectors * roots).to(inputs), _product(inputs.T, vectors / roots).to(inputs)
+            rows, turns = vectors * roots, (vectors / roots.clamp(min=1e-15), inputs.T)
         else:
-            rotation = vectors.to(inputs)
-            rows = inputs @ rotation
-        return cls(rows, (values / count).to(inputs), mean, std, rotation)
+            rows, turns = inputs @ vectors, (vectors,)
+        return cls(rows, values / count, mean, std, turns)
 
     def to_features(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return weight (K, D) and bias (K,) for the features as they are, from those of the rows, (R, K) and (K,)."""
-        turned = weight if self._rotation is None else self._rotation @ weight
-        weight = turned.T / self._std
+        for turn in self._turns:
+            weight = turn @ weight
+        weight = weight.T / self._std
         return weight, bias - weight @ self._mean
-
-
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Multiply in float64 where the device has it: products of small numbers decide what is rounding."""
-    if left.device.type == "mps":
-        return left @ right
-    return left.double() @ right.double()

@@ -69,12 +69,12 @@ class Ridge:
         expected = targets.double()[:, None] if is_number else F.one_hot(targets, outputs).double()
         count, squares = len(rows), rows.square().sum(0)  # (R,)
         target_mean = expected.mean(0)
-        left = rows / squares.sqrt()
+        left = rows / squares.sqrt().clamp(min=1e-30)
         projected = left.T @ (expected - target_mean)  # (R, K)
         by_photo = left.unflatten(0, (-1, views))
         identity = torch.eye(views, dtype=left.dtype, device=left.device)
         best: tuple[float, torch.Tensor] | None = None
-        for penalty in PENALTIES.to(rows.device) * squares.mean():
+        for penalty in PENALTIES.to(rows.device) * max(components.mean_square, 1e-30):
             shrunk = squares / (squares + penalty)
             fitted = left @ (shrunk[:, None] * projected)
             leverage = (by_photo * shrunk) @ by_photo.mT + 1 / count  # (P, V, V): leverages among the views of a photo

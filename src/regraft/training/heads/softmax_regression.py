@@ -43,7 +43,7 @@ class SoftmaxRegression:
 
     def scores(self, heads: torch.Tensor, penalty: float) -> torch.Tensor:
         """Return the scores of all rows by all heads, (N, B, K)."""
-        return _scores(self._rows, *self.parts(heads, penalty))
+        return scores_of(self._rows, *self.parts(heads, penalty))
 
     def solve(
         self,
@@ -92,7 +92,7 @@ class SoftmaxRegression:
     def _value(self, heads: torch.Tensor, shares: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the penalized losses (B,) and their gradients, (B, (R + 1) * K)."""
         weights, biases = self.parts(heads, penalty)
-        logs = _scores(self._rows, weights, biases).log_softmax(-1)  # (N, B, K)
+        logs = scores_of(self._rows, weights, biases).log_softmax(-1)  # (N, B, K)
         losses = -(logs * self._expected[:, None]).sum(-1).T.mul(shares).sum(1)
         residuals = (logs.exp() - self._expected[:, None]) * shares.T[..., None]
         products = self._rows.T @ residuals.flatten(1)  # (R, B * K)
@@ -122,7 +122,7 @@ class SoftmaxRegression:
         return heads, values, gradients
 
 
-def _scores(rows: torch.Tensor, weights: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
+def scores_of(rows: torch.Tensor, weights: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
     """Return the scores of rows (N, R) by B heads, (N, B, K), as one product."""
     flat = weights.transpose(0, 1).flatten(1)
     return (rows @ flat).view(len(rows), *biases.shape) + biases

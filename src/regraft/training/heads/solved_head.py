@@ -7,25 +7,26 @@ The scores are scaled at last by a factor that is fitted on the same photos, so 
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
 
 from regraft.training.heads.calibration import fit_factor
-from regraft.training.heads.class_means import SHRINKAGES, ClassMeans
+from regraft.training.heads.class_means import ClassMeans
 from regraft.training.heads.components import Components
 from regraft.training.heads.folds import Folds, shares
 from regraft.training.heads.ridge import Ridge
 from regraft.training.heads.ridge import is_solvable as is_ridge_solvable
-from regraft.training.heads.softmax_regression import SoftmaxRegression
+from regraft.training.heads.softmax_regression import SoftmaxRegression, scores_of
 
 PENALTIES = tuple(10 ** (0.5 - power / 2) for power in range(9))  # from 3 to 3e-4, times half the sum of squares
 DEFAULT_PENALTY = 0.1  # where no photo can be left out
-MAX_RISES = 2  # penalties in a row whose loss is higher than the lowest, after which no weaker one is tried
-MIN_FALL = 1e-3  # of the loss, as a share, for which the next weaker penalty is tried
-TOLERANCE, FOLD_TOLERANCE = 1e-4, 1e-2  # see `SoftmaxRegression.solve`; fold heads are only compared
+MIN_FALL = 1e-3  # of the loss from one penalty to the next, as a share, for which a weaker one is tried
+SHRINKAGES, MIDDLE = (0.1, 0.3, 0.6, 0.9, 1.0), 2
+MAX_SMALL = 100  # photos up to which standardized features are tried too: on more, they were hardly ever better
+TOLERANCE, FOLD_TOLERANCE = 1e-4, 3e-2  # see `SoftmaxRegression.solve`; fold heads are only compared
 MAX_NUMBERS = 500_000_000  # features, scores, and parameters of the heads of all folds with their history
 HISTORY_COPIES = 20
 MAX_WIDTH = 4_096  # of the covariances of `ClassMeans`
@@ -42,12 +43,14 @@ class Candidate:
         scores: Scores (N, K) of each row by a head that has not learned from it, calibrated.
         losses: Cross-entropy of each of these rows.
         solve: Returns the head of all rows, calibrated.
+        factor: That on the scores, for which they are.
     """
 
     name: str
     scores: torch.Tensor
     losses: torch.Tensor
     solve: Callable[[], Parts]
+    factor: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +64,8 @@ class SolvedHead:
         loss: Mean loss on the training photos, without a penalty.
         out_of_fold: Log-probabilities (P, K) of each photo in its first view by a head that has not learned from it;
             equal ones for the only photo of a class. For regression, predictions (P, 1).
-        fold_losses: Mean loss on photos left out by each way that was tried, the best first.
+        fold_losses: Mean loss on photos left out by each way that was tried, the one that was taken first.
+        factor: On its scores, which calibrates them and is in the weights already; None if it was not fitted.
     """
 
     weight: torch.Tensor
@@ -70,6 +74,7 @@ class SolvedHead:
     loss: float
     out_of_fold: torch.Tensor
     fold_losses: dict[str, float]
+    factor: float | None = None
 
     def __str__(self) -> str:
         if not self.fold_losses:
@@ -149,23 +154,26 @@ class _Problem:
         """Return the ways to solve the head, of which the first two need not win by more than an error."""
         photos = len(self._targets) // self._views
         plain = self._by_regression(self._plain, "softmax regression")
-        standardized = Components.of(self._features, is_standardized=True)
-        others = [self._by_regression(standardized, "softmax regression on standardized features")]
         if self._features.shape[1] > MAX_WIDTH:
-            return [plain, *others]
+            return [plain]
         means = self._by_means()
         averaged = self._calibrated(
             "softmax regression averaged with class means",
             (plain.scores + means.scores) / 2,
             lambda: _mean_of(plain.solve(), means.solve()),
         )
+        ways = [plain, averaged, means]
+        if photos > MAX_SMALL:
+            return ways
+        standardized = Components.of(self._features, is_standardized=True)
+        ways.append(self._by_regression(standardized, "softmax regression on standardized features"))
         if is_ridge_solvable(photos, self._features.shape[1], self._outputs, views=self._views):
-            others.append(self._by_ridge(standardized))
-        return [plain, averaged, means, *others]
+            ways.append(self._by_ridge(standardized))
+        return ways
 
     def best_of(self, candidates: list[Candidate]) -> Candidate:
         """Return the best of the first two, or one that is better by more than one standard error."""
-        best = min(candidates[:2] if len(candidates) > 2 else candidates[:1], key=self._mean)
+        best = min(candidates[:2], key=self._mean)
         for other in sorted(candidates, key=self._mean):
             gains = self._by_photo(best.losses - other.losses)
             if float(gains.mean()) > float(gains.std()) / math.sqrt(len(gains)):
@@ -177,7 +185,7 @@ class _Problem:
         weight, bias = best.solve()
         order = sorted(candidates, key=lambda candidate: (candidate is not best, self._mean(candidate)))
         losses = {candidate.name: self._mean(candidate) for candidate in order}
-        return self._head(best.name, weight, bias, best.scores, losses)
+        return replace(self._head(best.name, weight, bias, best.scores, losses), factor=best.factor)
 
     def without_folds(self) -> SolvedHead:
         """Return the head where no photo can be left out: softmax regression with a penalty that was not chosen."""
@@ -212,26 +220,33 @@ class _Problem:
             scores = self._folds.own(regression.scores(heads, penalty))
             candidate = self._calibrated(f"{name}, penalty {penalty:.2g}", scores, solve)
             tried.append((self._mean(candidate), candidate))
-            losses = [loss for loss, _ in tried]
-            last_best = losses.index(min(losses))
-            if len(losses) - 1 - last_best >= MAX_RISES:
+            if len(tried) > 1 and tried[-1][0] > (1 - MIN_FALL) * tried[-2][0]:
                 break
         return min(tried, key=lambda pair: pair[0])[1]
 
     def _by_means(self) -> Candidate:
-        """Return class means with the shrinkage of the lowest loss."""
+        """Return class means with the shrinkage of the lowest loss, which falls and then rises along `SHRINKAGES`."""
         means = ClassMeans(self._plain, self._targets, self._outputs, self._folds, self._weights)
-        return min(self._of_means(means), key=self._mean)
+        tried = {place: self._of_means(means, SHRINKAGES[place]) for place in (MIDDLE, MIDDLE + 1)}
+        losses = {place: self._mean(candidate) for place, candidate in tried.items()}
+        step = 1 if losses[MIDDLE + 1] < losses[MIDDLE] else -1
+        place = MIDDLE + 2 if step == 1 else MIDDLE - 1
+        while 0 <= place < len(SHRINKAGES):
+            tried[place] = self._of_means(means, SHRINKAGES[place])
+            losses[place] = self._mean(tried[place])
+            if losses[place] > losses[place - step]:
+                break
+            place += step
+        return tried[min(losses, key=lambda place: losses[place])]
 
-    def _of_means(self, means: ClassMeans) -> Iterator[Candidate]:
-        for shrinkage in SHRINKAGES:
-            weights, biases = means.solve(shrinkage)
-            flat = weights.transpose(0, 1).flatten(1)
-            scores = (self._plain.rows @ flat).view(len(self._targets), *biases.shape) + biases
-            parts = self._plain.to_features(weights[-1], biases[-1])
-            yield self._calibrated(
-                f"class means, shrinkage {shrinkage:.1f}", self._folds.own(scores), lambda parts=parts: parts
-            )
+    def _of_means(self, means: ClassMeans, shrinkage: float) -> Candidate:
+        scores = scores_of(self._plain.rows, *means.solve(shrinkage, slice(None, -1)))
+
+        def solve() -> Parts:
+            weights, biases = means.solve(shrinkage, slice(-1, None))
+            return self._plain.to_features(weights[0], biases[0])
+
+        return self._calibrated(f"class means, shrinkage {shrinkage:.1f}", self._folds.own(scores), solve)
 
     def _by_ridge(self, components: Components) -> Candidate:
         solution = Ridge(components, self._targets, self._outputs, views=self._views)
@@ -246,7 +261,7 @@ class _Problem:
             weight, bias = solve()
             return factor * weight, factor * bias
 
-        return Candidate(name, factor * scores, losses, solve_scaled)
+        return Candidate(name, factor * scores, losses, solve_scaled, factor)
 
     def _mean(self, candidate: Candidate) -> float:
         return float(self._by_photo(candidate.losses).mean())
