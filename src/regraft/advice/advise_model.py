@@ -65,6 +65,7 @@ def advise(
     Raises:
         InputError: An argument or the data is invalid. Nothing was changed.
     """
+    model = str(model) if isinstance(model, Path) else model
     check_arguments(advise, locals())
     listener, limit_s = progress_of(progress), parse_budget(budget)
     config = (config or TrainConfig()).updated(**options)
@@ -73,7 +74,7 @@ def advise(
     if isinstance(data, (str, Path)):
         check_path(advise, "data", data)
         config = config.updated(data=str(data))
-    models = [model] if isinstance(model, (str, Path, nn.Module)) else list(model)
+    models = [model] if isinstance(model, (str, nn.Module)) else list(model)
     if not models:
         raise ConfigError("model is an empty list. Name at least one network.")
     for number, entry in enumerate(models):
@@ -86,4 +87,4 @@ def advise(
         asked = [
             Question(entry, data, listing, config, share_s, layers, trust_code, listener).answer() for entry in models
         ]
-    return asked[0] if isinstance(model, (str, Path, nn.Module)) else rank(asked)
+    return asked[0] if isinstance(model, (str, nn.Module)) else rank(asked)
