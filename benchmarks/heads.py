@@ -81,7 +81,7 @@ def main() -> None:
                 np.mean([getattr(one, key) for one in results], 0) for key in ("accuracies", "losses")
             )
             cells = "".join(
-                f"{a:>12.4f} / {loss:.3f}"[:19].rjust(19) for a, loss in zip(accuracies, losses, strict=True)
+                f"{a:.4f} / {loss:.3f}".rjust(19) for a, loss in zip(accuracies, losses, strict=True)
             )
             seconds = {key: sum(one.seconds[key] for one in results) for key in ("regraft", "cv")}
             print(f"{name:<41}{cells}{seconds['regraft'] / seconds['cv']:>13.2f}")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from timm import layers
 from torch import fx, nn
+from torch.fx.experimental import symbolic_shapes
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.data import DataLoader
 
@@ -372,3 +373,24 @@ def test_uses_fast_norm() -> None:
         assert "_fast_norm" in vars(norm)
         norm._fast_norm = choice
         assert uses_fast_norm(norm) is choice
+
+
+VALUES: dict[str, tuple[tuple[Any, ...], ...]] = {
+    "guarding_hint_or_throw": ((3,), (True,)),
+    "has_guarding_hint": ((3,), (2.5,)),
+    "is_nested_int": ((3,), (2.5,)),
+    "sym_eq": (((1, 2), [1, 2]), ((1, 2), (1, 3)), ((1,), (1, 2)), (4, 4), (4, 5), (torch.Size([2]), [2])),
+}
+
+
+@pytest.mark.filterwarnings("ignore:guard_size_oblivious:FutureWarning")
+@pytest.mark.parametrize("name", torch_internals._SHAPE_ANSWERS)
+def test_defer_compiler_answers_for_plain_numbers_as_the_symbolic_shapes_do(name: str) -> None:
+    if not hasattr(symbolic_shapes, name):
+        pytest.skip("this torch has no such function, and asks for none")
+    theirs, ours = getattr(symbolic_shapes, name), torch_internals._SHAPE_ANSWERS[name]
+    several = [(True, False), (True, True), (False, False), (True,), (False,)]
+    of_one = [(True,), (False,)]
+    for values in VALUES.get(name, several if name.startswith("sym_") else of_one):
+        assert ours(*values) == theirs(*values)
+        assert type(ours(*values)) is type(theirs(*values))

@@ -186,10 +186,28 @@ def operation_schema(operation: Any) -> torch.FunctionSchema:
 # The compiler, which takes longer to import than a small training does. Functions of torch import it when they are
 # called, only to say what must not be compiled: optimizers, dispatch modes, operations of the meta device. They are too
 # many to change one by one, and others in each release. So a stand-in for the module takes what they say, and imports
-# the module when anything else of it is read.
+# the module when anything else of it is read. It is the same with the symbolic shapes and with SymPy: operations of the
+# meta device ask about numbers that are plain ones, unless something has imported the modules already.
 
-_COMPILER = "torch._dynamo"
-_READERS = frozenset({"torch", "torch._compile", "torch.optim.optimizer"})  # the modules of torch that say it
+_COMPILER, _SHAPES, _SYMPY = "torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy"
+_COMPILER_READERS = ("torch", "torch._compile", "torch.optim.optimizer")  # the modules of torch that say it
+_SHAPE_READERS = (  # modules of torch with operations of the meta device
+    *("torch", "torch._decomp.decompositions", "torch._meta_registrations", "torch._prims", "torch._prims_common"),
+    *("torch._refs", "torch._refs.nn.functional"),
+)
+_SHAPE_ANSWERS: dict[str, Callable[..., Any]] = {  # for plain bools and ints
+    "expect_true": lambda value: value,
+    "guard_or_false": lambda value: value,
+    "guard_or_true": lambda value: value,
+    "guard_size_oblivious": lambda value: value,
+    "guarding_hint_or_throw": lambda value: value,
+    "has_guarding_hint": lambda value: True,
+    "is_nested_int": lambda value: False,
+    "statically_known_true": lambda value: value,
+    "sym_eq": lambda one, other: list(one) == list(other) if isinstance(one, (list, tuple)) else one == other,
+    "sym_and": lambda *values: all(values),
+    "sym_or": lambda *values: any(values),
+}
 
 
 @contextlib.contextmanager
@@ -199,50 +217,71 @@ def defer_compiler() -> Iterator[None]:
     Results are the same. After the block, or the import of the compiler in it, nothing is left of the change: a later
     `torch.compile` finds torch as it was. Does nothing inside another such block, and where it is imported already.
     """
-    compiler = _DeferredCompiler()
+    shapes = _StandIn(_SHAPES, _SHAPE_READERS, _SHAPE_ANSWERS)
+    symbols = _StandIn(_SYMPY, _SHAPE_READERS, {"Basic": type("Basic", (), {})})  # no number is one
+    stand_ins = (_DeferredCompiler(), shapes, symbols)
     try:
-        compiler.put_in()
+        for stand_in in stand_ins:
+            stand_in.put_in()
         yield
     finally:
-        compiler.take_out()
+        for stand_in in stand_ins:
+            stand_in.take_out()
 
 
-class _DeferredCompiler:
-    """A stand-in in `sys.modules` for the compiler."""
+class _StandIn:
+    """A stand-in for a module of torch in `sys.modules`: it answers some readers, and imports the module for others."""
+
+    def __init__(self, name: str, readers: tuple[str, ...], answers: Mapping[str, Any]) -> None:
+        self.__name__ = name
+        self.__spec__ = importlib.util.find_spec(name)  # for those who only ask whether it is installed
+        self._parent, _, self._own_name = name.rpartition(".")
+        self._readers, self._answers = readers, answers
+
+    def put_in(self) -> None:
+        """Put it where imports look for the module, unless that is imported."""
+        modules: dict[str, Any] = sys.modules
+        if modules.setdefault(self.__name__, self) is self and self._parent:
+            setattr(importlib.import_module(self._parent), self._own_name, self)
+
+    def take_out(self) -> None:
+        """Let the next import be that of the module."""
+        if sys.modules.get(self.__name__) is not cast(Any, self):
+            return
+        del sys.modules[self.__name__]
+        if self._parent:
+            delattr(importlib.import_module(self._parent), self._own_name)
+
+    def __getattr__(self, name: str) -> Any:
+        reader = str(sys._getframe(1).f_globals.get("__name__"))
+        if name in self._answers and reader in self._readers:
+            return self._answers[name]
+        if name.startswith("__") and not (
+            name == "__path__" and self.__spec__ and self.__spec__.submodule_search_locations
+        ):
+            raise AttributeError(name)
+        self.take_out()
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+class _DeferredCompiler(_StandIn):
+    """The stand-in for the compiler, which takes off again the marks that functions got instead of its own."""
 
     def __init__(self) -> None:
-        self.__name__ = _COMPILER
-        self.__spec__ = importlib.util.find_spec(_COMPILER)  # for those who only ask whether it is installed
+        answers = {"disable": self._disable, "graph_break": lambda: None}
+        super().__init__(_COMPILER, _COMPILER_READERS, answers)
         self._unmarked: list[Any] = []
-        self._answers = {"disable": self._disable, "graph_break": lambda: None}
 
     def _disable(self, function: Any, recursive: bool, *, wrapping: bool) -> Any:
         self._unmarked.append(function)  # to which the caller attaches the result, for its next call
         return function
 
-    def put_in(self) -> None:
-        """Put it where imports look for the module, unless that is imported."""
-        modules: dict[str, Any] = sys.modules
-        if modules.setdefault(_COMPILER, self) is self:
-            setattr(torch, "_dynamo", self)  # noqa: B010
-
     def take_out(self) -> None:
-        """Let the next import be that of the module, and take off the marks that functions got instead of its own."""
-        modules: dict[str, Any] = sys.modules
-        if modules.get(_COMPILER) is not self:
-            return
-        del sys.modules[_COMPILER]
-        delattr(torch, "_dynamo")
+        """Let the next import be that of the module, and take off the marks."""
+        super().take_out()
         for function in self._unmarked:
             vars(function).pop("__dynamo_disable", None)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self._answers and sys._getframe(1).f_globals.get("__name__") in _READERS:
-            return self._answers[name]
-        if name.startswith("__") and name != "__path__":
-            raise AttributeError(name)
-        self.take_out()
-        return getattr(importlib.import_module(_COMPILER), name)
+        self._unmarked.clear()
 
 
 # Training

@@ -144,6 +144,8 @@ def test_cli_evaluate_writes_a_report(cli: Cli, saved: Path, photos: Path) -> No
     assert f"{photos}/cats/bad.jpg not an image" in page.text
     assert all(f" {phase} " in page.text for phase in ("start", "model", "reading", "evaluating", "report"))
     assert {attributes["href"][1:] for attributes in page.all("a")} <= {a["id"] for _, a in page.tags if "id" in a}
+    assert only_json(cli(*words, "--report", "plain.html", "--no-heat-maps", "--json").stdout)["report"] == "plain.html"
+    assert len(Page(Path("plain.html").read_text()).all("img")) == len(page.photos)
     with nothing_written():
         assert_refused(cli(*words, "--report", "test.html"), "'test.html' exists. Choose another --report")
         assert_refused(cli(*words, "--report", "test.pdf"), "'test.pdf' does not end in .html")

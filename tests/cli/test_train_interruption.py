@@ -36,7 +36,7 @@ def test_cli_train_interrupted_before_training_begins_writes_nothing(
 def test_cli_train_interrupted_in_the_report_says_where_the_model_is(
     cli: Cli, train_words: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("regraft.report.write_report", stop)
@@ -154,7 +154,7 @@ def test_cli_train_reports_what_a_crash_has_left(cli: Cli, train_words: list[obj
 def test_cli_train_interrupted_again_leaves_out_the_report(
     cli: Cli, train_words: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     Path("term.py").write_text(TERMINATED)

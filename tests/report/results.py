@@ -1,5 +1,7 @@
 """Results of runs, and what a browser would see in their pages."""
 
+import base64
+import hashlib
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -31,7 +33,7 @@ class Page(HTMLParser):
         self.tags.append((tag, {name: value or "" for name, value in attrs}))
 
     def handle_data(self, data: str) -> None:
-        if self._tag != "style":
+        if self._tag not in ("style", "script"):
             self.pieces.append(data)
 
     @property
@@ -40,6 +42,11 @@ class Page(HTMLParser):
 
     def all(self, tag: str) -> list[dict[str, str]]:
         return [attributes for found, attributes in self.tags if found == tag]
+
+    @property
+    def photos(self) -> list[dict[str, str]]:
+        """The pictures of photos, without their heat maps."""
+        return [attributes for attributes in self.all("img") if attributes.get("class") != "heat"]
 
 
 def tiny_model(outputs: int) -> nn.Module:
@@ -135,7 +142,9 @@ def assert_complete_in_itself(page: Page) -> None:
     assert "http:" not in page.source
     assert "https:" not in page.source
     assert "@import" not in page.source
-    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.tags}
+    assert not {"link", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.tags}
+    if page.all("html"):  # a page, and not a figure alone
+        assert_runs_one_script(page)
     for _, attributes in page.tags:
         assert not [name for name in attributes if name.startswith("on")]
         for name, value in attributes.items():
@@ -143,3 +152,12 @@ def assert_complete_in_itself(page: Page) -> None:
                 assert value.startswith(("#", "data:image/")), (name, value[:80])
     for target in re.findall(r"url\(([^)]*)\)", page.source):
         assert target.strip("'\"").startswith("#")
+
+
+def assert_runs_one_script(page: Page) -> None:
+    """Check that a page has no script but the one whose digest its security policy allows."""
+    scripts = re.findall(r"<script>(.*?)</script>", page.source, re.DOTALL)
+    assert len(page.all("script")) == len(scripts) == 1
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    (policy,) = (meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"

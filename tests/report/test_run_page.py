@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_write_report_shows_the_most_confident_mistakes_first_and_upright(tmp_pa
     turned[0x0112] = 6  # a quarter turn: the photo is wide, and shows something high
     Image.new("RGB", (300, 200)).save(paths[expected[0]], "JPEG", exif=turned)
     page = written(result, tmp_path)
-    images = page.all("img")[: len(expected)]
+    images = page.photos[: len(expected)]
     assert [attributes["alt"][:6] for attributes in images] == [paths[index].name for index in expected]
     sizes = []
     for attributes in images:
@@ -84,16 +85,33 @@ def test_write_report_shows_the_most_confident_mistakes_first_and_upright(tmp_pa
     assert set(sizes[1:]) == {(160, 107)}
 
 
+def test_write_report_shows_where_the_network_looked_in_its_mistakes(tmp_path: Path) -> None:
+    result = classified(("ant", "bee"), paths=photos(tmp_path / "photos", [f"{index:02}.png" for index in range(60)]))
+    mistakes = sum(result.outputs.argmax(1) != result.targets)
+    page = written(result, tmp_path)
+    heat = [attributes for attributes in page.all("img") if attributes.get("class") == "heat"]
+    assert 0 < len(heat) <= min(mistakes, 12)
+    assert all(
+        attributes["alt"].startswith(("What spoke for ant: mostly", "What spoke for bee: mostly"))
+        for attributes in heat
+    )
+    assert "Grad-CAM" in page.text
+    without = Page(write_report(result, tmp_path / "without.html", heat_maps=False).read_text())
+    assert len(without.photos) == len(without.all("img")) == len(page.photos)
+    broken = written(replace(result, model=nn.Sequential(*result.model, nn.Linear(9, 9))), tmp_path)
+    assert re.search("Where it looked is not shown: .*shapes cannot be multiplied", broken.text)
+
+
 def test_write_report_tolerates_vanished_and_broken_photos(tmp_path: Path) -> None:
     paths = photos(tmp_path / "photos", [f"{index:02}.png" for index in range(60)])
     result = classified(("ant", "bee", "wasp"), paths=paths)
-    count = len(written(result, tmp_path).all("img"))
+    count = len(written(result, tmp_path).photos)
     for path in paths[::2]:
         path.write_bytes(b"\x89PNG")
     some = written(result, tmp_path)
     shutil.rmtree(tmp_path / "photos")
     none = written(result, tmp_path)
-    assert count == len(some.all("img")) + some.text.count("the file is gone")
+    assert count == len(some.photos) + some.text.count("the file is gone")
     assert none.text.count("the file is gone") == count > 0
     assert not none.all("img")
 
@@ -169,7 +187,7 @@ def test_write_report_of_a_regression(tmp_path: Path) -> None:
         assert figure in page.text
     errors = (result.outputs.flatten() - result.targets).abs()
     worst = sorted(range(50), key=lambda index: -errors[index].item())[:12]
-    assert [attributes["alt"][:6] for attributes in page.all("img")[:12]] == [paths[index].name for index in worst]
+    assert [attributes["alt"][:6] for attributes in page.photos[:12]] == [paths[index].name for index in worst]
     assert "onfusion" not in page.text
     assert "alibration" not in page.text
 
@@ -202,6 +220,9 @@ def test_write_report_of_an_evaluation(tmp_path: Path) -> None:
     metrics = replace(result.validation, scores=scores)
     page = Page(write_report(metrics, tmp_path / "e.html").read_text())
     assert_complete_in_itself(page)
+    assert not [attributes for attributes in page.all("img") if attributes.get("class") == "heat"]
+    seen = Page(write_report(metrics, tmp_path / "e.html", model=result.model).read_text())
+    assert "What spoke for" in seen.source
     assert "Learning" not in page.text
     assert f"Accuracy {100 * (metrics.accuracy or 0):.1f} %" in page.text
     assert "reading 1 min 10 s" in page.text

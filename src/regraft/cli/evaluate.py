@@ -27,6 +27,7 @@ def evaluate(
     data: Annotated[str, Argument(help="Folder with a folder per class, with val/, or of shards; or a .csv table.")],
     report: Annotated[Path | None, Option(help="Write a report with pictures and plots, as in test.html.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing report.")] = False,
+    heat_maps: Annotated[bool, Option(help="Show in the report where it looked in its mistakes.")] = True,
     batch_size: Annotated[int, Option(help="Photos per batch.", min=1)] = 32,
     device: Annotated[str, Option(help="auto, cpu, cuda, …")] = "auto",
     decoder: Annotated[
@@ -60,7 +61,7 @@ def evaluate(
         assert metrics.scores is not None
         seconds = {"start": start_s, "model": model_s, **metrics.scores.seconds}
         scores = replace(metrics.scores, checkpoint=checkpoint, seconds=seconds)
-        write_report(replace(metrics, scores=scores), report)
+        write_report(replace(metrics, scores=scores), report, model=model, heat_maps=heat_maps)
     if as_json:
         say_json({**metrics.to_dict(), **({"report": str(report)} if report is not None else {})})
         return

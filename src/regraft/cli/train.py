@@ -75,6 +75,7 @@ def train(
         bool, Option("--dry-run", help="Show how the weights file fits and what would be trained; train nothing.")
     ] = False,
     trust_code: Annotated[bool, Option("--trust-code", help="Allow the import of custom code (py:…).")] = False,
+    heat_maps: Annotated[bool, Option(help="Show in the report where it looked in its mistakes.")] = True,
     config: Annotated[Path | None, Option(help="TOML file with these options; flags take precedence.")] = None,
     verbose: VerboseOption = False,
     as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
@@ -119,7 +120,7 @@ def train(
         with progress.status("writing the report"):
             from regraft.report import write_report  # here, as it imports matplotlib
 
-            report = write_report(result, folder / "report.html")
+            report = write_report(result, folder / "report.html", heat_maps=heat_maps)
     except KeyboardInterrupt as interruption:
         raise Interrupted(f"stopped by Ctrl-C. The model is kept in '{result.checkpoint}'.") from interruption
     result = replace(result, seconds={**result.seconds, "report": seconds_since_start() - trained_s})
@@ -185,7 +186,7 @@ def _report_so_far(error: BaseException, start_s: float, progress: ConsoleProgre
     result = replace(result, seconds={"start": start_s, **result.seconds})
     progress.say("stopping   writing the report of the best epoch so far; Ctrl-C skips it")
     with contextlib.suppress(RegraftError, OSError, KeyboardInterrupt):  # it says less than the error that follows
-        progress.say(f"report     {write_report(result, folder / 'report.html')}")
+        progress.say(f"report     {write_report(result, folder / 'report.html', heat_maps=False)}")
 
 
 def _free_folder(data: str) -> str:

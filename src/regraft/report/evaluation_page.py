@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from regraft.checkpoint.file.format import current_versions
 from regraft.report.predictions import describe_predictions
 from regraft.report.suggestions import suggest_after_evaluation
 from regraft.training.metrics import Metrics, Scores
 
 
-def describe_evaluation(metrics: Metrics, scores: Scores) -> dict[str, Any]:
-    """Return the variables of the template `evaluation.html`."""
+def describe_evaluation(metrics: Metrics, scores: Scores, model: nn.Module | None = None) -> dict[str, Any]:
+    """Return the variables of the template `evaluation.html`; with the network, heat maps of its mistakes too."""
     return {
         "scores": scores,
         "part": "",
@@ -18,5 +20,5 @@ def describe_evaluation(metrics: Metrics, scores: Scores) -> dict[str, Any]:
         "versions": current_versions(),
         "suggestions": suggest_after_evaluation(metrics, scores),
         "unreadable": scores.unreadable,
-        **describe_predictions(metrics, scores),
+        **describe_predictions(metrics, scores, model),
     }

@@ -1,6 +1,8 @@
 """Render a template and write the page: one self-contained file, with all external text escaped."""
 
+import base64
 import functools
+import hashlib
 import os
 import time
 from datetime import datetime
@@ -8,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from torch import nn
 
 from regraft.advice.result import Advice, Ranking
 from regraft.arguments import check_arguments, check_target
@@ -21,8 +25,14 @@ from regraft.training.metrics import Metrics
 from regraft.training.result import FitResult
 
 
-def write_report(result: FitResult | Metrics | Advice | Ranking, path: str | os.PathLike[str]) -> Path:
-    """Write the report of a training run, of an evaluation or of an advice as one HTML file, and return its path.
+def write_report(
+    result: FitResult | Metrics | Advice | Ranking,
+    path: str | os.PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    heat_maps: bool = True,
+) -> Path:
+    """Write the report of a training run, an evaluation or an advice as one HTML file, and return its path.
 
     The page loads nothing from elsewhere. Photos that no longer exist, and names that look like HTML, are safe.
 
@@ -30,6 +40,9 @@ def write_report(result: FitResult | Metrics | Advice | Ranking, path: str | os.
         result: What `fit`, `evaluate` or `advise` returned, or what a run had reached when it was
             stopped (`error.result`).
         path: Path of the file; its folder must exist.
+        model: The network that was evaluated, for heat maps of its mistakes; that of a run is known.
+        heat_maps: Whether the page shows where in a photo lay what spoke for each of the wrong answers that it shows.
+            They take a forward and a short backward for each of them.
 
     Raises:
         ArgumentError: The metrics are not those of `evaluate`, so their scores and photos are unknown.
@@ -39,11 +52,11 @@ def write_report(result: FitResult | Metrics | Advice | Ranking, path: str | os.
     check_target(write_report, "path", path)
     began = time.perf_counter()
     if isinstance(result, FitResult):
-        template, page, seconds = "run.html", describe_run(result), result.seconds
+        template, page, seconds = "run.html", describe_run(result, heat_maps=heat_maps), result.seconds
     elif isinstance(result, (Advice, Ranking)):
         return write_page(path, render("advice.html", **describe_advice(result)))
     elif result.scores is not None:
-        template, page = "evaluation.html", describe_evaluation(result, result.scores)
+        template, page = "evaluation.html", describe_evaluation(result, result.scores, model if heat_maps else None)
         seconds = result.scores.seconds
     else:
         raise ArgumentError(
@@ -57,8 +70,8 @@ def write_report(result: FitResult | Metrics | Advice | Ranking, path: str | os.
 def render(template: str, **context: Any) -> str:
     """Render a template in `templates/`.
 
-    Text is escaped, and a variable that is missing from `context` is an error. The macro `figure` of `parts.html` shows
-    the SVG that `plots` returns.
+    Text is escaped, and a variable that is missing from `context` is an error. The macros of `parts.html` show figures,
+    tables, pictures and notices; see "How a page is written" in `docs/architecture.md`.
 
     Args:
         template: Name of a file, as in `run.html`.
@@ -96,6 +109,10 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    # The only script of a page, and its digest, by which the page's security policy allows it and no other.
+    script = Path(__file__).with_name("templates").joinpath("sorting.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    environment.globals |= {"sorting_script": Markup(script), "sorting_digest": f"sha256-{digest}"}
     environment.filters |= {"percent": percent, "number": number, "duration": duration}
     return environment
 

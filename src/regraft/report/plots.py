@@ -20,9 +20,11 @@ BLUE, ORANGE, GREEN, VIOLET, RED, TEAL = "#3b82f6", "#d97706", "#16a34a", "#a855
 PART_COLORS = {"training": BLUE, "validation": ORANGE}
 CYCLE = (BLUE, ORANGE, GREEN, VIOLET, RED, TEAL)
 MARKERS = "osD^vP"
-CELL = "#2563eb"
+CELL = "#1d4ed8"
 # Placeholders that matplotlib writes; they are replaced by colours of the page's style sheet.
-INK, GRID = "#010203", "#040506"
+INK, GRID, CELL_INK = "#010203", "#040506", "#070809"
+# Above this share of CELL, white has a contrast of 4.5:1 with a cell on the light page; below it, black has.
+MAX_DARK_INK = 0.82
 
 STYLE = {
     "svg.fonttype": "none",
@@ -272,6 +274,7 @@ def _inline(document: str, width: float, height: float) -> str:
     # "<" is escaped in names, so these patterns meet tags only.
     text = re.sub(r'<g id="[^"]*_\d+">', "<g>", body[1])
     text = re.sub(rf"(fill|stroke): {INK}", r"\1: currentColor", text)
+    text = re.sub(rf"fill: {CELL_INK}", "fill: var(--cell-ink, currentColor)", text)
     text = re.sub(rf"(fill|stroke): {GRID}", r"\1: var(--grid, #8884)", text)
     across, down = (f"{inches * 96:.0f}" for inches in (width, height))
     return f'<svg {box[0]} width="{across}" height="{down}" style="--width: {across}px" aria-hidden="true">{text}'
@@ -281,7 +284,7 @@ def _draw_cell(axes: Axes, row: int, column: int, count: int, share: float, *, n
     strength = 0.06 + 0.9 * share
     axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=CELL, alpha=strength, linewidth=0))
     if numbered:
-        color, size = "white" if strength > 0.75 else INK, 9 if count < 1000 else 6
+        color, size = "white" if strength > MAX_DARK_INK else CELL_INK, 9 if count < 1000 else 6
         axes.text(column, row, str(count), ha="center", va="center_baseline", fontsize=size, color=color)
 
 

@@ -2,11 +2,15 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import nn
 
 from regraft.data.sources import ShardMember, Source, short_name
 from regraft.report import plots
+from regraft.report.calibration_intervals import calibration_interval
+from regraft.report.explanations.heat_maps import HeatMap, HeatMaps, draw_heat_maps
 from regraft.report.pictures import thumbnail
 from regraft.training.metrics import Metrics, Scores, reliability
 
@@ -18,7 +22,10 @@ FEW_PHOTOS = 100
 
 @dataclass(frozen=True)
 class Example:
-    """A prediction with its photo: name, thumbnail, true and predicted target, and confidence or error."""
+    """A prediction with its photo: name, thumbnail, true and predicted target, and confidence or error.
+
+    `heat_map` shows where it looked, where that is known.
+    """
 
     name: str
     picture: str | None
@@ -26,19 +33,27 @@ class Example:
     predicted: str
     degree: str
     is_right: bool = False
+    heat_map: HeatMap | None = None
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Examples of one kind, with a title, and how many there are in all."""
+    """Examples of one kind, with a title, a note, and heat maps of all of them where there are any."""
 
     title: str
     note: str
     examples: tuple[Example, ...]
+    heat_maps: HeatMaps | None = None
 
 
-def describe_predictions(metrics: Metrics, scores: Scores) -> dict[str, Any]:
-    """Return the variables of the sections that both pages share."""
+def describe_predictions(metrics: Metrics, scores: Scores, model: nn.Module | None = None) -> dict[str, Any]:
+    """Return the variables of the sections that both pages share.
+
+    Args:
+        metrics: What was measured.
+        scores: The scores behind it.
+        model: The network, for heat maps of its mistakes; None for none.
+    """
     page: dict[str, Any] = {
         "metrics": metrics,
         "regression": metrics.task == "regression",
@@ -46,10 +61,10 @@ def describe_predictions(metrics: Metrics, scores: Scores) -> dict[str, Any]:
         "few": metrics.count < FEW_PHOTOS,
         "has_pictures": bool(scores.paths),
     }
-    return page | (_about_numbers(scores) if metrics.task == "regression" else _about_classes(metrics, scores))
+    return page | (_about_numbers(scores) if metrics.task == "regression" else _about_classes(metrics, scores, model))
 
 
-def _about_classes(metrics: Metrics, scores: Scores) -> dict[str, Any]:
+def _about_classes(metrics: Metrics, scores: Scores, model: nn.Module | None) -> dict[str, Any]:
     names = [entry.name for entry in metrics.per_class]
     most = max(metrics.per_class, key=lambda entry: entry.count)
     return {
@@ -60,7 +75,8 @@ def _about_classes(metrics: Metrics, scores: Scores) -> dict[str, Any]:
         "confusion_numbered": len(names) <= plots.MAX_NUMBERED_CLASSES,
         "pairs": metrics.confusions()[:MAX_PAIRS],
         "reliability": plots.reliability_diagram(reliability(scores.outputs, scores.targets)),
-        "galleries": _galleries_of_classes(scores, names) if scores.paths else [],
+        "calibration": calibration_interval(scores.outputs, scores.targets),
+        "galleries": _galleries_of_classes(scores, names, model) if scores.paths else [],
     }
 
 
@@ -91,7 +107,7 @@ def _about_numbers(scores: Scores) -> dict[str, Any]:
     }
 
 
-def _galleries_of_classes(scores: Scores, names: Sequence[str]) -> list[Gallery]:
+def _galleries_of_classes(scores: Scores, names: Sequence[str], model: nn.Module | None) -> list[Gallery]:
     """Return the most confident mistakes, and the least and the most confident right predictions."""
     probability, predicted = scores.outputs.double().softmax(1).max(1)
     is_right = predicted == scores.targets
@@ -117,11 +133,27 @@ def _galleries_of_classes(scores: Scores, names: Sequence[str]) -> list[Gallery]
     note = "Look here for wrong labels, bad crops and classes that overlap."
     if len(wrong) > MAX_MISTAKES:
         note += f" The {MAX_MISTAKES} surest of {len(wrong)} mistakes."
+    mistakes = gallery("Most confident mistakes", note, wrong[:MAX_MISTAKES])
+    if model is not None and wrong:
+        mistakes = _with_heat_maps(mistakes, model, scores, wrong[:MAX_MISTAKES], predicted.tolist())
     return [
-        gallery("Most confident mistakes", note, wrong[:MAX_MISTAKES]),
+        mistakes,
         gallery("Right, but least sure", "More photos like these teach it the most.", least),
         gallery("Right and sure", "What the model takes for typical.", surest),
     ]
+
+
+def _with_heat_maps(
+    gallery: Gallery, model: nn.Module, scores: Scores, indices: Sequence[int], predicted: Sequence[int]
+) -> Gallery:
+    """Return a gallery with heat maps of what spoke for the predicted classes."""
+    heat_maps = draw_heat_maps(model, [scores.paths[i] for i in indices], [predicted[i] for i in indices])
+    pairs = zip(gallery.examples, heat_maps.maps, strict=True)
+    return replace(
+        gallery,
+        examples=tuple(replace(example, heat_map=heat_map) for example, heat_map in pairs),
+        heat_maps=heat_maps,
+    )
 
 
 def _of_many_classes(order: Sequence[int], classes: Sequence[int], count: int) -> list[int]:

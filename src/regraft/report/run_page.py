@@ -9,6 +9,7 @@ from regraft.anatomy.model_summary import summary
 from regraft.anatomy.summary_table import ModelSummary, cells
 from regraft.checkpoint.file.format import current_versions
 from regraft.report import plots
+from regraft.report.layer_diagram import describe_blocks
 from regraft.report.predictions import describe_predictions
 from regraft.report.suggestions import suggest_after_run
 from regraft.training.config import TrainConfig
@@ -29,11 +30,12 @@ class LayerRow:
     cells: tuple[str, ...]
 
 
-def describe_run(result: FitResult) -> dict[str, Any]:
-    """Return the variables of the template `run.html`."""
+def describe_run(result: FitResult, *, heat_maps: bool = True) -> dict[str, Any]:
+    """Return the variables of the template `run.html`, with heat maps of the mistakes or without."""
     checkpoint = result.checkpoint
     scores = Scores(result.outputs, result.targets, result.paths)
     options = _options(result.config)
+    model_summary = summary(result.model)
     return {
         "result": result,
         "part": "validation ",  # of the data, in words
@@ -57,8 +59,9 @@ def describe_run(result: FitResult) -> dict[str, Any]:
             from_zero=True,
         ),
         "progress": _progress(result),
-        **describe_predictions(result.validation, scores),
-        **_layers(summary(result.model)),
+        **describe_predictions(result.validation, scores, result.model if heat_maps else None),
+        **_layers(model_summary),
+        "blocks": describe_blocks(result.model, model_summary),
     }
 
 
