@@ -24,6 +24,7 @@ LEVELS = (
     {"checkpoint"},
     {"frontier"},
     {"training"},
+    {"advice"},
     {"trials"},
     {"photo_checks"},
     {"report"},

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 from regraft.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from regraft.advice import Advice as Advice
+    from regraft.advice import Ranking as Ranking
+    from regraft.advice.advise_model import advise as advise
     from regraft.anatomy import LayerSummary as LayerSummary
     from regraft.anatomy import ModelSummary as ModelSummary
     from regraft.anatomy import summary as summary
@@ -68,6 +71,7 @@ if TYPE_CHECKING:
     from regraft.zoo import list_models as list_models
 
 _HOMES = {
+    "Advice": "advice",
     "Card": "card",
     "Comparison": "trials",
     "DataFinding": "photo_checks",
@@ -84,9 +88,11 @@ _HOMES = {
     "Prediction": "training",
     "Preprocessing": "card",
     "Progress": "progress",
+    "Ranking": "advice",
     "RegraftError": "errors",
     "Schedule": "freezing",
     "TrainConfig": "training",
+    "advise": "advice.advise_model",
     "append": "surgery",
     "audit": "freezing",
     "build_optimizer": "freezing",

@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+from regraft.cli.advise import advise
 from regraft.cli.cache import cache
 from regraft.cli.check import check
 from regraft.cli.compare import compare
@@ -28,7 +29,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (check, train, evaluate, predict, compare, inspect, surgery, convert, diff, merge, models, demo):
+for command in (
+    *(check, advise, train, evaluate, predict, compare, inspect, surgery, convert, diff, merge, models, demo),
+):
     app.command()(command)
 app.add_typer(cache, name="cache")
 

@@ -8,7 +8,15 @@ from typing import Annotated
 from typer import Argument, Option
 
 from regraft.cli.merge import BaseOption
-from regraft.cli.output import guarded, require, require_order, say, say_classes, say_json, seconds_since_start
+from regraft.cli.output import (
+    guarded,
+    require_order,
+    require_report_target,
+    say,
+    say_classes,
+    say_json,
+    seconds_since_start,
+)
 from regraft.console import ConsoleProgress
 from regraft.train_options import Decoder
 
@@ -35,9 +43,7 @@ def evaluate(
     """
     require_order("evaluate", checkpoint, [data])
     if report is not None:
-        require(report.suffix.lower() in (".html", ".htm"), f"--report '{report}' does not end in .html.")
-        require(report.parent.is_dir(), f"no folder '{report.parent}' to write '{report.name}' into. Create it first.")
-        require(overwrite or not report.exists(), f"'{report}' exists. Choose another --report, or pass --overwrite.")
+        require_report_target(report, overwrite=overwrite)
     progress = ConsoleProgress()
     with progress.status("loading the model"):
         from regraft.checkpoint import load

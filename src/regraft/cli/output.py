@@ -198,6 +198,13 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def require_report_target(report: Path, *, overwrite: bool) -> None:
+    """Refuse a path that a report cannot be written to."""
+    require(report.suffix.lower() in (".html", ".htm"), f"--report '{report}' does not end in .html.")
+    require(report.parent.is_dir(), f"no folder '{report.parent}' to write '{report.name}' into. Create it first.")
+    require(overwrite or not report.exists(), f"'{report}' exists. Choose another --report, or pass --overwrite.")
+
+
 def require_order(command: str, checkpoint: str, data: Sequence[str]) -> None:
     """Refuse swapped arguments: a folder or a photo as the checkpoint, and a checkpoint among the data."""
     from regraft.checkpoint.file.format import INDEX_SUFFIX, SUFFIX, locate

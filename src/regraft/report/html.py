@@ -13,10 +13,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from torch import nn
 
+from regraft.advice.result import Advice, Ranking
 from regraft.arguments import check_arguments, check_target
 from regraft.checkpoint.file.atomic import atomic_write
 from regraft.errors import ArgumentError, RunError
 from regraft.photo_checks.data_report import DataReport
+from regraft.report.advice_page import describe_advice
 from regraft.report.comparison_page import describe_comparison
 from regraft.report.data_page import describe_data
 from regraft.report.evaluation_page import describe_evaluation
@@ -28,19 +30,19 @@ from regraft.trials.comparison import Comparison
 
 
 def write_report(
-    result: FitResult | Metrics | Comparison | DataReport,
+    result: FitResult | Metrics | Advice | Ranking | Comparison | DataReport,
     path: str | os.PathLike[str],
     *,
     model: nn.Module | None = None,
     heat_maps: bool = True,
 ) -> Path:
-    """Write the report of a training run, an evaluation, a comparison or a check as one HTML file, and return its path.
+    """Write the report of a run, an evaluation, an advice, a comparison or a check as one HTML file; return its path.
 
     The page loads nothing from elsewhere. Photos that no longer exist, and names that look like HTML, are safe.
 
     Args:
-        result: What `fit`, `evaluate`, `compare` or `check` returned, or what a run had reached when it was stopped
-            (`error.result`).
+        result: What `fit`, `evaluate`, `advise`, `compare` or `check` returned, or what a run had reached when it was
+            stopped (`error.result`).
         path: Path of the file; its folder must exist.
         model: The network that was evaluated, for heat maps of its mistakes; that of a run is known.
         heat_maps: Whether the page shows where in a photo lay what spoke for each of the wrong answers that it shows.
@@ -59,6 +61,8 @@ def write_report(
         return write_page(path, render("comparison.html", **describe_comparison(result)))
     elif isinstance(result, DataReport):
         template, page, seconds = "data.html", describe_data(result), result.seconds
+    elif isinstance(result, (Advice, Ranking)):
+        return write_page(path, render("advice.html", **describe_advice(result)))
     elif result.scores is not None:
         template, page = "evaluation.html", describe_evaluation(result, result.scores, model if heat_maps else None)
         seconds = result.scores.seconds

@@ -178,6 +178,35 @@ def residuals(errors: Sequence[float]) -> str:
     return drawing.svg
 
 
+def scores_by_depth(
+    depths: Sequence[tuple[str, float, float]], chance: float | None, recommended: str | None, ylabel: str
+) -> str:
+    """Plot a score at each depth of a network with its standard error, from the input to the head.
+
+    Args:
+        depths: (name, score, standard error) of each depth.
+        chance: Score of a guess; None to leave it out.
+        recommended: Name of the depth to mark; None if none is.
+        ylabel: Label of the score.
+    """
+    names, scores, errors = zip(*depths, strict=True)
+    with _drawing("depths", WIDE, 3.2) as drawing:
+        axes = drawing.figure.subplots()
+        axes.errorbar(
+            range(len(names)), scores, errors, color=BLUE, marker="o", capsize=3, label="head on frozen layers"
+        )
+        if chance is not None:
+            axes.axhline(chance, color=INK, linewidth=0.8, linestyle=(0, (3, 3)), label="guess")
+        if recommended in names:
+            place = names.index(recommended)
+            axes.plot(place, scores[place], "o", color=ORANGE, markersize=8, label="recommended")
+        axes.set_xticks(range(len(names)), [shorten(name, 22) for name in names], rotation=30, ha="right")
+        axes.set(ylabel=ylabel)
+        axes.margins(x=0.08, y=0.12)
+        _legend_above(drawing.figure)
+    return drawing.svg
+
+
 def sweep(
     series: dict[str, list[tuple[float, float, float]]],
     xlabel: str,

@@ -1,17 +1,9 @@
 """The options that `advise` gives for the training photos of a run."""
 
-import importlib
-import importlib.util
-from typing import Any
-
+from regraft.advice.advise_model import advise
 from regraft.data.photos import Photos
 from regraft.trials.bench import Bench
 from regraft.trials.ways import Options, stage_config
-
-
-def has_advice() -> bool:
-    """Return whether this version can give advice."""
-    return importlib.util.find_spec("regraft.advice") is not None
 
 
 def advised_stages(bench: Bench, few: Photos, epochs: int, seed: int) -> tuple[tuple[Options, ...], float]:
@@ -21,7 +13,6 @@ def advised_stages(bench: Bench, few: Photos, epochs: int, seed: int) -> tuple[t
     photo of a class, the head alone is trained.
     """
     config = stage_config(bench.config, {"epochs": epochs}, seed)
-    advise: Any = importlib.import_module("regraft.advice.advise_model").advise
     model = bench.network(config).model
     advice = advise(model, (few, bench.validation), config=config, trust_code=bench.trust_code, progress=False)
     norms = {"freeze": bench.layers.norms} if advice.options and bench.layers.norms else {}

@@ -23,7 +23,6 @@ from regraft.training.run_lines import say_data
 from regraft.training.setup import check_options
 from regraft.training.steps.compute import choose_compute
 from regraft.training.train_data import list_if_known
-from regraft.trials.advised import has_advice
 from regraft.trials.bench import Bench, open_bench, share_features
 from regraft.trials.cells import EVERYTHING, Cell, CellResult, in_words, usable_images
 from regraft.trials.comparison import CSV_HEAD, Comparison, WaySummary, claims_of, computed_once
@@ -31,7 +30,6 @@ from regraft.trials.estimate import RemainingTime, measure_rates, predict_s
 from regraft.trials.grid_folder import GridFolder
 from regraft.trials.running import run_cell
 from regraft.trials.ways import (
-    ADVISED,
     GRADUAL,
     LP_FT,
     MIN_EPOCHS,
@@ -219,12 +217,9 @@ def _usable_ways(ways: Sequence[Way], bench: Bench) -> tuple[tuple[Way, ...], li
         pass_weights = f"Pass {option('weights', 'FILE')}."
         reason = f"{bench.name} has no pretrained weights, so there is nothing to transfer. {pass_weights}"
         left_out = [(way.title, reason) for way in ways if way.is_pretrained]
-    else:
-        reason = "this version has no `advise`"
-        left_out = [(way.title, reason) for way in ways if way.name == ADVISED and not has_advice()]
     usable = tuple(way for way in ways if way.title not in dict(left_out))
     if not usable:
-        raise ConfigError(f"nothing to compare: {reason} Add the way '{SCRATCH}'.")
+        raise ConfigError(f"nothing to compare: {left_out[0][1]} Add the way '{SCRATCH}'.")
     return usable, left_out
 
 

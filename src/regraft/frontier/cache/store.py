@@ -149,6 +149,10 @@ class Store:
                 infos.append(EntryInfo(file.parent.name, size, used_at, str(note.get("holds", ""))))
         return sorted(infos, key=lambda entry: entry.used_at)
 
+    def has_entries(self) -> bool:
+        """Return whether there is any entry."""
+        return next(self.folder.glob(f"*/{ENTRY}"), None) is not None
+
     def clear(self) -> int:
         """Delete all entries and unfinished writes, and return how many bytes were freed.
 

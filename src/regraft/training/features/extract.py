@@ -8,7 +8,7 @@ and, once for each split, prefix and suffix are compared with the whole network 
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ class Extractor:
         self._has_halves = any(parameter.dtype in HALVES for parameter in self._model.parameters())
         fast = fast and not self._has_halves  # folding rounds a 16-bit weight once more
         self._fast, self._keep_pixels = fast, keep_pixels
-        self._digest = network_digest(self.parts.prefix) if store is not None else ""
+        self.digest = network_digest(self.parts.prefix) if store is not None else ""
         self._prefix = faster(self.parts.prefix) if fast else self.parts.prefix
 
     def features_of(self, photos: Photos, description: str) -> tuple[Features, Photos, tuple[Unreadable, ...]]:
@@ -134,6 +134,27 @@ class Extractor:
         """Return the key of the features of photos in the store; empty without one."""
         return self._key(photos)
 
+    def is_cached(self, photos: Photos) -> bool:
+        """Return whether an earlier run has computed the features of these photos."""
+        return self.store is not None and self.store.find(self._key(photos)) is not None
+
+    def keep_joined(self, photos: Photos, views: Sequence[Features], unreadable: dict[int, str]) -> None:
+        """Write the entry of photos with V views, from the features of each view alone; nothing is computed.
+
+        Args:
+            photos: All photos, with the V views.
+            views: The features of the readable ones in each view, in the order of the views.
+            unreadable: The other photos, by their indices, with the reasons.
+        """
+        key, count = self._key(photos), len(photos) - len(unreadable)
+        with self._open_writer(key, photos) as writer:
+            for rows in torch.arange(count).split(BATCH["cuda"]):
+                parts = zip(*([tensor[rows] for tensor in view.tensors] for view in views), strict=True)
+                writer.append([torch.stack(part, 1).flatten(0, 1) for part in parts])  # (n * V, …)
+            holds = f"{count} photos × {len(views)} at {', '.join(cut.place for cut in self.parts.frontier)}"
+            errors, seconds = (view.error for view in views), sum(view.cost_s for view in views)
+            writer.finish({"unreadable": unreadable, "error": max(errors), "seconds": seconds, "holds": holds})
+
     def run(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """Compute the frontier's tensors of a batch (N, C, size, size) of uint8, on the model's device.
 
@@ -153,7 +174,7 @@ class Extractor:
         if self.store is None:
             return ""
         return features_key(
-            self._digest,
+            self.digest,
             [sample.path for sample in photos.samples],
             digests_of=lambda files: self.compute.ranks.spread(file_digests, files),
             preprocessing=self.preprocessing.cache_key(),

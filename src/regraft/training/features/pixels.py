@@ -58,12 +58,10 @@ def read_or_load(
     if store is None and not is_in_memory:
         return photos.read(description=description, progress=progress, keep=False)
     if ranks.size == 1 and (store is None or is_in_memory):
-        return photos.read(description=description, progress=progress)
-    paths = [sample.path for sample in photos.samples]
+        return _stored(photos, store) or photos.read(description=description, progress=progress)
     key = entry = None
     if not is_in_memory and store is not None:
-        spread = functools.partial(ranks.spread, file_digests)
-        key = features_key("pixels", paths, digests_of=spread, preprocessing=photos.preprocessing.cache_key())
+        key = _key(photos, ranks)
         entry = store.find(key)
     if all(ranks.objects(entry is not None)) and entry is not None:
         readable, unreadable = photos.without(entry.note["unreadable"])
@@ -94,3 +92,40 @@ def read_or_load(
         return readable, unreadable
     stored = StoredPixels(rows)
     return replace(readable, pixels=tuple(stored) if is_in_memory else stored), unreadable
+
+
+def store_pixels(photos: Photos, decoded: Photos, unreadable: dict[int, str], store: Store, progress: Progress) -> None:
+    """Write decoded photos into the store, where `read_or_load` finds them, if it has room.
+
+    Args:
+        photos: All photos.
+        decoded: The readable ones.
+        unreadable: The others, by their indices, with the reasons.
+        store: The store.
+        progress: Reports progress.
+    """
+    key, size = _key(photos, SINGLE), estimate_bytes(len(decoded), photos.preprocessing)
+    if store.find(key) is not None:
+        return
+    with FeatureWriter(store, key, size, in_memory=False, progress=progress) as writer:
+        if not writer.has_place:
+            return
+        for index in range(len(decoded)):
+            pixels = decoded.decoded(index)
+            writer.append([pixels.reshape(-1), torch.tensor([pixels.shape])])
+        writer.finish({"unreadable": unreadable, "holds": f"{len(decoded)} photos, decoded"})
+
+
+def _key(photos: Photos, ranks: Ranks) -> str:
+    spread = functools.partial(ranks.spread, file_digests)
+    paths = [sample.path for sample in photos.samples]
+    return features_key("pixels", paths, digests_of=spread, preprocessing=photos.preprocessing.cache_key())
+
+
+def _stored(photos: Photos, store: Store | None) -> tuple[Photos, tuple[Unreadable, ...]] | None:
+    """Return photos that fit into memory, where an earlier call has decoded them, as `advise` does; else None."""
+    entry = store.find(_key(photos, SINGLE)) if store is not None and store.has_entries() else None
+    if entry is None:
+        return None
+    readable, unreadable = photos.without(entry.note["unreadable"])
+    return replace(readable, pixels=tuple(StoredPixels(entry.tensors(in_memory=True)))), unreadable
