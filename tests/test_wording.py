@@ -21,9 +21,9 @@ from scene import workplace as workplace
 
 SOURCE = Path(regraft.__file__).parent
 FLAG = re.compile(r"(?<![\w-])--[a-z]")
-COMMANDS = ("train_options.py", "report/suggestions.py")  # the options of one, and commands that a report suggests
+COMMANDS = ("train_options.py", "report/suggestions.py", "trials/ways.py")  # the options of one, and commands to copy
 # Of the command line alone: its own code, its help, a command to copy, flags of torchrun and tar, styles of pages.
-OF_COMMANDS = re.compile(r"`regraft [a-z]+.*`|--nproc_per_node|--format=ustar|var\(--|style=")
+OF_COMMANDS = re.compile(r"`regraft [a-z]+.*`|--nproc_per_node|--format=ustar|var\(--|--grid|style=")
 
 
 class WithoutWording(ast.NodeTransformer):

@@ -9,12 +9,12 @@ from regraft.cli.advise import advise
 from regraft.cli.cache import cache
 from regraft.cli.check import check
 from regraft.cli.compare import compare
-from regraft.cli.convert import convert
 from regraft.cli.demo import demo
-from regraft.cli.diff import diff
 from regraft.cli.evaluate import evaluate
+from regraft.cli.files.convert import convert
+from regraft.cli.files.diff import diff
+from regraft.cli.files.merge import merge
 from regraft.cli.inspect import inspect
-from regraft.cli.merge import merge
 from regraft.cli.models import models
 from regraft.cli.output import mark_process_start, say
 from regraft.cli.predict import predict

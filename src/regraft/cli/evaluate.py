@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from regraft.cli.merge import BaseOption
+from regraft.cli.files.merge import BaseOption
 from regraft.cli.output import (
     guarded,
     require_order,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from regraft.cli.merge import BaseOption
+from regraft.cli.files.merge import BaseOption
 from regraft.cli.output import (
     csv_text,
     guarded,
