@@ -313,7 +313,8 @@ def _unknown_model(name: str) -> str:
     known = _torchvision_names() + _timm_names()
     in_timm = [candidate for candidate in known if candidate == TIMM + name]
     hint = f"Did you mean '{in_timm[0]}'? " if in_timm else f"{nearest(name, known)} ".lstrip()
-    return f"no model '{name}'. {hint}`regraft models` lists all; a class of your own is py:FILE:Class."
+    problem = f"no model '{name}'" if name else "the name is empty"
+    return f"{problem}. {hint}`regraft models` lists all; a class of your own is py:FILE:Class."
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from regraft.training.config import TrainConfig
 
 PAGE = Path(__file__).parents[2] / "docs/training.md"
 HEAD = "| option | default | what it does |\n|---|---|---|\n"
-OF_THE_COMMAND = {"overwrite", "resume", "trust_code", "config", "dry_run", "verbose", "as_json"}
+OF_THE_COMMAND = {"overwrite", "resume", "trust_code", "config", "dry_run", "verbose", "as_json", "heat_maps"}
 IN_WORDS = {  # defaults that depend on something else
     "lr": "depends on the trained layers",
     "backbone_lr": "as --lr; a twentieth with --unfreeze",

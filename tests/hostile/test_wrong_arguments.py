@@ -33,10 +33,10 @@ from scene import listing
 TRIES, SLOW_TRIES = 300, 5_000
 NETWORK = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
 RESULTS = {
-    "DataFinding", "DataReport", "Diff", "Finding", "FitResult", "FreezeReport", "LayerSummary", "LoadReport",
-    "Metrics", "ModelSummary", "Partition", "Prediction", "Progress", "RegraftError",
+    "Advice", "Comparison", "DataFinding", "DataReport", "Diff", "Finding", "FitResult", "FreezeReport", "LayerSummary",
+    "LoadReport", "Metrics", "ModelSummary", "Partition", "Prediction", "Progress", "Ranking", "RegraftError",
 }  # fmt: skip
-SLOW = {"write_report", "to_source"}  # seconds for each call that works
+SLOW = {"compare", "write_report", "to_source"}  # seconds for each call that works
 ENDLESS = {("fit", "epochs"), ("fit", "model"), ("fit", "optimizer")}  # a number of epochs that is no mistake to refuse
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, about values that it then refuses

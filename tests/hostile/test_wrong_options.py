@@ -113,6 +113,18 @@ def command_lines(scene: Scene, classifier: Path) -> list[CommandLine]:
         CommandLine(
             "predict", {"checkpoint": str(classifier), "images": photos}, ("--trust-code",), ("checkpoint", "images")
         ),
+        CommandLine(
+            "advise",
+            {"words": scene.tiny, "weights": "none", "image_size": "32"},
+            (photos, "--trust-code"),
+            ("words",),
+        ),
+        CommandLine(
+            "compare",
+            {"data": photos, "model": scene.tiny, "weights": "none", "epochs": "3", "images": "1", "seeds": "1"},
+            ("--trust-code", "--ways=scratch"),
+            ("data",),
+        ),
         CommandLine("check", {"data": photos}, ("--no-labels", "--exit-zero"), ("data",)),
         CommandLine("inspect", {"model": scene.tiny}, ("--trust-code",), ("model",)),
         CommandLine("inspect", {"model": saved}, (), ("model",)),

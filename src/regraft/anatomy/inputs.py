@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from regraft.card import card_of
-from regraft.errors import ModelError
+from regraft.errors import ArgumentError, ModelError
 from regraft.torch_internals import ConvBase, tree_leaves, tree_map
 from regraft.zoo import preprocessing_of
 
@@ -165,7 +165,14 @@ def example_arguments(model: nn.Module, example: Any) -> Arguments:
     """Return the arguments that an example of what a forward takes stands for.
 
     A tuple is one of positional inputs, a mapping one of keyword inputs, unless the forward takes it as it is.
+
+    Raises:
+        ArgumentError: A list or mapping holds itself.
     """
+    try:
+        shapes_of(example)
+    except RecursionError as error:
+        raise ArgumentError("the example of the inputs is nested too deeply: a list in it holds itself.") from error
     as_one = Arguments((example,), are_values_given=True)
     if isinstance(example, tuple):
         return Arguments(example, are_values_given=True)

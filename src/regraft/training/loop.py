@@ -86,6 +86,8 @@ def train_epoch(
             if shared is None or isinstance(batch, OwnRows)
             else whole.part(compute.ranks.share_of_batch(len(whole)))
         )
+        if not len(whole):
+            raise DataError("a training batch has no samples. Give batches that have some.")
         optimizer.zero_grad()
         try:
             loss, count = _backward(model, own, criterion, scaler, compute, tally, progress, shared)

@@ -179,8 +179,10 @@ def measure(outputs: torch.Tensor, targets: torch.Tensor, classes: Sequence[str]
         classes: Names of the K classes; None for regression.
 
     Raises:
-        DataError: A label is not a class, or outputs and targets differ in number.
+        DataError: A label is not a class, outputs and targets differ in number, or there are none.
     """
+    if not len(targets):
+        raise DataError("there are no samples to measure. Give data that has some.")
     if classes is None:
         return _measure_regression(outputs, targets)
     return _measure_classes(outputs, class_labels(outputs, targets), classes)

@@ -54,11 +54,14 @@ def _familiar_photos(setup: TrainSetup) -> FamiliarPhotos | None:
             train_data.train.pick(part, torch.zeros_like(part)) for part in rows.split(train_data.train.batch_size)
         ]
     else:
-        parts = loader(train_data.photos[0].subset(rows.tolist()), MAX_PHOTOS // 8)
-    with head_inputs(layer) as training:
-        score(setup.live, parts, compute)
-    with head_inputs(layer) as validation:
-        score(setup.live, train_data.validation, compute)
+        parts = loader(train_data.photos[0].subset(rows.tolist()), MAX_PHOTOS // 8, workers=0)
+    try:
+        with head_inputs(layer) as training:
+            score(setup.live, parts, compute)
+        with head_inputs(layer) as validation:
+            score(setup.live, train_data.validation, compute)
+    except (RegraftError, RuntimeError):  # a photo that has vanished since, or no memory: the training itself is done
+        return None
     if not training or not validation:
         return None
     return remember(head.path, torch.cat(training), torch.cat(validation))
