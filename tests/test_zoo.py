@@ -155,7 +155,7 @@ def test_import_object_imports_nothing_without_trust(own: Path) -> None:
         ("resnet8", "no model 'resnet8'. Nearest: 'resnet18'"),
         ("convnext_atto", "Did you mean 'timm/convnext_atto'?"),
         ("timm/resnet18x", "no model 'timm/resnet18x'. Nearest: 'timm/resnet18"),
-        ("", "no model ''."),
+        ("", "the name is empty."),
         ("py:nowhere.py:Net", "no file 'nowhere.py'"),
         ("py:nowhere", "is not of the form py:path/file.py:Name"),
         ("py:{own}:Onw", "no 'Onw' in {own}. Nearest: 'Own'"),
