@@ -27,6 +27,7 @@ from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch.nn import functional as F
 
 from regraft.data.folders import list_data
@@ -114,6 +115,8 @@ def features_of(network: str, folder: Path) -> tuple[dict[str, tuple[torch.Tenso
 def measure(network: str, folder: Path) -> Measured:
     """Fit every column, in turns, and measure it."""
     warnings.simplefilter("ignore", ConvergenceWarning)
+    torch.set_num_threads(1)  # for both: problems this small take longer on two, and the libraries' threads collide
+    threadpool_limits(1)
     parts, outputs = features_of(network, folder)
     (features, labels), (measured, targets) = parts["train"], parts["val"]
     rows, targets_of_rows = features.flatten(0, 1), labels.repeat_interleave(2)
