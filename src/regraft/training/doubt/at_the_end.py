@@ -1,11 +1,13 @@
 """What a network learns about its own doubt when its training has ended."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import nn
 
 from regraft.card import FamiliarPhotos, attach
-from regraft.data.photos import loader
+from regraft.data.photos import Photos, loader
 from regraft.errors import RegraftError
 from regraft.training.doubt.calibration import Calibration, calibrate, calibration_error
 from regraft.training.doubt.familiarity import MAX_PHOTOS, head_inputs, remember
@@ -14,6 +16,9 @@ from regraft.training.loop import score
 from regraft.training.ranks.group import SINGLE
 from regraft.training.resume.run_state import Best
 from regraft.training.setup import TrainSetup
+
+MAX_VALIDATION = 500  # photos that tell how far is far
+BATCH = 32
 
 
 def add_doubt(setup: TrainSetup, best: Best) -> Calibration | None:
@@ -43,25 +48,24 @@ def _familiar_photos(setup: TrainSetup) -> FamiliarPhotos | None:
         return None
     try:
         (head,) = setup.facts.class_heads
-        order = torch.randperm(len(train_data.photos[0]), generator=torch.Generator().manual_seed(0))
         layer = setup.live.get_submodule(head.path)
+        training = _inputs_of(layer, setup, train_data.train, train_data.photos[0], MAX_PHOTOS)
+        validation = _inputs_of(layer, setup, train_data.validation, train_data.photos[1], MAX_VALIDATION)
     except (RegraftError, AttributeError, ValueError):  # several heads, or one inside of what is replayed
         return None
-    compute = replace(setup.live_compute, ranks=SINGLE)
-    rows = order[:MAX_PHOTOS].sort().values
-    if isinstance(train_data.train, FeatureBatches):
-        parts = [
-            train_data.train.pick(part, torch.zeros_like(part)) for part in rows.split(train_data.train.batch_size)
-        ]
+    except RuntimeError:  # no memory, or a photo that has vanished: the training itself is done
+        return None
+    return remember(head.path, training, validation) if training is not None and validation is not None else None
+
+
+def _inputs_of(layer: nn.Module, setup: TrainSetup, batches: Any, photos: Photos, count: int) -> torch.Tensor | None:
+    """Return what a layer is given for some of the photos, in their first view; None if it is not called."""
+    order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(0))
+    rows = order[:count].sort().values
+    if isinstance(batches, FeatureBatches):
+        parts = (batches.pick(part, torch.zeros_like(part)) for part in rows.split(batches.batch_size))
     else:
-        parts = loader(train_data.photos[0].subset(rows.tolist()), MAX_PHOTOS // 8, workers=0)
-    try:
-        with head_inputs(layer) as training:
-            score(setup.live, parts, compute)
-        with head_inputs(layer) as validation:
-            score(setup.live, train_data.validation, compute)
-    except (RegraftError, RuntimeError):  # a photo that has vanished since, or no memory: the training itself is done
-        return None
-    if not training or not validation:
-        return None
-    return remember(head.path, torch.cat(training), torch.cat(validation))
+        parts = loader(photos.subset(rows.tolist()), BATCH, workers=0)
+    with head_inputs(layer) as inputs:
+        score(setup.live, parts, replace(setup.live_compute, ranks=SINGLE))
+    return torch.cat(inputs) if inputs else None
