@@ -11,6 +11,8 @@ from regraft.console import ConsoleProgress
 if TYPE_CHECKING:
     from regraft.anatomy.inputs import InputSize
 
+LONG: Any = {"card": {"familiar": {"features", "distances"}}}  # half a million characters
+
 
 @guarded
 def inspect(
@@ -77,7 +79,7 @@ def _inspect_checkpoint(
     assert header is not None
     if as_json:
         layers = model_summary.to_dict() if model_summary else {"layers": [], "problem": problem}
-        say_json({**layers, "checkpoint": header.model_dump(mode="json")})
+        say_json({**layers, "checkpoint": header.model_dump(mode="json", exclude=LONG)})
         return
     for line in _describe(header):
         say(line)
@@ -114,6 +116,8 @@ def _describe(header: Any) -> list[str]:
         lines.append(f"task       {card.task}")
     if card.classes:
         lines.append(f"classes    {len(card.classes)}: {', '.join(card.classes)}")
+    if card.familiar:
+        lines.append(f"unknown    can be told from the inputs of '{card.familiar.layer}' (predict --reject)")
     if card.preprocessing:
         lines.append(f"images     {card.preprocessing.summary()}")
     figures = {name: value for name, value in card.metrics.items() if isinstance(value, float)}
