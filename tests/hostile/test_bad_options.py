@@ -57,7 +57,7 @@ VALUES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"model": "resnet8"}, ModelError, r"no model 'resnet8'\. Nearest: 'resnet18'.*`regraft models` lists all"),
     ({"model": "efficientnet"}, ModelError, r"no model 'efficientnet'\. Nearest: .*`regraft models` lists all"),
     ({"model": "vit_tiny_patch16_224"}, ModelError, r"Did you mean 'timm/vit_tiny_patch16_224'\? `regraft models`"),
-    ({"model": ""}, ModelError, r"no model ''\. `regraft models` lists all"),
+    ({"model": ""}, ModelError, r"the name is empty\. `regraft models` lists all"),
     ({"model": "py:tiny_net.py"}, ModelError, r"'py:tiny_net.py' is not of the form py:path/file.py:Name"),
     ({"model": "py:no.py:Net"}, ModelError, r"no file 'no.py' \(looked from "),
     ({"weights": "IMAGENET1K_V1"}, ModelError, r"has no registered weights 'IMAGENET1K_V1'\. Give a file, or 'none'"),

@@ -86,7 +86,7 @@ def train_epoch(
             if shared is None or isinstance(batch, OwnRows)
             else whole.part(compute.ranks.share_of_batch(len(whole)))
         )
-        if not len(whole):
+        if shared is None and not len(whole):  # of several ranks, one may have none
             raise DataError("a training batch has no samples. Give batches that have some.")
         optimizer.zero_grad()
         try:
