@@ -32,9 +32,9 @@ from torch.nn import functional as F
 
 from regraft.data.folders import list_data
 from regraft.data.photos import loader, read_photos
-from regraft.training.doubt.calibration import calibration_error
 from regraft.training.doubt.familiarity import MAX_PHOTOS, head_inputs, remember, resemblance
 from regraft.training.heads.solved_head import solve_head
+from regraft.training.metrics import calibration_error
 from regraft.zoo import preprocessing_of
 
 COLUMNS = ("LR, C=1", "standardized", "standardized, CV", "regraft")

@@ -12,8 +12,9 @@ import regraft
 import tiny
 from regraft.card import FamiliarPhotos
 from regraft.errors import ArgumentError, ConfigError, ModelError
-from regraft.training.doubt.calibration import calibrate, calibration_error
+from regraft.training.doubt.calibration import calibrate
 from regraft.training.doubt.familiarity import head_inputs, remember, resemblance
+from regraft.training.metrics import calibration_error
 from training.by_hand import built, write_photos
 
 

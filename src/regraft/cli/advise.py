@@ -42,7 +42,7 @@ def advise(
     as_json: Annotated[bool, Option("--json", help="Print the advice as JSON.")] = False,
     **train_options: Any,
 ) -> None:
-    """Say which layers to freeze for your photos, after looking at each photo once.
+    """Advise on the layers to freeze for your photos, after one look at each of them.
 
     Example: regraft advise resnet18 photos/
     """

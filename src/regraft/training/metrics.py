@@ -200,6 +200,11 @@ def reliability(outputs: torch.Tensor, targets: torch.Tensor, bins: int = 10) ->
     ]
 
 
+def calibration_error(outputs: torch.Tensor, targets: torch.Tensor) -> float:
+    """Return the expected calibration error of scores (N, K) for classes (N,), see `Metrics.calibration_error`."""
+    return sum(abs(mean - share) * count for mean, share, count in reliability(outputs, targets)) / len(targets)
+
+
 def _measure_classes(outputs: torch.Tensor, targets: torch.Tensor, classes: Sequence[str]) -> Metrics:
     # Not with scikit-learn, whose import takes as long as training a head. The tests compare with it.
     predicted, width = outputs.argmax(1), max(len(classes), outputs.shape[1])
@@ -215,13 +220,12 @@ def _measure_classes(outputs: torch.Tensor, targets: torch.Tensor, classes: Sequ
         true_counts.long().tolist(),
         strict=True,
     )
-    bins = reliability(outputs, targets)
     return Metrics(
         task="classification",
         count=len(targets),
         loss=torch.nn.functional.cross_entropy(outputs, targets).item(),
         accuracy=(predicted == targets).double().mean().item(),
-        calibration_error=sum(abs(mean - correct) * count for mean, correct, count in bins) / len(targets),
+        calibration_error=calibration_error(outputs, targets),
         per_class=tuple(ClassMetrics(*row) for row in rows),
         confusion=tuple(tuple(row) for row in confusion.tolist()),
     )

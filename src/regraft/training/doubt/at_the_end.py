@@ -9,10 +9,11 @@ from torch import nn
 from regraft.card import FamiliarPhotos, attach
 from regraft.data.photos import Photos, loader
 from regraft.errors import RegraftError
-from regraft.training.doubt.calibration import Calibration, calibrate, calibration_error
+from regraft.training.doubt.calibration import Calibration, calibrate
 from regraft.training.doubt.familiarity import MAX_PHOTOS, head_inputs, remember
 from regraft.training.features.batches import FeatureBatches
 from regraft.training.loop import score
+from regraft.training.metrics import calibration_error
 from regraft.training.ranks.group import SINGLE
 from regraft.training.resume.run_state import Best
 from regraft.training.setup import TrainSetup

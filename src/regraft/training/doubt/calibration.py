@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from regraft.training.heads.calibration import fit_factor
-from regraft.training.metrics import reliability
+from regraft.training.metrics import calibration_error
 
 MIN_PHOTOS = 20  # for a factor
 
@@ -45,11 +45,6 @@ def calibrate(outputs: torch.Tensor, targets: torch.Tensor) -> Calibration | Non
         calibrated[~learned] *= _factor(outputs[learned], targets[learned])
     before, after = calibration_error(outputs, targets), calibration_error(calibrated, targets)
     return Calibration(_factor(outputs, targets), before, after, False)
-
-
-def calibration_error(outputs: torch.Tensor, targets: torch.Tensor) -> float:
-    """Return the expected calibration error, see `Metrics.calibration_error`."""
-    return sum(abs(mean - share) * count for mean, share, count in reliability(outputs, targets)) / len(targets)
 
 
 def _factor(outputs: torch.Tensor, targets: torch.Tensor) -> float:

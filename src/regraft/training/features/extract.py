@@ -98,7 +98,7 @@ class Extractor:
             ModelError: The network is not deterministic, or there is no room for the features.
         """
         began = time.perf_counter()
-        key = self._key(photos)
+        key = self.key_of(photos)
         if (cached := self._find_cached(key)) is not None:
             rows, note = cached
             photos, unreadable = photos.without(note["unreadable"])
@@ -130,13 +130,9 @@ class Extractor:
         readable = share if ranks.size == 1 else readable
         return self._features(rows, note, readable, began, was_found=False), readable, all_unreadable
 
-    def key_of(self, photos: Photos) -> str:
-        """Return the key of the features of photos in the store; empty without one."""
-        return self._key(photos)
-
     def is_cached(self, photos: Photos) -> bool:
         """Return whether an earlier run has computed the features of these photos."""
-        return self.store is not None and self.store.find(self._key(photos)) is not None
+        return self.store is not None and self.store.find(self.key_of(photos)) is not None
 
     def keep_joined(self, photos: Photos, views: Sequence[Features], unreadable: dict[int, str]) -> None:
         """Write the entry of photos with V views, from the features of each view alone; nothing is computed.
@@ -146,7 +142,7 @@ class Extractor:
             views: The features of the readable ones in each view, in the order of the views.
             unreadable: The other photos, by their indices, with the reasons.
         """
-        key, count = self._key(photos), len(photos) - len(unreadable)
+        key, count = self.key_of(photos), len(photos) - len(unreadable)
         with self._open_writer(key, photos) as writer:
             for rows in torch.arange(count).split(BATCH["cuda"]):
                 parts = zip(*([tensor[rows] for tensor in view.tensors] for view in views), strict=True)
@@ -170,7 +166,8 @@ class Extractor:
         batch = normalize(pixels.to(self.compute.device), self.preprocessing)
         return batch.to(self._input_dtype, memory_format=layout)
 
-    def _key(self, photos: Photos) -> str:
+    def key_of(self, photos: Photos) -> str:
+        """Return the key of the features of photos in the store; empty without one."""
         if self.store is None:
             return ""
         return features_key(
